@@ -1,0 +1,1 @@
+"""Hydra configs of lightning-dist; installed as ``lightning_dist.conf``."""

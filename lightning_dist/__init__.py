@@ -1,0 +1,17 @@
+"""Knowledge distillation from stronger teachers (DIST) for PyTorch Lightning."""
+
+from lightning_dist.callback import DistillationCallback, Term
+from lightning_dist.losses import DISTLoss, KDLoss
+from lightning_dist.module import DistillModule
+from lightning_dist.schedule import WeightSchedule
+from lightning_dist.teacher import Teacher
+
+__all__ = [
+    "DISTLoss",
+    "DistillModule",
+    "DistillationCallback",
+    "KDLoss",
+    "Teacher",
+    "Term",
+    "WeightSchedule",
+]

@@ -1,0 +1,373 @@
+"""DistillationCallback: adds distillation losses to the training step of a LightningModule."""
+
+import difflib
+import functools
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+
+from lightning_dist.losses import DISTLoss
+from lightning_dist.teacher import Teacher
+
+Weight = float | Callable[[Trainer], float]
+
+
+@dataclass
+class Term:
+    """One distillation loss between a part of the student and a part of the teacher.
+
+    A part that is called several times in one call of its network (a head shared by the levels of a
+    pyramid) gives as many pairs, whose losses are summed.
+
+    Args:
+        loss: takes the student's and the teacher's output, returns a scalar. If it is a module with
+            parameters (a projection), they train along and stay out of the student's state_dict.
+        weight: factor in the total loss, or a function of the Trainer such as
+            :class:`lightning_dist.schedule.WeightSchedule`.
+        student: dotted path inside the student; ``""`` is the student's own output.
+        teacher: dotted path inside the teacher; ``""`` is the teacher's own output.
+        output: entry to take from an output that is not a tensor: a key, an attribute or an index.
+            By default ``logits`` where there is one, or the first item of a tuple or list.
+    """
+
+    loss: Callable[[Tensor, Tensor], Tensor]
+    weight: Weight = 1.0
+    student: str = ""
+    teacher: str = ""
+    output: str | int | None = None
+
+
+class DistillationCallback(Callback):
+    """Distil a teacher into a sub-module of any LightningModule under automatic optimization.
+
+    While ``fit`` runs, ``training_step`` is wrapped: each call of the student hands its inputs to
+    the teacher too, and the returned loss becomes ``task_weight * loss + sum(weight * term)``.
+    Precision, accumulation, clipping and DDP therefore work as ever. Nothing stays on the module
+    when ``fit`` ends, normally or not. Validation and testing are untouched.
+
+    Logs ``train/distill``, the weighted sum of the terms, and, where ``terms`` are given,
+    ``train/distill/NAME``, each term without its weight.
+
+    Args:
+        teacher: the trained network, or a :class:`lightning_dist.teacher.Teacher`.
+        student: dotted path of the student in the LightningModule; ``""`` is the module itself.
+        loss: the loss of student and teacher logits, a :class:`lightning_dist.DISTLoss` by default.
+        weight: factor of ``loss``: a number or a function of the Trainer.
+        task_weight: factor of the loss that ``training_step`` returns.
+        output: entry of outputs that are not tensors, as in :class:`Term`.
+        terms: several named losses instead of ``loss``, ``weight`` and ``output``.
+
+    Raises:
+        MisconfigurationException: at the start of ``fit``: manual optimization, an unknown
+            sub-module, a teacher that shares tensors with the module, a second callback. In the
+            first training step, before anything is updated: a student that is not called, or
+            outputs that do not pair.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> callback = DistillationCallback(nn.Linear(32, 2), student="layer", weight=2.0)
+        >>> trainer = Trainer(callbacks=[callback], fast_dev_run=True, accelerator="cpu",
+        ...     logger=False, enable_progress_bar=False, enable_model_summary=False)
+        >>> trainer.fit(BoringModel())
+
+    Reference:
+        Huang et al., Knowledge Distillation from A Stronger Teacher, NeurIPS 2022.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module | Teacher,
+        student: str = "net",
+        loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+        weight: Weight = 2.0,
+        *,
+        task_weight: float = 1.0,
+        output: str | int | None = None,
+        terms: Mapping[str, Term] | None = None,
+    ) -> None:
+        super().__init__()
+        if terms is not None and (loss is not None or output is not None):
+            raise ValueError("give either loss, weight and output, or terms")
+        if terms is not None and not terms:
+            raise ValueError("terms is empty: name at least one Term")
+        self.teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
+        self.student = student
+        self.task_weight = task_weight
+        self._named = terms is not None
+        self.terms = dict(terms or {"distill": Term(loss or DISTLoss(), weight, output=output)})
+        self.owner: LightningModule | None = None  # the module that brought it, if one did
+        self._own_step: Callable[..., Any] | None = None
+        self._wrapped = False
+
+    # Hooks, in the order in which Lightning calls them
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check what can be checked, and let the terms' own parameters join the module."""
+        if stage != "fit" or self.owner not in (None, pl_module):
+            return
+        if not pl_module.automatic_optimization:
+            raise MisconfigurationException(
+                f"{type(pl_module).__name__} optimizes manually: DistillationCallback adds to the "
+                "loss that training_step returns, which needs automatic_optimization=True"
+            )
+        if sum(isinstance(c, DistillationCallback) for c in attached_callbacks(trainer)) > 1:
+            raise MisconfigurationException(
+                "the Trainer has several DistillationCallbacks: give one of them several terms"
+            )
+        _refuse_shared_tensors(self.teacher.network, pl_module)
+        parts = _TermParameters(
+            {
+                name: term.loss
+                for name, term in self.terms.items()
+                if isinstance(term.loss, nn.Module) and any(True for _ in term.loss.parameters())
+            }
+        )
+        if len(parts):
+            pl_module.add_module(_TermParameters.name, parts)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Place the teacher and wrap the training step."""
+        if self.owner not in (None, pl_module):
+            return
+        student = _find(pl_module, self.student, "the LightningModule", "student")
+        for name, term in self.terms.items():
+            _find(student, term.student, "the student", f"the student path of term {name!r}")
+            _find(
+                self.teacher.network,
+                term.teacher,
+                "the teacher",
+                f"the teacher path of term {name!r}",
+            )
+            if isinstance(term.loss, nn.Module):
+                term.loss.to(pl_module.device)
+        self._refuse_untrained_terms(trainer)
+        self.teacher.freeze()
+        self.teacher.to(trainer.strategy.root_device)
+
+        step = pl_module.training_step
+        self._own_step = pl_module.__dict__.get("training_step")  # torch.compile sets one
+        self._wrapped = True
+
+        @functools.wraps(step)
+        def training_step(*args: Any, **kwargs: Any) -> Any:
+            return self._distill(trainer, pl_module, step, args, kwargs)
+
+        pl_module.__dict__["training_step"] = training_step
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Leave no trace when ``fit`` fails."""
+        self._detach(pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave no trace when ``fit`` ends."""
+        self._detach(pl_module)
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(student=self.student)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The terms' own parameters, which the module's state_dict leaves out."""
+        states = {
+            name: term.loss.state_dict()
+            for name, term in self.terms.items()
+            if isinstance(term.loss, nn.Module)
+        }
+        return {name: state for name, state in states.items() if state}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for name, state in state_dict.items():
+            loss = self.terms[name].loss
+            assert isinstance(loss, nn.Module)
+            loss.load_state_dict(state)
+
+    # One training step
+
+    def _distill(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        step: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        student = pl_module.get_submodule(self.student)
+        # Hooks live for the step only, so that a copy or a pickle of the module never holds one.
+        with ExitStack() as hooks:
+            teacher_outputs: dict[str, list[Any]] = {t.teacher: [] for t in self.terms.values()}
+            student_outputs: dict[str, list[Any]] = {t.student: [] for t in self.terms.values()}
+
+            def ask_teacher(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                # Before the student runs: it may change its inputs in place, and the teacher's
+                # activations are gone before the student's are kept.
+                output = self.teacher(*args, **kwargs)
+                if "" in teacher_outputs:
+                    teacher_outputs[""].append(output)
+
+            hooks.callback(student.register_forward_pre_hook(ask_teacher, with_kwargs=True).remove)
+            for path, outputs in student_outputs.items():
+                hooks.callback(_record(student.get_submodule(path), outputs))
+            for path, outputs in teacher_outputs.items():
+                if path:
+                    hooks.callback(_record(self.teacher.network.get_submodule(path), outputs))
+            result = step(*args, **kwargs)
+        if result is None:  # the module skips this batch
+            return None
+
+        distill: Tensor | float = 0.0
+        for name, term in self.terms.items():
+            value = self._value(
+                name, term, student_outputs[term.student], teacher_outputs[term.teacher]
+            )
+            weight = term.weight(trainer) if callable(term.weight) else term.weight
+            distill = distill + weight * value
+            if self._named and not trainer.barebones:
+                pl_module.log(f"train/distill/{name}", value.detach())
+        assert isinstance(distill, Tensor)
+        if not trainer.barebones:
+            pl_module.log("train/distill", distill.detach())
+        if isinstance(result, Tensor):
+            return self.task_weight * result + distill
+        return {**result, "loss": self.task_weight * result["loss"] + distill}
+
+    def _value(self, name: str, term: Term, student: list[Any], teacher: list[Any]) -> Tensor:
+        """The loss of one term, summed over the calls of its parts."""
+        place = f"{self.student}.{term.student}".strip(".") or "the module itself"
+        if not student:
+            raise MisconfigurationException(
+                f"term {name!r}: {place!r} was not called in training_step, so there is nothing to "
+                "distil: set student to the sub-module that training_step calls"
+            )
+        if len(student) != len(teacher):
+            raise MisconfigurationException(
+                f"term {name!r}: the student's {place!r} was called {len(student)} times and the "
+                f"teacher's {term.teacher!r} {len(teacher)} times: choose parts that correspond"
+            )
+        try:
+            pairs = [
+                (_select(ours, term.output), _select(theirs, term.output))
+                for ours, theirs in zip(student, teacher, strict=True)
+            ]
+            return torch.stack([term.loss(ours, theirs) for ours, theirs in pairs]).sum()
+        except ValueError as error:
+            raise MisconfigurationException(
+                f"term {name!r} of {place!r} and {self.teacher}: {error}"
+            ) from error
+
+    # Helpers of the hooks
+
+    def _refuse_untrained_terms(self, trainer: Trainer) -> None:
+        trained = {
+            id(parameter)
+            for optimizer in trainer.optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
+        for name, term in self.terms.items():
+            own = term.loss.parameters() if isinstance(term.loss, nn.Module) else ()
+            if any(p.requires_grad and id(p) not in trained for p in own):
+                raise MisconfigurationException(
+                    f"the loss of term {name!r} has parameters that no optimizer holds: build the "
+                    "optimizer from self.parameters() in configure_optimizers"
+                )
+
+    def _detach(self, pl_module: LightningModule) -> None:
+        if self._wrapped:
+            del pl_module.__dict__["training_step"]
+            if self._own_step is not None:
+                pl_module.__dict__["training_step"] = self._own_step
+        self._own_step, self._wrapped = None, False
+        pl_module._modules.pop(_TermParameters.name, None)
+        self.teacher.to("cpu")
+
+
+def attached_callbacks(trainer: Trainer) -> list[Callback]:
+    """The Trainer's callbacks, which Lightning sets without declaring them."""
+    return trainer.callbacks  # type: ignore[attr-defined]
+
+
+class _TermParameters(nn.ModuleDict):
+    """Losses with parameters: seen by optimizers and DDP, absent from the module's state_dict."""
+
+    name = "_distillation"
+
+    def __init__(self, losses: Mapping[str, nn.Module]) -> None:
+        super().__init__(losses)
+        self.register_load_state_dict_post_hook(_forget_missing_keys)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return kwargs.get("destination", {})
+
+
+def _forget_missing_keys(module: nn.Module, incompatible: Any) -> None:
+    keys = incompatible.missing_keys
+    keys[:] = [key for key in keys if f"{_TermParameters.name}." not in key]
+
+
+def _record(module: nn.Module, outputs: list[Any]) -> Callable[[], None]:
+    """Append each output of a module to a list; returns the function that ends it."""
+
+    def keep(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        outputs.append(output)
+
+    return module.register_forward_hook(keep).remove
+
+
+def _select(output: Any, entry: str | int | None) -> Tensor:
+    """The tensor that a term compares."""
+    if isinstance(output, Tensor):
+        return output
+    if entry is None and isinstance(output, (tuple, list)) and output:
+        entry = 0
+    elif entry is None:
+        entry = "logits"
+    if isinstance(entry, str) and hasattr(output, entry):
+        chosen = getattr(output, entry)
+    else:
+        try:
+            chosen = output[entry]
+        except (KeyError, IndexError, TypeError):
+            has = f" with {sorted(map(str, output))}" if isinstance(output, Mapping) else ""
+            raise ValueError(
+                f"the output is a {type(output).__name__}{has} and has no entry {entry!r}: set the "
+                "term's output"
+            ) from None
+    if not isinstance(chosen, Tensor):
+        raise ValueError(f"entry {entry!r} of the output is a {type(chosen).__name__}, no tensor")
+    return chosen
+
+
+def _find(root: nn.Module, path: str, where: str, what: str) -> nn.Module:
+    try:
+        return root.get_submodule(path)
+    except AttributeError:
+        names = [name for name, _ in root.named_modules() if name]
+        near = difflib.get_close_matches(path, names, n=5, cutoff=0.3) or names[:5]
+        raise MisconfigurationException(
+            f"{where} ({type(root).__name__}) has no sub-module {path!r}: set {what} to one of its "
+            f"sub-modules, such as {', '.join(map(repr, near))}"
+        ) from None
+
+
+def _refuse_shared_tensors(teacher: nn.Module, module: LightningModule) -> None:
+    def storage(tensor: Tensor) -> int:
+        plain = type(tensor) in (Tensor, nn.Parameter)
+        return (tensor.untyped_storage().data_ptr() if plain else 0) or id(tensor)
+
+    theirs = {storage(t): n for n, t in [*teacher.named_parameters(), *teacher.named_buffers()]}
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if tensor.numel() and storage(tensor) in theirs:
+            raise MisconfigurationException(
+                f"the teacher shares its {theirs[storage(tensor)]!r} with {name!r} of "
+                f"{type(module).__name__}: the teacher must be a network of its own, outside the "
+                "LightningModule (copy.deepcopy it, and do not assign it as a sub-module)"
+            )

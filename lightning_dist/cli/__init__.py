@@ -1,0 +1,59 @@
+"""The command ``lightning-dist VERB``: one line for a user's error, a traceback for a bug."""
+
+import difflib
+import importlib
+import os
+import sys
+
+VERBS = {
+    "train": "train a student, distilled or not; -m sweeps",
+    "eval": "test the student of a checkpoint",
+    "export": "write the student of a checkpoint as safetensors",
+    "report": "table and plot of the runs in one or more folders",
+}
+_USAGE = """usage: lightning-dist VERB [key=value ...]
+
+{verbs}
+
+lightning-dist VERB --help shows the options of a verb."""
+
+
+def main() -> None:
+    """Run the verb that the command line names; exit with status 1 or 2 after an error."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        verbs = "\n".join(f"  {verb:<8} {what}" for verb, what in VERBS.items())
+        print(_USAGE.format(verbs=verbs))
+        sys.exit(0 if arguments else 2)
+    verb = arguments[0]
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, n=1) or list(VERBS)
+        _fail(f"there is no verb {verb!r}: use {' or '.join(near)}", status=2)
+
+    full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # let Hydra raise instead of printing several lines
+    try:
+        importlib.import_module(f"lightning_dist.cli.{verb}").main()
+    except Exception as error:
+        if full_error or not _is_users(error):
+            raise
+        _fail(str(error))
+
+
+def _is_users(error: Exception) -> bool:
+    """Whether the error speaks of what the user gave, so that its message is all they need."""
+    from hydra.errors import HydraException
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+    from omegaconf.errors import OmegaConfBaseException
+
+    users = (HydraException, OmegaConfBaseException, MisconfigurationException, UserError)
+    return isinstance(error, users)
+
+
+class UserError(Exception):
+    """An error in what the user asked for; its message is shown as one line."""
+
+
+def _fail(message: str, status: int = 1) -> None:
+    print(f"lightning-dist: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)

@@ -1,0 +1,118 @@
+"""``lightning-dist train``: compose, fit, test, and leave a result for the report."""
+
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import hydra
+import rich
+import rich.syntax
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+
+from lightning_dist.cli.saved import CONFIG_KEY, to_save
+
+log = logging.getLogger(__name__)
+
+
+class SaveConfig(Callback):
+    """Put the composed config into every checkpoint, so that ``eval`` needs nothing else."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config = config
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint[CONFIG_KEY] = self.config
+
+
+def main() -> None:
+    """Run the Hydra app on ``sys.argv``, the verb taken out."""
+    del sys.argv[1]
+    hydra.main(version_base="1.3", config_path="pkg://lightning_dist.conf", config_name="train")(
+        _job
+    )()
+
+
+def _job(config: DictConfig) -> float | None:
+    """One run; its result is written whether it succeeds or fails."""
+    sys.argv.insert(1, "train")  # the command line that subprocess DDP starts again
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    overrides = [str(override) for override in HydraConfig.get().overrides.task]
+    result: dict[str, Any] = {
+        "overrides": overrides,
+        "command": " ".join(["lightning-dist train", *overrides]),
+        "metric": config.monitor.replace("val/", "test/", 1),
+    }
+    start = time.monotonic()
+    try:
+        outcome = train(config)
+        result |= {"status": "completed", "error": None, **outcome}
+    except BaseException as error:
+        result |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
+        raise
+    finally:
+        result["seconds"] = round(time.monotonic() - start, 2)
+        _write(folder / "result.json", result)
+        del sys.argv[1]
+    return result["metrics"].get(config.monitor)
+
+
+@rank_zero_only
+def _write(path: Path, result: dict[str, Any]) -> None:
+    path.write_text(json.dumps({"metrics": {}, "checkpoint": None, **result}, indent=2) + "\n")
+
+
+def train(config: DictConfig) -> dict[str, Any]:
+    """Fit and test what a composed config describes.
+
+    Args:
+        config: the config ``train``, composed.
+
+    Returns:
+        ``metrics``, the last value of every ``val/`` and ``test/`` metric, and ``checkpoint``, the
+        path of the checkpoint that was tested, or ``None``.
+    """
+    if config.print_config:
+        _print_config(config)
+    torch.set_float32_matmul_precision(config.matmul_precision)
+    seed_everything(config.seed, workers=True)
+    module = instantiate(config.module)
+    datamodule = instantiate(config.data)
+    trainer = instantiate(
+        config.trainer,
+        callbacks=[
+            *(instantiate(callback) for callback in config.callbacks.values() if callback),
+            SaveConfig(to_save(config)),
+        ],
+        logger=[instantiate(logger) for logger in config.logger.values() if logger],
+    )
+    # The teacher drew random numbers too: students with and without one must train on the same.
+    seed_everything(config.seed, workers=True)
+    trainer.fit(module, datamodule=datamodule, ckpt_path=config.ckpt_path)
+    metrics = _numbers(trainer, "val/")
+    saver = trainer.checkpoint_callback
+    tested = str(getattr(saver, f"{config.test_checkpoint}_model_path", "")) or None
+    trainer.test(module, datamodule=datamodule, ckpt_path=tested, weights_only=True)
+    metrics |= _numbers(trainer, "test/")
+    if trainer.is_global_zero:
+        rich.print(f"[bold]checkpoint[/bold] {tested or 'none was saved'}")
+    return {"metrics": metrics, "checkpoint": tested}
+
+
+def _numbers(trainer: Trainer, prefix: str) -> dict[str, float]:
+    metrics = trainer.callback_metrics.items()
+    return {name: float(value) for name, value in metrics if name.startswith(prefix)}
+
+
+@rank_zero_only
+def _print_config(config: DictConfig) -> None:
+    rich.print(rich.syntax.Syntax(OmegaConf.to_yaml(config), "yaml", background_color="default"))

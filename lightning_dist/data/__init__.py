@@ -1,0 +1,1 @@
+"""LightningDataModules: digits, CIFAR, image folders, Tiny-ImageNet and Hugging Face data sets."""

@@ -1,0 +1,104 @@
+"""Distillation losses as modules: options in the constructor, tensors in the call."""
+
+from torch import Tensor, nn
+
+from lightning_dist.functional import Activation, dist_loss, kd_loss
+
+
+class DISTLoss(nn.Module):
+    """DIST: match the teacher's relations between classes and between samples.
+
+    Args:
+        tau: temperature.
+        beta: weight of the inter-class term (correlation over classes, row by row).
+        gamma: weight of the intra-class term (correlation over the batch, class by class).
+        activation: ``"softmax"``, ``"sigmoid"`` for one-vs-all heads, or ``"identity"``.
+        sync: take the correlations over the global batch of all ranks. The authors' code takes
+            them over each rank's own batch: that is ``sync=False``.
+        eps: added to the denominator of each correlation.
+
+    Shape:
+        student and teacher logits ``(N, C)`` or ``(N, C, *spatial)``; the loss is a scalar.
+
+    Raises:
+        ValueError: when called, as :func:`lightning_dist.functional.dist_loss`.
+
+    Example:
+        >>> import torch
+        >>> loss = DISTLoss(tau=4.0)
+        >>> logits = torch.tensor([[2.0, 0.0, 1.0], [0.0, 1.0, 3.0]])
+        >>> abs(loss(logits, 3 * logits).item()) < 1
+        True
+
+    Reference:
+        Huang et al., Knowledge Distillation from A Stronger Teacher, NeurIPS 2022.
+    """
+
+    def __init__(
+        self,
+        tau: float = 1.0,
+        beta: float = 1.0,
+        gamma: float = 1.0,
+        activation: Activation = "softmax",
+        sync: bool = False,
+        eps: float = 1e-8,
+    ) -> None:
+        super().__init__()
+        self.tau = tau
+        self.beta = beta
+        self.gamma = gamma
+        self.activation = activation
+        self.sync = sync
+        self.eps = eps
+
+    def forward(self, student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+        return dist_loss(
+            student,
+            teacher,
+            tau=self.tau,
+            beta=self.beta,
+            gamma=self.gamma,
+            activation=self.activation,
+            eps=self.eps,
+            mask=mask,
+            sync=self.sync,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"tau={self.tau}, beta={self.beta}, gamma={self.gamma}, "
+            f"activation={self.activation!r}, sync={self.sync}"
+        )
+
+
+class KDLoss(nn.Module):
+    """Hinton's knowledge distillation: Kullback-Leibler divergence of softened probabilities.
+
+    Args:
+        tau: temperature.
+
+    Shape:
+        student and teacher logits ``(N, C)`` or ``(N, C, *spatial)``; the loss is a scalar.
+
+    Raises:
+        ValueError: when called, as :func:`lightning_dist.functional.kd_loss`.
+
+    Example:
+        >>> import torch
+        >>> logits = torch.tensor([[2.0, 0.0, 1.0]])
+        >>> KDLoss(tau=4.0)(logits, logits).item()
+        0.0
+
+    Reference:
+        Hinton et al., Distilling the Knowledge in a Neural Network, 2015.
+    """
+
+    def __init__(self, tau: float = 4.0) -> None:
+        super().__init__()
+        self.tau = tau
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return kd_loss(student, teacher, tau=self.tau)
+
+    def extra_repr(self) -> str:
+        return f"tau={self.tau}"

@@ -1,0 +1,177 @@
+"""Residual networks for 32x32 images: three stages of basic blocks, and ResNet-50."""
+
+from torch import Tensor, nn
+from torch.nn.functional import relu
+
+from lightning_dist.models.cifar.layers import conv, global_average, init_convs, stage
+
+
+def projection(in_channels: int, out_channels: int, stride: int) -> nn.Module:
+    """Shortcut of a residual block: the identity wherever the shapes allow it."""
+    if stride == 1 and in_channels == out_channels:
+        return nn.Identity()
+    return nn.Sequential(
+        conv(in_channels, out_channels, 1, stride),
+        nn.BatchNorm2d(out_channels),
+    )
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions around a shortcut: (N, in, H, W) to (N, out, H/stride, W/stride)."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = conv(in_channels, out_channels, 3, stride)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.conv2 = conv(out_channels, out_channels, 3)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.downsample = projection(in_channels, out_channels, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        return relu(out + self.downsample(x))
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3, 1x1 convolutions around a shortcut, a quarter as wide inside as outside.
+
+    The 3x3 convolution has the stride, as in torchvision. Shapes are those of `BasicBlock`.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        inner = out_channels // 4
+        self.conv1 = conv(in_channels, inner, 1)
+        self.bn1 = nn.BatchNorm2d(inner)
+        self.conv2 = conv(inner, inner, 3, stride)
+        self.bn2 = nn.BatchNorm2d(inner)
+        self.conv3 = conv(inner, out_channels, 1)
+        self.bn3 = nn.BatchNorm2d(out_channels)
+        self.shortcut = projection(in_channels, out_channels, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = relu(self.bn1(self.conv1(x)))
+        out = relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        return relu(out + self.shortcut(x))
+
+
+class CifarResNet(nn.Module):
+    """ResNet of 6n + 2 layers: images (N, 3, 32, 32) to logits (N, num_classes).
+
+    Args:
+        depth: 6n + 2, for n basic blocks in each of the three stages.
+        stem: channels of the first convolution.
+        widths: channels of the three stages.
+        num_classes: number of logits.
+
+    Reference:
+        He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2.
+    """
+
+    def __init__(
+        self, depth: int, stem: int, widths: tuple[int, int, int], num_classes: int
+    ) -> None:
+        super().__init__()
+        blocks = (depth - 2) // 6
+        self.num_classes = num_classes
+        self.conv1 = conv(3, stem, 3)
+        self.bn1 = nn.BatchNorm2d(stem)
+        self.layer1 = stage(BasicBlock, stem, widths[0], 1, blocks)
+        self.layer2 = stage(BasicBlock, widths[0], widths[1], 2, blocks)
+        self.layer3 = stage(BasicBlock, widths[1], widths[2], 2, blocks)
+        self.fc = nn.Linear(widths[2], num_classes)
+        init_convs(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.fc(global_average(x))
+
+
+class CifarResNet50(nn.Module):
+    """ImageNet's ResNet-50 behind a 3x3 stem that keeps 32x32: (N, 3, 32, 32) to logits.
+
+    Args:
+        num_classes: number of logits.
+
+    Reference:
+        He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, table 1.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.conv1 = conv(3, 64, 3)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.layer1 = stage(Bottleneck, 64, 256, 1, 3)
+        self.layer2 = stage(Bottleneck, 256, 512, 2, 4)
+        self.layer3 = stage(Bottleneck, 512, 1024, 2, 6)
+        self.layer4 = stage(Bottleneck, 1024, 2048, 2, 3)
+        self.linear = nn.Linear(2048, num_classes)
+        init_convs(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = relu(self.bn1(self.conv1(x)))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.linear(global_average(x))
+
+
+def _thin(depth: int, num_classes: int) -> CifarResNet:
+    return CifarResNet(depth, stem=16, widths=(16, 32, 64), num_classes=num_classes)
+
+
+def _four_times_wider(depth: int, num_classes: int) -> CifarResNet:
+    # The stem is only twice as wide, so the first stage needs a projection too.
+    return CifarResNet(depth, stem=32, widths=(64, 128, 256), num_classes=num_classes)
+
+
+def resnet8(num_classes: int = 100) -> CifarResNet:
+    """ResNet-8: one basic block a stage, 16-32-64 channels."""
+    return _thin(8, num_classes)
+
+
+def resnet14(num_classes: int = 100) -> CifarResNet:
+    """ResNet-14: two basic blocks a stage, 16-32-64 channels."""
+    return _thin(14, num_classes)
+
+
+def resnet20(num_classes: int = 100) -> CifarResNet:
+    """ResNet-20: three basic blocks a stage, 16-32-64 channels."""
+    return _thin(20, num_classes)
+
+
+def resnet32(num_classes: int = 100) -> CifarResNet:
+    """ResNet-32: five basic blocks a stage, 16-32-64 channels."""
+    return _thin(32, num_classes)
+
+
+def resnet44(num_classes: int = 100) -> CifarResNet:
+    """ResNet-44: seven basic blocks a stage, 16-32-64 channels."""
+    return _thin(44, num_classes)
+
+
+def resnet56(num_classes: int = 100) -> CifarResNet:
+    """ResNet-56: nine basic blocks a stage, 16-32-64 channels."""
+    return _thin(56, num_classes)
+
+
+def resnet110(num_classes: int = 100) -> CifarResNet:
+    """ResNet-110: eighteen basic blocks a stage, 16-32-64 channels."""
+    return _thin(110, num_classes)
+
+
+def resnet8x4(num_classes: int = 100) -> CifarResNet:
+    """ResNet-8x4: one basic block a stage, 64-128-256 channels."""
+    return _four_times_wider(8, num_classes)
+
+
+def resnet32x4(num_classes: int = 100) -> CifarResNet:
+    """ResNet-32x4: five basic blocks a stage, 64-128-256 channels."""
+    return _four_times_wider(32, num_classes)
+
+
+def resnet50(num_classes: int = 100) -> CifarResNet50:
+    """ResNet-50: 3-4-6-3 bottleneck blocks, 256-512-1024-2048 channels."""
+    return CifarResNet50(num_classes)

@@ -1,0 +1,171 @@
+"""ShuffleNet V1 and V2 for 32x32 images.
+
+Both start with a 1x1 convolution at full resolution, where the papers have a strided 3x3 one and
+a max pooling. Both keep PyTorch's default initialisation, as published.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d, relu
+
+from lightning_dist.models.cifar.layers import conv, depthwise, global_average, stage
+
+STEM = 24
+GROUPS_V1 = 3
+
+
+def channel_shuffle(x: Tensor, groups: int) -> Tensor:
+    """Interleave the channels of `groups` groups; the shape (N, C, H, W) stays."""
+    return x.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)
+
+
+class ShuffleUnitV1(nn.Module):
+    """Grouped 1x1, shuffle, depthwise 3x3, grouped 1x1, around a shortcut.
+
+    Maps (N, in, H, W) to (N, out, H/stride, W/stride). At stride 1 the shortcut is added, at
+    stride 2 it is average-pooled and concatenated, so that the branch makes only the new channels.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+        branch = out_channels if stride == 1 else out_channels - in_channels
+        inner = branch // 4
+        # The stem has too few channels to be worth splitting into groups.
+        self.groups = 1 if in_channels == STEM else GROUPS_V1
+        self.conv1 = conv(in_channels, inner, 1, groups=self.groups)
+        self.bn1 = nn.BatchNorm2d(inner)
+        self.conv2 = depthwise(inner, stride)
+        self.bn2 = nn.BatchNorm2d(inner)
+        self.conv3 = conv(inner, branch, 1, groups=GROUPS_V1)
+        self.bn3 = nn.BatchNorm2d(branch)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = channel_shuffle(relu(self.bn1(self.conv1(x))), self.groups)
+        # The paper has no ReLU after the depthwise convolution; the published networks do.
+        out = relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        if self.stride == 1:
+            return relu(out + x)
+        return relu(torch.cat([out, avg_pool2d(x, 3, stride=2, padding=1)], dim=1))
+
+
+class CifarShuffleNetV1(nn.Module):
+    """ShuffleNet V1 with three groups: images (N, 3, 32, 32) to logits (N, num_classes).
+
+    Args:
+        num_classes: number of logits.
+
+    Reference:
+        Zhang et al., "ShuffleNet: An Extremely Efficient Convolutional Neural Network for Mobile
+        Devices", CVPR 2018, table 1.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.conv1 = conv(3, STEM, 1)
+        self.bn1 = nn.BatchNorm2d(STEM)
+        self.layer1 = stage(ShuffleUnitV1, STEM, 240, 2, 4)
+        self.layer2 = stage(ShuffleUnitV1, 240, 480, 2, 8)
+        self.layer3 = stage(ShuffleUnitV1, 480, 960, 2, 4)
+        self.linear = nn.Linear(960, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.linear(global_average(x))
+
+
+class ShuffleUnitV2(nn.Module):
+    """Half of the channels pass 1x1, depthwise 3x3, 1x1; then all shuffle: (N, C, H, W) stays."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        half = channels // 2
+        self.conv1 = conv(half, half, 1)
+        self.bn1 = nn.BatchNorm2d(half)
+        self.conv2 = depthwise(half)
+        self.bn2 = nn.BatchNorm2d(half)
+        self.conv3 = conv(half, half, 1)
+        self.bn3 = nn.BatchNorm2d(half)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept, out = x.chunk(2, dim=1)
+        out = relu(self.bn1(self.conv1(out)))
+        out = self.bn2(self.conv2(out))
+        out = relu(self.bn3(self.conv3(out)))
+        return channel_shuffle(torch.cat([kept, out], dim=1), 2)
+
+
+class ShuffleDownV2(nn.Module):
+    """Two strided branches over all channels: (N, in, H, W) to (N, out, H/2, W/2)."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        half = out_channels // 2
+        # Short branch: depthwise, 1x1.
+        self.conv1 = depthwise(in_channels, stride=2)
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv2 = conv(in_channels, half, 1)
+        self.bn2 = nn.BatchNorm2d(half)
+        # Long branch: 1x1, depthwise, 1x1.
+        self.conv3 = conv(in_channels, half, 1)
+        self.bn3 = nn.BatchNorm2d(half)
+        self.conv4 = depthwise(half, stride=2)
+        self.bn4 = nn.BatchNorm2d(half)
+        self.conv5 = conv(half, half, 1)
+        self.bn5 = nn.BatchNorm2d(half)
+
+    def forward(self, x: Tensor) -> Tensor:
+        short = self.bn1(self.conv1(x))
+        short = relu(self.bn2(self.conv2(short)))
+        long = relu(self.bn3(self.conv3(x)))
+        long = self.bn4(self.conv4(long))
+        long = relu(self.bn5(self.conv5(long)))
+        return channel_shuffle(torch.cat([short, long], dim=1), 2)
+
+
+class CifarShuffleNetV2(nn.Module):
+    """ShuffleNet V2 at width 1: images (N, 3, 32, 32) to logits (N, num_classes).
+
+    Args:
+        num_classes: number of logits.
+
+    Reference:
+        Ma et al., "ShuffleNet V2: Practical Guidelines for Efficient CNN Architecture Design",
+        ECCV 2018, table 5.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.conv1 = conv(3, STEM, 1)
+        self.bn1 = nn.BatchNorm2d(STEM)
+        self.layer1 = _stage_v2(STEM, 116, 4)
+        self.layer2 = _stage_v2(116, 232, 8)
+        self.layer3 = _stage_v2(232, 464, 4)
+        self.conv2 = conv(464, 1024, 1)
+        self.bn2 = nn.BatchNorm2d(1024)
+        self.linear = nn.Linear(1024, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        x = relu(self.bn2(self.conv2(x)))
+        return self.linear(global_average(x))
+
+
+def _stage_v2(in_channels: int, out_channels: int, depth: int) -> nn.Sequential:
+    units = (ShuffleUnitV2(out_channels) for _ in range(depth - 1))
+    return nn.Sequential(ShuffleDownV2(in_channels, out_channels), *units)
+
+
+def shufflenet_v1(num_classes: int = 100) -> CifarShuffleNetV1:
+    """ShuffleNet V1, three groups: 4-8-4 units, 240-480-960 channels."""
+    return CifarShuffleNetV1(num_classes)
+
+
+def shufflenet_v2(num_classes: int = 100) -> CifarShuffleNetV2:
+    """ShuffleNet V2, width 1: 4-8-4 units, 116-232-464 channels."""
+    return CifarShuffleNetV2(num_classes)

@@ -1,0 +1,76 @@
+"""VGG networks with batch norm for 32x32 images."""
+
+from torch import Tensor, nn
+from torch.nn.functional import max_pool2d
+
+from lightning_dist.models.cifar.layers import global_average, init_classifier, init_convs
+
+
+class CifarVGG(nn.Module):
+    """VGG with one linear classifier: images (N, 3, 32, 32) to logits (N, num_classes).
+
+    The names count the paper's three linear layers, of which one is left: VGG-8 has five
+    convolutions.
+
+    Args:
+        depths: convolutions in each of the five blocks, of 64, 128, 256, 512 and 512 channels.
+        num_classes: number of logits.
+
+    Reference:
+        Simonyan, Zisserman, "Very Deep Convolutional Networks for Large-Scale Image Recognition",
+        ICLR 2015, table 1.
+    """
+
+    def __init__(self, depths: tuple[int, int, int, int, int], num_classes: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.block0 = _block(3, 64, depths[0])
+        self.block1 = _block(64, 128, depths[1])
+        self.block2 = _block(128, 256, depths[2])
+        self.block3 = _block(256, 512, depths[3])
+        self.block4 = _block(512, 512, depths[4])
+        self.classifier = nn.Linear(512, num_classes)
+        init_convs(self)
+        init_classifier(self.classifier)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = max_pool2d(self.block0(x), 2)
+        x = max_pool2d(self.block1(x), 2)
+        x = max_pool2d(self.block2(x), 2)
+        # No pooling between the last two blocks: both work on 4x4 maps.
+        x = self.block4(self.block3(x))
+        return self.classifier(global_average(x))
+
+
+def _block(in_channels: int, channels: int, depth: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for index in range(depth):
+        # The bias does nothing before a batch norm, but published checkpoints have it.
+        convolution = nn.Conv2d(in_channels if index == 0 else channels, channels, 3, padding=1)
+        layers += [convolution, nn.BatchNorm2d(channels), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+def vgg8(num_classes: int = 100) -> CifarVGG:
+    """VGG-8: five convolutions, one a block; no configuration of the paper."""
+    return CifarVGG((1, 1, 1, 1, 1), num_classes)
+
+
+def vgg11(num_classes: int = 100) -> CifarVGG:
+    """VGG-11: eight convolutions, as in configuration A."""
+    return CifarVGG((1, 1, 2, 2, 2), num_classes)
+
+
+def vgg13(num_classes: int = 100) -> CifarVGG:
+    """VGG-13: ten convolutions, as in configuration B."""
+    return CifarVGG((2, 2, 2, 2, 2), num_classes)
+
+
+def vgg16(num_classes: int = 100) -> CifarVGG:
+    """VGG-16: thirteen convolutions, as in configuration D."""
+    return CifarVGG((2, 2, 3, 3, 3), num_classes)
+
+
+def vgg19(num_classes: int = 100) -> CifarVGG:
+    """VGG-19: sixteen convolutions, as in configuration E."""
+    return CifarVGG((2, 2, 4, 4, 4), num_classes)

@@ -1,0 +1,90 @@
+"""Wide residual networks (WRN) for 32x32 images."""
+
+from collections import OrderedDict
+
+from torch import Tensor, nn
+from torch.nn.functional import relu
+
+from lightning_dist.models.cifar.layers import conv, global_average, init_convs, stage
+
+
+class PreActivationBlock(nn.Module):
+    """Two 3x3 convolutions, each after its norm and ReLU, around a shortcut without either.
+
+    Maps (N, in, H, W) to (N, out, H/stride, W/stride).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = conv(in_channels, out_channels, 3, stride)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.conv2 = conv(out_channels, out_channels, 3)
+        # None and not the identity: which tensor the shortcut reads depends on it (see forward).
+        self.convShortcut = (
+            None if in_channels == out_channels else conv(in_channels, out_channels, 1, stride)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        activated = relu(self.bn1(x))
+        out = relu(self.bn2(self.conv1(activated)))
+        # The shortcut projects the activated input, but passes the raw one on.
+        shortcut = x if self.convShortcut is None else self.convShortcut(activated)
+        return shortcut + self.conv2(out)
+
+
+class WideResNet(nn.Module):
+    """WRN-depth-width: images (N, 3, 32, 32) to logits (N, num_classes).
+
+    Args:
+        depth: 6n + 4, for n blocks in each of the three stages.
+        width: factor on the stages' 16, 32 and 64 channels.
+        num_classes: number of logits.
+
+    Reference:
+        Zagoruyko, Komodakis, "Wide Residual Networks", BMVC 2016, table 1.
+    """
+
+    def __init__(self, depth: int, width: int, num_classes: int) -> None:
+        super().__init__()
+        blocks = (depth - 4) // 6
+        narrow, middle, wide = 16 * width, 32 * width, 64 * width
+        self.num_classes = num_classes
+        self.conv1 = conv(3, 16, 3)
+        self.block1 = _named_stage(16, narrow, 1, blocks)
+        self.block2 = _named_stage(narrow, middle, 2, blocks)
+        self.block3 = _named_stage(middle, wide, 2, blocks)
+        self.bn1 = nn.BatchNorm2d(wide)
+        self.fc = nn.Linear(wide, num_classes)
+        init_convs(self)
+        nn.init.zeros_(self.fc.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block3(self.block2(self.block1(self.conv1(x))))
+        return self.fc(global_average(relu(self.bn1(x))))
+
+
+def _named_stage(in_channels: int, out_channels: int, stride: int, depth: int) -> nn.Sequential:
+    # Published checkpoints call the blocks block1.layer.0, block1.layer.1, ...
+    blocks = stage(PreActivationBlock, in_channels, out_channels, stride, depth)
+    return nn.Sequential(OrderedDict(layer=blocks))
+
+
+def wrn_16_1(num_classes: int = 100) -> WideResNet:
+    """WRN-16-1: two blocks a stage, 16-32-64 channels."""
+    return WideResNet(16, 1, num_classes)
+
+
+def wrn_16_2(num_classes: int = 100) -> WideResNet:
+    """WRN-16-2: two blocks a stage, 32-64-128 channels."""
+    return WideResNet(16, 2, num_classes)
+
+
+def wrn_40_1(num_classes: int = 100) -> WideResNet:
+    """WRN-40-1: six blocks a stage, 16-32-64 channels."""
+    return WideResNet(40, 1, num_classes)
+
+
+def wrn_40_2(num_classes: int = 100) -> WideResNet:
+    """WRN-40-2: six blocks a stage, 32-64-128 channels."""
+    return WideResNet(40, 2, num_classes)

@@ -1,0 +1,170 @@
+"""DistillModule: a LightningModule with a trainable student and a frozen teacher."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torchmetrics import Metric, MetricCollection
+
+from lightning_dist.callback import DistillationCallback, Weight, attached_callbacks
+from lightning_dist.teacher import Teacher
+
+
+class DistillModule(LightningModule):
+    """Train a student on ``(inputs, target)`` batches, distilled from a teacher where one is given.
+
+    The teacher lives in ``self.teacher`` but is no part of the module: not in its parameters,
+    state_dict or checkpoints. The distillation itself is a
+    :class:`lightning_dist.DistillationCallback` that the module brings along, unless the Trainer
+    has one. Subclasses override any of the steps or ``configure_*`` methods.
+
+    Logs ``train/loss`` (total), ``train/task``, ``train/distill``, ``val/loss``, ``val/METRIC``,
+    ``test/loss`` and ``test/METRIC``.
+
+    Args:
+        student: the network to train.
+        teacher: the network to distil from; ``None`` trains without distillation.
+        task_loss: loss of the student's output and the target, cross-entropy by default. Validation
+            and test use ``self.eval_loss``, which is the same unless a subclass sets another.
+        metrics: updated with the student's output and the target in validation and test.
+        optimizer: called with the student's parameters if it is an optimizer class (or a partial of
+            one), otherwise with the student itself, as ``timm.optim.create_optimizer_v2`` wants it.
+            AdamW by default.
+        scheduler: called with the optimizer; a torch or timm scheduler, or what timm's
+            ``create_scheduler_v2`` returns.
+        scheduler_interval: ``"epoch"`` or ``"step"``, when the scheduler is stepped.
+        distill_loss: loss of student and teacher logits, DIST by default.
+        distill_weight: its weight, a number or a function of the Trainer.
+        task_weight: weight of the task loss while distilling.
+
+    Example:
+        >>> module = DistillModule(nn.Linear(4, 3), teacher=nn.Linear(4, 3))
+        >>> sorted(module.state_dict())
+        ['student.bias', 'student.weight']
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | Teacher | None = None,
+        *,
+        task_loss: Callable[[Any, Any], Tensor] | None = None,
+        metrics: Metric | MetricCollection | Mapping[str, Metric] | None = None,
+        optimizer: Callable[..., Optimizer] | None = None,
+        scheduler: Callable[..., Any] | None = None,
+        scheduler_interval: str = "epoch",
+        distill_loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+        distill_weight: Weight = 2.0,
+        task_weight: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if scheduler_interval not in ("epoch", "step"):
+            raise ValueError(f"scheduler_interval is {scheduler_interval!r}: use 'epoch' or 'step'")
+        self.student = student
+        self.teacher = Teacher(teacher) if isinstance(teacher, nn.Module) else teacher
+        self.task_loss = nn.CrossEntropyLoss() if task_loss is None else task_loss
+        self.eval_loss = self.task_loss
+        self.optimizer: Callable[..., Optimizer] = optimizer or torch.optim.AdamW
+        self.scheduler = scheduler
+        self.scheduler_interval = scheduler_interval
+        self.distill_loss = distill_loss
+        self.distill_weight = distill_weight
+        self.task_weight = task_weight
+        collection = MetricCollection(
+            dict(metrics) if isinstance(metrics, Mapping) else metrics or {}
+        )
+        self.val_metrics = collection.clone(prefix="val/")
+        self.test_metrics = collection.clone(prefix="test/")
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The student's output."""
+        return self.student(*args, **kwargs)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The task loss of a batch; the callback adds the distillation loss to it."""
+        inputs, target = batch
+        loss = self.task_loss(self.student(inputs), target)
+        self.log("train/task", loss.detach())
+        return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if outputs is not None:  # Lightning hands over the loss divided by the accumulated batches
+            loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
+            self.log("train/loss", loss * self.trainer.accumulate_grad_batches, prog_bar=True)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Update ``val/*``."""
+        self._evaluate(batch, "val", self.val_metrics)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Update ``test/*``."""
+        self._evaluate(batch, "test", self.test_metrics)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        """The student's output of a batch of inputs, or of ``(inputs, target)``."""
+        return self.student(batch[0] if isinstance(batch, (tuple, list)) else batch)
+
+    def _evaluate(self, batch: Any, split: str, metrics: MetricCollection) -> None:
+        inputs, target = batch
+        output = self.student(inputs)
+        metrics.update(output, target)
+        loss = self.eval_loss(output, target)
+        self.log(f"{split}/loss", loss, batch_size=len(target), sync_dist=True)
+        self.log_dict(metrics, batch_size=len(target), prog_bar=split == "val")
+
+    def configure_distillation(self) -> DistillationCallback | None:
+        """The callback that the module brings along; ``None`` trains without distillation."""
+        if self.teacher is None:
+            return None
+        return DistillationCallback(
+            self.teacher,
+            student="student",
+            loss=self.distill_loss,
+            weight=self.distill_weight,
+            task_weight=self.task_weight,
+        )
+
+    def configure_callbacks(self) -> list[Callback]:
+        present = [
+            c for c in attached_callbacks(self.trainer) if isinstance(c, DistillationCallback)
+        ]
+        # A callback that another module brought to the same Trainer is that module's: replace it.
+        if any(c.owner in (None, self) for c in present):
+            return []
+        callback = self.configure_distillation()
+        if callback is None:
+            return []
+        callback.owner = self
+        return [callback]
+
+    def configure_optimizers(self) -> Any:
+        factory = getattr(self.optimizer, "func", self.optimizer)
+        trainable = [p for p in self.parameters() if p.requires_grad]
+        if isinstance(factory, type) and issubclass(factory, Optimizer):
+            optimizer = self.optimizer(trainable)
+        else:
+            optimizer = self.optimizer(self.student)
+            held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            rest = [p for p in trainable if id(p) not in held]
+            if rest:  # a subclass's own layers, or a projection of a distillation term
+                optimizer.add_param_group({"params": rest})
+        if self.scheduler is None:
+            return optimizer
+        scheduler = self.scheduler(optimizer)
+        if isinstance(scheduler, tuple):  # timm's create_scheduler_v2 adds the number of epochs
+            scheduler = scheduler[0]
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": self.scheduler_interval},
+        }
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
+        if not hasattr(scheduler, "step_update"):
+            super().lr_scheduler_step(scheduler, metric)
+        elif self.scheduler_interval == "step":  # timm's schedulers are told where training is
+            scheduler.step_update(num_updates=self.trainer.global_step, metric=metric)
+        else:
+            scheduler.step(epoch=self.current_epoch + 1, metric=metric)

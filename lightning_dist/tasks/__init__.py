@@ -1,0 +1,1 @@
+"""Tasks: DistillModules with the steps and metrics of a field."""

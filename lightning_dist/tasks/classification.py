@@ -1,0 +1,57 @@
+"""Image classification: accuracy, label smoothing, mixup."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torchmetrics import Metric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+from lightning_dist.module import DistillModule
+from lightning_dist.teacher import Teacher
+
+
+class ClassificationModule(DistillModule):
+    """Classify ``(images, labels)`` batches.
+
+    ``val/loss`` and ``test/loss`` are the plain cross-entropy, whatever the training loss.
+
+    Args:
+        student: network with ``num_classes`` outputs.
+        teacher: network with the same outputs, or ``None``.
+        num_classes: number of classes.
+        label_smoothing: of the cross-entropy, from 0 to 1; with ``mixup``, give it to mixup.
+        mixup: called with a training batch on its device, such as ``timm.data.Mixup``.
+        kwargs: as in :class:`lightning_dist.DistillModule`.
+
+    Example:
+        >>> module = ClassificationModule(nn.Linear(4, 3), num_classes=3)
+        >>> sorted(module.val_metrics)
+        ['val/accuracy']
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | Teacher | None = None,
+        *,
+        num_classes: int,
+        label_smoothing: float = 0.0,
+        mixup: Callable[[Any, Any], tuple[Any, Any]] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        accuracy: dict[str, Metric | MetricCollection] = {
+            "accuracy": MulticlassAccuracy(num_classes, average="micro")
+        }
+        if num_classes > 10:
+            accuracy["accuracy_top5"] = MulticlassAccuracy(num_classes, average="micro", top_k=5)
+        kwargs.setdefault("metrics", MetricCollection(accuracy))
+        kwargs.setdefault("task_loss", nn.CrossEntropyLoss(label_smoothing=label_smoothing))
+        super().__init__(student, teacher, **kwargs)
+        self.eval_loss = nn.CrossEntropyLoss()
+        self.mixup = mixup
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        if self.mixup is None or not self.trainer.training:
+            return batch
+        return self.mixup(*batch)

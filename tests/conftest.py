@@ -1,0 +1,79 @@
+"""Fixtures of all tests: golden values, independent formulations, a small Trainer."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder of numbers from the authors' code, beside the checkout."""
+    if not GOLDEN.is_dir():
+        pytest.fail(f"the golden values are missing: {GOLDEN}")
+    return GOLDEN
+
+
+@pytest.fixture(scope="session")
+def golden_losses(golden: Path) -> dict[str, np.ndarray]:
+    with np.load(golden / "dist_loss_float64.npz") as file:
+        return dict(file)
+
+
+@pytest.fixture(scope="session")
+def reference_dist_loss() -> Callable[..., Tensor]:
+    """The formulas of the paper, differentiable and in plain PyTorch."""
+
+    def correlation(u: Tensor, v: Tensor, eps: float) -> Tensor:
+        u, v = u - u.mean(1, keepdim=True), v - v.mean(1, keepdim=True)
+        return (u * v).sum(1) / (u.norm(dim=1) * v.norm(dim=1) + eps)
+
+    def loss(
+        student: Tensor,
+        teacher: Tensor,
+        tau: float = 1.0,
+        beta: float = 1.0,
+        gamma: float = 1.0,
+        activation: str = "softmax",
+        eps: float = 1e-8,
+    ) -> Tensor:
+        rows = [x.movedim(1, -1).flatten(0, -2) / tau for x in (student, teacher)]
+        if activation == "softmax":
+            rows = [x.softmax(1) for x in rows]
+        elif activation == "sigmoid":
+            rows = [x.sigmoid() for x in rows]
+        inter = 1 - correlation(*rows, eps).mean()
+        intra = 1 - correlation(rows[0].T, rows[1].T, eps).mean()
+        return tau**2 * (beta * inter + gamma * intra)
+
+    return loss
+
+
+@pytest.fixture
+def make_trainer(tmp_path: Path) -> Callable[..., L.Trainer]:
+    """A quiet CPU Trainer that writes nowhere but tmp_path."""
+
+    def make(**kwargs: object) -> L.Trainer:
+        defaults: dict[str, object] = {
+            "accelerator": "cpu",
+            "max_epochs": 1,
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "default_root_dir": tmp_path,
+        }
+        return L.Trainer(**(defaults | kwargs))
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
