@@ -157,6 +157,8 @@ class DistillationCallback(Callback):
 
         @functools.wraps(step)
         def training_step(*args: Any, **kwargs: Any) -> Any:
+            if not trainer.training:  # a validation_step that calls it
+                return step(*args, **kwargs)
             return self._distill(trainer, pl_module, step, args, kwargs)
 
         pl_module.__dict__["training_step"] = training_step

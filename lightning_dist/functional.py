@@ -355,10 +355,10 @@ class _Statistics(NamedTuple):
         mine = torch.cat(
             (rows.view(1), self.inter.view(1), self.mean.flatten(), self.moments.flatten())
         )
-        every = mine.new_empty(world * mine.numel())
-        torch.distributed.all_gather_into_tensor(every, mine)
+        every = [torch.empty_like(mine) for _ in range(world)]
+        torch.distributed.all_gather(every, mine)
         total = zero
-        for packed in every.view(world, -1).unbind():
+        for packed in every:
             mean, moments = packed[2:].split((self.mean.numel(), self.moments.numel()))
             part = _Statistics(
                 packed[0], packed[1], mean.view_as(self.mean), moments.view_as(self.moments)

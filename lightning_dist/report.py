@@ -86,9 +86,8 @@ def read_runs(folders: Folders) -> list[Run]:
     return [_read_run(folder) for folder in found.values()]
 
 
-def group_runs(runs: Iterable[Run]) -> list[Group]:
+def group_runs(runs: Sequence[Run]) -> list[Group]:
     """Group runs, failed ones too, by the overridden keys that vary, except the seed."""
-    runs = list(runs)
     keys = [key for key in _names(run.overrides for run in runs) if key != "seed"]
     keys = [key for key in keys if len({run.overrides.get(key) for run in runs}) > 1]
     groups: dict[tuple[str | None, ...], list[Run]] = {}
@@ -97,13 +96,12 @@ def group_runs(runs: Iterable[Run]) -> list[Group]:
     return [Group(dict(zip(keys, group, strict=True)), groups[group]) for group in groups]
 
 
-def optimized_metric(runs: Iterable[Run], metric: str | None = None) -> str:
+def optimized_metric(runs: Sequence[Run], metric: str | None = None) -> str:
     """The metric that runs are compared by: the given one, or the one that all runs name.
 
     Raises:
         ValueError: if runs disagree, none names one, or no completed run logged it.
     """
-    runs = list(runs)
     named = {run.metric: run.folder for run in runs if run.metric}
     logged = _names(run.metrics for run in runs if run.completed)
     choose = f"choose with metric=, out of {', '.join(logged)}"
@@ -116,51 +114,43 @@ def optimized_metric(runs: Iterable[Run], metric: str | None = None) -> str:
     return metric
 
 
-def report_table(runs: Iterable[Run], metric: str | None = None) -> Table:
+def report_table(runs: Sequence[Run], metric: str | None = None) -> Table:
     """The console table: a row a group, ``mean ± std`` of each metric, the optimised one first."""
-    runs = list(runs)
     groups, metric = group_runs(runs), optimized_metric(runs, metric)
     metrics = _names([{metric: 0}, *(run.metrics for run in runs if run.completed)])
-    failed = [
-        f"failed: {x.folder}: {x.error or 'no reason given'}" for x in runs if not x.completed
-    ]
+    failed = [run for run in runs if not run.completed]
+    reasons = [_plain(f"failed: {x.folder}: {x.error or 'no reason given'}") for x in failed]
     # Text, not str: rich would read [brackets] in a value as markup.
-    caption = Text("\n".join(map(_plain, failed))) if failed else None
-    table = Table(caption=caption, caption_justify="left")
+    table = Table(caption=Text("\n".join(reasons)) if failed else None, caption_justify="left")
     for key in groups[0].values:
         table.add_column(Text(_plain(key)), overflow="fold")
     for name in ["runs", *metrics]:
         table.add_column(Text(_plain(name)), justify="right", overflow="fold")
     for group in groups:
-        count = sum(run.completed for run in group.runs)
-        lost = len(group.runs) - count
+        count, lost = (sum(run.completed is x for run in group.runs) for x in (True, False))
         numbers = [_format(group.summary(name), count) for name in metrics]
         cells = [*_labels(group), f"{count} + {lost} failed" if lost else str(count), *numbers]
         table.add_row(*map(Text, cells))
     return table
 
 
-def write_csv(runs: Iterable[Run], path: PathLike) -> None:
+def write_csv(runs: Sequence[Run], path: PathLike) -> None:
     """Write one row a run: folder, status, seconds, error, all overrides, all metrics, command."""
-    runs = list(runs)
     keys, metrics = _names(run.overrides for run in runs), _names(run.metrics for run in runs)
     # Rows are lists: an override may be called like a column, and a dict would lose one of them.
     with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.writer(file)
         writer.writerow(["folder", "status", "seconds", "error", *keys, *metrics, "command"])
         for run in runs:
-            row = [run.folder, run.status, run.seconds, run.error]
-            row += [run.overrides.get(key) for key in keys]
-            row += [run.metrics.get(name) for name in metrics]
-            writer.writerow([*row, run.command])
+            row = [run.folder, run.status, run.seconds, run.error, *map(run.overrides.get, keys)]
+            writer.writerow([*row, *map(run.metrics.get, metrics), run.command])
 
 
-def plot_runs(runs: Iterable[Run], metric: str | None = None) -> "Figure":
+def plot_runs(runs: Sequence[Run], metric: str | None = None) -> "Figure":
     """A figure of the optimised metric: a row a group, its mean ± std, and a dot for each run."""
     # Not at the top: slow to import. Not pyplot: it keeps global state and may open windows.
     from matplotlib.figure import Figure
 
-    runs = list(runs)
     groups, metric = group_runs(runs), optimized_metric(runs, metric)
     height = min(1.1 + 0.42 * len(groups), 200.0)  # inches; the canvas ends at 65536 pixels
     figure = Figure(figsize=(6.4, height), dpi=150)
@@ -188,8 +178,8 @@ def write_report(folders: Folders, out: PathLike | None = None, metric: str | No
     """Read all runs under the folders, write report.csv and report.png, return the table.
 
     Args:
-        folders: a folder, or several whose runs are merged.
-        out: folder for the two files, by default the first folder.
+        folders: a folder, or several whose runs are merged; the files go to the first.
+        out: another folder for the files.
         metric: metric to compare by, by default the one that all runs optimise.
     """
     runs = read_runs(folders)
@@ -234,9 +224,10 @@ def _parse_override(text: str) -> tuple[str, str]:
     return key.lstrip("+"), value
 
 
-def _natural(path: Path) -> list[list[tuple[int, str]]]:
-    pieces = [re.findall("[0-9]+|[^0-9]+", part) for part in path.parts]
-    return [[(int(x), "") if x[0] in "0123456789" else (10**9, x) for x in part] for part in pieces]
+def _natural(path: Path) -> list[list[str | int]]:
+    # Splitting alternates text and digits, so that text is only ever compared with text.
+    pieces = [enumerate(re.split("([0-9]+)", part)) for part in path.parts]
+    return [[int(x) if i % 2 else x for i, x in part] for part in pieces]
 
 
 def _names(mappings: Iterable[dict[str, Any]]) -> list[str]:
@@ -256,5 +247,4 @@ def _format(summary: Summary | None, runs: int) -> str:
     if summary is None:
         return "-"
     text = f"{summary.mean:.4g}" + ("" if summary.std is None else f" ± {summary.std:.4g}")
-    count = len(summary.numbers)
-    return text if count == runs else f"{text} (of {count})"  # not every run logged it
+    return text if len(summary.numbers) == runs else f"{text} (of {len(summary.numbers)})"

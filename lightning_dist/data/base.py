@@ -3,7 +3,7 @@
 import random
 from collections.abc import Iterator, Sequence, Sized
 from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+Key = tuple[int, int]  # (index, epoch): a sample, and the epoch that decides its augmentation
 SPLIT_SEED = 0  # which images are held out never depends on a run's seed
 SPLITS_OF_STAGE = {
     "fit": ("train", "val"),
@@ -21,13 +22,6 @@ SPLITS_OF_STAGE = {
     "predict": ("test",),
     None: ("train", "val", "test"),
 }
-
-
-class Key(NamedTuple):
-    """What the training sampler yields: a sample, and the epoch that decides its augmentation."""
-
-    index: int
-    epoch: int
 
 
 def derive_seeds(*parts: int, count: int = 1) -> list[int]:
@@ -86,7 +80,7 @@ class EpochSampler(DistributedSampler):
 
     def __iter__(self) -> Iterator[Key]:
         for index in list(super().__iter__())[self.skip :]:
-            yield Key(index, self.epoch)
+            yield index, self.epoch
 
 
 class ResumableLoader(DataLoader):
@@ -191,7 +185,7 @@ class TensorImages(Dataset):
 
     def __getitems__(self, keys: Sequence[Key | int]) -> tuple[Tensor, Tensor]:
         """A whole batch, images (B, C, H, W) and labels (B,); all its Keys are of one epoch."""
-        pairs = [key if isinstance(key, tuple) else Key(key, 0) for key in keys]
+        pairs = [key if isinstance(key, tuple) else (key, 0) for key in keys]
         indices = torch.tensor([index for index, _ in pairs])
         images = self.images[indices]
         if self.padding or self.flip:

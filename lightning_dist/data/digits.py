@@ -1,0 +1,122 @@
+"""scikit-learn's handwritten digits: 1,797 real images of 8x8 pixels, always at hand."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor
+
+from lightning_dist.data.base import ImageDataModule, TensorImages, stratified_split
+
+TEST_FRACTION = 0.2
+WHITE = 16
+
+
+class DigitsDataModule(ImageDataModule):
+    """Digits as (1, 8, 8) float32, held in memory; 1,437 to train on and 360 to test, stratified.
+
+    Args:
+        val_fraction: part of the training images to hold out for validation; 0 validates on the
+            test set. The split is the same in every run, whatever `seed`.
+        train_size: train on this many images only, every class in proportion. The images of a
+            smaller size are among those of a larger one.
+        augment: shift each training image by up to one pixel.
+        **settings: see ImageDataModule.
+
+    Raises:
+        ValueError: if `train_size` is more than there is.
+
+    Example:
+        >>> data = DigitsDataModule(global_batch_size=32, train_size=300)
+        >>> images, labels = next(iter(data.train_dataloader()))
+        >>> tuple(images.shape), images.dtype, len(data.train_dataset())
+        ((32, 1, 8, 8), torch.float32, 300)
+    """
+
+    num_classes = 10
+    mean = (0.3054,)
+    std = (0.3761,)
+    image_size = 8
+    in_channels = 1
+    location = "scikit-learn's digits"
+
+    def __init__(
+        self,
+        *,
+        val_fraction: float = 0.1,
+        train_size: int | None = None,
+        augment: bool = False,
+        **settings: Any,
+    ) -> None:
+        super().__init__(**settings)
+        self.val_fraction = val_fraction
+        self.train_size = train_size
+        self.augment = augment
+        self.class_names = [str(digit) for digit in range(10)]
+
+    def train_dataset(self) -> TensorImages:
+        """The training images that validation leaves, or the first `train_size` of them."""
+        train, _, _ = self._splits
+        if self.train_size is not None:
+            if not 0 < self.train_size <= len(train):
+                raise ValueError(
+                    f"train_size={self.train_size}: {self.location} leave {len(train)} images to "
+                    f"train on with val_fraction={self.val_fraction}"
+                )
+            train = train[stratified_order(self._labels[train])[: self.train_size]]
+        return self._images(train, padding=int(self.augment), seed=self.seed)
+
+    def val_dataset(self) -> TensorImages:
+        """The held-out training images, or the test set if none are held out."""
+        _, val, test = self._splits
+        return self._images(val if len(val) else test)
+
+    def test_dataset(self) -> TensorImages:
+        """The 360 test images."""
+        return self._images(self._splits[2])
+
+    @cached_property
+    def _pixels(self) -> Tensor:
+        images: np.ndarray = load_digits().images
+        return torch.from_numpy(images.astype(np.uint8)).unsqueeze(1)
+
+    @cached_property
+    def _labels(self) -> Tensor:
+        return torch.from_numpy(load_digits().target).long()
+
+    @cached_property
+    def _splits(self) -> Sequence[Tensor]:
+        """Indices of the training, validation and test images."""
+        train, test = stratified_split(self._labels, TEST_FRACTION)
+        rest, val = stratified_split(self._labels[train], self.val_fraction)
+        return train[rest], train[val], test
+
+    def _images(self, indices: Tensor, padding: int = 0, seed: int = 0) -> TensorImages:
+        return TensorImages(
+            self._pixels[indices],
+            self._labels[indices],
+            mean=self.mean,
+            std=self.std,
+            white=WHITE,
+            padding=padding,
+            seed=seed,
+        )
+
+
+def stratified_order(labels: Tensor) -> Tensor:
+    """An order of which every beginning holds the classes in proportion.
+
+    Example:
+        >>> labels = torch.tensor([0, 0, 0, 0, 1, 1])
+        >>> labels[stratified_order(labels)].tolist()
+        [0, 1, 0, 0, 1, 0]
+    """
+    place = torch.empty(len(labels))
+    for label in labels.unique():
+        members = labels == label
+        count = int(members.sum())
+        place[members] = (torch.arange(count) + 0.5) / count
+    return place.argsort(stable=True)

@@ -1,0 +1,121 @@
+"""A script that trains under a strategy and saves what each rank saw; run by test_distributed.py.
+
+Each of five batches has ROWS[i] rows for rank i; one process takes them joined.
+"""
+
+import argparse
+import copy
+import os
+import warnings
+from pathlib import Path
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_dist import DistillationCallback, DISTLoss
+
+
+class Batches(Dataset):
+    """Whole batches, dealt out to the ranks by rows."""
+
+    def __init__(self, trainer_rank: int, world: int, uneven: bool) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self.inputs = torch.randn(5, 16, 6, generator=generator).double()
+        self.targets = torch.randint(0, 4, (5, 16), generator=generator)
+        self.rank, self.world, self.uneven = trainer_rank, world, uneven
+
+    def __len__(self) -> int:
+        return 5
+
+    def __getitem__(self, index):
+        cut = 11 if self.uneven and index == 4 else 8
+        rows = slice(0, 16)
+        if self.world == 2:
+            rows = slice(0, cut) if self.rank == 0 else slice(cut, 16)
+        return self.inputs[index, rows], self.targets[index, rows]
+
+
+class Plain(L.LightningModule):
+    def __init__(self, uneven: bool) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.net = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 4)).double()
+        self.uneven = uneven
+        self.distill = []
+
+    def configure_model(self):
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            for layer in (self.net[0], self.net[2], self.net):
+                fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+
+    def train_dataloader(self):
+        data = Batches(self.trainer.global_rank, self.trainer.world_size, self.uneven)
+        return DataLoader(data, batch_size=None)
+
+    def training_step(self, batch, batch_idx):
+        inputs, target = batch
+        return F.cross_entropy(self.net(inputs), target)
+
+    def on_train_batch_end(self, *_):
+        self.distill.append(self.trainer.callback_metrics["train/distill"].item())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--strategy", default="auto")
+    parser.add_argument("--devices", type=int, default=2)
+    parser.add_argument("--sync", action="store_true")
+    parser.add_argument("--uneven", action="store_true", help="last batch 11 and 5 rows")
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    warnings.filterwarnings("error", message=".*unused parameters.*")
+
+    torch.manual_seed(7)
+    teacher = nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.Linear(12, 4)).double()
+    if not options.sync:  # a broadcast would show: each rank's teacher is its own
+        teacher[0].bias.data += 0.01 * int(os.environ.get("LOCAL_RANK", 0))
+    before = copy.deepcopy(teacher.state_dict())
+    strategy = options.strategy
+    if strategy == "fsdp2":
+        strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+    callback = DistillationCallback(
+        teacher,
+        loss=DISTLoss(sync=options.sync),
+        # A mean of uneven means is not the joined mean: then the task loss stays out of it.
+        task_weight=0.0 if options.uneven else 1.0,
+    )
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=options.devices,
+        strategy=strategy,
+        max_epochs=1,
+        callbacks=[callback],
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    module = Plain(options.uneven)
+    trainer.fit(module)
+    weights = {
+        name: value.full_tensor() if hasattr(value, "full_tensor") else value
+        for name, value in module.state_dict().items()
+    }
+    same = all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    torch.save(
+        {"weights": weights, "distill": module.distill, "teacher_unchanged": same},
+        options.out / f"rank{trainer.global_rank}.pt",
+    )
+
+
+if __name__ == "__main__":
+    main()
