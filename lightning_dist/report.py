@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
 PathLike = str | os.PathLike[str]
 Folders = PathLike | Sequence[PathLike]
-
 RESULT_FILE = "result.json"
 
 
@@ -121,11 +121,10 @@ def report_table(runs: Sequence[Run], metric: str | None = None) -> Table:
     failed = [run for run in runs if not run.completed]
     reasons = [_plain(f"failed: {x.folder}: {x.error or 'no reason given'}") for x in failed]
     # Text, not str: rich would read [brackets] in a value as markup.
-    table = Table(caption=Text("\n".join(reasons)) if failed else None, caption_justify="left")
-    for key in groups[0].values:
-        table.add_column(Text(_plain(key)), overflow="fold")
-    for name in ["runs", *metrics]:
-        table.add_column(Text(_plain(name)), justify="right", overflow="fold")
+    caption, width = Text("\n".join(reasons)), 79 if failed else 0  # it wraps at the table's width
+    table = Table(caption=caption, caption_justify="left", min_width=width)
+    for name in [*groups[0].values, "runs", *metrics]:
+        table.add_column(Text(_plain(name)), overflow="fold")
     for group in groups:
         count, lost = (sum(run.completed is x for run in group.runs) for x in (True, False))
         numbers = [_format(group.summary(name), count) for name in metrics]
@@ -147,28 +146,29 @@ def write_csv(runs: Sequence[Run], path: PathLike) -> None:
 
 
 def plot_runs(runs: Sequence[Run], metric: str | None = None) -> "Figure":
-    """A figure of the optimised metric: a row a group, its mean ± std, and a dot for each run."""
+    """A figure of the optimised metric: a row a group, mean ± std, below it a dot for each run."""
     # Not at the top: slow to import. Not pyplot: it keeps global state and may open windows.
     from matplotlib.figure import Figure
 
     groups, metric = group_runs(runs), optimized_metric(runs, metric)
-    height = min(1.1 + 0.42 * len(groups), 200.0)  # inches; the canvas ends at 65536 pixels
+    height = min(1.1 + 0.02 * len(groups), 200.0)  # inches; the canvas ends at 65536 pixels
     figure = Figure(figsize=(6.4, height), dpi=150)
     axes = figure.add_axes((0.0, 0.5 / height, 1.0, 1.0 - 0.9 / height))
     for y, group in enumerate(groups):
         if summary := group.summary(metric):
             axes.errorbar(summary.mean, y, xerr=summary.std, fmt="D", capsize=4, color="tab:blue")
-            dots = [y + 0.22] * len(summary.numbers)  # below the error bar, which would hide them
+            dots = [y + 0.22] * len(summary.numbers)
             axes.plot(summary.numbers, dots, "o", ms=4, color="gray", alpha=0.6, mew=0)
         else:
             axes.text(0.02, y, "no result", transform=axes.get_yaxis_transform(), va="center")
-    # Names come from users: matplotlib would read $…$ as mathematics.
-    labels = [" · ".join(_labels(group)) or "all runs" for group in groups]
+    # Names come from users: they may be long, and matplotlib would read $…$ as mathematics.
+    short = partial(re.sub, "(?<=^.{39}).+(?=.{40}$)", "…")
+    labels = [short(" · ".join(_labels(group)) or "all runs") for group in groups]
+    keys = short(" · ".join(map(_plain, groups[0].values)))
     axes.set_yticks(range(len(groups)), labels, parse_math=False)
-    axes.set_ylim(len(groups) - 0.4, -0.6)
-    axes.set_ylabel(" · ".join(map(_plain, groups[0].values)), parse_math=False)
-    axes.set_xlabel("mean ± standard deviation; a dot is one run")
-    axes.set_title(_plain(metric), parse_math=False)
+    axes.set_title(short(_plain(metric)), parse_math=False)
+    axes.set_title(keys, loc="left", ha="right", size="medium", weight="bold", parse_math=False)
+    axes.set(ylim=(len(groups) - 0.4, -0.6), xlabel="mean ± standard deviation; a dot is one run")
     axes.grid(axis="x", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     return figure

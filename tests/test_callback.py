@@ -298,9 +298,7 @@ def test_the_student_may_be_the_module_itself(make_trainer):
     teacher = teacher_net()
     _, losses = plain_loop(teacher)
     callback = DistillationCallback(teacher, student="")
-    assert fitted(make_trainer(callbacks=[callback]), Itself).losses == pytest.approx(
-        losses, 1e-6
-    )
+    assert fitted(make_trainer(callbacks=[callback]), Itself).losses == pytest.approx(losses, 1e-6)
 
 
 def test_gradient_accumulation_and_clipping(make_trainer):

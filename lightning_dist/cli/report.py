@@ -1,0 +1,39 @@
+"""``lightning-dist report``: the table and plot of finished runs, also at the end of a sweep."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import rich
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+from lightning_dist.cli import UserError
+from lightning_dist.report import write_report
+
+
+def main() -> None:
+    """Parse ``sys.argv``, the verb first, and print the table."""
+    parser = argparse.ArgumentParser(
+        prog="lightning-dist report", description="Table and plot of the runs in folders."
+    )
+    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="runs, at any depth")
+    parser.add_argument("--metric", help="what to compare by, such as test/accuracy")
+    options = parser.parse_args(sys.argv[2:])
+    try:
+        _print(options.folders, options.metric)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+class ReportAfterSweep(Callback):
+    """Print the report of a multirun when its last job has ended."""
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        _print([Path(config.hydra.sweep.dir)], None)
+
+
+def _print(folders: list[Path], metric: str | None) -> None:
+    rich.print(write_report(folders, metric=metric))
+    rich.print(f"[bold]saved[/bold] {folders[0] / 'report.csv'} and {folders[0] / 'report.png'}")

@@ -60,7 +60,7 @@ class CIFAR10DataModule(ImageDataModule):
 
     def train_dataset(self) -> TensorImages:
         """The official training images that validation leaves, augmented."""
-        images, labels = self._official_train
+        images, labels = pixels_and_labels(self._open(train=True))
         rest, _ = stratified_split(labels, self.val_fraction)
         return self._images(images[rest], labels[rest], padding=4, flip=True, seed=self.seed)
 
@@ -68,17 +68,13 @@ class CIFAR10DataModule(ImageDataModule):
         """The held-out training images, or the test set if none are held out."""
         if not self.val_fraction:
             return self.test_dataset()
-        images, labels = self._official_train
+        images, labels = pixels_and_labels(self._open(train=True))
         _, held_out = stratified_split(labels, self.val_fraction)
         return self._images(images[held_out], labels[held_out])
 
     def test_dataset(self) -> TensorImages:
         """The official test images."""
         return self._images(*pixels_and_labels(self._open(train=False)))
-
-    @cached_property
-    def _official_train(self) -> tuple[Tensor, Tensor]:
-        return pixels_and_labels(self._open(train=True))
 
     def _open(self, train: bool) -> CIFAR10:
         try:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -51,7 +51,6 @@ class ClassificationModule(DistillModule):
         self.eval_loss = nn.CrossEntropyLoss()
         self.mixup = mixup
 
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        if self.mixup is None or not self.trainer.training:
-            return batch
-        return self.mixup(*batch)
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The task loss of a batch, mixed up if so configured."""
+        return super().training_step(self.mixup(*batch) if self.mixup else batch, batch_idx)

@@ -1,0 +1,105 @@
+"""What the benchmarks share: interleaved timing, the authors' formulation, tables and peers."""
+
+import importlib
+import importlib.util
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+Times = Mapping[str, list[float]]
+
+
+def interleave(
+    contestants: Mapping[str, Callable[[], Any]],
+    seconds: float,
+    *,
+    least: int = 3,
+    most: int = 25,
+    slice_seconds: float = 0.01,
+) -> dict[str, list[float]]:
+    """Seconds a call of each contestant, one entry a round.
+
+    A round runs all contestants back to back, starting with another one each time, so that the load
+    of other processes falls on all of them alike. Quick calls are repeated to fill a slice.
+
+    Args:
+        contestants: what to call, by name. The first calls, untimed, warm up.
+        seconds: budget; rounds start until it is spent.
+        least: fewest rounds, whatever the budget.
+        most: most rounds.
+        slice_seconds: shortest duration to time.
+    """
+    repeats = {name: _repeats(call, slice_seconds) for name, call in contestants.items()}
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    names = list(contestants)
+    end = time.perf_counter() + seconds
+    for index in range(most):
+        if index >= least and time.perf_counter() > end:
+            break
+        names.append(names.pop(0))
+        for name in names:
+            times[name].append(_seconds(contestants[name], repeats[name]))
+    return times
+
+
+def ratio(times: Times, slower: str, *faster: str) -> float:
+    """Median over the rounds of one contestant's time over another's, or over a sum of several."""
+    rounds = zip(times[slower], *(times[name] for name in faster), strict=True)
+    return statistics.median(first / sum(rest) for first, *rest in rounds)
+
+
+def plain_dist(student: Tensor, teacher: Tensor, tau: float = 1.0, eps: float = 1e-8) -> Tensor:
+    """DIST as the authors formulate it: Pearson's formula over rows, then over the transpose."""
+    y_s, y_t = rows(student / tau).softmax(1), rows(teacher / tau).softmax(1)
+    relations = _correlation(y_s, y_t, eps) + _correlation(y_s.T, y_t.T, eps)
+    return tau**2 * (2 - relations)
+
+
+def rows(logits: Tensor) -> Tensor:
+    """``(N, C, *spatial)`` as the matrix that the peers want, every pixel a row."""
+    return logits.movedim(1, -1).reshape(-1, logits.shape[1])
+
+
+def peer(module: str) -> Any:
+    """Import a package that a benchmark compares with, or say how to get it and stop."""
+    if importlib.util.find_spec(module.partition(".")[0]) is None:
+        print(f"this benchmark compares with {module}: pip install 'lightning-dist[test]'")
+        sys.exit(0)
+    return importlib.import_module(module)
+
+
+def show(table: Table, *lines: str) -> None:
+    """Print a table and the lines below it, also where the terminal is narrow or absent."""
+    console = Console()
+    console.width = max(console.width, 130)
+    console.print(table)
+    for line in lines:
+        console.print(line, highlight=False)
+
+
+def bar(value: float, limit: str, met: bool) -> str:
+    """A measured number beside the bar that it has to meet."""
+    return f"{value:.3g} (bar {limit}: {'met' if met else '[bold red]missed[/]'})"
+
+
+def _correlation(a: Tensor, b: Tensor, eps: float) -> Tensor:
+    a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
+    return ((a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1) + eps)).mean()
+
+
+def _repeats(call: Callable[[], Any], slice_seconds: float) -> int:
+    call()
+    return max(1, round(slice_seconds / _seconds(call, 1)))
+
+
+def _seconds(call: Callable[[], Any], repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats

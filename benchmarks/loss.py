@@ -1,0 +1,218 @@
+"""Speed, memory and accuracy of DISTLoss: ``python -m benchmarks.loss [--quick]``.
+
+For each shape of logits, float32 and 3 * randn, forward + backward to the student's logits:
+
+- time of a peer over ours, above 1 where ours is faster. The peers are torchdistill's DISTLoss and
+  a plain KL divergence (log_softmax and kl_div). All run interleaved in this process; the ratio is
+  the median over rounds. torchdistill takes matrices, so dense logits are permuted for it.
+- peak extra memory in units of one logits tensor, above the two inputs and with the gradient (1.0),
+  from PyTorch's allocation events.
+- gradient error: largest difference from the float64 gradient over the largest entry of that. Ours
+  is compared with the authors' plain formulation, torchdistill with itself in float64, since it
+  treats eps otherwise.
+
+"Compiled" is ``torch.compile(DISTLoss(), fullgraph=True)``, each shape for itself.
+"""
+
+import argparse
+import logging
+import os
+import statistics
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler reports each start and stop
+
+import torch
+import torch.nn.functional as F
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.common import bar, interleave, peer, plain_dist, ratio, rows, show
+from lightning_dist import DISTLoss
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+SHAPES: list[tuple[int, ...]] = [
+    (64, 10),
+    (256, 100),
+    (256, 1000),
+    (1024, 1000),
+    (256, 21841),
+    (262144, 19),
+    (30400, 720),
+    (8, 19, 64, 128),
+    (2, 720, 100, 152),
+    (200000, 100),
+]
+QUICK: list[tuple[int, ...]] = [(64, 10), (256, 100), (2, 19, 16, 32)]
+LEAN = {(200000, 100), (2, 720, 100, 152)}  # the shapes whose memory has a bar
+SECONDS = 8.0  # of timing a shape
+OURS, COMPILED = "ours", "ours compiled"
+THEIRS, THEIRS_COMPILED, KL = "torchdistill", "torchdistill compiled", "KL"
+
+
+class Row(NamedTuple):
+    """What was measured for one shape."""
+
+    shape: tuple[int, ...]
+    times: dict[str, list[float]]
+    memory: dict[str, float]
+    error: dict[str, float]
+
+    def speed(self, slower: str, faster: str) -> float:
+        return ratio(self.times, slower, faster) if slower in self.times else float("nan")
+
+
+def kl(student: Tensor, teacher: Tensor) -> Tensor:
+    """Plain distillation at temperature 1."""
+    log_student, target = F.log_softmax(student, dim=1), F.softmax(teacher, dim=1)
+    return F.kl_div(log_student, target, reduction="sum") * (student.shape[1] / student.numel())
+
+
+def torchdistill_loss() -> Loss:
+    """torchdistill's DISTLoss as a function of two tensors."""
+    module = peer("torchdistill.losses.mid_level").DISTLoss("logits", "output", "logits", "output")
+
+    def loss(student: Tensor, teacher: Tensor) -> Tensor:
+        return module({"logits": {"output": rows(student)}}, {"logits": {"output": rows(teacher)}})
+
+    return loss
+
+
+def gradient(loss: Loss, student: Tensor, teacher: Tensor) -> Tensor:
+    """Forward and backward."""
+    return torch.autograd.grad(loss(student, teacher), student)[0]
+
+
+def measure(shape: tuple[int, ...], theirs: Loss, seconds: float) -> Row:
+    """All numbers of one shape."""
+    torch._dynamo.reset()  # a graph for this shape, not one for any shape
+    generator = torch.Generator().manual_seed(0)
+    student = (3 * torch.randn(shape, generator=generator)).requires_grad_()
+    teacher = 3 * torch.randn(shape, generator=generator)
+    losses: dict[str, Loss] = {
+        OURS: DISTLoss(),
+        COMPILED: torch.compile(DISTLoss(), fullgraph=True),
+        THEIRS: theirs,
+        THEIRS_COMPILED: torch.compile(theirs),
+        KL: kl,
+    }
+    try:
+        gradient(losses[THEIRS_COMPILED], student, teacher)
+    except Exception as error:  # a peer that does not compile is a finding, no failure
+        print(f"torchdistill does not compile for {shape}: {error}")
+        del losses[THEIRS_COMPILED]
+    calls = {
+        name: lambda loss=loss: gradient(loss, student, teacher) for name, loss in losses.items()
+    }
+    memory = {name: peak_bytes(call) / (4 * student.numel()) for name, call in calls.items()}
+    return Row(shape, interleave(calls, seconds), memory, errors(losses, student, teacher))
+
+
+def errors(losses: Mapping[str, Loss], student: Tensor, teacher: Tensor) -> dict[str, float]:
+    """Gradient error of each DIST loss."""
+
+    def off(names: list[str], reference: Loss) -> dict[str, float]:
+        wide = gradient(reference, student.detach().double().requires_grad_(), teacher.double())
+        largest = wide.abs().max()
+        return {
+            name: ((gradient(losses[name], student, teacher) - wide).abs().max() / largest).item()
+            for name in names
+        }
+
+    return off([OURS, COMPILED], plain_dist) | off([THEIRS], losses[THEIRS])
+
+
+def peak_bytes(call: Callable[[], object]) -> int:
+    """The most memory that a call holds at once, beyond what was there before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    events = profiler.profiler.kineto_results.events()
+    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    held = peak = 0
+    for _, change in sorted(changes, key=lambda change: change[0]):
+        held += change
+        peak = max(peak, held)
+    return peak
+
+
+def table_of(results: list[Row]) -> Table:
+    """One line a shape."""
+    table = Table(title="DIST loss, forward + backward, float32")
+    table.add_column("logits")
+    for title in (
+        "torchdistill\n/ ours",
+        "torchdistill\n/ compiled",
+        "both\ncompiled",
+        "KL\n/ ours",
+        "KL\n/ compiled",
+        "memory\nours",
+        "memory\ncompiled",
+        "memory\ntorchdistill",
+        "memory\nKL",
+        "error\nours",
+        "error\ncompiled",
+        "error\ntorchdistill",
+    ):
+        table.add_column(title, justify="right")
+    for row in results:
+        speeds = [
+            row.speed(THEIRS, OURS),
+            row.speed(THEIRS, COMPILED),
+            row.speed(THEIRS_COMPILED, COMPILED),
+            row.speed(KL, OURS),
+            row.speed(KL, COMPILED),
+        ]
+        table.add_row(
+            " x ".join(map(str, row.shape)),
+            *(f"{speed:.2f}" for speed in speeds),
+            *(f"{row.memory[name]:.2f}" for name in (OURS, COMPILED, THEIRS, KL)),
+            *(f"{row.error[name]:.0e}" for name in (OURS, COMPILED, THEIRS)),
+        )
+    return table
+
+
+def verdict(results: list[Row]) -> list[str]:
+    """Means and extremes beside the bars of issue 3."""
+    lines = []
+    for name, least in ((OURS, 1.8), (COMPILED, 3.0)):
+        speeds = [row.speed(THEIRS, name) for row in results]
+        mean = statistics.geometric_mean(speeds)
+        error = max(row.error[name] for row in results)
+        line = [
+            f"{name}: torchdistill's time / its time, geometric mean {bar(mean, f'>= {least}', mean >= least)}",
+            f"least {bar(min(speeds), '>= 1.0', min(speeds) >= 1)}",
+            f"gradient error {bar(error, '<= 1e-6', error <= 1e-6)}",
+        ]
+        if lean := [row.memory[name] for row in results if row.shape in LEAN]:
+            line.append(f"memory {bar(max(lean), '<= 1.3', max(lean) <= 1.3)}")
+        lines.append(", ".join(line))
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a few small shapes, as a smoke test")
+    quick = parser.parse_args().quick
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # no CUDA: no matter
+    theirs = torchdistill_loss()
+    known = torch.randn(1000, 1000)
+    meter = peak_bytes(known.exp) / (4 * known.numel())
+    shapes = QUICK if quick else SHAPES
+    results = [
+        measure(shape, theirs, 1.0 if quick else SECONDS)
+        for shape in track(shapes, "measuring", transient=True)
+    ]
+    show(
+        table_of(results),
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}; the memory meter reads "
+        f"{meter:.2f} tensors for y = x.exp()",
+        *verdict(results),
+    )
+
+
+if __name__ == "__main__":
+    main()

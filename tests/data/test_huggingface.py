@@ -1,0 +1,159 @@
+"""Tests that Hugging Face data sets are read, on ones saved in their own format."""
+
+import io
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lightning_dist.data.huggingface import HuggingFaceDataModule
+
+NAMES = ["cat", "dog"]
+
+
+@pytest.fixture
+def datasets(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return pytest.importorskip("datasets", reason="needs lightning-dist[datasets]")
+
+
+def columns(count: int, image: str = "image", label: str = "label") -> dict[str, list[Any]]:
+    """Images whose shade tells their row: black for row 0, 5 more for each that follows."""
+    shades = [Image.new("L" if row % 2 else "RGB", (20, 16), "black") for row in range(count)]
+    for row, picture in enumerate(shades):
+        picture.paste((5 * row,) * len(picture.getbands()), (0, 0, 20, 16))
+    return {image: shades, label: [row % 2 for row in range(count)], "note": ["x"] * count}
+
+
+def save(
+    datasets: Any, path: Path, splits: dict[str, int], labels: Any = None, **names: str
+) -> str:
+    """A DatasetDict on disk, saved as users save it."""
+    features = datasets.Features(
+        {
+            names.get("image", "image"): datasets.Image(),
+            names.get("label", "label"): labels or datasets.ClassLabel(names=NAMES),
+            "note": datasets.Value("string"),
+        }
+    )
+    datasets.DatasetDict(
+        {
+            split: datasets.Dataset.from_dict(columns(count, **names), features=features)
+            for split, count in splits.items()
+        }
+    ).save_to_disk(path)
+    return str(path)
+
+
+def module(path: str, **settings: Any) -> HuggingFaceDataModule:
+    black_to_white = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
+    return HuggingFaceDataModule(path=path, image_size=8, **(black_to_white | settings))
+
+
+def test_saved_data_set_is_read_with_its_class_names(datasets: Any, tmp_path: Path) -> None:
+    path = save(datasets, tmp_path / "pets", {"train": 10, "validation": 4})
+    data = module(path, global_batch_size=5)
+    data.prepare_data()
+    data.setup()
+    assert (data.num_classes, data.class_names) == (2, NAMES)
+    images, labels = next(iter(data.val_dataloader()))
+    shades = torch.arange(4) * 5 / 255
+    torch.testing.assert_close(images, shades.view(-1, 1, 1, 1).expand(-1, 3, 8, 8))
+    assert labels.tolist() == [0, 1, 0, 1]
+    shades, labels = (torch.cat(part) for part in zip(*data.train_dataloader(), strict=True))
+    rows = (shades[:, 0, 0, 0] * 51).round().long()
+    assert sorted(rows.tolist()) == list(range(10))
+    assert torch.equal(labels, rows % 2)
+
+
+def test_columns_and_splits_can_have_any_name(datasets: Any, tmp_path: Path) -> None:
+    splits = {"learn": 6, "check": 2, "final": 3}
+    path = save(datasets, tmp_path / "pets", splits, image="img", label="fine_label")
+    data = module(
+        path,
+        image_column="img",
+        label_column="fine_label",
+        train_split="learn",
+        val_split="check",
+        test_split="final",
+    )
+    sizes = [len(one()) for one in (data.train_dataset, data.val_dataset, data.test_dataset)]
+    assert sizes == [6, 2, 3]
+
+
+def test_labels_without_names_are_counted(datasets: Any, tmp_path: Path) -> None:
+    number = datasets.Value("int64")
+    data = module(save(datasets, tmp_path / "pets", {"train": 4}, labels=number))
+    assert (data.num_classes, data.class_names) == (2, None)
+
+
+def test_folder_of_images_is_read_through_load_dataset(
+    datasets: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for split in ("train", "validation"):
+        for name in NAMES:
+            file = tmp_path / "pets" / split / name / "one.png"
+            file.parent.mkdir(parents=True)
+            Image.new("RGB", (9, 9)).save(file)
+    data = module(str(tmp_path / "pets"))
+    assert data.class_names == NAMES
+    assert [label for _, label in data.val_dataset()] == [0, 1]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_augmented_epoch_is_the_same_in_every_fresh_module(
+    num_workers: int, datasets: Any, tmp_path: Path
+) -> None:
+    path = save(datasets, tmp_path / "pets", {"train": 10})
+    epochs = []
+    for workers in (0, num_workers):
+        data = module(path, re_prob=1.0, global_batch_size=4, num_workers=workers)
+        loader = data.train_dataloader()
+        loader.sampler.set_epoch(2)
+        epochs.append(torch.cat([images for images, _ in loader]))
+    assert torch.equal(*epochs)
+
+
+def test_unknown_split_is_an_error_that_lists_the_splits(datasets: Any, tmp_path: Path) -> None:
+    path = save(datasets, tmp_path / "pets", {"train": 2, "test": 2})
+    with pytest.raises(ValueError, match=r"pets has no split validation but train, test"):
+        module(path).setup("fit")
+
+
+def test_unknown_column_is_an_error_that_lists_the_columns(datasets: Any, tmp_path: Path) -> None:
+    path = save(datasets, tmp_path / "pets", {"train": 2}, image="img")
+    with pytest.raises(ValueError, match=r"no column image but img, label, note: set image_col"):
+        module(path).setup("fit")
+
+
+def test_labels_in_words_are_an_error_that_says_how_to_number_them(
+    datasets: Any, tmp_path: Path
+) -> None:
+    path = save(datasets, tmp_path / "pets", {"train": 2})
+    with pytest.raises(ValueError, match=r"column note of .* class_encode_column"):
+        module(path, label_column="note").setup("fit")
+
+
+def test_corrupt_image_is_an_error_that_names_the_row(datasets: Any, tmp_path: Path) -> None:
+    good = io.BytesIO()
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(good, format="PNG")
+    rows = {
+        "image": [{"bytes": good.getvalue(), "path": None}, {"bytes": b"cut off", "path": None}],
+        "label": [0, 1],
+    }
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    split = datasets.Dataset.from_dict(rows, features=features)
+    datasets.DatasetDict({"validation": split}).save_to_disk(tmp_path / "pets")
+    with pytest.raises(OSError, match=r"row 1 of .*pets, split validation cannot be read"):
+        list(module(str(tmp_path / "pets")).val_dataloader())
+
+
+def test_absent_package_is_an_error_that_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match=r"pip install 'lightning-dist\[datasets\]'"):
+        module("pets").setup("fit")

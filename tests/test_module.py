@@ -1,0 +1,285 @@
+"""DistillModule and ClassificationModule: steps, metrics, optimizers, checkpoints."""
+
+import copy
+import functools
+
+import pytest
+import timm.optim
+import timm.scheduler
+import torch
+import torch.nn.functional as F
+from timm.data import Mixup
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.classification import MulticlassAccuracy
+
+from lightning_dist import DistillationCallback, DistillModule, DISTLoss, KDLoss, Teacher
+from lightning_dist.functional import dist_loss
+from lightning_dist.tasks.classification import ClassificationModule
+
+
+def network() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4))
+
+
+def data(batches: int = 4, size: int = 8) -> DataLoader:
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(batches * size, 6, generator=generator)
+    target = torch.randint(0, 4, (len(inputs),), generator=generator)
+    return DataLoader(TensorDataset(inputs, target), batch_size=size)
+
+
+sgd = functools.partial(torch.optim.SGD, lr=0.1)
+
+
+def test_logged_losses_add_up(make_trainer):
+    module = DistillModule(network(), network(), optimizer=sgd, distill_weight=3.0)
+    trainer = make_trainer(accumulate_grad_batches=2)
+    trainer.fit(module, data())
+    logged = trainer.callback_metrics
+    total = logged["train/task"] + logged["train/distill"]
+    assert logged["train/loss"].item() == pytest.approx(total.item(), rel=1e-6)
+
+
+def test_without_a_teacher_it_is_supervised_training(make_trainer):
+    torch.manual_seed(0)
+    module = DistillModule(network(), optimizer=sgd)
+    net = copy.deepcopy(module.student)
+    trainer = make_trainer()
+    trainer.fit(module, data())
+    assert not any(isinstance(c, DistillationCallback) for c in trainer.callbacks)
+    assert trainer.callback_metrics["train/loss"] == trainer.callback_metrics["train/task"]
+    optimizer = sgd(net.parameters())
+    for inputs, target in data():
+        optimizer.zero_grad()
+        F.cross_entropy(net(inputs), target).backward()
+        optimizer.step()
+    torch.testing.assert_close(module.student.state_dict(), net.state_dict())
+
+
+def test_the_loss_is_the_one_that_was_given(make_trainer):
+    torch.manual_seed(0)
+    module = DistillModule(
+        network(), network(), optimizer=sgd, distill_loss=KDLoss(2.0), distill_weight=0.7
+    )
+    trainer = make_trainer(max_steps=1)
+    student, teacher = copy.deepcopy(module.student), module.teacher.network
+    trainer.fit(module, data())
+    inputs, _ = next(iter(data()))
+    expected = 0.7 * KDLoss(2.0)(student.train()(inputs), teacher.eval()(inputs))
+    assert trainer.callback_metrics["train/distill"].item() == pytest.approx(expected.item(), 1e-5)
+
+
+def test_the_trainers_own_callback_wins(make_trainer):
+    mine = DistillationCallback(network(), student="student", weight=0.0)
+    module = DistillModule(network(), network(), optimizer=sgd)
+    trainer = make_trainer(callbacks=[mine])
+    trainer.fit(module, data())
+    assert [c for c in trainer.callbacks if isinstance(c, DistillationCallback)] == [mine]
+    assert trainer.callback_metrics["train/distill"] == 0
+
+
+def test_one_trainer_fits_two_modules_each_with_its_own_teacher(make_trainer):
+    first, second = (DistillModule(network(), network(), optimizer=sgd) for _ in range(2))
+    alone = DistillModule(network(), optimizer=sgd)
+    calls = []
+    for name, module in [("first", first), ("second", second)]:
+        module.teacher.network.register_forward_hook(lambda *_, name=name: calls.append(name))
+    trainer = make_trainer()
+    for module in (first, second, alone):
+        trainer.fit_loop.epoch_progress.reset()
+        trainer.fit(module, data())
+    assert calls == ["first"] * 4 + ["second"] * 4
+
+
+def test_teacher_is_no_part_of_the_module():
+    module = DistillModule(network(), network())
+    assert all(name.startswith("student.") for name in module.state_dict())
+    assert len(list(module.parameters())) == len(list(module.student.parameters()))
+    module.train()
+    assert not module.teacher.network.training
+
+
+def test_checkpoint_loads_and_predicts_without_a_teacher(make_trainer, tmp_path):
+    module = ClassificationModule(network(), network(), num_classes=4, optimizer=sgd)
+    trainer = make_trainer()
+    trainer.fit(module, data())
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    loaded = ClassificationModule.load_from_checkpoint(
+        tmp_path / "last.ckpt", student=network(), num_classes=4, weights_only=True
+    )
+    assert loaded.teacher is None
+    batches = make_trainer().predict(loaded, data())
+    module.eval()
+    with torch.no_grad():
+        expected = [module(inputs) for inputs, _ in data()]
+    torch.testing.assert_close(batches, expected)
+
+
+def test_checkpoint_is_the_size_of_the_student_and_its_optimizer(make_trainer, tmp_path):
+    student = nn.Sequential(nn.Linear(6, 500), nn.ReLU(), nn.Linear(500, 500), nn.Linear(500, 4))
+    teacher = nn.Sequential(nn.Linear(6, 4000), nn.Linear(4000, 4))
+    module = DistillModule(student, teacher, optimizer=torch.optim.AdamW)
+    trainer = make_trainer()
+    trainer.fit(module, data())
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    parts = {"student": student.state_dict(), "optimizer": trainer.optimizers[0].state_dict()}
+    torch.save(parts, tmp_path / "parts.pt")
+    ratio = (tmp_path / "last.ckpt").stat().st_size / (tmp_path / "parts.pt").stat().st_size
+    assert ratio < 1.01
+
+
+def test_metrics_are_those_of_the_whole_set(make_trainer):
+    module = ClassificationModule(network(), num_classes=4, optimizer=sgd)
+    loader = data(batches=3)
+    loader = DataLoader(loader.dataset, batch_size=10)  # 10, 10 and 4 images
+    metrics = make_trainer().test(module, loader, verbose=False)[0]
+    inputs, target = loader.dataset.tensors
+    logits = module.eval()(inputs)
+    accuracy = (logits.argmax(1) == target).float().mean().item()
+    assert metrics["test/accuracy"] == pytest.approx(accuracy)
+    assert metrics["test/loss"] == pytest.approx(F.cross_entropy(logits, target).item(), rel=1e-6)
+
+
+def test_top5_is_logged_where_it_says_something():
+    for num_classes, shown in [(10, False), (100, True)]:
+        metrics = ClassificationModule(network(), num_classes=num_classes).val_metrics
+        assert ("val/accuracy_top5" in list(metrics)) == shown
+
+
+def test_own_metrics(make_trainer):
+    module = DistillModule(network(), metrics={"top2": MulticlassAccuracy(4, top_k=2)})
+    assert "test/top2" in make_trainer().test(module, data(), verbose=False)[0]
+
+
+def test_label_smoothing_trains_but_does_not_test(make_trainer):
+    module = ClassificationModule(network(), num_classes=4, label_smoothing=0.2, optimizer=sgd)
+    inputs, target = next(iter(data(1)))
+    student = copy.deepcopy(module.student).train()
+    trainer = make_trainer(max_steps=1)
+    trainer.fit(module, data(1), data(1))
+    expected = F.cross_entropy(student(inputs), target, label_smoothing=0.2).item()
+    assert trainer.callback_metrics["train/task"].item() == pytest.approx(expected, rel=1e-5)
+    plain = F.cross_entropy(module.student.eval()(inputs), target).item()
+    assert trainer.callback_metrics["val/loss"].item() == pytest.approx(plain, rel=1e-5)
+
+
+def test_mixup_reaches_student_and_teacher_alike(make_trainer):
+    class Pixels(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(16, 4)
+            self.seen = []
+
+        def forward(self, images):
+            self.seen.append(images.detach().clone())
+            return self.layer(images.flatten(1))
+
+    images, labels = torch.randn(8, 1, 4, 4), torch.randint(0, 4, (8,))
+    loader = DataLoader(TensorDataset(images, labels), batch_size=8)
+    mixup = Mixup(mixup_alpha=0.8, num_classes=4, label_smoothing=0.1)
+    module = ClassificationModule(Pixels(), Pixels(), num_classes=4, mixup=mixup, optimizer=sgd)
+    make_trainer(num_sanity_val_steps=0).fit(module, loader, loader)
+    trained_on, validated_on = module.student.seen
+    assert torch.equal(trained_on, module.teacher.network.seen[0])
+    assert not torch.equal(trained_on, images)
+    assert torch.equal(validated_on, images)
+
+
+def rates(make_trainer, module, epochs=4):
+    seen = []
+    trainer = make_trainer(max_epochs=epochs)
+
+    def on_train_batch_start(*_):
+        seen.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    module.on_train_batch_start = on_train_batch_start
+    trainer.fit(module, data(2))
+    return seen
+
+
+def test_timm_optimizer_filters_weight_decay_and_timm_scheduler_steps_by_epoch(make_trainer):
+    module = DistillModule(
+        network(),
+        optimizer=functools.partial(
+            timm.optim.create_optimizer_v2, opt="sgd", lr=0.8, weight_decay=0.01
+        ),
+        scheduler=functools.partial(
+            timm.scheduler.create_scheduler_v2,
+            sched="step",
+            num_epochs=4,
+            decay_epochs=2,
+            decay_rate=0.5,
+            warmup_epochs=0,
+        ),
+    )
+    assert rates(make_trainer, module) == pytest.approx([0.8] * 4 + [0.4] * 4)
+    decays = {
+        len(g["params"]): g["weight_decay"] for g in module.trainer.optimizers[0].param_groups
+    }
+    assert decays == {4: 0.0, 2: 0.01}  # biases and norms; weights
+
+
+def test_timm_scheduler_steps_by_step(make_trainer):
+    module = DistillModule(
+        network(),
+        optimizer=sgd,
+        scheduler=functools.partial(
+            timm.scheduler.StepLRScheduler, decay_t=3, decay_rate=0.5, t_in_epochs=False
+        ),
+        scheduler_interval="step",
+    )
+    assert rates(make_trainer, module) == pytest.approx([0.1] * 3 + [0.05] * 3 + [0.025] * 2)
+
+
+def test_torch_scheduler_steps_by_step(make_trainer):
+    module = DistillModule(
+        network(),
+        optimizer=sgd,
+        scheduler=functools.partial(torch.optim.lr_scheduler.StepLR, step_size=3, gamma=0.5),
+        scheduler_interval="step",
+    )
+    assert rates(make_trainer, module) == pytest.approx([0.1] * 3 + [0.05] * 3 + [0.025] * 2)
+
+
+def test_a_subclass_that_overrides_one_method(make_trainer):
+    class Regression(DistillModule):
+        def training_step(self, batch, batch_idx):
+            inputs, target = batch
+            return F.mse_loss(self.student(inputs)[:, 0], target.float())
+
+    torch.manual_seed(0)
+    module = Regression(network(), network(), optimizer=sgd, distill_loss=DISTLoss(tau=2.0))
+    student, teacher = copy.deepcopy(module.student).train(), module.teacher
+    trainer = make_trainer(max_steps=1)
+    trainer.fit(module, data())
+    inputs, target = next(iter(data()))
+    output = student(inputs)
+    expected = F.mse_loss(output[:, 0], target.float())
+    expected = expected + 2 * dist_loss(output, teacher(inputs), tau=2.0)
+    assert trainer.callback_metrics["train/loss"].item() == pytest.approx(expected.item(), 1e-5)
+
+
+def test_a_subclass_with_layers_of_its_own_trains_them(make_trainer):
+    class Extra(DistillModule):
+        def __init__(self):
+            factory = functools.partial(timm.optim.create_optimizer_v2, opt="sgd", lr=0.1)
+            super().__init__(network(), optimizer=factory)
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self.student(batch[0]) * self.scale, batch[1])
+
+    module = Extra()
+    make_trainer().fit(module, data())
+    assert module.scale.item() != 1.0
+
+
+def test_a_teacher_object_is_taken_as_it_is():
+    teacher = Teacher(network(), dtype="bfloat16")
+    assert DistillModule(network(), teacher).teacher is teacher
+
+
+def test_an_unknown_scheduler_interval_is_refused():
+    with pytest.raises(ValueError, match="scheduler_interval is 'batch'"):
+        DistillModule(network(), scheduler_interval="batch")

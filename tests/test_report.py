@@ -1,0 +1,354 @@
+"""Tests that reports tell what the runs measured, whatever their names hold."""
+
+import csv
+import json
+import os
+import statistics
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import pytest
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from lightning_dist import report
+from lightning_dist.report import (
+    group_runs,
+    optimized_metric,
+    plot_runs,
+    read_runs,
+    report_table,
+    write_csv,
+    write_report,
+)
+
+ACCURACY = {
+    "none": [0.8851, 0.8912, 0.8807],
+    "kd": [0.9013, 0.9066, 0.8949],
+    "dist": [0.9071, 0.9112, 0.9034],
+}
+
+
+def put_run(folder: Path, *overrides: str, **fields: Any) -> Path:
+    """Write a run as the train command does."""
+    content = {
+        "status": "completed",
+        "overrides": list(overrides),
+        "command": f"lightning-dist train {' '.join(overrides)}",
+        "metric": "test/accuracy",
+        "metrics": {"test/accuracy": 0.9},
+        "checkpoint": "checkpoints/last.ckpt",
+        "seconds": 12.5,
+        "error": None,
+    }
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text(json.dumps(content | fields), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    """Three settings with three seeds each, in numbered folders."""
+    jobs = [(name, seed) for name in ACCURACY for seed in range(3)]
+    for number, (name, seed) in enumerate(jobs):
+        value = ACCURACY[name][seed]
+        put_run(
+            tmp_path / "sweep" / str(number),
+            "experiment=digits",
+            f"distill={name}",
+            f"seed={seed}",
+            metrics={"test/loss": 1 - value, "test/accuracy": value},
+        )
+    return tmp_path / "sweep"
+
+
+def shown(table: Table, width: int = 300) -> str:
+    console = Console(width=width, color_system=None, force_terminal=False)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get()
+
+
+def rows(table: Table) -> list[list[str]]:
+    return [[str(cell) for cell in row] for row in zip(*(c.cells for c in table.columns))]  # noqa: B905
+
+
+def headers(table: Table) -> list[str]:
+    return [str(column.header) for column in table.columns]
+
+
+def tick_labels(figure: Figure) -> list[str]:
+    return [label.get_text() for label in figure.axes[0].get_yticklabels()]
+
+
+def test_summary_is_mean_and_sample_standard_deviation(sweep: Path) -> None:
+    groups = group_runs(read_runs(sweep))
+    assert [group.values for group in groups] == [{"distill": name} for name in ACCURACY]
+    for group, numbers in zip(groups, ACCURACY.values(), strict=True):
+        summary = group.summary("test/accuracy")
+        assert summary is not None
+        assert summary.numbers == numbers
+        assert summary.mean == pytest.approx(statistics.fmean(numbers), rel=1e-12)
+        assert summary.std == pytest.approx(statistics.stdev(numbers), rel=1e-12)
+        assert group.summary("unknown") is None
+
+
+def test_table_shows_varying_keys_runs_and_optimised_metric_first(sweep: Path) -> None:
+    table = report_table(read_runs(sweep))
+    assert headers(table) == ["distill", "runs", "test/accuracy", "test/loss"]
+    mean, std = statistics.fmean(ACCURACY["kd"]), statistics.stdev(ACCURACY["kd"])
+    assert rows(table)[1][:3] == ["kd", "3", f"{mean:.4g} ± {std:.4g}"]
+    assert "0.9009 ± 0.005859" in shown(table)
+    assert headers(report_table(read_runs(sweep), "test/loss"))[2:] == [
+        "test/loss",
+        "test/accuracy",
+    ]
+
+
+def test_one_run_has_no_standard_deviation(tmp_path: Path) -> None:
+    put_run(tmp_path / "run", "seed=0")
+    table = write_report(tmp_path / "run")
+    assert headers(table) == ["runs", "test/accuracy"]
+    assert rows(table) == [["1", "0.9"]]
+    assert tick_labels(plot_runs(read_runs(tmp_path))) == ["all runs"]
+
+
+def test_runs_come_in_natural_order_folder_by_folder(tmp_path: Path) -> None:
+    for number in (10, 9, 1, 100):
+        put_run(tmp_path / "b" / f"job{number}", f"x={number}")
+    put_run(tmp_path / "a" / "deep" / "er", "x=a")
+    put_run(tmp_path / "b" / "2024-01-02" / "0", "x=date")
+    runs = read_runs([tmp_path / "b", str(tmp_path / "a")])
+    assert [run.overrides["x"] for run in runs] == ["date", "1", "9", "10", "100", "a"]
+    assert [group.values["x"] for group in group_runs(runs)][-2:] == ["100", "a"]
+
+
+def test_overlapping_folders_count_a_run_once(sweep: Path) -> None:
+    assert len(read_runs([sweep / "3", sweep, sweep / ".." / "sweep"])) == 9
+    assert read_runs([sweep / "3", sweep])[0].folder == sweep / "3"
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("lr=0.1", "lr", "0.1"),
+        ("+lr=0.1", "lr", "0.1"),
+        ("++model.lr=0.1", "model.lr", "0.1"),
+        ("~callbacks", "callbacks", "(removed)"),
+        ("~callbacks=ema", "callbacks", "(removed)"),
+        ("name='it\\'s, a b'", "name", "it's, a b"),
+        ('name="x=y"', "name", "x=y"),
+        ("name='", "name", "'"),
+        ("name=", "name", ""),
+        ("db@src=mysql", "db@src", "mysql"),
+    ],
+)
+def test_overrides_are_read_as_hydra_writes_them(
+    tmp_path: Path, override: str, key: str, value: str
+) -> None:
+    put_run(tmp_path / "run", "lr=1", override)
+    overrides = read_runs(tmp_path)[0].overrides
+    assert overrides[key] == value
+    assert set(overrides) == {"lr", key}
+
+
+def test_key_that_some_runs_leave_alone_is_shown_as_default(tmp_path: Path) -> None:
+    put_run(tmp_path / "0", "seed=0")
+    put_run(tmp_path / "1", "tau=4", "+seed=0")
+    put_run(tmp_path / "2", "tau=", "seed=1")
+    runs = read_runs(tmp_path)
+    assert [group.values["tau"] for group in group_runs(runs)] == [None, "4", ""]
+    assert [row[0] for row in rows(report_table(runs))] == ["(default)", "4", "''"]
+    assert tick_labels(plot_runs(runs)) == ["(default)", "4", "''"]
+
+
+def test_failed_runs_are_listed_with_their_reason_and_stay_out_of_the_mean(sweep: Path) -> None:
+    dist = ["experiment=digits", "distill=dist", "seed=9"]
+    put_run(sweep / "9", *dist, status="failed", error="out of\nmemory", metrics={"val/x": 9.0})
+    mimic = ["experiment=digits", "distill=mimic"]
+    put_run(sweep / "10", *mimic, status="failed", metric=None, metrics={})
+    runs = read_runs(sweep)
+    table = report_table(runs)
+    assert [row[1] for row in rows(table)][-2:] == ["3 + 1 failed", "0 + 1 failed"]
+    assert rows(table)[-1][-2:] == ["-", "-"]
+    assert "val/x" not in headers(table)
+    mean = group_runs(runs)[2].summary("test/accuracy")
+    assert mean is not None
+    assert mean.numbers == ACCURACY["dist"]
+    text = "".join(shown(table).split())  # the caption is as wide as the table: lines break
+    assert f"failed:{sweep / '9'}:outof\\nmemory" in text
+    assert f"failed:{sweep / '10'}:noreasongiven" in text
+    assert [text.get_text() for text in plot_runs(runs).axes[0].texts] == ["no result"]
+
+
+def test_report_of_failures_only_still_lists_them(tmp_path: Path) -> None:
+    put_run(tmp_path / "0", status="failed", error="bad-data", metrics={})
+    assert "bad-data" in shown(write_report(tmp_path))
+    assert (tmp_path / "report.png").exists()
+
+
+def test_metric_that_some_runs_lack_says_how_many_it_averages(tmp_path: Path) -> None:
+    for seed, extra in enumerate([{"val/x": 1.0}, {"val/x": 2.0}, {}]):
+        put_run(tmp_path / str(seed), f"seed={seed}", metrics={"test/accuracy": 0.5} | extra)
+    assert rows(report_table(read_runs(tmp_path))) == [["3", "0.5 ± 0", "1.5 ± 0.7071 (of 2)"]]
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_diverged_run_is_seen_in_the_mean(tmp_path: Path, number: float) -> None:
+    put_run(tmp_path / "0", "seed=0", metrics={"test/accuracy": number})
+    put_run(tmp_path / "1", "seed=1")
+    assert rows(write_report(tmp_path)) == [["2", f"{number} ± nan"]]
+
+
+def test_markup_and_control_characters_in_names_are_shown_not_obeyed(tmp_path: Path) -> None:
+    markup = "[bold red]x[/] [/oops] [link=https://evil.example]y[/link] $\\frac{$"
+    bad = {"metric": markup, "metrics": {markup: 0.5}}
+    put_run(tmp_path / "[blue]0", f"+[red]key=[1,2]{markup}", **bad)
+    put_run(tmp_path / "[blue]1", "+[red]key=\x1b[2J\ud800", **bad)
+    put_run(tmp_path / "[blue]2", **bad | {"status": "failed", "error": markup})
+    table = write_report(tmp_path)
+    text = shown(table)
+    assert text.count(markup) == 3  # a value, a column name and a reason
+    assert "[red]key" in text
+    assert "[blue]2" in text
+    assert "\x1b" not in text
+    assert "\\x1b[2J\\ud800" in text
+
+
+def test_csv_has_one_complete_row_a_run(sweep: Path) -> None:
+    put_run(
+        sweep / "9", "distill='a,\"b\"'", "status=mine", status="failed", error="why", metrics={}
+    )
+    write_csv(read_runs(sweep), sweep / "runs.csv")
+    with open(sweep / "runs.csv", newline="", encoding="utf-8") as file:
+        header, *lines = csv.reader(file)
+    assert header[:4] == ["folder", "status", "seconds", "error"]
+    assert header[4:8] == ["experiment", "distill", "seed", "status"]
+    assert header[8:] == ["test/loss", "test/accuracy", "command"]
+    assert len(lines) == 10
+    assert lines[4][:8] == [str(sweep / "4"), "completed", "12.5", "", "digits", "kd", "1", ""]
+    assert float(lines[4][9]) == ACCURACY["kd"][1]
+    assert lines[4][10] == "lightning-dist train experiment=digits distill=kd seed=1"
+    assert lines[9][1:8] == ["failed", "12.5", "why", "", 'a,"b"', "", "mine"]
+    assert lines[9][8:10] == ["", ""]
+
+
+def test_plot_shows_each_run_and_the_mean_with_error_bar(sweep: Path) -> None:
+    axes = plot_runs(read_runs(sweep)).axes[0]
+    assert axes.get_title() == "test/accuracy"
+    assert axes.get_title(loc="left") == "distill"
+    assert tick_labels(axes.figure) == list(ACCURACY)  # type: ignore[arg-type]
+    assert axes.yaxis_inverted()  # the first group on top, as in the table
+    dots = [list(line.get_xdata()) for line in axes.lines if line.get_marker() == "o"]
+    assert dots == list(ACCURACY.values())
+    for bar, (row, numbers) in zip(axes.containers, enumerate(ACCURACY.values()), strict=True):
+        middle, _, (span,) = bar
+        (low, row_low), (high, _) = span.get_segments()[0]
+        mean, std = statistics.fmean(numbers), statistics.stdev(numbers)
+        assert list(middle.get_xdata()) == pytest.approx([mean])
+        assert list(middle.get_ydata()) == [row_low] == [row]
+        assert (low, high) == pytest.approx((mean - std, mean + std))
+
+
+def test_plot_stays_readable_with_many_groups_and_long_names(tmp_path: Path) -> None:
+    for number in range(30):
+        put_run(tmp_path / str(number), f"weights=/data/{'x' * 3000}/{number}")
+    write_report(tmp_path)
+    figure = plot_runs(read_runs(tmp_path))
+    labels = tick_labels(figure)
+    assert len(set(labels)) == 30
+    assert {len(label) for label in labels} == {80}
+    assert labels[7].startswith("/data/x")
+    assert labels[7].endswith("x/7")
+    boxes = [label.get_window_extent() for label in figure.axes[0].get_yticklabels()]
+    assert not any(one.overlaps(other) for one, other in pairwise(boxes))
+    height, width, _ = matplotlib.image.imread(tmp_path / "report.png").shape
+    assert width < 3000
+    assert height < 2500
+
+
+def test_write_report_fills_the_first_folder_or_out(sweep: Path, tmp_path: Path) -> None:
+    put_run(tmp_path / "more" / "0", "distill=dist", "experiment=digits", "seed=3")
+    table = write_report([tmp_path / "more", sweep])
+    assert [row[:2] for row in rows(table)] == [["dist", "4"], ["none", "3"], ["kd", "3"]]
+    assert sorted(os.listdir(tmp_path / "more")) == ["0", "report.csv", "report.png"]
+    assert not (sweep / "report.csv").exists()
+    write_report(sweep, out=tmp_path / "new" / "out", metric="test/loss")
+    assert sorted(os.listdir(tmp_path / "new" / "out")) == ["report.csv", "report.png"]
+    image = matplotlib.image.imread(tmp_path / "new" / "out" / "report.png")
+    assert image.std() > 0.05  # something is drawn
+
+
+def test_folder_without_runs_is_an_error_that_says_what_is_missing(sweep: Path) -> None:
+    (sweep / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty: .*result\.json.*lightning-dist train"):
+        write_report([sweep, sweep / "empty"])
+    with pytest.raises(ValueError, match=r"missing \(no such folder\)"):
+        write_report(sweep / "missing")
+    with pytest.raises(ValueError, match="no folder given"):
+        write_report([])
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('{"status": "compl', "JSONDecodeError"),
+        ("", "JSONDecodeError"),
+        ("[]", "TypeError"),
+        ('{"status": "completed"}', "'overrides'"),
+        ('{"status": "running"}', "status is 'running'"),
+    ],
+)
+def test_broken_result_is_an_error_that_names_the_file(sweep: Path, text: str, reason: str) -> None:
+    (sweep / "4" / "result.json").write_text(text)
+    with pytest.raises(ValueError, match=f"4{os.sep}result.json is broken .*{reason}"):
+        read_runs(sweep)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"metrics": {"a": None}}, {"metrics": [1]}, {"overrides": ["nonsense"]}, {"overrides": [1]}],
+)
+def test_wrong_field_is_an_error_that_names_the_file(tmp_path: Path, fields: dict) -> None:
+    put_run(tmp_path / "run", **fields)
+    with pytest.raises(ValueError, match=r"run.result\.json is broken"):
+        read_runs(tmp_path)
+
+
+def test_fields_of_later_versions_do_no_harm(tmp_path: Path) -> None:
+    put_run(tmp_path / "run", rank=0)
+    assert read_runs(tmp_path)[0].checkpoint == "checkpoints/last.ckpt"
+
+
+def test_runs_that_disagree_on_the_metric_need_a_choice(tmp_path: Path) -> None:
+    both = {"test/accuracy": 0.9, "val/miou": 0.7}
+    put_run(tmp_path / "one", metrics=both)
+    put_run(tmp_path / "two", metric="val/miou", metrics=both)
+    runs = read_runs(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"disagree.*one optimises test/acc.*two optimises val/miou"
+    ):
+        write_report(tmp_path)
+    assert not (tmp_path / "report.csv").exists()
+    assert optimized_metric(runs, "val/miou") == "val/miou"
+    assert headers(report_table(runs, "val/miou"))[1] == "val/miou"
+    assert plot_runs(runs, "val/miou").axes[0].get_title() == "val/miou"
+
+
+def test_unknown_metric_is_an_error_that_lists_the_known(sweep: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"the metric acc; .*test/loss, test/accuracy"):
+        write_report(sweep, metric="acc")
+    put_run(tmp_path / "unnamed", metric=None)
+    with pytest.raises(ValueError, match=r"the metric None; .*test/accuracy"):
+        write_report(tmp_path / "unnamed")
+
+
+def test_import_leaves_matplotlib_alone() -> None:
+    # The file by itself: torchmetrics, which the package imports, imports matplotlib.
+    code = "import runpy, sys; runpy.run_path(sys.argv[1]); assert 'matplotlib' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code, report.__file__], check=True)

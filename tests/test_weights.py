@@ -1,0 +1,128 @@
+"""Weight files: every form they come in, and none that runs code."""
+
+import os
+import pickle
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from lightning_dist import Teacher
+from lightning_dist.models.small import SmallCNN
+from lightning_dist.weights import load_weights, read_checkpoint
+
+
+@pytest.fixture
+def network() -> nn.Module:
+    return SmallCNN([4, 8])
+
+
+def same(left: nn.Module, right: nn.Module) -> bool:
+    pairs = zip(left.state_dict().values(), right.state_dict().values(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def prefixed(state: dict, prefix: str) -> dict:
+    return {prefix + name: value for name, value in state.items()}
+
+
+@pytest.mark.parametrize(
+    "contents",
+    [
+        lambda state: state,
+        lambda state: {"model": state, "epoch": 3, "optimizer": {"lr": 0.1}},
+        lambda state: {"state_dict": prefixed(state, "student."), "pytorch-lightning_version": "2"},
+        lambda state: {"state_dict_ema": prefixed(state, "module.")},
+        lambda state: prefixed(state, "module.student."),
+        lambda state: {"state_dict": prefixed(state, "net._orig_mod.") | {"loss.w": torch.ones(1)}},
+    ],
+    ids=["plain", "published", "lightning", "ema", "two prefixes", "compiled, with other entries"],
+)
+@pytest.mark.parametrize("suffix", [".pth", ".ckpt"])
+def test_torch_files(tmp_path, network, contents, suffix):
+    path = tmp_path / f"weights{suffix}"
+    torch.save(contents(network.state_dict()), path)
+    loaded = SmallCNN([4, 8])
+    load_weights(loaded, path)
+    assert same(loaded, network)
+
+
+def test_safetensors_files(tmp_path, network):
+    safetensors.torch.save_file(network.state_dict(), tmp_path / "weights.safetensors")
+    teacher = Teacher(SmallCNN([4, 8]), weights=tmp_path / "weights.safetensors")
+    assert same(teacher.network, network)
+
+
+def test_a_file_that_a_package_ships():
+    load_weights(SmallCNN([32, 64, 128]), "pkg://lightning_dist/assets/digits_teacher.safetensors")
+
+
+class Runs:
+    def __init__(self, path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".ckpt", ".safetensors"])
+@pytest.mark.parametrize("writer", ["torch", "pickle"])
+def test_a_pickle_that_carries_code_is_refused_and_not_run(tmp_path, network, suffix, writer):
+    path, trace = tmp_path / f"weights{suffix}", tmp_path / "trace"
+    contents = {"model": network.state_dict(), "extra": Runs(trace)}
+    if writer == "torch":
+        torch.save(contents, path)
+    else:
+        path.write_bytes(pickle.dumps(contents))
+    with pytest.raises(ValueError, match=f"weights{suffix} is damaged"):
+        load_weights(network, path)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("keep", [0, 10, 0.5])
+def test_a_damaged_file_is_refused_by_name(tmp_path, network, suffix, keep):
+    path = tmp_path / f"weights{suffix}"
+    if suffix == ".pth":
+        torch.save(network.state_dict(), path)
+    else:
+        safetensors.torch.save_file(network.state_dict(), path)
+    contents = path.read_bytes()
+    path.write_bytes(contents[: int(keep * len(contents)) if keep < 1 else keep])
+    with pytest.raises(ValueError, match=f"weights{suffix} is damaged"):
+        load_weights(network, path)
+
+
+def test_a_missing_file_is_named(tmp_path, network):
+    with pytest.raises(FileNotFoundError, match=r"no weight file .*nothing\.pth"):
+        load_weights(network, tmp_path / "nothing.pth")
+
+
+def test_entries_that_do_not_fit_are_listed_and_nothing_is_loaded(tmp_path, network):
+    state = network.state_dict()
+    state["features.9.weight"] = state.pop("features.0.weight")
+    state["head.weight"] = torch.zeros(100, 8)
+    torch.save(state, tmp_path / "weights.pth")
+    target = SmallCNN([4, 8])
+    before = {name: value.clone() for name, value in target.state_dict().items()}
+    with pytest.raises(ValueError, match="does not fit SmallCNN") as caught:
+        load_weights(target, tmp_path / "weights.pth")
+    message = str(caught.value)
+    assert "1 missing: features.0.weight" in message
+    assert "1 unexpected: features.9.weight" in message
+    assert "head.weight (100, 8) for (10, 8)" in message
+    for name, value in target.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("contents", [[1, 2], {"epoch": 3}, {"model": {"a": "text"}}])
+def test_a_file_without_a_state_dict_is_refused(tmp_path, network, contents):
+    torch.save(contents, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match="expected a state_dict"):
+        load_weights(network, tmp_path / "weights.pth")
+
+
+def test_read_checkpoint_gives_everything(tmp_path):
+    torch.save({"epoch": 3, "state_dict": {}}, tmp_path / "last.ckpt")
+    assert read_checkpoint(tmp_path / "last.ckpt") == {"epoch": 3, "state_dict": {}}
