@@ -77,10 +77,9 @@ def read_runs(folders: Folders) -> list[Run]:
     for top in _as_paths(folders):
         inside = [path.parent for path in top.rglob(RESULT_FILE)]
         if not inside:
-            raise ValueError(
-                f"no runs found under {top}{'' if top.is_dir() else ' (no such folder)'}: "
-                f"a run folder contains the {RESULT_FILE} that `lightning-dist train` writes"
-            )
+            gone = "" if top.is_dir() else " (no such folder)"
+            why = f"a run folder contains the {RESULT_FILE} that `lightning-dist train` writes"
+            raise ValueError(f"no runs found under {top}{gone}: {why}")
         for folder in sorted(inside, key=lambda folder: _natural(folder.relative_to(top))):
             found.setdefault(folder.resolve(), folder)  # folders may overlap: each run once
     return [_read_run(folder) for folder in found.values()]
@@ -104,7 +103,7 @@ def optimized_metric(runs: Sequence[Run], metric: str | None = None) -> str:
     """
     named = {run.metric: run.folder for run in runs if run.metric}
     logged = _names(run.metrics for run in runs if run.completed)
-    choose = f"choose with metric=, out of {', '.join(logged)}"
+    choose = f"choose with metric=, out of {', '.join(logged) or 'none'}"
     if metric is None and len(named) > 1:
         who = ", ".join(f"{folder} optimises {name}" for name, folder in named.items())
         raise ValueError(f"runs disagree on the metric: {who}; {choose}")
@@ -151,7 +150,7 @@ def plot_runs(runs: Sequence[Run], metric: str | None = None) -> "Figure":
     from matplotlib.figure import Figure
 
     groups, metric = group_runs(runs), optimized_metric(runs, metric)
-    height = min(1.1 + 0.02 * len(groups), 200.0)  # inches; the canvas ends at 65536 pixels
+    height = min(1.1 + 0.42 * len(groups), 200.0)  # inches; the canvas ends at 65536 pixels
     figure = Figure(figsize=(6.4, height), dpi=150)
     axes = figure.add_axes((0.0, 0.5 / height, 1.0, 1.0 - 0.9 / height))
     for y, group in enumerate(groups):

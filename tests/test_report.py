@@ -168,8 +168,9 @@ def test_key_that_some_runs_leave_alone_is_shown_as_default(tmp_path: Path) -> N
 
 
 def test_failed_runs_are_listed_with_their_reason_and_stay_out_of_the_mean(sweep: Path) -> None:
+    partial = {"test/accuracy": 0.1, "val/x": 9.0}
     dist = ["experiment=digits", "distill=dist", "seed=9"]
-    put_run(sweep / "9", *dist, status="failed", error="out of\nmemory", metrics={"val/x": 9.0})
+    put_run(sweep / "9", *dist, status="failed", error="out of\nmemory", metrics=partial)
     mimic = ["experiment=digits", "distill=mimic"]
     put_run(sweep / "10", *mimic, status="failed", metric=None, metrics={})
     runs = read_runs(sweep)

@@ -4,6 +4,8 @@ import difflib
 import importlib
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 VERBS = {
     "train": "train a student, distilled or not; -m sweeps",
@@ -30,14 +32,36 @@ def main() -> None:
         near = difflib.get_close_matches(verb, VERBS, n=1) or list(VERBS)
         _fail(f"there is no verb {verb!r}: use {' or '.join(near)}", status=2)
 
-    full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    environment = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let Hydra raise instead of printing several lines
     try:
-        importlib.import_module(f"lightning_dist.cli.{verb}").main()
+        with one_line_errors(traceback=environment == "1"):
+            importlib.import_module(f"lightning_dist.cli.{verb}").main()
+    finally:
+        del os.environ["HYDRA_FULL_ERROR"]
+        if environment is not None:
+            os.environ["HYDRA_FULL_ERROR"] = environment
+
+
+@contextmanager
+def one_line_errors(traceback: bool | None = None) -> Iterator[None]:
+    """Exit with one line on an error of the user's.
+
+    Hydra prints a line of its own about an error that leaves a job, so jobs use this too, and take
+    over what :func:`main` found about ``traceback``.
+    """
+    global _traceback
+    if traceback is not None:
+        _traceback = traceback
+    try:
+        yield
     except Exception as error:
-        if full_error or not _is_users(error):
+        if _traceback or not _is_users(error):
             raise
-        _fail(str(error))
+        _fail(str(error).partition("Config search path")[0])
+
+
+_traceback = False
 
 
 def _is_users(error: Exception) -> bool:
@@ -46,8 +70,16 @@ def _is_users(error: Exception) -> bool:
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
     from omegaconf.errors import OmegaConfBaseException
 
-    users = (HydraException, OmegaConfBaseException, MisconfigurationException, UserError)
-    return isinstance(error, users)
+    return isinstance(
+        error,
+        (
+            HydraException,
+            OmegaConfBaseException,
+            MisconfigurationException,
+            FileNotFoundError,
+            UserError,
+        ),
+    )
 
 
 class UserError(Exception):

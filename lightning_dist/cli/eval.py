@@ -7,6 +7,7 @@ from hydra.utils import instantiate
 from lightning.pytorch import seed_everything
 from omegaconf import DictConfig, OmegaConf
 
+from lightning_dist.cli import one_line_errors
 from lightning_dist.cli.saved import build_module, read_saved
 
 
@@ -18,6 +19,7 @@ def main() -> None:
     )()
 
 
+@one_line_errors()
 def _job(config: DictConfig) -> None:
     sys.argv.insert(1, "eval")  # the command line that subprocess DDP starts again
     try:

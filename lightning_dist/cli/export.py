@@ -7,6 +7,7 @@ import rich
 import safetensors.torch
 from omegaconf import DictConfig
 
+from lightning_dist.cli import one_line_errors
 from lightning_dist.cli.saved import build_module, read_saved
 
 
@@ -18,6 +19,7 @@ def main() -> None:
     )()
 
 
+@one_line_errors()
 def _job(config: DictConfig) -> None:
     checkpoint, saved = read_saved(config.ckpt, config.trust)
     student = build_module(checkpoint, saved).student

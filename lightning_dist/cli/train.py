@@ -17,6 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
+from lightning_dist.cli import one_line_errors
 from lightning_dist.cli.saved import CONFIG_KEY, to_save
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ def main() -> None:
     )()
 
 
+@one_line_errors()
 def _job(config: DictConfig) -> float | None:
     """One run; its result is written whether it succeeds or fails."""
     sys.argv.insert(1, "train")  # the command line that subprocess DDP starts again

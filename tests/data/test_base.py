@@ -245,6 +245,16 @@ def test_run_resumed_within_an_epoch_continues_at_the_next_batch(
         assert torch.equal(torch.cat(seen), whole.pixels(one))
 
 
+def test_resumed_loader_counts_on_and_skips_only_once() -> None:
+    loader = NoisyData().train_dataloader()
+    loader.load_state_dict({"epoch": 0, "batches": 2})
+    first = next(iter(loader))
+    assert loader.state_dict() == {"epoch": 0, "batches": 3}
+    whole = list(loader)
+    assert len(whole) == len(loader) == SAMPLES // 4
+    assert torch.equal(first[0], whole[2][0])
+
+
 def test_overfitting_some_batches_repeats_them(make_trainer: Callable[..., L.Trainer]) -> None:
     model = fit(NoisyData(), make_trainer, overfit_batches=2)
     assert torch.equal(model.pixels(0), model.pixels(2))

@@ -78,11 +78,11 @@ def test_training_images_are_crops_of_the_padded_image_or_its_mirror_image(root:
     mean, std = torch.tensor(data.mean).view(3, 1, 1), torch.tensor(data.std).view(3, 1, 1)
     dataset = data.train_dataset()
     places = set()
-    for _ in range(12):
+    for _ in range(8):
         same = torch.isclose(possible, dataset[0][0] * std + mean, atol=1e-5).flatten(1).all(1)
         assert same.sum() == 1
         places.add(int(same.nonzero()))
-    assert len(places) > 8
+    assert len(places) > 4
     assert min(places) < len(crops) <= max(places)
 
 

@@ -1,0 +1,254 @@
+"""Cost of a whole distillation step: ``python -m benchmarks.step``.
+
+A step is the student's and the teacher's forward, cross-entropy and distillation loss, backward and
+the optimizer, of a small CNN on 128 colour images of 32 x 32 pixels and 100 classes, through
+
+- DistillationCallback in Lightning's Trainer, its logging included;
+- a plain PyTorch loop with the authors' formulation of the loss;
+- timm's LogitDistillationTask in a plain loop (a KL divergence: it has no DIST loss);
+- torchdistill's training box with its DISTLoss;
+- the parts that nothing avoids: a supervised step of the same student in the same Trainer, and the
+  teacher's forward without gradients, timed apart and added.
+
+Each round runs a few steps of every contestant, the first ones untimed, and keeps the median step.
+The ratio of two contestants is the median over the rounds.
+"""
+
+import logging
+import os
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from benchmarks.common import bar, peer, plain_dist, ratio, show
+from lightning_dist import DistillationCallback, DISTLoss
+from lightning_dist.models.cifar import resnet8, resnet20
+
+Batch = tuple[Tensor, Tensor]
+Run = Callable[[list[Batch]], list[float]]  # trains on batches, returns when each step started
+
+ROUNDS, STEPS, WARM_UP = 12, 9, 3
+CLASSES, WEIGHT = 100, 2.0
+OURS, PLAIN = "DistillationCallback, DIST", "plain loop, authors' DIST"
+TIMM, BOX = "timm LogitDistillationTask, KL", "torchdistill training box, DIST"
+SUPERVISED, TEACHER = "supervised step in Lightning", "teacher's forward"
+
+
+class Classifier(LightningModule):
+    """An ordinary module that knows nothing of distillation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = resnet8(num_classes=CLASSES)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        images, target = batch
+        return F.cross_entropy(self.net(images), target)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return sgd(self.net)
+
+
+class Clock(Callback):
+    """Notes when each batch starts."""
+
+    def __init__(self) -> None:
+        self.starts: list[float] = []
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.starts.append(time.perf_counter())
+
+
+def sgd(network: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+
+
+def lightning(*callbacks: Callback) -> Run:
+    """Steps inside ``fit``, of a new Trainer each time."""
+    module = Classifier()
+
+    def run(batches: list[Batch]) -> list[float]:
+        clock = Clock()
+        trainer = Trainer(
+            accelerator="cpu",
+            max_epochs=1,
+            callbacks=[clock, *callbacks],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(module, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
+        return clock.starts
+
+    return run
+
+
+def loop(step: Callable[[Tensor, Tensor], Any]) -> Run:
+    """A plain loop over the batches."""
+
+    def run(batches: list[Batch]) -> list[float]:
+        starts = []
+        for images, target in batches:
+            starts.append(time.perf_counter())
+            step(images, target)
+        return starts
+
+    return run
+
+
+def plain(teacher: nn.Module) -> Run:
+    """What a user writes without any library."""
+    student = resnet8(num_classes=CLASSES)
+    optimizer = sgd(student)
+
+    def step(images: Tensor, target: Tensor) -> None:
+        with torch.no_grad():
+            theirs = teacher(images)
+        ours = student(images)
+        loss = F.cross_entropy(ours, target) + WEIGHT * plain_dist(ours, theirs)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return loop(step)
+
+
+def timm_task(teacher: nn.Module) -> Run:
+    """timm's task; student and teacher are said to be normalised alike, so it need not convert."""
+    student = resnet8(num_classes=CLASSES)
+    for network in (student, teacher):
+        network.pretrained_cfg = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
+    student.in_chans = 3
+    task = peer("timm.task").LogitDistillationTask(
+        student,
+        teacher,
+        criterion=nn.CrossEntropyLoss(),
+        distill_loss_weight=WEIGHT,
+        task_loss_weight=1.0,
+        device=torch.device("cpu"),
+        verbose=False,
+    )
+    task.train()
+    optimizer = sgd(student)
+
+    def step(images: Tensor, target: Tensor) -> None:
+        loss = task(images, target)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return loop(step)
+
+
+def training_box(teacher: nn.Module) -> Run:
+    """torchdistill's box, driven as its example scripts do."""
+    distillation = peer("torchdistill.core.distillation")
+    logging.getLogger("torchdistill").setLevel(logging.WARNING)
+    output = {"student_module_path": ".", "student_module_io": "output"}
+    output |= {"teacher_module_path": ".", "teacher_module_io": "output"}
+    label = {"input": {"is_from_teacher": False, "module_path": ".", "io": "output"}}
+    label["target"] = {"uses_label": True}
+    terms = {
+        "task": {
+            "criterion": {"key": "CrossEntropyLoss", "kwargs": {}},
+            "criterion_wrapper": {"key": "SimpleLossWrapper", "kwargs": label},
+            "weight": 1.0,
+        },
+        "dist": {"criterion": {"key": "DISTLoss", "kwargs": output}, "weight": WEIGHT},
+    }
+    config = {
+        "num_epochs": 1,
+        "teacher": {"requires_grad": False, "forward_proc": "forward_batch_only"},
+        "student": {"forward_proc": "forward_batch_only"},
+        "optimizer": {
+            "key": "SGD",
+            "kwargs": {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4},
+        },
+        "criterion": {"key": "WeightedSumLoss", "kwargs": {"sub_terms": terms}},
+    }
+    box = distillation.get_distillation_box(
+        teacher, resnet8(num_classes=CLASSES), {}, config, torch.device("cpu"), None, False, 1
+    )
+    box.pre_epoch_process(epoch=0)
+
+    def step(images: Tensor, target: Tensor) -> None:
+        box.pre_forward_process()
+        loss = box.forward_process(images, target, None)
+        box.post_forward_process(loss=loss)
+
+    return loop(step)
+
+
+def contestants() -> dict[str, Run]:
+    """All of them, each with its own student; the frozen teacher is the same."""
+    teacher = resnet20(num_classes=CLASSES).eval().requires_grad_(False)
+    callback = DistillationCallback(teacher, student="net", loss=DISTLoss(), weight=WEIGHT)
+    return {
+        OURS: lightning(callback),
+        PLAIN: plain(teacher),
+        TIMM: timm_task(teacher),
+        BOX: training_box(teacher),
+        SUPERVISED: lightning(),
+        TEACHER: loop(lambda images, _: torch.no_grad()(teacher)(images)),
+    }
+
+
+def measure(runs: dict[str, Run], rounds: Iterable[int]) -> dict[str, list[float]]:
+    """Seconds a step of each, one entry a round."""
+    batch = torch.randn(128, 3, 32, 32), torch.randint(CLASSES, (128,))
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    names = list(runs)
+    for _ in rounds:
+        names.append(names.pop(0))
+        for name in names:
+            starts = runs[name]([batch] * STEPS)[WARM_UP:]
+            times[name].append(statistics.median(b - a for a, b in pairwise(starts)))
+    return times
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without Lightning's notes on devices and data loaders."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def main() -> None:
+    with quiet():
+        times = measure(contestants(), track(range(ROUNDS), "measuring", transient=True))
+    table = Table(title="One step: ResNet-20 teaches ResNet-8, batch 128, 32 x 32, float32")
+    table.add_column("through")
+    table.add_column("ms", justify="right")
+    table.add_column("ours / it", justify="right")
+    for name, values in times.items():
+        compared = "" if name in (SUPERVISED, TEACHER) else f"{ratio(times, OURS, name):.3f}"
+        table.add_row(name, f"{1000 * statistics.median(values):.1f}", compared)
+    parts = ratio(times, OURS, SUPERVISED, TEACHER)
+    sums = [a + b for a, b in zip(times[SUPERVISED], times[TEACHER], strict=True)]
+    table.add_row("these two parts", f"{1000 * statistics.median(sums):.1f}", f"{parts:.3f}")
+    most = max(ratio(times, OURS, name) for name in (PLAIN, TIMM, BOX))
+    show(
+        table,
+        f"{torch.get_num_threads()} threads, {os.cpu_count()} cores, torch {torch.__version__}",
+        f"over the parts: {bar(parts, '<= 1.05', parts <= 1.05)}",
+        f"over the fastest peer: {bar(most, '<= 1.0', most <= 1.0)}",
+    )
+
+
+if __name__ == "__main__":
+    main()

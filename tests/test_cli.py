@@ -1,0 +1,187 @@
+"""The command: what it runs, leaves behind, prints and refuses."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from lightning_dist import cli
+from lightning_dist.cli.saved import CONFIG_KEY
+
+QUICK = ["trainer=cpu", "trainer.max_epochs=1", "print_config=false", "callbacks.progress=null"]
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """Run the command in tmp_path, as the console script does."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["lightning-dist", *arguments])
+        cli.main()
+
+    return run
+
+
+def results(folder: Path) -> list[dict]:
+    return [json.loads(path.read_text()) for path in sorted(folder.rglob("result.json"))]
+
+
+@pytest.fixture
+def refused(command, capsys):
+    """The one line that a command prints before it exits with an error."""
+
+    def run(*arguments: str) -> str:
+        with pytest.raises(SystemExit) as caught:
+            command(*arguments)
+        assert caught.value.code in (1, 2)
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1
+        assert lines[0].startswith("lightning-dist: error: ")
+        return lines[0]
+
+    return run
+
+
+def test_train_leaves_a_result_a_checkpoint_and_curves(command, tmp_path, capsys):
+    command("train", "seed=3", *QUICK, "print_config=true")
+    (result,) = results(tmp_path / "outputs")
+    assert result["status"] == "completed"
+    assert result["metric"] == "test/accuracy"
+    assert set(result["metrics"]) == {"val/loss", "val/accuracy", "test/loss", "test/accuracy"}
+    assert result["command"].startswith("lightning-dist train seed=3 trainer=cpu")
+    (curves,) = tmp_path.rglob("metrics.csv")
+    assert {"train/loss", "train/task", "train/distill"} < set(
+        curves.read_text().split("\n")[0].split(",")
+    )
+    printed = capsys.readouterr().out
+    assert "lightning_dist.models.small.SmallCNN" in printed  # the config
+    assert Path(result["checkpoint"]).name in printed
+
+
+def test_the_checkpoint_holds_no_teacher(command, tmp_path):
+    command("train", *QUICK)
+    checkpoint = torch.load(next(tmp_path.rglob("last.ckpt")), weights_only=True)
+    assert all(name.startswith("student.") for name in checkpoint["state_dict"])
+    assert "teacher" not in checkpoint[CONFIG_KEY]["module"]
+
+
+def test_eval_and_export_need_the_checkpoint_alone(command, tmp_path, capsys):
+    command("train", *QUICK)
+    (result,) = results(tmp_path / "outputs")
+    capsys.readouterr()
+    command("eval", f"ckpt={result['checkpoint']}", "trainer=cpu")
+    assert str(result["metrics"]["test/accuracy"]) in capsys.readouterr().out
+    command("export", f"ckpt={result['checkpoint']}", "file=student.safetensors")
+    exported = safetensors.torch.load_file(tmp_path / "student.safetensors")
+    saved = torch.load(result["checkpoint"], weights_only=True)["state_dict"]
+    assert exported.keys() == {name.removeprefix("student.") for name in saved}
+    assert all(torch.equal(value, saved["student." + name]) for name, value in exported.items())
+
+
+def test_students_with_and_without_a_teacher_start_and_train_alike(command, tmp_path):
+    command("train", "distill=none", *QUICK)
+    command("train", "distill=dist", "distill.weight=0", "hydra.run.dir=outputs/2", *QUICK)
+    alone, distilled = results(tmp_path / "outputs")
+    assert alone["metrics"] == distilled["metrics"]
+
+
+@pytest.mark.slow
+def test_a_sweep_ends_with_a_table_and_a_plot(command, tmp_path, capsys):
+    command("train", "-m", "distill=none,dist", "seed=0,1", *QUICK)
+    assert len(results(tmp_path / "multirun")) == 4
+    printed = capsys.readouterr().out
+    assert "distill" in printed
+    assert "±" in printed
+    (plot,) = (tmp_path / "multirun").rglob("report.png")
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    command("report", "multirun", "--metric", "test/loss")
+    assert "test/loss" in capsys.readouterr().out
+
+
+def test_a_failed_run_leaves_its_reason(command, tmp_path):
+    with pytest.raises(SystemExit):
+        command("train", "distill.loss.tau=0", *QUICK)
+    (result,) = results(tmp_path / "outputs")
+    assert result["status"] == "failed"
+    assert "term 'distill' of 'student'" in result["error"]
+    assert "tau is 0" in result["error"]
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_run(tmp_path):
+    arguments = [a for a in QUICK if a != "trainer=cpu"]
+    run = subprocess.run(
+        [sys.executable, "-m", "lightning_dist", "train", "trainer=ddp_sim", *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    (result,) = results(tmp_path)
+    assert result["status"] == "completed"
+    checkpoint = torch.load(result["checkpoint"], weights_only=True)
+    assert checkpoint["global_step"] == 21  # 1,294 images in global batches of 64
+    assert len(list(tmp_path.rglob("last.ckpt"))) == 1
+
+
+def test_help_lists_the_verbs(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        command("--help")
+    assert caught.value.code == 0
+    printed = capsys.readouterr().out
+    assert all(f"  {verb} " in printed for verb in cli.VERBS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], "there is no verb 'trian': use train"),
+        (["train", "experiment=digit"], "Could not find 'experiment/digit'"),
+        (["train", "trainer.max_epoch=1"], "max_epoch"),
+        (["train", "=="], "=="),
+        (["train", "data.train_size=100000", *QUICK], "train_size=100000"),
+        (["train", "teacher.weights=none.pth", *QUICK], "there is no weight file none.pth"),
+        (["train", "ckpt_path=none.ckpt", *QUICK], "none.ckpt"),
+        (["eval", "ckpt=none.ckpt"], "there is no weight file none.ckpt"),
+        (["eval"], "ckpt"),
+        (["export", "ckpt=none.ckpt"], "there is no weight file none.ckpt"),
+        (["report", "nowhere"], "nowhere"),
+    ],
+)
+def test_a_users_error_is_one_line(refused, arguments, message):
+    assert message in refused(*arguments)
+
+
+def test_a_checkpoint_of_another_program_is_refused(refused, tmp_path):
+    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+    assert "other.ckpt holds no config" in refused("eval", "ckpt=other.ckpt")
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["os.mkdir", "torch.nn.functional.importlib.import_module", "lightning_dist.cli.os.mkdir"],
+)
+def test_a_checkpoint_that_names_other_code_is_refused(refused, tmp_path, target):
+    config = {
+        "module": {"_target_": "lightning_dist.DistillModule", "student": {"_target_": target}},
+        "data": {"_target_": "lightning_dist.data.digits.DigitsDataModule"},
+        "seed": 0,
+    }
+    torch.save({CONFIG_KEY: config, "state_dict": {}}, tmp_path / "hostile.ckpt")
+    assert f"would run {target!r}" in refused("eval", "ckpt=hostile.ckpt")
+
+
+def test_a_checkpoint_with_code_inside_is_refused(refused, tmp_path):
+    class Runs:
+        def __reduce__(self):
+            return (Path.mkdir, (tmp_path / "trace",))
+
+    torch.save({CONFIG_KEY: Runs()}, tmp_path / "hostile.ckpt")
+    assert "never executed" in refused("eval", "ckpt=hostile.ckpt")
+    assert not (tmp_path / "trace").exists()

@@ -1,0 +1,81 @@
+"""Every config composes, and names things that exist."""
+
+import pytest
+from hydra import compose, initialize_config_module
+from hydra.utils import get_method
+from omegaconf import OmegaConf
+
+CONF = "lightning_dist.conf"
+
+
+def options(group: str) -> list[str]:
+    from hydra.core.global_hydra import GlobalHydra
+
+    with initialize_config_module(CONF, version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+
+        def below(path: str) -> list[str]:
+            found = [f"{path}/{name}" for name in loader.get_group_options(path)]
+            for inner in loader.list_groups(path):
+                found += below(f"{path}/{inner}")
+            return found
+
+        return [name.removeprefix(group + "/") for name in below(group)]
+
+
+def composed(*overrides: str) -> dict:
+    with initialize_config_module(CONF, version_base="1.3"):
+        config = compose("train", overrides=list(overrides), return_hydra_config=True)
+        config.hydra.runtime.output_dir = "outputs"
+        del config.hydra
+        OmegaConf.set_struct(config, False)
+        for part in ("callbacks", "logger"):  # they name the folder of a run
+            config[part] = OmegaConf.to_container(config[part], resolve=False)
+        return config
+
+
+def targets(config) -> list[str]:
+    if isinstance(config, dict):
+        own = [config["_target_"]] if "_target_" in config else []
+        return own + [t for value in config.values() for t in targets(value)]
+    return [t for value in config for t in targets(value)] if isinstance(config, list) else []
+
+
+@pytest.mark.parametrize("distill", ["none", "kd", "dist"])
+@pytest.mark.parametrize("experiment", options("experiment"))
+def test_every_experiment_composes_with_every_distill(experiment, distill):
+    config = composed(f"experiment={experiment}", f"distill={distill}")
+    plain = OmegaConf.to_container(config, resolve=False)
+    for target in targets(plain):
+        assert callable(get_method(target))
+    module = OmegaConf.to_container(config.module, resolve=True)
+    assert (module["teacher"] is None) == (distill == "none")
+
+
+@pytest.mark.parametrize("trainer", options("trainer"))
+def test_dist_is_synchronised_where_there_are_several_processes(trainer):
+    config = composed(f"trainer={trainer}")
+    several = config.trainer.devices != 1 or config.trainer.get("num_nodes", 1) != 1
+    assert config.distill.loss.sync == several
+
+
+@pytest.mark.parametrize(
+    "group",
+    [
+        "callbacks",
+        "data",
+        "distill",
+        "logger",
+        "module",
+        "optimizer",
+        "scheduler",
+        "student",
+        "teacher",
+        "trainer",
+    ],
+)
+def test_every_option_of_every_group_names_what_exists(group):
+    for option in options(group):
+        plain = OmegaConf.to_container(composed(f"{group}={option}"), resolve=False)
+        for target in targets(plain):
+            assert callable(get_method(target))

@@ -1,0 +1,40 @@
+"""The package: what it declares is what it holds."""
+
+import configparser
+from pathlib import Path
+
+import lightning_dist
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def declared() -> configparser.ConfigParser:
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg")
+    return parser
+
+
+def test_every_package_is_declared():
+    found = {
+        ".".join(path.parent.relative_to(ROOT).parts)
+        for path in (ROOT / "lightning_dist").rglob("__init__.py")
+    }
+    assert set(declared()["options"]["packages"].split()) == found | {"lightning_dist.conf"}
+
+
+def test_the_public_names():
+    assert lightning_dist.__all__ == [
+        "DISTLoss",
+        "DistillModule",
+        "DistillationCallback",
+        "KDLoss",
+        "Teacher",
+        "Term",
+        "WeightSchedule",
+    ]
+    assert all(hasattr(lightning_dist, name) for name in lightning_dist.__all__)
+
+
+def test_every_public_name_has_a_docstring_with_its_arguments():
+    for name in lightning_dist.__all__:
+        assert "Args:" in getattr(lightning_dist, name).__doc__
