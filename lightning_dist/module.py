@@ -70,7 +70,8 @@ class DistillModule(LightningModule):
         self.optimizer: Callable[..., Optimizer] = optimizer or torch.optim.AdamW
         self.scheduler = scheduler
         self.scheduler_interval = scheduler_interval
-        self.distill_loss = distill_loss
+        # Not registered: a loss with parameters is the callback's to hold.
+        self.__dict__["distill_loss"] = distill_loss
         self.distill_weight = distill_weight
         self.task_weight = task_weight
         collection = MetricCollection(

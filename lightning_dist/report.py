@@ -116,7 +116,10 @@ def optimized_metric(runs: Sequence[Run], metric: str | None = None) -> str:
 def report_table(runs: Sequence[Run], metric: str | None = None) -> Table:
     """The console table: a row a group, ``mean ± std`` of each metric, the optimised one first."""
     groups, metric = group_runs(runs), optimized_metric(runs, metric)
+    # Of the same split, so that the table fits a terminal; the CSV has every metric.
+    split = metric.rpartition("/")[0]
     metrics = _names([{metric: 0}, *(run.metrics for run in runs if run.completed)])
+    metrics = [name for name in metrics if name.rpartition("/")[0] == split]
     failed = [run for run in runs if not run.completed]
     reasons = [_plain(f"failed: {x.folder}: {x.error or 'no reason given'}") for x in failed]
     # Text, not str: rich would read [brackets] in a value as markup.

@@ -83,6 +83,21 @@ def test_eval_and_export_need_the_checkpoint_alone(command, tmp_path, capsys):
     assert all(torch.equal(value, saved["student." + name]) for name, value in exported.items())
 
 
+def test_a_run_resumes_from_a_checkpoint(command, tmp_path):
+    command("train", *QUICK, "hydra.run.dir=outputs/1")
+    command(
+        "train",
+        *QUICK,
+        "trainer.max_epochs=2",
+        "ckpt_path=outputs/1/checkpoints/last.ckpt",
+        "hydra.run.dir=outputs/2",
+    )
+    steps = [
+        torch.load(p, weights_only=True)["global_step"] for p in sorted(tmp_path.rglob("last.ckpt"))
+    ]
+    assert steps == [21, 42]
+
+
 def test_students_with_and_without_a_teacher_start_and_train_alike(command, tmp_path):
     command("train", "distill=none", *QUICK)
     command("train", "distill=dist", "distill.weight=0", "hydra.run.dir=outputs/2", *QUICK)

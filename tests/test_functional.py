@@ -98,8 +98,11 @@ def test_dist_loss_equals_torchdistill():
 
 def test_correlations_equal_scipy(block_size):
     student, teacher = torch.rand(2, 40, 30).double().unbind()
-    rows = np.mean([scipy.stats.pearsonr(*pair).statistic for pair in zip(student, teacher)])
-    columns = np.mean([scipy.stats.pearsonr(*pair).statistic for pair in zip(student.T, teacher.T)])
+    rows = np.mean(
+        [scipy.stats.pearsonr(*pair).statistic for pair in zip(student, teacher, strict=True)]
+    )
+    pairs = zip(student.T, teacher.T, strict=True)
+    columns = np.mean([scipy.stats.pearsonr(*pair).statistic for pair in pairs])
     assert inter_class_correlation(student, teacher).item() == pytest.approx(rows, abs=1e-7)
     assert intra_class_correlation(student, teacher).item() == pytest.approx(columns, abs=1e-7)
 

@@ -36,4 +36,4 @@ class ReportAfterSweep(Callback):
 
 def _print(folders: list[Path], metric: str | None) -> None:
     rich.print(write_report(folders, metric=metric))
-    rich.print(f"[bold]saved[/bold] {folders[0] / 'report.csv'} and {folders[0] / 'report.png'}")
+    print(f"saved {folders[0] / 'report.csv'} and {folders[0] / 'report.png'}")

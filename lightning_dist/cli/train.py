@@ -99,7 +99,8 @@ def train(config: DictConfig) -> dict[str, Any]:
     )
     # The teacher drew random numbers too: students with and without one must train on the same.
     seed_everything(config.seed, workers=True)
-    trainer.fit(module, datamodule=datamodule, ckpt_path=config.ckpt_path)
+    resume = config.ckpt_path
+    trainer.fit(module, datamodule=datamodule, ckpt_path=resume, weights_only=True)
     metrics = _numbers(trainer, "val/")
     saver = trainer.checkpoint_callback
     tested = str(getattr(saver, f"{config.test_checkpoint}_model_path", "")) or None
