@@ -70,16 +70,14 @@ def _is_users(error: Exception) -> bool:
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
     from omegaconf.errors import OmegaConfBaseException
 
-    return isinstance(
-        error,
-        (
-            HydraException,
-            OmegaConfBaseException,
-            MisconfigurationException,
-            FileNotFoundError,
-            UserError,
-        ),
-    )
+    known = (HydraException, OmegaConfBaseException, MisconfigurationException)
+    if isinstance(error, (*known, FileNotFoundError, UserError)):
+        return True
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    raiser = traceback.tb_frame.f_globals.get("__name__", "") if traceback else ""
+    return isinstance(error, ValueError) and raiser.startswith("lightning_dist.")
 
 
 class UserError(Exception):

@@ -9,7 +9,6 @@ import rich
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from lightning_dist.cli import UserError
 from lightning_dist.report import write_report
 
 
@@ -21,10 +20,7 @@ def main() -> None:
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="runs, at any depth")
     parser.add_argument("--metric", help="what to compare by, such as test/accuracy")
     options = parser.parse_args(sys.argv[2:])
-    try:
-        _print(options.folders, options.metric)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    _print(options.folders, options.metric)
 
 
 class ReportAfterSweep(Callback):
