@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torchdistill.losses.mid_level import DISTLoss as TorchdistillDISTLoss
 
-from lightning_dist import functional
+from lightning_dist import streaming
 from lightning_dist.functional import (
     dist_loss,
     inter_class_correlation,
@@ -33,7 +33,7 @@ DIST_CASES = [
 
 @pytest.fixture(params=[2**17, 300], ids=["one block", "many blocks"])
 def block_size(request, monkeypatch):
-    monkeypatch.setattr(functional, "_BLOCK_CPU", request.param)
+    monkeypatch.setattr(streaming, "_BLOCK_CPU", request.param)
     return request.param
 
 
@@ -113,7 +113,7 @@ def test_correlations_equal_scipy(block_size):
 def test_dist_loss_equals_the_plain_formulation_in_every_layout(
     reference_dist_loss, block_size, monkeypatch, activation, shape, layout
 ):
-    monkeypatch.setattr(functional, "_BLOCK_CPU", min(block_size, 40))
+    monkeypatch.setattr(streaming, "_BLOCK_CPU", min(block_size, 40))
     student, teacher = (3 * torch.randn(2, *shape).double()).unbind()
     if layout in ("channels_last", "mixed"):
         student = student.movedim(1, -1).contiguous().movedim(-1, 1)

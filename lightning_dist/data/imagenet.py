@@ -29,7 +29,7 @@ class TimmTransformDataModule(ImageDataModule):
         interpolation: "bilinear", "bicubic" or, for training, "random".
         auto_augment: timm's string for RandAugment and its like, such as "rand-m9-mstd0.5".
         re_prob: probability of random erasing.
-        re_mode: what erasing fills in: "pixel" (noise), "rand" (one colour) or "const" (black).
+        re_mode: what erasing fills in: "pixel" (noise), "rand" (one colour) or "const" (the mean).
         color_jitter: strength of colour jitter; timm leaves it out where there is `auto_augment`.
         mean: of each channel, for the normalisation.
         std: of each channel, likewise.

@@ -185,6 +185,12 @@ def test_uneven_set_is_filled_up_or_cut_so_that_shards_are_of_one_size() -> None
         assert [len(list(sampler)) for sampler in samplers] == [size, size]
 
 
+def test_shards_repeat_no_sample_where_the_uneven_rest_is_dropped() -> None:
+    shards = [epoch_of(on_rank(rank, length=7, drop_last=True), epoch=0) for rank in (0, 1)]
+    assert [len(shard) for shard in shards] == [2, 2]
+    assert len(torch.cat(shards)[:, 0].unique()) == 4
+
+
 def test_global_batch_is_shared_by_the_processes_of_the_trainer(
     make_trainer: Callable[..., L.Trainer],
 ) -> None:
@@ -316,3 +322,5 @@ def test_tensor_images_are_the_same_whatever_batch_they_come_in() -> None:
     assert labels.tolist() == [6, 1]
     other_epoch, _ = dataset.__getitems__([(index, 8) for index in range(8)])
     assert not torch.equal(other_epoch, whole)
+    other_seed = tensor_images(padding=1, flip=True, seed=6)
+    assert not torch.equal(other_seed.__getitems__([(index, 7) for index in range(8)])[0], whole)

@@ -153,6 +153,15 @@ def test_corrupt_image_is_an_error_that_names_the_row(datasets: Any, tmp_path: P
         list(module(str(tmp_path / "pets")).val_dataloader())
 
 
+def test_columns_that_are_not_asked_for_are_not_decoded(datasets: Any, tmp_path: Path) -> None:
+    table = columns(2) | {"thumbnail": [{"bytes": b"broken", "path": None}] * 2}
+    features = {"image": datasets.Image(), "label": datasets.Value("int64")}
+    features |= {"thumbnail": datasets.Image(), "note": datasets.Value("string")}
+    split = datasets.Dataset.from_dict(table, features=datasets.Features(features))
+    datasets.DatasetDict({"validation": split}).save_to_disk(tmp_path / "pets")
+    assert len(list(module(str(tmp_path / "pets")).val_dataset())) == 2
+
+
 def test_absent_package_is_an_error_that_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match=r"pip install 'lightning-dist\[datasets\]'"):
