@@ -1,6 +1,5 @@
 """DistillationCallback: adds distillation losses to the training step of a LightningModule."""
 
-import difflib
 import functools
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -13,6 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_dist.losses import DISTLoss
+from lightning_dist.taps import find, record, refuse_shared_tensors, select
 from lightning_dist.teacher import Teacher
 
 Weight = float | Callable[[Trainer], float]
@@ -121,7 +121,7 @@ class DistillationCallback(Callback):
             raise MisconfigurationException(
                 "the Trainer has several DistillationCallbacks: give one of them several terms"
             )
-        _refuse_shared_tensors(self.teacher.network, pl_module)
+        refuse_shared_tensors(self.teacher.network, pl_module)
         parts = _TermParameters(
             {
                 name: term.loss
@@ -136,10 +136,10 @@ class DistillationCallback(Callback):
         """Place the teacher and wrap the training step."""
         if self.owner not in (None, pl_module):
             return
-        student = _find(pl_module, self.student, "the LightningModule", "student")
+        student = find(pl_module, self.student, "the LightningModule", "student")
         for name, term in self.terms.items():
-            _find(student, term.student, "the student", f"the student path of term {name!r}")
-            _find(
+            find(student, term.student, "the student", f"the student path of term {name!r}")
+            find(
                 self.teacher.network,
                 term.teacher,
                 "the teacher",
@@ -217,10 +217,10 @@ class DistillationCallback(Callback):
 
             hooks.callback(student.register_forward_pre_hook(ask_teacher, with_kwargs=True).remove)
             for path, outputs in student_outputs.items():
-                hooks.callback(_record(student.get_submodule(path), outputs))
+                hooks.callback(record(student.get_submodule(path), outputs))
             for path, outputs in teacher_outputs.items():
                 if path:
-                    hooks.callback(_record(self.teacher.network.get_submodule(path), outputs))
+                    hooks.callback(record(self.teacher.network.get_submodule(path), outputs))
             result = step(*args, **kwargs)
         if result is None:  # the module skips this batch
             return None
@@ -239,6 +239,11 @@ class DistillationCallback(Callback):
             pl_module.log("train/distill", distill.detach())
         if isinstance(result, Tensor):
             return self.task_weight * result + distill
+        if not isinstance(result, Mapping) or "loss" not in result:
+            raise MisconfigurationException(
+                f"training_step of {type(pl_module).__name__} returned {type(result).__name__} "
+                "without a loss: return a tensor, a dict with 'loss', or None to skip the batch"
+            )
         return {**result, "loss": self.task_weight * result["loss"] + distill}
 
     def _value(self, name: str, term: Term, student: list[Any], teacher: list[Any]) -> Tensor:
@@ -256,7 +261,7 @@ class DistillationCallback(Callback):
             )
         try:
             pairs = [
-                (_select(ours, term.output), _select(theirs, term.output))
+                (select(ours, term.output), select(theirs, term.output))
                 for ours, theirs in zip(student, teacher, strict=True)
             ]
             return torch.stack([term.loss(ours, theirs) for ours, theirs in pairs]).sum()
@@ -313,63 +318,3 @@ class _TermParameters(nn.ModuleDict):
 def _forget_missing_keys(module: nn.Module, incompatible: Any) -> None:
     keys = incompatible.missing_keys
     keys[:] = [key for key in keys if f"{_TermParameters.name}." not in key]
-
-
-def _record(module: nn.Module, outputs: list[Any]) -> Callable[[], None]:
-    """Append each output of a module to a list; returns the function that ends it."""
-
-    def keep(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        outputs.append(output)
-
-    return module.register_forward_hook(keep).remove
-
-
-def _select(output: Any, entry: str | int | None) -> Tensor:
-    """The tensor that a term compares."""
-    if isinstance(output, Tensor):
-        return output
-    if entry is None and isinstance(output, (tuple, list)) and output:
-        entry = 0
-    elif entry is None:
-        entry = "logits"
-    if isinstance(entry, str) and hasattr(output, entry):
-        chosen = getattr(output, entry)
-    else:
-        try:
-            chosen = output[entry]
-        except (KeyError, IndexError, TypeError):
-            has = f" with {sorted(map(str, output))}" if isinstance(output, Mapping) else ""
-            raise ValueError(
-                f"the output is a {type(output).__name__}{has} and has no entry {entry!r}: set the "
-                "term's output"
-            ) from None
-    if not isinstance(chosen, Tensor):
-        raise ValueError(f"entry {entry!r} of the output is a {type(chosen).__name__}, no tensor")
-    return chosen
-
-
-def _find(root: nn.Module, path: str, where: str, what: str) -> nn.Module:
-    try:
-        return root.get_submodule(path)
-    except AttributeError:
-        names = [name for name, _ in root.named_modules() if name]
-        near = difflib.get_close_matches(path, names, n=5, cutoff=0.3) or names[:5]
-        raise MisconfigurationException(
-            f"{where} ({type(root).__name__}) has no sub-module {path!r}: set {what} to one of its "
-            f"sub-modules, such as {', '.join(map(repr, near))}"
-        ) from None
-
-
-def _refuse_shared_tensors(teacher: nn.Module, module: LightningModule) -> None:
-    def storage(tensor: Tensor) -> int:
-        plain = type(tensor) in (Tensor, nn.Parameter)
-        return (tensor.untyped_storage().data_ptr() if plain else 0) or id(tensor)
-
-    theirs = {storage(t): n for n, t in [*teacher.named_parameters(), *teacher.named_buffers()]}
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        if tensor.numel() and storage(tensor) in theirs:
-            raise MisconfigurationException(
-                f"the teacher shares its {theirs[storage(tensor)]!r} with {name!r} of "
-                f"{type(module).__name__}: the teacher must be a network of its own, outside the "
-                "LightningModule (copy.deepcopy it, and do not assign it as a sub-module)"
-            )

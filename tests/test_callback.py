@@ -544,6 +544,14 @@ def test_an_output_without_the_entry_is_refused(make_trainer):
     refused(make_trainer, r"with \['out'\] and has no entry 'logits'", teacher=Dict(6, 4))
 
 
+def test_a_step_without_a_loss_is_refused(make_trainer):
+    class Losing(Plain):
+        def training_step(self, batch, batch_idx):
+            return {"value": super().training_step(batch, batch_idx)}
+
+    refused(make_trainer, "returned dict without a loss", Losing())
+
+
 def test_two_callbacks_are_refused(make_trainer):
     callbacks = [
         DistillationCallback(teacher_net()),
