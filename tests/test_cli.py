@@ -180,7 +180,15 @@ def test_a_checkpoint_of_another_program_is_refused(refused, tmp_path):
 
 @pytest.mark.parametrize(
     "target",
-    ["os.mkdir", "torch.nn.functional.importlib.import_module", "lightning_dist.cli.os.mkdir"],
+    [
+        "os.mkdir",
+        "torch.nn.functional.importlib.import_module",
+        "lightning_dist.cli.os.mkdir",
+        "lightning_dist.cli.main",
+        "torch.load",
+        "torchvision.datasets.utils.download_url",
+        "timm.nothing.at.all",
+    ],
 )
 def test_a_checkpoint_that_names_other_code_is_refused(refused, tmp_path, target):
     config = {

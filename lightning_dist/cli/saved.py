@@ -5,7 +5,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from hydra.utils import instantiate
+from lightning.pytorch import LightningDataModule
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_dist.cli import UserError
 from lightning_dist.module import DistillModule
@@ -13,9 +17,19 @@ from lightning_dist.weights import read_checkpoint
 
 CONFIG_KEY = "lightning_dist_config"
 
-# A config names code by `_target_`, and a checkpoint may come from anywhere: what it names must be
-# defined in one of these.
-_TRUSTED = ("lightning_dist", "timm", "torch.nn", "torch.optim", "torchmetrics", "torchvision")
+# A config names code by `_target_`, and a checkpoint may come from anywhere. What it names must be a
+# class of one of these kinds from one of these packages, or come from a module that builds networks,
+# optimizers and schedules and does nothing else.
+_KINDS = (nn.Module, LightningDataModule, Optimizer, LRScheduler)
+_PACKAGES = ("lightning_dist", "timm", "torch", "torchmetrics", "torchvision")
+_BUILDERS = (
+    "lightning_dist.models",
+    "timm.data.mixup",
+    "timm.models",
+    "timm.optim",
+    "timm.scheduler",
+    "torchvision.models",
+)
 
 
 def to_save(config: DictConfig) -> dict[str, Any]:
@@ -71,18 +85,31 @@ def _targets(config: Any) -> Iterator[str]:
 
 
 def _check_target(target: str, path: str) -> None:
-    """Refuse a target that is not defined in a trusted package, without importing any other."""
-    parts = target.split(".")
-    if any(target.startswith(f"{package}.") for package in _TRUSTED):
-        found: Any = importlib.import_module(parts[0])
-        for i, part in enumerate(parts[1:], start=2):
-            if not hasattr(found, part):
-                importlib.import_module(".".join(parts[:i]))
-            found = getattr(found, part)
+    """Refuse a target that is not known to be harmless, without importing any other package."""
+    if target.partition(".")[0] in _PACKAGES:
+        found = _locate(target)
         home = getattr(found, "__module__", None) or ""
-        if any(home == package or home.startswith(f"{package}.") for package in _TRUSTED):
+        kind = isinstance(found, type) and issubclass(found, _KINDS)
+        if (kind and _within(home, _PACKAGES)) or (callable(found) and _within(home, _BUILDERS)):
             return
     raise UserError(
-        f"{path} would run {target!r}, which is not part of {', '.join(_TRUSTED)}: if you trust "
-        "the file, add trust=true"
+        f"{path} would run {target!r}, which is no network, data module, metric, optimizer or "
+        f"scheduler of {', '.join(_PACKAGES)}: if you trust the file, add trust=true"
     )
+
+
+def _locate(target: str) -> Any:
+    parts = target.split(".")
+    found: Any = importlib.import_module(parts[0])
+    for i, part in enumerate(parts[1:], start=2):
+        if not hasattr(found, part):
+            try:
+                importlib.import_module(".".join(parts[:i]))
+            except ImportError:
+                return None
+        found = getattr(found, part, None)
+    return found
+
+
+def _within(module: str, packages: tuple[str, ...]) -> bool:
+    return any(module == package or module.startswith(f"{package}.") for package in packages)
