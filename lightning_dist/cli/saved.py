@@ -17,9 +17,9 @@ from lightning_dist.weights import read_checkpoint
 
 CONFIG_KEY = "lightning_dist_config"
 
-# A config names code by `_target_`, and a checkpoint may come from anywhere. What it names must be a
-# class of one of these kinds from one of these packages, or come from a module that builds networks,
-# optimizers and schedules and does nothing else.
+# A config names code by `_target_`, and a checkpoint may come from anywhere. What it names must be
+# a class of one of these kinds from one of these packages, or come from a module that builds
+# networks, optimizers and schedules and does nothing else.
 _KINDS = (nn.Module, LightningDataModule, Optimizer, LRScheduler)
 _PACKAGES = ("lightning_dist", "timm", "torch", "torchmetrics", "torchvision")
 _BUILDERS = (
