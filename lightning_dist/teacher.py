@@ -1,12 +1,16 @@
 """The teacher: a frozen network that no module tree, optimizer or checkpoint ever holds."""
 
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from lightning_dist.bridge import InputBridge, logits_of, with_logits
 from lightning_dist.weights import load_weights
 
 
@@ -21,14 +25,23 @@ class Teacher:
         weights: file to load into it, see :func:`lightning_dist.weights.load_weights`.
         dtype: dtype of its weights and inputs, such as ``torch.bfloat16`` or ``"bfloat16"``. By
             default its own; then autocast, where the Trainer uses it, applies to it too.
+        inputs: what makes the network's inputs from the student's, where the two were trained on
+            images of other normalisation, size or channel order.
+        class_map: the network's class for each of the student's, as indices; the logits are
+            gathered along dimension 1. See :func:`lightning_dist.bridge.match_classes` for names.
+            Of an output that is not a tensor, the logits are ``logits`` or the first entry.
+        compile: run the network through ``torch.compile``; while one of its parts has a hook, as
+            when a distillation term taps it, it runs as it is.
+        channels_last: keep its weights and images ``(N, C, H, W)`` in channels-last memory format.
 
     Raises:
         TypeError: if ``network`` is not a module.
+        ValueError: if ``dtype`` names none, or ``class_map`` is empty or has a negative index.
 
     Example:
-        >>> teacher = Teacher(nn.Linear(4, 3))
-        >>> teacher(torch.ones(2, 4)).requires_grad
-        False
+        >>> teacher = Teacher(nn.Linear(4, 3), class_map=[2, 0])
+        >>> teacher(torch.ones(5, 4)).shape
+        torch.Size([5, 2])
     """
 
     def __init__(
@@ -36,17 +49,38 @@ class Teacher:
         network: nn.Module,
         weights: str | Path | None = None,
         dtype: torch.dtype | str | None = None,
+        *,
+        inputs: InputBridge | None = None,
+        class_map: Sequence[int] | None = None,
+        compile: bool = False,
+        channels_last: bool = False,
     ) -> None:
         if not isinstance(network, nn.Module):
             raise TypeError(f"the teacher is a {type(network).__name__}: give a torch.nn.Module")
+        if isinstance(dtype, str):
+            named = getattr(torch, dtype, None)
+            if not isinstance(named, torch.dtype):
+                raise ValueError(f"dtype is {dtype!r}: use a name such as 'bfloat16' or 'float32'")
+            dtype = named
+        if class_map is not None and (not len(class_map) or min(class_map) < 0):
+            raise ValueError(
+                f"class_map is {list(class_map)}: give the teacher's class, counted from 0, for "
+                "each of the student's"
+            )
         if weights is not None:
             load_weights(network, weights)
-        if isinstance(dtype, str):
-            dtype = getattr(torch, dtype)
-        self.network = network
-        self.dtype = dtype
         if dtype is not None:
             network.to(dtype)
+        self._format = torch.channels_last if channels_last else torch.preserve_format
+        if channels_last:
+            network.to(memory_format=torch.channels_last)
+        self.network = network
+        self.dtype = dtype
+        self.inputs = inputs
+        self.compile = compile
+        self._compiled: Callable[..., Any] | None = None
+        self.class_map = None if class_map is None else list(class_map)
+        self._columns = None if class_map is None else torch.tensor(self.class_map)
         self.freeze()
 
     def freeze(self) -> None:
@@ -60,31 +94,147 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the network, its floating-point inputs cast to its dtype.
+        """Call the network on its own view of the inputs.
 
         Args:
             args: what the student's call was given, in any nesting of containers.
             kwargs: the same.
 
         Returns:
-            What the network returns.
+            What the network returns, its logits in the student's classes where there is a map.
+
+        Raises:
+            ValueError: if there is no image for ``inputs``, or ``class_map`` does not fit.
         """
         if self.network.training:
             self.freeze()
+        if self.inputs is not None:
+            args, kwargs = self.inputs((args, kwargs))
         parameter = next((p for p in self.network.parameters() if p.is_floating_point()), None)
         if parameter is not None:
             args, kwargs = tree_map_only(
-                Tensor,
-                lambda x: x.to(parameter.dtype) if x.is_floating_point() else x,
-                (args, kwargs),
+                Tensor, lambda x: self._prepare(x, parameter.dtype), (args, kwargs)
             )
-        if self.dtype is None or parameter is None:
-            return self.network(*args, **kwargs)
-        with torch.autocast(parameter.device.type, enabled=False):
-            return self.network(*args, **kwargs)
+        context: Any = nullcontext()
+        if parameter is not None and self.dtype is not None:
+            context = torch.autocast(parameter.device.type, enabled=False)
+        with context:
+            output = self._runner()(*args, **kwargs)
+        if self._columns is None:
+            return output
+        return with_logits(output, self._to_student_classes(logits_of(output)))
+
+    def _prepare(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        if not x.is_floating_point():
+            return x
+        return x.to(dtype, memory_format=self._format if x.dim() == 4 else torch.preserve_format)
+
+    def _runner(self) -> Callable[..., Any]:
+        # A compiled network does not see hooks that come later, such as a distillation term's.
+        if not self.compile or any(m._forward_hooks for m in self.network.modules()):
+            return self.network
+        if self._compiled is None:
+            self._compiled = torch.compile(self.network)
+        return self._compiled
+
+    def _to_student_classes(self, logits: Tensor) -> Tensor:
+        assert self.class_map is not None
+        assert self._columns is not None
+        if max(self.class_map) >= logits.shape[1]:
+            raise ValueError(
+                f"class_map has the index {max(self.class_map)} and {type(self.network).__name__} "
+                f"{logits.shape[1]} classes: give indices into the teacher's classes"
+            )
+        if self._columns.device != logits.device:
+            self._columns = self._columns.to(logits.device)
+        return logits.index_select(1, self._columns)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_compiled": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Teacher":
         return self  # an averaged copy of the module needs no second teacher
 
     def __repr__(self) -> str:
         return f"Teacher({type(self.network).__name__})"
+
+
+class EnsembleTeacher(Teacher):
+    """Several teachers whose mean is the teacher.
+
+    The mean of probabilities is returned as its logarithm, so that the softmax of the output is the
+    mean; a loss with a temperature then softens that mean, not each teacher. The mean of logits is
+    a (normalised) geometric mean of probabilities, at any temperature.
+
+    Each teacher has its own bridge, class map and dtype. A distillation term finds the sub-modules
+    of the first one under ``"0."``, and so on.
+
+    Args:
+        teachers: networks or Teachers, in a list or under names. All give logits of one shape.
+        mean: ``"probabilities"`` or ``"logits"``.
+
+    Raises:
+        ValueError: if there is no teacher, or ``mean`` is neither.
+
+    Example:
+        >>> ensemble = EnsembleTeacher([nn.Linear(4, 3), nn.Linear(4, 3)])
+        >>> torch.allclose(ensemble(torch.ones(2, 4)).exp().sum(1), torch.ones(2))
+        True
+    """
+
+    def __init__(
+        self,
+        teachers: Sequence[nn.Module | Teacher] | Mapping[str, nn.Module | Teacher],
+        mean: Literal["probabilities", "logits"] = "probabilities",
+    ) -> None:
+        members = list(teachers.values() if isinstance(teachers, Mapping) else teachers)
+        if not members:
+            raise ValueError("the ensemble has no teachers: give at least one")
+        if mean not in ("probabilities", "logits"):
+            raise ValueError(f"mean is {mean!r}: use 'probabilities' or 'logits'")
+        self.teachers = [m if isinstance(m, Teacher) else Teacher(m) for m in members]
+        self.mean = mean
+        super().__init__(nn.ModuleList([teacher.network for teacher in self.teachers]))
+
+    @torch.no_grad()
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Call every teacher on the inputs.
+
+        Args:
+            args: what the student's call was given, in any nesting of containers.
+            kwargs: the same.
+
+        Returns:
+            The mean, ``(N, C)`` or ``(N, C, *spatial)`` in float32 or wider.
+
+        Raises:
+            ValueError: if the teachers' logits differ in shape.
+        """
+        if self.network.training:
+            self.freeze()
+        total: Tensor | None = None
+        for index, teacher in enumerate(self.teachers):
+            logits = logits_of(teacher(*args, **kwargs))
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            if self.mean == "probabilities":
+                logits = logits.log_softmax(1)
+            if total is None:
+                total = logits
+            elif total.shape != logits.shape:
+                raise ValueError(
+                    f"teacher {index} of the ensemble ({teacher}) has logits {tuple(logits.shape)} "
+                    f"and teacher 0 {tuple(total.shape)}: give each a class_map to the student's "
+                    "classes"
+                )
+            else:
+                total = (
+                    torch.logaddexp(total, logits)
+                    if self.mean == "probabilities"
+                    else total + logits
+                )
+        assert total is not None
+        n = len(self.teachers)
+        return total - math.log(n) if self.mean == "probabilities" else total / n
+
+    def __repr__(self) -> str:
+        return f"EnsembleTeacher({', '.join(map(repr, self.teachers))})"

@@ -2,6 +2,7 @@
 
 import importlib.resources
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,31 @@ import torch
 from torch import Tensor, nn
 
 # Where training programs put the weights in their checkpoints, and what they prefix the names with.
-_WRAPPERS = ("state_dict", "model", "state_dict_ema", "model_ema")
-_PREFIXES = ("", "module.", "student.", "model.", "net.", "_orig_mod.")
+# Averaged weights come first: they are what such a program evaluates and publishes.
+_WRAPPERS = ("state_dict_ema", "model_ema", "ema_model", "state_dict", "model")
+_PREFIXES = ("", "student_ema.module.", "module.", "student.", "model.", "net.", "_orig_mod.")
+
+
+class _Unread:
+    """Stands for what training programs put beside the weights, and takes nothing from the file."""
+
+    def __init__(self, *args: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+# Command-line arguments and NumPy's numbers, as old and new releases name them.
+_BESIDE_WEIGHTS = (
+    "argparse.Namespace",
+    "numpy.dtype",
+    "numpy.ndarray",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+    "numpy.core.multiarray._reconstruct",
+    "numpy._core.multiarray._reconstruct",
+)
 
 
 def load_weights(network: nn.Module, path: str | Path) -> None:
@@ -23,8 +47,9 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
         network: what the weights are for.
         path: a ``.safetensors`` file, or a torch file such as ``.pth`` or a Lightning ``.ckpt``;
             ``pkg://PACKAGE/FILE`` names a file that a Python package ships. The weights may lie
-            under ``state_dict``, ``model`` or ``state_dict_ema``, and their names may start with
-            ``module.``, ``student.``, ``model.``, ``net.`` or ``_orig_mod.``.
+            under ``state_dict``, ``model``, ``state_dict_ema``, ``model_ema`` or ``ema_model``, and
+            their names may start with ``module.``, ``student.``, ``model.``, ``net.`` or
+            ``_orig_mod.``. Averaged (EMA) weights are taken where the file has them too.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -44,11 +69,15 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
                 if expected[name].shape != state[name].shape
             },
         ),
+        *_listed(
+            "without plain values",
+            {name for name, x in state.items() if x.is_meta or x.layout != torch.strided},
+        ),
     ]
     if problems:
         raise ValueError(
             f"{path} does not fit {type(network).__name__}: {'; '.join(problems)}. "
-            "Build the network as it was trained (architecture, number of classes)"
+            f"{_advice(state, expected)}"
         )
     network.load_state_dict(state)
 
@@ -56,12 +85,18 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """The contents of a weight file or checkpoint, tensors on the CPU.
 
+    Command-line arguments (``argparse.Namespace``) and NumPy values beside the weights are left
+    unread: inert placeholders stand in their places.
+
     Args:
         path: as in :func:`load_weights`.
 
+    Returns:
+        The entries of the file.
+
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is damaged or holds anything but tensors and plain containers.
+        ValueError: if the file is damaged or holds other objects than tensors and plain containers.
     """
     file = _resolve(path)
     if not file.is_file():
@@ -69,13 +104,18 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         if file.suffix == ".safetensors":
             return safetensors.torch.load_file(file)
-        contents = torch.load(file, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([(_Unread, name) for name in _BESIDE_WEIGHTS]):
+            contents = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
         raise ValueError(
-            f"{path} is damaged or holds code, which is never executed. Save what you trust anew "
-            "as plain tensors: safetensors.torch.save_file(state_dict, path)"
+            f"{path} is damaged or holds {found[1] if found else 'code'} beside tensors. Such "
+            "objects can run code and are never loaded. Where the file was written, save the "
+            "weights alone: safetensors.torch.save_file(network.state_dict(), path)"
         ) from error
-    except (safetensors.SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except PermissionError:
+        raise
+    except Exception as error:  # whatever a reader meets in bytes that are no weights
         raise ValueError(f"{path} is damaged or no weight file: {error}") from error
     if not isinstance(contents, Mapping):
         raise ValueError(f"{path} holds a {type(contents).__name__}: expected a state_dict")
@@ -91,13 +131,18 @@ def _resolve(path: str | Path) -> Path:
 
 
 def _unwrap(contents: Mapping[str, Any], path: str | Path) -> dict[str, Tensor]:
-    for key in _WRAPPERS:
-        if isinstance(contents.get(key), Mapping):
-            return _unwrap(contents[key], path)
-    others = [name for name, value in contents.items() if not isinstance(value, Tensor)]
-    if others:
+    for _ in _WRAPPERS:
+        inner = (contents.get(key) for key in _WRAPPERS)
+        contents = next((x for x in inner if isinstance(x, Mapping) and x), contents)
+    others = [
+        name
+        for name, value in contents.items()
+        if not (isinstance(name, str) and isinstance(value, Tensor))
+    ]
+    if others or not contents:
+        entries = f"entries that are no tensors ({', '.join(map(repr, others[:5]))})"
         raise ValueError(
-            f"{path} has entries that are no tensors ({', '.join(map(repr, others[:5]))}): "
+            f"{path} has {entries if others else 'no entries'}: "
             f"expected a state_dict, alone or under one of {', '.join(_WRAPPERS)}"
         )
     return dict(contents)
@@ -109,8 +154,7 @@ def _strip(state: dict[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str
     def fitting(prefix: str) -> int:
         return sum(prefix + name in state for name in expected)
 
-    candidates = {outer + inner for outer in _PREFIXES for inner in _PREFIXES}
-    best = max(sorted(candidates, key=len), key=fitting)
+    best = max((outer + inner for outer in _PREFIXES for inner in _PREFIXES), key=fitting)
     if not best or not fitting(best):
         return state
     return {
@@ -124,3 +168,18 @@ def _listed(what: str, names: set[str]) -> list[str]:
     shown = sorted(names)[:8]
     more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
     return [f"{len(names)} {what}: {', '.join(shown)}{more}"]
+
+
+def _advice(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    """What to set so that the network fits: the number of classes, if that is all that differs."""
+    heads = set()
+    same_names = state.keys() == expected.keys()
+    for name in expected.keys() & state.keys():
+        ours, theirs = expected[name].shape, state[name].shape
+        if ours != theirs:
+            same_names &= len(ours) > 0 and len(theirs) > 0 and ours[1:] == theirs[1:]
+            heads.add(theirs[:1])
+    if same_names and len(heads) == 1:
+        (classes,) = heads.pop()
+        return f"The file's head has {classes} classes: set num_classes={classes} of the network"
+    return "Build the network as it was trained (architecture, num_classes)"

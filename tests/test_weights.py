@@ -1,8 +1,14 @@
 """Weight files: every form they come in, and none that runs code."""
 
+import argparse
+import copy
 import os
 import pickle
+from collections import deque
+from contextlib import suppress
+from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -27,6 +33,10 @@ def prefixed(state: dict, prefix: str) -> dict:
     return {prefix + name: value for name, value in state.items()}
 
 
+def other(state: dict) -> dict:
+    return {name: value + 1 for name, value in state.items()}
+
+
 @pytest.mark.parametrize(
     "contents",
     [
@@ -36,8 +46,27 @@ def prefixed(state: dict, prefix: str) -> dict:
         lambda state: {"state_dict_ema": prefixed(state, "module.")},
         lambda state: prefixed(state, "module.student."),
         lambda state: {"state_dict": prefixed(state, "net._orig_mod.") | {"loss.w": torch.ones(1)}},
+        lambda state: {"epoch": 3, "model": other(state), "ema_model": prefixed(state, "module.")},
+        lambda state: {"model": other(state), "model_ema": prefixed(state, "module.")},
+        lambda state: {"state_dict": state, "state_dict_ema": None, "ema_model": {}},
+        lambda state: {
+            "state_dict": prefixed(other(state), "student.")
+            | prefixed(state, "student_ema.module.")
+            | {"student_ema.n_averaged": torch.tensor(3)}
+        },
     ],
-    ids=["plain", "published", "lightning", "ema", "two prefixes", "compiled, with other entries"],
+    ids=[
+        "plain",
+        "published",
+        "lightning",
+        "ema",
+        "two prefixes",
+        "compiled, with other entries",
+        "ema beside raw",
+        "torchvision's ema",
+        "no ema",
+        "lightning's ema",
+    ],
 )
 @pytest.mark.parametrize("suffix", [".pth", ".ckpt"])
 def test_torch_files(tmp_path, network, contents, suffix):
@@ -56,6 +85,107 @@ def test_safetensors_files(tmp_path, network):
 
 def test_a_file_that_a_package_ships():
     load_weights(SmallCNN([32, 64, 128]), "pkg://lightning_dist/assets/digits_teacher.safetensors")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_arguments_and_numpy_values_beside_the_weights_are_passed_over(tmp_path, network, zipped):
+    extras = {
+        "args": argparse.Namespace(lr=0.1, seen=[np.float32(1)]),
+        "best": np.float64(0.7),
+        "epoch": np.int64(3),
+        "history": np.arange(3.0),
+        "objects": np.array([{"a": 1}], dtype=object),
+    }
+    path = tmp_path / "weights.pth"
+    torch.save(
+        {"model": network.state_dict(), **extras}, path, _use_new_zipfile_serialization=zipped
+    )
+    loaded = SmallCNN([4, 8])
+    load_weights(loaded, path)
+    assert same(loaded, network)
+    assert not any(
+        isinstance(value, (np.generic, np.ndarray, argparse.Namespace))
+        for value in read_checkpoint(path).values()
+    )
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize(
+    ("extra", "name"), [(Path("logs"), "pathlib.PosixPath"), (deque([1]), "collections.deque")]
+)
+def test_other_objects_beside_the_weights_are_refused_by_name(
+    tmp_path, network, zipped, extra, name
+):
+    path = tmp_path / "weights.pth"
+    contents = {"model": network.state_dict(), "extra": extra}
+    torch.save(contents, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match=f"holds {name} beside tensors.*save_file"):
+        load_weights(network, path)
+
+
+def test_code_in_the_arguments_beside_the_weights_is_not_run(tmp_path, network):
+    path, trace = tmp_path / "weights.pth", tmp_path / "trace"
+    torch.save({"model": network.state_dict(), "args": argparse.Namespace(x=Runs(trace))}, path)
+    with pytest.raises(ValueError, match="never loaded"):
+        load_weights(network, path)
+    assert not trace.exists()
+
+
+def test_a_wrong_head_says_what_to_set(tmp_path):
+    safetensors.torch.save_file(SmallCNN([4, 8], 100).state_dict(), tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match=r"set num_classes=100 of the network"):
+        load_weights(SmallCNN([4, 8]), tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match=r"as it was trained \(architecture, num_classes\)"):
+        load_weights(SmallCNN([4, 16], 100), tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        lambda x: x.to("meta"),
+        lambda x: x.to_sparse(),
+    ],
+    ids=["meta", "sparse"],
+)
+def test_tensors_without_plain_values_are_listed_and_nothing_is_loaded(tmp_path, network, broken):
+    state = other(network.state_dict())
+    state["head.weight"] = broken(state["head.weight"])
+    torch.save(state, tmp_path / "weights.pth")
+    before = copy.deepcopy(network)
+    with pytest.raises(ValueError, match=r"1 without plain values: head\.weight"):
+        load_weights(network, tmp_path / "weights.pth")
+    assert same(network, before)
+
+
+def test_a_safetensors_header_of_absurd_length_is_refused(tmp_path, network):
+    path = tmp_path / "weights.safetensors"
+    for length in (2**63, 2**40, 10):
+        path.write_bytes(length.to_bytes(8, "little") + b"{" * 64)
+        with pytest.raises(ValueError, match=r"weights\.safetensors is damaged"):
+            load_weights(network, path)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_file_with_changed_bytes_is_loaded_or_refused(tmp_path, network, zipped):
+    path = tmp_path / "weights.pth"
+    torch.save({"model": network.state_dict()}, path, _use_new_zipfile_serialization=zipped)
+    contents = path.read_bytes()
+    random = np.random.default_rng(0)
+    for _ in range(60):
+        changed = bytearray(contents[: random.integers(1, 2 * len(contents))])
+        for place in random.integers(0, min(len(changed), 1500), 4):
+            changed[place] = random.integers(256)
+        path.write_bytes(changed)
+        with suppress(ValueError):  # and no other error
+            load_weights(network, path)
+
+
+def test_a_file_that_holds_itself_is_refused(tmp_path, network):
+    contents: dict = {}
+    contents["model"] = contents
+    torch.save(contents, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match="expected a state_dict"):
+        load_weights(network, tmp_path / "weights.pth")
 
 
 class Runs:
@@ -112,11 +242,14 @@ def test_entries_that_do_not_fit_are_listed_and_nothing_is_loaded(tmp_path, netw
     assert "1 missing: features.0.weight" in message
     assert "1 unexpected: features.9.weight" in message
     assert "head.weight (100, 8) for (10, 8)" in message
+    assert message.endswith("Build the network as it was trained (architecture, num_classes)")
     for name, value in target.state_dict().items():
         assert torch.equal(value, before[name])
 
 
-@pytest.mark.parametrize("contents", [[1, 2], {"epoch": 3}, {"model": {"a": "text"}}])
+@pytest.mark.parametrize(
+    "contents", [[1, 2], {"epoch": 3}, {"model": {"a": "text"}}, {}, {0: torch.ones(1)}]
+)
 def test_a_file_without_a_state_dict_is_refused(tmp_path, network, contents):
     torch.save(contents, tmp_path / "weights.pth")
     with pytest.raises(ValueError, match="expected a state_dict"):
