@@ -1,8 +1,6 @@
 """What the benchmarks share: interleaved timing, the authors' formulation, tables and peers."""
 
 import importlib
-import importlib.util
-import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -20,8 +18,8 @@ def interleave(
     seconds: float,
     *,
     least: int = 3,
-    most: int = 25,
-    slice_seconds: float = 0.01,
+    most: int = 40,
+    slice_seconds: float = 0.02,
 ) -> dict[str, list[float]]:
     """Seconds a call of each contestant, one entry a round.
 
@@ -29,13 +27,15 @@ def interleave(
     of other processes falls on all of them alike. Quick calls are repeated to fill a slice.
 
     Args:
-        contestants: what to call, by name. The first calls, untimed, warm up.
+        contestants: what to call, by name; called before, so that nothing compiles any more.
         seconds: budget; rounds start until it is spent.
         least: fewest rounds, whatever the budget.
         most: most rounds.
         slice_seconds: shortest duration to time.
     """
-    repeats = {name: _repeats(call, slice_seconds) for name, call in contestants.items()}
+    repeats = {
+        name: max(1, round(slice_seconds / _seconds(call, 1))) for name, call in contestants.items()
+    }
     times: dict[str, list[float]] = {name: [] for name in contestants}
     names = list(contestants)
     end = time.perf_counter() + seconds
@@ -48,10 +48,10 @@ def interleave(
     return times
 
 
-def ratio(times: Times, slower: str, *faster: str) -> float:
-    """Median over the rounds of one contestant's time over another's, or over a sum of several."""
+def ratios(times: Times, slower: str, *faster: str) -> list[float]:
+    """Round by round, one contestant's time over another's, or over the sum of several."""
     rounds = zip(times[slower], *(times[name] for name in faster), strict=True)
-    return statistics.median(first / sum(rest) for first, *rest in rounds)
+    return [first / sum(rest) for first, *rest in rounds]
 
 
 def plain_dist(student: Tensor, teacher: Tensor, tau: float = 1.0, eps: float = 1e-8) -> Tensor:
@@ -68,10 +68,11 @@ def rows(logits: Tensor) -> Tensor:
 
 def peer(module: str) -> Any:
     """Import a package that a benchmark compares with, or say how to get it and stop."""
-    if importlib.util.find_spec(module.partition(".")[0]) is None:
-        print(f"this benchmark compares with {module}: pip install 'lightning-dist[test]'")
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        print(f"compares with {module} ({error}): pip install 'lightning-dist[test]'")
         sys.exit(0)
-    return importlib.import_module(module)
 
 
 def show(table: Table, *lines: str) -> None:
@@ -91,11 +92,6 @@ def bar(value: float, limit: str, met: bool) -> str:
 def _correlation(a: Tensor, b: Tensor, eps: float) -> Tensor:
     a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
     return ((a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1) + eps)).mean()
-
-
-def _repeats(call: Callable[[], Any], slice_seconds: float) -> int:
-    call()
-    return max(1, round(slice_seconds / _seconds(call, 1)))
 
 
 def _seconds(call: Callable[[], Any], repeats: int) -> float:

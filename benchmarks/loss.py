@@ -30,7 +30,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.common import bar, interleave, peer, plain_dist, ratio, rows, show
+from benchmarks.common import bar, interleave, peer, plain_dist, ratios, rows, show
 from lightning_dist import DISTLoss
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -49,7 +49,7 @@ SHAPES: list[tuple[int, ...]] = [
 ]
 QUICK: list[tuple[int, ...]] = [(64, 10), (256, 100), (2, 19, 16, 32)]
 LEAN = {(200000, 100), (2, 720, 100, 152)}  # the shapes whose memory has a bar
-SECONDS = 8.0  # of timing a shape
+SECONDS = 6.0  # of timing a shape
 OURS, COMPILED = "ours", "ours compiled"
 THEIRS, THEIRS_COMPILED, KL = "torchdistill", "torchdistill compiled", "KL"
 
@@ -63,7 +63,9 @@ class Row(NamedTuple):
     error: dict[str, float]
 
     def speed(self, slower: str, faster: str) -> float:
-        return ratio(self.times, slower, faster) if slower in self.times else float("nan")
+        if slower not in self.times:
+            return float("nan")
+        return statistics.median(ratios(self.times, slower, faster))
 
 
 def kl(student: Tensor, teacher: Tensor) -> Tensor:

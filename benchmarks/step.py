@@ -11,39 +11,38 @@ the optimizer, of a small CNN on 128 colour images of 32 x 32 pixels and 100 cla
   teacher's forward without gradients, timed apart and added.
 
 Each round runs a few steps of every contestant, the first ones untimed, and keeps the median step.
-The ratio of two contestants is the median over the rounds.
+A ratio is the median over the rounds, with its quartiles: the noise of this run.
 """
 
 import logging
-import os
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from benchmarks.common import bar, peer, plain_dist, ratio, show
+from benchmarks.common import bar, peer, plain_dist, ratios, show
 from lightning_dist import DistillationCallback, DISTLoss
 from lightning_dist.models.cifar import resnet8, resnet20
 
 Batch = tuple[Tensor, Tensor]
 Run = Callable[[list[Batch]], list[float]]  # trains on batches, returns when each step started
 
-ROUNDS, STEPS, WARM_UP = 12, 9, 3
+SECONDS, LEAST_ROUNDS, STEPS, WARM_UP = 150.0, 4, 6, 2
 CLASSES, WEIGHT = 100, 2.0
+SGD = {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}
 OURS, PLAIN = "DistillationCallback, DIST", "plain loop, authors' DIST"
 TIMM, BOX = "timm LogitDistillationTask, KL", "torchdistill training box, DIST"
 SUPERVISED, TEACHER = "supervised step in Lightning", "teacher's forward"
+PARTS = "the two parts above"
 
 
 class Classifier(LightningModule):
@@ -72,7 +71,7 @@ class Clock(Callback):
 
 
 def sgd(network: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+    return torch.optim.SGD(network.parameters(), **SGD)
 
 
 def lightning(*callbacks: Callback) -> Run:
@@ -90,7 +89,7 @@ def lightning(*callbacks: Callback) -> Run:
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        trainer.fit(module, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
+        trainer.fit(module, DataLoader(batches, batch_size=None))
         return clock.starts
 
     return run
@@ -157,26 +156,25 @@ def training_box(teacher: nn.Module) -> Run:
     """torchdistill's box, driven as its example scripts do."""
     distillation = peer("torchdistill.core.distillation")
     logging.getLogger("torchdistill").setLevel(logging.WARNING)
-    output = {"student_module_path": ".", "student_module_io": "output"}
-    output |= {"teacher_module_path": ".", "teacher_module_io": "output"}
-    label = {"input": {"is_from_teacher": False, "module_path": ".", "io": "output"}}
-    label["target"] = {"uses_label": True}
+    tap = {"is_from_teacher": False, "module_path": ".", "io": "output"}
+    taps = {f"{who}_module_path": "." for who in ("student", "teacher")}
+    taps |= {f"{who}_module_io": "output" for who in ("student", "teacher")}
     terms = {
         "task": {
             "criterion": {"key": "CrossEntropyLoss", "kwargs": {}},
-            "criterion_wrapper": {"key": "SimpleLossWrapper", "kwargs": label},
+            "criterion_wrapper": {
+                "key": "SimpleLossWrapper",
+                "kwargs": {"input": tap, "target": {"uses_label": True}},
+            },
             "weight": 1.0,
         },
-        "dist": {"criterion": {"key": "DISTLoss", "kwargs": output}, "weight": WEIGHT},
+        "dist": {"criterion": {"key": "DISTLoss", "kwargs": taps}, "weight": WEIGHT},
     }
     config = {
         "num_epochs": 1,
         "teacher": {"requires_grad": False, "forward_proc": "forward_batch_only"},
         "student": {"forward_proc": "forward_batch_only"},
-        "optimizer": {
-            "key": "SGD",
-            "kwargs": {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4},
-        },
+        "optimizer": {"key": "SGD", "kwargs": dict(SGD)},
         "criterion": {"key": "WeightedSumLoss", "kwargs": {"sub_terms": terms}},
     }
     box = distillation.get_distillation_box(
@@ -206,12 +204,13 @@ def contestants() -> dict[str, Run]:
     }
 
 
-def measure(runs: dict[str, Run], rounds: Iterable[int]) -> dict[str, list[float]]:
+def measure(runs: dict[str, Run]) -> dict[str, list[float]]:
     """Seconds a step of each, one entry a round."""
     batch = torch.randn(128, 3, 32, 32), torch.randint(CLASSES, (128,))
     times: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)
-    for _ in rounds:
+    end = time.perf_counter() + SECONDS
+    while len(times[OURS]) < LEAST_ROUNDS or time.perf_counter() < end:
         names.append(names.pop(0))
         for name in names:
             starts = runs[name]([batch] * STEPS)[WARM_UP:]
@@ -219,34 +218,32 @@ def measure(runs: dict[str, Run], rounds: Iterable[int]) -> dict[str, list[float
     return times
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without Lightning's notes on devices and data loaders."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+def spread(values: list[float]) -> str:
+    """Median and quartiles."""
+    low, middle, high = statistics.quantiles(values, n=4)
+    return f"{middle:.3f} ({low:.3f} to {high:.3f})"
 
 
 def main() -> None:
-    with quiet():
-        times = measure(contestants(), track(range(ROUNDS), "measuring", transient=True))
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # notes on devices, each fit
+    warnings.simplefilter("ignore")
+    times = measure(contestants())
+    times[PARTS] = [a + b for a, b in zip(times[SUPERVISED], times[TEACHER], strict=True)]
     table = Table(title="One step: ResNet-20 teaches ResNet-8, batch 128, 32 x 32, float32")
     table.add_column("through")
     table.add_column("ms", justify="right")
     table.add_column("ours / it", justify="right")
+    over = {name: ratios(times, OURS, name) for name in (PLAIN, TIMM, BOX, PARTS)}
     for name, values in times.items():
-        compared = "" if name in (SUPERVISED, TEACHER) else f"{ratio(times, OURS, name):.3f}"
-        table.add_row(name, f"{1000 * statistics.median(values):.1f}", compared)
-    parts = ratio(times, OURS, SUPERVISED, TEACHER)
-    sums = [a + b for a, b in zip(times[SUPERVISED], times[TEACHER], strict=True)]
-    table.add_row("these two parts", f"{1000 * statistics.median(sums):.1f}", f"{parts:.3f}")
-    most = max(ratio(times, OURS, name) for name in (PLAIN, TIMM, BOX))
+        shown = spread(over[name]) if name in over else ""
+        table.add_row(name, f"{1000 * statistics.median(values):.1f}", shown)
+    medians = {name: statistics.median(values) for name, values in over.items()}
+    parts, fastest = medians.pop(PARTS), max(medians.values())
     show(
         table,
-        f"{torch.get_num_threads()} threads, {os.cpu_count()} cores, torch {torch.__version__}",
-        f"over the parts: {bar(parts, '<= 1.05', parts <= 1.05)}",
-        f"over the fastest peer: {bar(most, '<= 1.0', most <= 1.0)}",
+        f"{len(times[OURS])} rounds, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        f"ours over the parts: {bar(parts, '<= 1.05', parts <= 1.05)}",
+        f"ours over the fastest peer: {bar(fastest, '<= 1.0', fastest <= 1.0)}",
     )
 
 

@@ -1,0 +1,69 @@
+"""Import time of the package over that of what it stands on: ``python -m benchmarks.import_time``.
+
+``import lightning_dist`` against ``import lightning, timm``, each in fresh interpreters, in turn.
+The interpreters time the import themselves, so their own start is in neither number. The first
+round fills the file cache and counts for nothing. CPU time stands beside wall time because it
+hardly feels what else the machine does.
+"""
+
+import statistics
+import subprocess
+import sys
+
+from rich.progress import track
+from rich.table import Table
+
+from benchmarks.common import bar, show
+
+ROUNDS = 7
+STATEMENTS = {"ours": "import lightning_dist", "parts": "import lightning, timm"}
+PROGRAM = """
+import time
+wall, cpu = time.perf_counter(), time.process_time()
+{statement}
+print(time.perf_counter() - wall, time.process_time() - cpu)
+"""
+
+
+def seconds(statement: str) -> tuple[float, float]:
+    """How long a statement takes in a fresh interpreter, by the wall's clock and by the CPU's."""
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRAM.format(statement=statement)],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    wall, cpu = result.stdout.split()[-2:]
+    return float(wall), float(cpu)
+
+
+def main() -> None:
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in STATEMENTS}
+    names = list(STATEMENTS)
+    for index in track(range(ROUNDS + 1), "measuring", transient=True):
+        names.reverse()
+        for name in names:
+            duration = seconds(STATEMENTS[name])
+            if index:
+                times[name].append(duration)
+    medians = {
+        name: [statistics.median(column) for column in zip(*values, strict=True)]
+        for name, values in times.items()
+    }
+    table = Table(title=f"Import time, median of {ROUNDS} fresh interpreters each")
+    table.add_column("statement")
+    for title in ("wall, s", "CPU, s", "wall ratio", "CPU ratio"):
+        table.add_column(title, justify="right")
+    for name, statement in STATEMENTS.items():
+        shares = [a / b for a, b in zip(medians[name], medians["parts"], strict=True)]
+        table.add_row(
+            statement,
+            *(f"{value:.2f}" for value in medians[name]),
+            *(f"{share:.3f}" for share in shares),
+        )
+    wall = medians["ours"][0] / medians["parts"][0]
+    show(table, f"wall time over that of the parts: {bar(wall, '<= 1.1', wall <= 1.1)}")
+
+
+if __name__ == "__main__":
+    main()
