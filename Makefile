@@ -10,7 +10,7 @@ demo: .venv/installed
 		distill=none,kd,dist seed=$(SEEDS) print_config=false callbacks.progress=null
 
 test: .venv/installed-test lint typecheck
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 test-fast: .venv/installed-test
 	$(BIN)/python -m pytest -m "not slow"

@@ -70,7 +70,7 @@ class Clock(Callback):
         self.starts.append(time.perf_counter())
 
 
-def sgd(network: nn.Module) -> torch.optim.Optimizer:
+def sgd(network: nn.Module) -> torch.optim.SGD:
     return torch.optim.SGD(network.parameters(), **SGD)
 
 
@@ -128,8 +128,7 @@ def plain(teacher: nn.Module) -> Run:
 def timm_task(teacher: nn.Module) -> Run:
     """timm's task; student and teacher are said to be normalised alike, so it need not convert."""
     student = resnet8(num_classes=CLASSES)
-    for network in (student, teacher):
-        network.pretrained_cfg = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
+    student.pretrained_cfg = teacher.pretrained_cfg = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
     student.in_chans = 3
     task = peer("timm.task").LogitDistillationTask(
         student,
@@ -231,14 +230,14 @@ def main() -> None:
     times[PARTS] = [a + b for a, b in zip(times[SUPERVISED], times[TEACHER], strict=True)]
     table = Table(title="One step: ResNet-20 teaches ResNet-8, batch 128, 32 x 32, float32")
     table.add_column("through")
-    table.add_column("ms", justify="right")
-    table.add_column("ours / it", justify="right")
+    for title in ("ms", "ours / it"):
+        table.add_column(title, justify="right")
     over = {name: ratios(times, OURS, name) for name in (PLAIN, TIMM, BOX, PARTS)}
     for name, values in times.items():
         shown = spread(over[name]) if name in over else ""
         table.add_row(name, f"{1000 * statistics.median(values):.1f}", shown)
-    medians = {name: statistics.median(values) for name, values in over.items()}
-    parts, fastest = medians.pop(PARTS), max(medians.values())
+    parts, *peers = (statistics.median(over[name]) for name in (PARTS, PLAIN, TIMM, BOX))
+    fastest = max(peers)
     show(
         table,
         f"{len(times[OURS])} rounds, {torch.get_num_threads()} threads, torch {torch.__version__}",

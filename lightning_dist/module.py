@@ -1,5 +1,7 @@
 """DistillModule: a LightningModule with a trainable student and a frozen teacher."""
 
+import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -7,6 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchmetrics import Metric, MetricCollection
 
 from lightning_dist.callback import DistillationCallback, Weight, attached_callbacks
@@ -22,7 +25,8 @@ class DistillModule(LightningModule):
     has one. Subclasses override any of the steps or ``configure_*`` methods.
 
     Logs ``train/loss`` (total), ``train/task``, ``train/distill``, ``val/loss``, ``val/METRIC``,
-    ``test/loss`` and ``test/METRIC``.
+    ``test/loss`` and ``test/METRIC``; with ``ema_decay`` also ``val/ema_loss``, ``val/ema_METRIC``
+    and the same of ``test``.
 
     Args:
         student: the network to train.
@@ -34,17 +38,22 @@ class DistillModule(LightningModule):
             one), otherwise with the student itself, as ``timm.optim.create_optimizer_v2`` wants it.
             AdamW by default.
         scheduler: called with the optimizer; a torch or timm scheduler, or what timm's
-            ``create_scheduler_v2`` returns.
+            ``create_scheduler_v2`` returns. Where it takes ``updates_per_epoch``, as that does, it
+            is given how many optimizer updates an epoch of this Trainer has.
         scheduler_interval: ``"epoch"`` or ``"step"``, when the scheduler is stepped.
         distill_loss: loss of student and teacher logits, DIST by default.
         distill_weight: its weight, a number or a function of the Trainer.
         task_weight: weight of the task loss while distilling.
+        ema_decay: keep an exponential moving average of the student, evaluated beside the student
+            itself and saved with it; 0.9999 is usual. ``None`` keeps none.
 
     Example:
         >>> module = DistillModule(nn.Linear(4, 3), teacher=nn.Linear(4, 3))
         >>> sorted(module.state_dict())
         ['student.bias', 'student.weight']
     """
+
+    distill_loss: Callable[[Tensor, Tensor], Tensor] | None
 
     def __init__(
         self,
@@ -59,6 +68,7 @@ class DistillModule(LightningModule):
         distill_loss: Callable[[Tensor, Tensor], Tensor] | None = None,
         distill_weight: Weight = 2.0,
         task_weight: float = 1.0,
+        ema_decay: float | None = None,
     ) -> None:
         super().__init__()
         if scheduler_interval not in ("epoch", "step"):
@@ -79,6 +89,13 @@ class DistillModule(LightningModule):
         )
         self.val_metrics = collection.clone(prefix="val/")
         self.test_metrics = collection.clone(prefix="test/")
+        self.student_ema: AveragedModel | None = None
+        if ema_decay is not None:
+            self.student_ema = AveragedModel(
+                student, multi_avg_fn=get_ema_multi_avg_fn(ema_decay), use_buffers=True
+            ).requires_grad_(False)
+            self.val_ema_metrics = collection.clone(prefix="val/ema_")
+            self.test_ema_metrics = collection.clone(prefix="test/ema_")
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The student's output."""
@@ -96,25 +113,37 @@ class DistillModule(LightningModule):
             loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
             self.log("train/loss", loss * self.trainer.accumulate_grad_batches, prog_bar=True)
 
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step the optimizer, then the average of the student's weights."""
+        super().optimizer_step(*args, **kwargs)
+        if self.student_ema is not None:
+            self.student_ema.update_parameters(self.student)
+
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Update ``val/*``."""
-        self._evaluate(batch, "val", self.val_metrics)
+        self._evaluate(batch, self.student, "val/", self.val_metrics)
+        if self.student_ema is not None:
+            self._evaluate(batch, self.student_ema, "val/ema_", self.val_ema_metrics)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Update ``test/*``."""
-        self._evaluate(batch, "test", self.test_metrics)
+        self._evaluate(batch, self.student, "test/", self.test_metrics)
+        if self.student_ema is not None:
+            self._evaluate(batch, self.student_ema, "test/ema_", self.test_ema_metrics)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Any:
         """The student's output of a batch of inputs, or of ``(inputs, target)``."""
         return self.student(batch[0] if isinstance(batch, (tuple, list)) else batch)
 
-    def _evaluate(self, batch: Any, split: str, metrics: MetricCollection) -> None:
+    def _evaluate(
+        self, batch: Any, network: nn.Module, prefix: str, metrics: MetricCollection
+    ) -> None:
         inputs, target = batch
-        output = self.student(inputs)
+        output = network(inputs)
         metrics.update(output, target)
         loss = self.eval_loss(output, target)
-        self.log(f"{split}/loss", loss, batch_size=len(target), sync_dist=True)
-        self.log_dict(metrics, batch_size=len(target), prog_bar=split == "val")
+        self.log(f"{prefix}loss", loss, batch_size=len(target), sync_dist=True)
+        self.log_dict(metrics, batch_size=len(target), prog_bar=prefix.startswith("val"))
 
     def configure_distillation(self) -> DistillationCallback | None:
         """The callback that the module brings along; ``None`` trains without distillation."""
@@ -154,13 +183,20 @@ class DistillModule(LightningModule):
                 optimizer.add_param_group({"params": rest})
         if self.scheduler is None:
             return optimizer
-        scheduler = self.scheduler(optimizer)
+        options = {}
+        if "updates_per_epoch" in inspect.signature(self.scheduler).parameters:
+            options["updates_per_epoch"] = self._updates_per_epoch()
+        scheduler = self.scheduler(optimizer, **options)
         if isinstance(scheduler, tuple):  # timm's create_scheduler_v2 adds the number of epochs
             scheduler = scheduler[0]
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": self.scheduler_interval},
         }
+
+    def _updates_per_epoch(self) -> int:
+        self.trainer.fit_loop.setup_data()  # Lightning counts the batches no earlier
+        return math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
         if not hasattr(scheduler, "step_update"):

@@ -283,3 +283,34 @@ def test_a_teacher_object_is_taken_as_it_is():
 def test_an_unknown_scheduler_interval_is_refused():
     with pytest.raises(ValueError, match="scheduler_interval is 'batch'"):
         DistillModule(network(), scheduler_interval="batch")
+
+
+def test_a_scheduler_that_asks_for_the_updates_per_epoch_is_told(make_trainer):
+    told = []
+
+    def scheduler(optimizer, updates_per_epoch):
+        told.append(updates_per_epoch)
+        return torch.optim.lr_scheduler.StepLR(optimizer, updates_per_epoch)
+
+    module = DistillModule(network(), optimizer=sgd, scheduler=scheduler)
+    make_trainer(accumulate_grad_batches=3, max_epochs=2).fit(module, data(batches=7))
+    make_trainer(max_steps=2, max_epochs=-1).fit(module, data(batches=7))
+    assert told == [3, 7]
+
+
+def test_timm_schedule_with_times_in_epochs_steps_by_step(make_trainer):
+    factory = functools.partial(
+        timm.scheduler.create_scheduler_v2,
+        sched="step",
+        num_epochs=3,
+        decay_epochs=0.5,
+        decay_rate=0.5,
+        warmup_epochs=1,
+        warmup_lr=0.0,
+        warmup_prefix=True,
+        step_on_epochs=False,
+    )
+    module = DistillModule(network(), optimizer=sgd, scheduler=factory, scheduler_interval="step")
+    assert rates(make_trainer, module, epochs=3) == pytest.approx(
+        [0.0, 0.05, 0.1, 0.05, 0.025, 0.0125]
+    )

@@ -1,0 +1,454 @@
+"""Every recipe says what the paper says, and runs with its real networks."""
+
+import copy
+import functools
+import gzip
+import hashlib
+import json
+import math
+import pickle
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from hydra import compose, initialize_config_module
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.utils import instantiate
+from lightning.pytorch import Callback
+from omegaconf import DictConfig
+from PIL import Image
+from timm.layers import DropPath
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+from torchvision.datasets import CIFAR100
+
+PAPER = yaml.safe_load((Path(__file__).parent / "paper.yaml").read_text())
+RECIPES = list(PAPER["recipes"])
+TABLES = ["cifar100", "imagenet", "imagenet_stronger_teacher", "imagenet_stronger_strategy"]
+UPDATES_PER_EPOCH = 10
+
+every_recipe = pytest.mark.parametrize("recipe", RECIPES)
+
+
+@functools.cache
+def composed(recipe: str, *overrides: str) -> DictConfig:
+    with initialize_config_module("lightning_dist.conf", version_base="1.3"):
+        return compose("train", overrides=[f"experiment={recipe}", *overrides])
+
+
+def offline(recipe: str) -> list[str]:
+    """Overrides that keep the teacher's weights out."""
+    pretrained = [] if recipe.startswith("cifar100") else ["teacher.network.pretrained=false"]
+    return [*pretrained, "teacher.weights=null"]
+
+
+def expected(recipe: str) -> SimpleNamespace:
+    """What the paper says of a recipe."""
+    strategy, student, teacher, own = PAPER["recipes"][recipe]
+    values = PAPER["strategies"].get(strategy) or PAPER["own"][strategy]
+    values = {**PAPER["strategies"].get(values.get("like"), {}), **values}
+    lr = {**values["lr"], **own.get("lr", {})}
+    return SimpleNamespace(**{**values, **own, "lr": lr, "student": student, "teacher": teacher})
+
+
+def built(config: DictConfig, **others: Any) -> Any:
+    """The module with student and teacher (or others), without memory for their weights."""
+    with torch.device("meta"):
+        return instantiate(config.module, **others)
+
+
+# The data sets, small, in their own formats
+
+
+def write_cifar(root: Path, patch: pytest.MonkeyPatch) -> None:
+    """CIFAR-100's pickles, with md5 sums that torchvision takes for the right ones."""
+    folder, rng = root / CIFAR100.base_folder, np.random.default_rng(0)
+    folder.mkdir(parents=True)
+
+    def write(name: str, content: dict[str, object]) -> str:
+        (folder / name).write_bytes(pickle.dumps(content, protocol=2))
+        return hashlib.md5((folder / name).read_bytes()).hexdigest()
+
+    for files in ("train_list", "test_list"):
+        content = {
+            "data": rng.integers(0, 256, (200, 3072), dtype=np.uint8),
+            "fine_labels": [index % 100 for index in range(200)],
+        }
+        sums = [[name, write(name, content)] for name, _ in getattr(CIFAR100, files)]
+        patch.setattr(CIFAR100, files, sums)
+    names = {"fine_label_names": [f"class {label}" for label in range(100)]}
+    md5 = write(CIFAR100.meta["filename"], names)
+    patch.setattr(CIFAR100, "meta", CIFAR100.meta | {"md5": md5})
+
+
+def write_image(path: Path, size: int, rng: np.random.Generator) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(path)
+
+
+def write_imagenet(root: Path) -> None:
+    rng = np.random.default_rng(0)
+    for wnid in ("n01440764", "n01443537"):
+        for number in range(4):
+            write_image(root / "train" / wnid / f"{wnid}_{number}.JPEG", 240, rng)
+        write_image(root / "val" / wnid / f"ILSVRC2012_val_{wnid}.JPEG", 240, rng)
+
+
+def write_tiny_imagenet(root: Path) -> None:
+    rng, lines = np.random.default_rng(0), []
+    for label, wnid in enumerate(("n01443537", "n02124075")):
+        for number in range(4):
+            write_image(root / "train" / wnid / "images" / f"{wnid}_{number}.JPEG", 64, rng)
+        write_image(root / "val" / "images" / f"val_{label}.JPEG", 64, rng)
+        lines.append(f"val_{label}.JPEG\t{wnid}\t0\t0\t63\t63\n")
+    (root / "val" / "val_annotations.txt").write_text("".join(lines))
+    (root / "wnids.txt").write_text("n01443537\nn02124075\n")
+    (root / "words.txt").write_text("n01443537\tgoldfish\n")
+
+
+@pytest.fixture(scope="module")
+def roots(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+    """The folder of each kind of data."""
+    folder = tmp_path_factory.mktemp("data")
+    roots = {kind: folder / kind for kind in ("cifar", "imagenet", "tiny")}
+    with pytest.MonkeyPatch.context() as patch:
+        write_cifar(roots["cifar"], patch)
+        write_imagenet(roots["imagenet"])
+        write_tiny_imagenet(roots["tiny"])
+        yield roots
+
+
+# Field by field
+
+
+def test_every_recipe_of_the_paper_has_an_experiment_and_no_other_does():
+    folder = Path(__file__).resolve().parents[2] / "conf" / "experiment"
+    groups = {recipe.split("/")[0] for recipe in RECIPES}
+    files = [path for group in groups for path in (folder / group).glob("*.yaml")]
+    assert {f"{path.parent.name}/{path.stem}" for path in files} == set(RECIPES)
+    assert all(len(path.read_text().splitlines()) < 15 for path in files)
+
+
+@every_recipe
+def test_networks_are_those_of_the_paper(recipe, golden):
+    paper, config = expected(recipe), composed(recipe)
+    weights = config.teacher.weights
+    pretrained = config.teacher.network.get("pretrained", False)
+    assert (weights is None) == pretrained, "weights come from a file or from timm"
+    assert pretrained == ("." in paper.teacher)
+    config = composed(recipe, *offline(recipe))
+    module = built(config)
+    shapes = json.loads(gzip.decompress((golden / "state_dict_shapes.json.gz").read_bytes()))
+    for network, name in [
+        (module.student, paper.student),
+        (module.teacher.network, paper.teacher),
+    ]:
+        if recipe.startswith("cifar100"):
+            found = {key: list(value.shape) for key, value in network.state_dict().items()}
+            assert found == shapes[f"cifar/{name}"]
+            continue
+        architecture, _, tag = name.partition(".")
+        assert network.pretrained_cfg["architecture"] == architecture
+        assert not tag or network.pretrained_cfg["tag"] == tag
+        assert not tag or tuple(network.pretrained_cfg["mean"]) == tuple(paper.mean)
+        assert network.num_classes == paper.classes
+        if paper.classes == 1000:
+            count = sum(parameter.numel() for parameter in network.parameters())
+            assert count == PAPER["parameters"][architecture]
+
+
+@every_recipe
+def test_dropout_and_drop_path_are_those_of_the_paper(recipe):
+    paper = expected(recipe)
+    student = built(composed(recipe, "distill=none")).student
+    drop_paths = [m.drop_prob for m in student.modules() if isinstance(m, DropPath)]
+    assert max(drop_paths, default=0.0) == pytest.approx(getattr(paper, "drop_path", 0.0))
+    dropouts = [m.p for m in student.modules() if isinstance(m, nn.Dropout)]
+    rates = [*dropouts, getattr(student, "drop_rate", 0.0)]
+    assert max(rates) == getattr(paper, "dropout", 0.0)
+
+
+def paper_lr(lr: dict[str, Any], epochs: int, update: int) -> float:
+    """The learning rate of an optimizer update by the paper's rule."""
+    time = Fraction(update, UPDATES_PER_EPOCH)  # in epochs, exactly
+    warmup = lr.get("warmup", 0)
+    if time < warmup:
+        return lr["start"] + (lr["base"] - lr["start"]) * float(time / warmup)
+    if "cosine_to" in lr:
+        share = (1 + math.cos(math.pi * float(time / epochs))) / 2
+        return lr["cosine_to"] + (lr["base"] - lr["cosine_to"]) * share
+    if "milestones" in lr:
+        return lr["base"] * lr["factor"] ** sum(time >= m for m in lr["milestones"])
+    return lr["base"] * lr["factor"] ** ((time - warmup) // Fraction(str(lr["every"])))
+
+
+def on_a_stub(module: Any) -> SimpleNamespace:
+    """Attach what a module asks its Trainer for while it steps a schedule."""
+    trainer = SimpleNamespace(
+        fit_loop=SimpleNamespace(setup_data=lambda: None),
+        num_training_batches=UPDATES_PER_EPOCH,
+        accumulate_grad_batches=1,
+        global_step=0,
+        current_epoch=0,
+    )
+    module.trainer = trainer
+    return trainer  # the module holds it weakly
+
+
+@every_recipe
+def test_learning_rate_is_the_papers_at_every_update_of_the_run(recipe):
+    paper, config = expected(recipe), composed(recipe, "distill=none")
+    assert config.trainer.max_epochs == paper.epochs
+    module = built(config)
+    trainer = on_a_stub(module)
+    configured = module.configure_optimizers()
+    optimizer, plan = configured["optimizer"], configured["lr_scheduler"]
+    for update in range(paper.epochs * UPDATES_PER_EPOCH):
+        rate = paper_lr(paper.lr, paper.epochs, update)
+        for group in optimizer.param_groups:
+            assert math.isclose(group["lr"], rate, rel_tol=1e-9), f"update {update}"
+        optimizer._opt_called = True  # torch warns where the optimizer was never stepped
+        trainer.global_step += 1
+        trainer.current_epoch = update // UPDATES_PER_EPOCH
+        if plan["interval"] == "step" or (update + 1) % UPDATES_PER_EPOCH == 0:
+            module.lr_scheduler_step(plan["scheduler"], None)
+
+
+def kind_of(network: nn.Module) -> dict[int, str]:
+    """Of each parameter, by its id: a norm layer's, a bias, or the last part of its name."""
+    kinds = {id(p): name.split(".")[-1] for name, p in network.named_parameters()}
+    norms = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
+    for layer in network.modules():
+        if isinstance(layer, norms):
+            kinds |= {id(p): "norm" for p in layer.parameters(recurse=False)}
+    return kinds
+
+
+@every_recipe
+def test_optimizer_and_weight_decay_are_the_papers(recipe):
+    paper = expected(recipe)
+    module = built(composed(recipe, "distill=none"))
+    trainer = on_a_stub(module)  # held here: the module's own hold is weak
+    assert trainer is not None
+    optimizer = module.configure_optimizers()["optimizer"]
+    assert type(optimizer).__name__ == paper.optimizer["name"]
+    kinds = kind_of(module.student)
+    for group in optimizer.param_groups:
+        for option, value in paper.optimizer.items():
+            found = group.get(option, value if option == "name" else None)
+            assert (list(found) if isinstance(value, list) else found) == value
+        for parameter in group["params"]:
+            spared = kinds.pop(id(parameter)) in paper.spared
+            assert group["weight_decay"] == (0.0 if spared else paper.weight_decay)
+    assert not kinds, "parameters that no group holds"
+
+
+@every_recipe
+def test_losses_are_the_papers(recipe):
+    paper = expected(recipe)
+    for distill, values in PAPER["distill"].items():
+        config = composed(recipe, *offline(recipe), f"distill={distill}")
+        module = built(config, student=nn.Linear(1, 1), teacher=nn.Linear(1, 1))
+        callback = module.configure_distillation()
+        (term,) = callback.terms.values()
+        assert (callback.task_weight, term.weight) == (values["task"], values["weight"])
+        assert term.loss.tau == values.get("tau", paper.tau)
+        if distill == "dist":
+            assert (term.loss.beta, term.loss.gamma) == (values["beta"], values["gamma"])
+            assert term.loss.activation == "softmax"
+    alone = built(composed(recipe, "distill=none"))
+    assert alone.configure_distillation() is None
+    assert alone.task_loss.label_smoothing == getattr(paper, "label_smoothing", 0.0)
+    mixing = getattr(paper, "mixup", None)
+    assert (alone.mixup is None) == (mixing is None)
+    if mixing:
+        assert alone.mixup.mixup_alpha == mixing["mixup"]
+        assert alone.mixup.cutmix_alpha == mixing["cutmix"]
+        assert alone.mixup.label_smoothing == mixing["label_smoothing"]
+        assert alone.mixup.num_classes == paper.classes
+
+
+@every_recipe
+def test_ema_is_the_papers(recipe):
+    decay = getattr(expected(recipe), "ema", None)
+    config = composed(recipe, "distill=none")
+    assert config.module.ema_decay == decay
+    assert (built(config).student_ema is not None) == (decay is not None)
+
+
+@every_recipe
+def test_batch_and_processes_are_the_papers(recipe):
+    paper, config = expected(recipe), composed(recipe)
+    assert config.data.global_batch_size == paper.batch
+    assert config.num_classes == paper.classes
+    assert config.trainer.devices == paper.gpus
+    assert config.distributed == (paper.gpus > 1)
+    assert config.trainer.get("accumulate_grad_batches", 1) == 1
+    assert config.trainer.get("gradient_clip_val") == getattr(paper, "gradient_clip", None)
+    if paper.gpus > 1:
+        assert instantiate(config.trainer.strategy)._ddp_comm_hook is fp16_compress_hook
+
+
+@every_recipe
+def test_images_are_prepared_as_in_the_paper(recipe, roots):
+    paper = expected(recipe)
+    size, settings = paper.data["size"], paper.data
+    data = instantiate(composed(recipe, f"data.root={roots[settings['kind']]}").data)
+    assert (data.image_size, list(data.mean), list(data.std)) == (size, paper.mean, paper.std)
+    train = data.train_dataset()
+    if settings["kind"] == "cifar":
+        assert (train.padding, train.flip) == (settings["padding"], True)
+        assert data.val_dataset().padding == 0
+        assert len(data.val_dataset()) == 200, "published numbers are on the test images"
+        return
+    steps = {type(step).__name__: step for step in train.transform.transforms}
+    assert steps.pop("RandomHorizontalFlip").p == 0.5
+    if settings["kind"] == "tiny":
+        crop = steps["RandomCrop"]
+        assert (crop.size, crop.padding) == ((size, size), settings["padding"])
+        return
+    crop = steps.pop("RandomResizedCropAndInterpolation")
+    assert (crop.size, crop.scale) == ((size, size), (0.08, 1.0))
+    if "magnitude" in settings:
+        augment = steps.pop("RandAugment")
+        assert augment.num_layers == 2
+        assert {op.magnitude for op in augment.ops} == {settings["magnitude"]}
+        assert {op.magnitude_std for op in augment.ops} == {settings["mstd"]}
+        erasing = steps.pop("RandomErasing")
+        assert (erasing.probability, erasing.per_pixel) == (settings["erasing"], True)
+    assert set(steps) == {"MaybeToTensor", "Normalize"}
+    resize, centre, *_ = data.val_dataset().transform.transforms
+    assert (resize.size, tuple(centre.size)) == (settings["resize"], (size, size))
+
+
+# The tables
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_a_sweep_preset_trains_every_pair_of_a_table_with_every_loss(table):
+    with initialize_config_module("lightning_dist.conf", version_base="1.3"):
+        config = compose("train", overrides=[f"+sweep={table}"], return_hydra_config=True)
+    arguments = [f"{key}={value}" for key, value in config.hydra.sweeper.params.items()]
+    overrides = OverridesParser.create().parse_overrides(arguments)
+    (jobs,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
+    pairs = [recipe for recipe in RECIPES if recipe.startswith(f"{table}/")]
+    assert sorted(jobs) == sorted(
+        [f"experiment={pair}", f"distill={distill}"]
+        for pair in pairs
+        for distill in ("none", "kd", "dist")
+    )
+
+
+def test_the_docs_give_the_command_of_every_recipe_and_table():
+    text = (Path(__file__).resolve().parents[2] / "docs" / "recipes.md").read_text()
+    for recipe in RECIPES:
+        assert f"lightning-dist train experiment={recipe}" in text
+    for table in TABLES:
+        assert f"lightning-dist train -m +sweep={table}`" in text
+
+
+# Two steps of each
+
+
+@pytest.mark.slow
+@every_recipe
+def test_two_steps_run_with_the_real_networks(recipe, roots, make_trainer):
+    kind = expected(recipe).data["kind"]
+    batch = 8 if kind == "cifar" else 2
+    overrides = [
+        *offline(recipe),
+        "trainer=cpu",
+        f"data.root={roots[kind]}",
+        f"data.global_batch_size={batch}",
+        "data.num_workers=0",
+    ]
+    if "swin_l" in recipe:  # 0.8 GB of weights: its little sister teaches
+        overrides.append("teacher.network.model_name=swin_tiny_patch4_window7_224")
+    config = composed(recipe, *overrides)
+    module = instantiate(config.module)
+    before = {name: p.detach().clone() for name, p in module.student.named_parameters()}
+    trainer = make_trainer(
+        limit_train_batches=2,
+        limit_val_batches=1,
+        num_sanity_val_steps=0,
+        gradient_clip_val=config.trainer.get("gradient_clip_val"),
+    )
+    trainer.fit(module, instantiate(config.data))
+    metrics = trainer.callback_metrics
+    assert trainer.global_step == 2
+    for name in ("train/loss", "train/task", "train/distill", "val/loss", "val/accuracy"):
+        assert metrics[name].isfinite()
+    assert ("val/ema_accuracy" in metrics) == hasattr(expected(recipe), "ema")
+    after = dict(module.student.named_parameters())
+    stem, *_, head = after
+    assert not any(after[name].equal(before[name]) for name in (stem, head))
+
+
+# The trajectory
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("lr", "free"),
+    [
+        pytest.param(5e-5, True, id="the-rate-after-epoch-210"),
+        # From random weights at this rate rounding errors grow tenfold a step, in any program: so
+        # each step starts anew from Lightning's weights, and its new weights are compared too.
+        pytest.param(0.05, False, id="the-first-rate-step-by-step"),
+    ],
+)
+def test_twenty_steps_are_those_of_a_plain_loop(lr, free, roots, make_trainer, reference_dist_loss):
+    config = composed(
+        "cifar100/resnet56_resnet20",
+        "teacher.weights=null",
+        "+teacher.dtype=float64",
+        "trainer=cpu",
+        f"data.root={roots['cifar']}",
+        "data.global_batch_size=8",
+        "data.num_workers=0",
+        f"optimizer.lr={lr}",
+    )
+    module = instantiate(config.module).double()
+    student = copy.deepcopy(module.student)
+    teacher = copy.deepcopy(module.teacher.network)
+    batches, losses, states = [], [], []
+
+    class Record(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            states.append(copy.deepcopy(pl_module.student.state_dict()))
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            batches.append([part.clone() for part in batch])
+            losses.append(outputs["loss"].item())
+
+    trainer = make_trainer(
+        max_steps=20, limit_val_batches=0, precision="64-true", callbacks=[Record()]
+    )
+    trainer.fit(module, instantiate(config.data))
+    assert (len(losses), batches[0][0].dtype) == (20, torch.float64)
+    states.append(module.student.state_dict())
+
+    optimizer = torch.optim.SGD(student.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
+    student.train()
+    plain = []
+    for (images, labels), before, after in zip(batches, states, states[1:], strict=False):
+        if not free:
+            student.load_state_dict(before)
+        logits = student(images)
+        with torch.no_grad():
+            target = teacher(images)
+        loss = F.cross_entropy(logits, labels) + 2 * reference_dist_loss(logits, target, tau=4.0)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        plain.append(loss.item())
+        torch.testing.assert_close(student.state_dict(), after, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(losses, plain, rtol=0, atol=1e-9)
