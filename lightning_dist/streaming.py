@@ -23,8 +23,9 @@ def compute_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
 class RelationLoss(torch.autograd.Function):
     """The DIST loss in two streaming passes over blocks of rows.
 
-    Tensors are ``(R, C)`` or ``(N, C, S)``: the class dimension is 1, all others are rows. A *pair*
-    stacks student and teacher in front: ``(2, R, C)`` or ``(2, N, C, S)``.
+    Tensors are ``(R, C)`` or ``(N, C, S)``: the class dimension is 1, all others are rows. Small
+    tensors, O(N) or O(C), are stacked in front: two for student and teacher, three for moments.
+    The logits are not: a compiler could not fuse what reads them.
 
     The gradient of one correlation ``a / (b c + eps)``, ``a = <u, v>``, ``b = |u|``, ``c = |v|``,
     of centred ``u`` (student) and ``v`` (teacher) is ``P v - Q u``, ``P = 1 / (b c + eps)``,
@@ -49,18 +50,17 @@ class RelationLoss(torch.autograd.Function):
         total = None
         row_coefficients, row_offsets = [], []
         for block in _blocks(student):
-            pair, keep = _activate(student, teacher, mask, block, tau, activation, dtype)
-            mean: Tensor | float = 1 / pair.shape[2]
+            ours, theirs, keep = _activate(student, teacher, mask, block, tau, activation, dtype)
+            means: tuple[Any, Any] = (1 / ours.shape[1],) * 2
             if activation != "softmax":
-                mean = pair.mean(2, keepdim=True)
-            moments = _moments(pair, mean, keep, over=(2,))
-            rho, coefficients = _correlate(moments, eps)
+                means = ours.mean(1, keepdim=True), theirs.mean(1, keepdim=True)
+            rho, coefficients = _correlate(_moments(ours, theirs, *means, keep, over=(1,)), eps)
             if keep is not None:
                 coefficients = coefficients * keep
             row_coefficients.append(coefficients)
             if activation != "softmax":  # a constant a row vanishes in the softmax's derivative
-                row_offsets.append((coefficients * mean).sum(0))
-            part = Statistics.of_block(pair, keep, rho.sum())
+                row_offsets.append(coefficients[0] * means[0] + coefficients[1] * means[1])
+            part = Statistics.of_block(ours, theirs, keep, rho.sum())
             total = part if total is None else total.merge(part)
         if total is None:
             total = Statistics.zero(student)
@@ -71,8 +71,8 @@ class RelationLoss(torch.autograd.Function):
 
         rows = _at_least_one(total.rows)
         rho, column_coefficients = _correlate(total.moments, eps)
-        loss = tau**2 * (beta * (1 - total.inter / rows) + gamma * (1 - rho.mean()))
-        loss = loss * (total.rows > 0)
+        correlation = total.inter * (beta / rows) + rho.sum() * (gamma / rho.numel())
+        loss = tau**2 * (beta + gamma - correlation) * (total.rows > 0)
 
         row_weight = world * tau * beta / rows
         column_coefficients = column_coefficients * (world * tau * gamma / student.shape[1])
@@ -96,22 +96,24 @@ class RelationLoss(torch.autograd.Function):
                 "dist_loss has no second derivative: call backward() or grad() without create_graph"
             )
         tau, activation, dtype, n_blocks = ctx.options
-        student, teacher, mask, column_coefficients, column_offset, *rows = ctx.saved_tensors
-        row_coefficients, row_offsets = rows[:n_blocks], rows[n_blocks:]
+        student, teacher, mask, column_coefficients, column_offset, *kept = ctx.saved_tensors
+        row_coefficients, row_offsets = kept[:n_blocks], kept[n_blocks:]
         gradient = torch.empty_like(student)
         for index, block in enumerate(_blocks(student)):
-            pair, keep = _activate(student, teacher, mask, block, tau, activation, dtype)
+            ours, theirs, keep = _activate(student, teacher, mask, block, tau, activation, dtype)
             columns, offset = column_coefficients, column_offset
             if keep is not None:
                 columns, offset = columns * keep, offset * keep
-            weighted = (row_coefficients[index] + columns).mul_(pair)
-            slope = weighted[0].add_(weighted[1]).sub_(offset)
+            rows = row_coefficients[index]
+            slope = (rows[0] + columns[0]).mul_(ours)
+            slope.addcmul_(rows[1] + columns[1], theirs).sub_(offset)
             if row_offsets:
                 slope.sub_(row_offsets[index])
             if activation == "softmax":
-                slope = torch._softmax_backward_data(slope, pair[0], 1, dtype)
+                slope.mul_(ours)
+                slope.addcmul_(ours, slope.sum(1, keepdim=True), value=-1)
             elif activation == "sigmoid":
-                slope = slope * pair[0] * (1 - pair[0])
+                slope.mul_(ours * (1 - ours))
             gradient[block] = slope * grad_output
         return gradient, *[None] * 8
 
@@ -131,16 +133,21 @@ class Statistics(NamedTuple):
         return cls(0, zeros.new_zeros(()), zeros[:2], zeros[2:])
 
     @classmethod
-    def of_block(cls, pair: Tensor, keep: Tensor | None, inter: Tensor) -> "Statistics":
-        over = (1, 3)[: pair.dim() - 2]
+    def of_block(
+        cls, ours: Tensor, theirs: Tensor, keep: Tensor | None, inter: Tensor
+    ) -> "Statistics":
+        over = (0, 2)[: ours.dim() - 1]
         rows: int | Tensor
         if keep is None:
-            rows = pair.numel() // (2 * pair.shape[2])
-            mean = pair.mean(over, keepdim=True)
+            rows = ours.numel() // ours.shape[1]
+            means = [x.mean(over, keepdim=True) for x in (ours, theirs)]
         else:
             rows = keep.sum()
-            mean = (pair * keep).sum(over, keepdim=True) / _at_least_one(rows)
-        return cls(rows, inter, mean, _moments(pair, mean, keep, over))
+            means = [
+                (x * keep).sum(over, keepdim=True) / _at_least_one(rows) for x in (ours, theirs)
+            ]
+        moments = _moments(ours, theirs, means[0], means[1], keep, over)
+        return cls(rows, inter, torch.stack(means), moments)
 
     def merge(self, other: "Statistics") -> "Statistics":
         """Join two disjoint sets of rows (Chan, Golub, LeVeque 1979)."""
@@ -214,32 +221,40 @@ def _activate(
     tau: float,
     activation: Activation,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor | None]:
-    """The pair of a block after the activation, and the block's mask as numbers."""
-    pair = torch.stack((student[block].to(dtype), teacher[block].to(dtype)))
-    if tau != 1:
-        pair = pair / tau
-    keep = None
-    if mask is not None:  # what is left out may be anything, NaN included
-        pair = pair.masked_fill(~mask[block], 0)
-        keep = mask[block].to(dtype)
-    if activation == "softmax":
-        pair = pair.softmax(2)
-    elif activation == "sigmoid":
-        pair = pair.sigmoid()
-    return pair, keep
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Student and teacher of a block after the activation, and the block's mask as numbers."""
+    keep = None if mask is None else mask[block]
+
+    def activated(logits: Tensor) -> Tensor:
+        x = logits[block].to(dtype)
+        if tau != 1:
+            x = x / tau
+        if keep is not None:  # what is left out may be anything, NaN included
+            x = x.masked_fill(~keep, 0)
+        if activation == "softmax":
+            return x.softmax(1)
+        return x.sigmoid() if activation == "sigmoid" else x
+
+    return activated(student), activated(teacher), None if keep is None else keep.to(dtype)
 
 
 def _moments(
-    pair: Tensor, mean: Tensor | float, keep: Tensor | None, over: tuple[int, ...]
+    ours: Tensor,
+    theirs: Tensor,
+    our_mean: Tensor | float,
+    their_mean: Tensor | float,
+    keep: Tensor | None,
+    over: tuple[int, ...],
 ) -> Tensor:
     """Centred sums of s*s, t*t and s*t, stacked in front."""
-    deviation = pair - mean
+    ours, theirs = ours - our_mean, theirs - their_mean
     if keep is not None:
-        deviation = deviation * keep
-    squares = (deviation * deviation).sum(over, keepdim=True)
-    cross = (deviation[:1] * deviation[1:]).sum(over, keepdim=True)
-    return torch.cat((squares, cross))
+        ours, theirs = ours * keep, theirs * keep
+    # Eager sums are pairwise; those that inductor makes for the CPU are not, and lose digits.
+    plain = torch.compiler.is_compiling() and ours.device.type == "cpu"
+    wide = torch.float64 if plain else ours.dtype
+    products = (ours * ours, theirs * theirs, ours * theirs)
+    return torch.stack([x.sum(over, keepdim=True, dtype=wide) for x in products]).to(ours.dtype)
 
 
 def _correlate(moments: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -247,5 +262,7 @@ def _correlate(moments: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     norms = moments[:2].sqrt()
     reciprocal = 1 / (norms[:1] * norms[1:] + eps)
     rho = moments[2:] * reciprocal
-    q = torch.where(norms[:1] > 0, rho * reciprocal * norms[1:] / norms[:1], 0)
+    # A constant row or column has norm 0 and rho 0: q is 0 there, whatever divides.
+    tiny = torch.finfo(norms.dtype).tiny
+    q = rho * reciprocal * norms[1:] / norms[:1].clamp(min=tiny)
     return rho, torch.cat((q, -reciprocal))
