@@ -194,9 +194,15 @@ def test_report_of_failures_only_still_lists_them(tmp_path: Path) -> None:
 
 
 def test_metric_that_some_runs_lack_says_how_many_it_averages(tmp_path: Path) -> None:
-    for seed, extra in enumerate([{"val/x": 1.0}, {"val/x": 2.0}, {}]):
+    for seed, extra in enumerate([{"test/x": 1.0}, {"test/x": 2.0}, {}]):
         put_run(tmp_path / str(seed), f"seed={seed}", metrics={"test/accuracy": 0.5} | extra)
     assert rows(report_table(read_runs(tmp_path))) == [["3", "0.5 ± 0", "1.5 ± 0.7071 (of 2)"]]
+
+
+def test_the_table_shows_the_split_of_its_metric_and_the_csv_everything(tmp_path: Path) -> None:
+    put_run(tmp_path / "0", "seed=0", metrics={"test/accuracy": 0.5, "val/accuracy": 0.25})
+    assert rows(write_report(tmp_path)) == [["1", "0.5"]]
+    assert "0.25" in (tmp_path / "report.csv").read_text()
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
