@@ -67,12 +67,14 @@ class RelationLoss(torch.autograd.Function):
         world = 1
         if sync and torch.distributed.is_available() and torch.distributed.is_initialized():
             world = torch.distributed.get_world_size()
-            total = total.all_reduce(world)
+            total = total.all_gather(world)
 
         rows = _at_least_one(total.rows)
         rho, column_coefficients = _correlate(total.moments, eps)
         correlation = total.inter * (beta / rows) + rho.sum() * (gamma / rho.numel())
-        loss = tau**2 * (beta + gamma - correlation) * (total.rows > 0)
+        loss = (beta + gamma - correlation) * tau**2
+        if isinstance(total.rows, Tensor) or total.rows == 0:
+            loss = loss * (total.rows > 0)
 
         row_weight = world * tau * beta / rows
         column_coefficients = column_coefficients * (world * tau * gamma / student.shape[1])
@@ -98,7 +100,7 @@ class RelationLoss(torch.autograd.Function):
         tau, activation, dtype, n_blocks = ctx.options
         student, teacher, mask, column_coefficients, column_offset, *kept = ctx.saved_tensors
         row_coefficients, row_offsets = kept[:n_blocks], kept[n_blocks:]
-        gradient = torch.empty_like(student)
+        gradient = torch.empty_like(student) if n_blocks != 1 else None
         for index, block in enumerate(_blocks(student)):
             ours, theirs, keep = _activate(student, teacher, mask, block, tau, activation, dtype)
             columns, offset = column_coefficients, column_offset
@@ -114,7 +116,10 @@ class RelationLoss(torch.autograd.Function):
                 slope.addcmul_(ours, slope.sum(1, keepdim=True), value=-1)
             elif activation == "sigmoid":
                 slope.mul_(ours * (1 - ours))
-            gradient[block] = slope * grad_output
+            if gradient is None:  # the only block
+                gradient = slope.mul_(grad_output).to(student.dtype)
+            else:
+                gradient[block] = slope.mul_(grad_output)
         return gradient, *[None] * 8
 
 
@@ -164,7 +169,7 @@ class Statistics(NamedTuple):
             self.moments.to(wide) + other.moments + between,
         )
 
-    def all_reduce(self, world: int) -> "Statistics":
+    def all_gather(self, world: int) -> "Statistics":
         """Merge the statistics of all ranks, in the order of the ranks, on every rank."""
         zero = self.zero(self.mean[0])
         rows = torch.as_tensor(self.rows, dtype=zero.mean.dtype, device=zero.mean.device)
@@ -260,7 +265,7 @@ def _moments(
 def _correlate(moments: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Pearson's correlation from its moments, and (Q, -P): its negative gradient's coefficients."""
     norms = moments[:2].sqrt()
-    reciprocal = 1 / (norms[:1] * norms[1:] + eps)
+    reciprocal = (norms[:1] * norms[1:] + eps).reciprocal()
     rho = moments[2:] * reciprocal
     # A constant row or column has norm 0 and rho 0: q is 0 there, whatever divides.
     tiny = torch.finfo(norms.dtype).tiny
