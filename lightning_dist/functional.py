@@ -190,7 +190,7 @@ def _check_logits(student: Tensor, teacher: Tensor) -> None:
     if student.shape[1] != teacher.shape[1]:
         raise ValueError(
             f"student has {student.shape[1]} classes and teacher {teacher.shape[1]} ({shapes}): "
-            "give both a head of the same classes, or map the teacher's classes to the student's"
+            "give both a head of the same classes, or set class_map of the teacher"
         )
     if student.shape != teacher.shape:
         raise ValueError(f"logits differ in shape ({shapes}): they must pair element by element")

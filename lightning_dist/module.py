@@ -1,5 +1,6 @@
 """DistillModule: a LightningModule with a trainable student and a frozen teacher."""
 
+import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping
@@ -92,7 +93,7 @@ class DistillModule(LightningModule):
         self.student_ema: AveragedModel | None = None
         if ema_decay is not None:
             self.student_ema = AveragedModel(
-                student, multi_avg_fn=get_ema_multi_avg_fn(ema_decay), use_buffers=True
+                student, multi_avg_fn=functools.partial(_average, ema_decay), use_buffers=True
             ).requires_grad_(False)
             self.val_ema_metrics = collection.clone(prefix="val/ema_")
             self.test_ema_metrics = collection.clone(prefix="test/ema_")
@@ -133,13 +134,17 @@ class DistillModule(LightningModule):
 
     def predict_step(self, batch: Any, batch_idx: int) -> Any:
         """The student's output of a batch of inputs, or of ``(inputs, target)``."""
-        return self.student(batch[0] if isinstance(batch, (tuple, list)) else batch)
+        return self.infer(self.student, batch[0] if isinstance(batch, (tuple, list)) else batch)
+
+    def infer(self, network: nn.Module, inputs: Any) -> Any:
+        """The output of the student, or of its average, in validation, test and prediction."""
+        return network(inputs)
 
     def _evaluate(
         self, batch: Any, network: nn.Module, prefix: str, metrics: MetricCollection
     ) -> None:
         inputs, target = batch
-        output = network(inputs)
+        output = self.infer(network, inputs)
         metrics.update(output, target)
         loss = self.eval_loss(output, target)
         self.log(f"{prefix}loss", loss, batch_size=len(target), sync_dist=True)
@@ -205,3 +210,8 @@ class DistillModule(LightningModule):
             scheduler.step_update(num_updates=self.trainer.global_step, metric=metric)
         else:
             scheduler.step(epoch=self.current_epoch + 1, metric=metric)
+
+
+def _average(decay: float, averaged: Any, current: Any, updates: Any) -> None:
+    """torch's moving average as a function that ddp_spawn can pickle."""
+    get_ema_multi_avg_fn(decay)(averaged, current, updates)

@@ -99,6 +99,10 @@ class RelationLoss(torch.autograd.Function):
             )
         tau, activation, dtype, n_blocks = ctx.options
         student, teacher, mask, column_coefficients, column_offset, *kept = ctx.saved_tensors
+        # Scaled before they meet the logits: a compiler then leaves all of it to the backward pass.
+        column_coefficients, column_offset, *kept = (
+            x * grad_output for x in (column_coefficients, column_offset, *kept)
+        )
         row_coefficients, row_offsets = kept[:n_blocks], kept[n_blocks:]
         gradient = torch.empty_like(student) if n_blocks != 1 else None
         for index, block in enumerate(_blocks(student)):
@@ -113,13 +117,13 @@ class RelationLoss(torch.autograd.Function):
                 slope.sub_(row_offsets[index])
             if activation == "softmax":
                 slope.mul_(ours)
-                slope.addcmul_(ours, slope.sum(1, keepdim=True), value=-1)
+                slope.addcmul_(ours, _sum(slope, (1,)), value=-1)
             elif activation == "sigmoid":
                 slope.mul_(ours * (1 - ours))
             if gradient is None:  # the only block
-                gradient = slope.mul_(grad_output).to(student.dtype)
+                gradient = slope.to(student.dtype)
             else:
-                gradient[block] = slope.mul_(grad_output)
+                gradient[block] = slope
         return gradient, *[None] * 8
 
 
@@ -255,11 +259,14 @@ def _moments(
     ours, theirs = ours - our_mean, theirs - their_mean
     if keep is not None:
         ours, theirs = ours * keep, theirs * keep
+    return torch.stack([_sum(x, over) for x in (ours * ours, theirs * theirs, ours * theirs)])
+
+
+def _sum(x: Tensor, over: tuple[int, ...]) -> Tensor:
     # Eager sums are pairwise; those that inductor makes for the CPU are not, and lose digits.
-    plain = torch.compiler.is_compiling() and ours.device.type == "cpu"
-    wide = torch.float64 if plain else ours.dtype
-    products = (ours * ours, theirs * theirs, ours * theirs)
-    return torch.stack([x.sum(over, keepdim=True, dtype=wide) for x in products]).to(ours.dtype)
+    if torch.compiler.is_compiling() and x.device.type == "cpu":
+        return x.sum(over, keepdim=True, dtype=torch.float64).to(x.dtype)
+    return x.sum(over, keepdim=True)
 
 
 def _correlate(moments: Tensor, eps: float) -> tuple[Tensor, Tensor]:

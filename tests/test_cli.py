@@ -83,6 +83,30 @@ def test_eval_and_export_need_the_checkpoint_alone(command, tmp_path, capsys):
     assert all(torch.equal(value, saved["student." + name]) for name, value in exported.items())
 
 
+def test_export_of_the_averaged_weights(command, tmp_path, capsys):
+    command("train", *QUICK, "module.ema_decay=0.9")
+    (result,) = results(tmp_path / "outputs")
+    ckpt = f"ckpt={result['checkpoint']}"
+    capsys.readouterr()
+    command("eval", ckpt, "trainer=cpu")
+    assert str(result["metrics"]["test/ema_accuracy"]) in capsys.readouterr().out
+    command("export", ckpt, "ema=true", "file=average.safetensors")
+    exported = safetensors.torch.load_file(tmp_path / "average.safetensors")
+    saved = torch.load(result["checkpoint"], weights_only=True)["state_dict"]
+    assert all(torch.equal(x, saved[f"student_ema.module.{name}"]) for name, x in exported.items())
+    assert not all(torch.equal(x, saved[f"student.{name}"]) for name, x in exported.items())
+
+
+def test_export_refuses_an_average_that_was_not_kept(command, tmp_path, capsys):
+    command("train", *QUICK)
+    (result,) = results(tmp_path / "outputs")
+    with pytest.raises(SystemExit) as stop:
+        command("export", f"ckpt={result['checkpoint']}", "ema=true")
+    assert stop.value.code == 1
+    assert "holds no averaged weights: train with module.ema_decay" in capsys.readouterr().err
+    assert not (tmp_path / "student.safetensors").exists()
+
+
 def test_a_run_resumes_from_a_checkpoint(command, tmp_path):
     command("train", *QUICK, "hydra.run.dir=outputs/1")
     command(

@@ -67,3 +67,19 @@ def test_spawned_processes(tmp_path):
     ranks = train(tmp_path / "ranks", "--strategy=ddp_spawn")
     assert len(ranks) == 1
     assert ranks[0]["teacher_unchanged"]
+
+
+def test_every_rank_averages_the_student_of_the_joined_batches(tmp_path):
+    (joined,) = train(tmp_path / "joined", "--ema", "--devices=1", "--sync")
+    ranks = train(tmp_path / "ranks", "--ema", "--strategy=ddp", "--sync")
+    assert len(ranks) == 2
+    for rank in ranks:
+        torch.testing.assert_close(rank["weights"], joined["weights"], rtol=1e-10, atol=1e-12)
+    weights = joined["weights"]
+    assert not torch.equal(weights["student_ema.module.0.weight"], weights["student.0.weight"])
+
+
+def test_an_averaged_student_trains_in_spawned_processes(tmp_path):
+    (main,) = train(tmp_path / "ranks", "--ema", "--strategy=ddp_spawn")
+    weights = main["weights"]
+    assert not torch.equal(weights["student_ema.module.0.weight"], weights["student.0.weight"])

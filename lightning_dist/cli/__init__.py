@@ -1,11 +1,13 @@
 """The command ``lightning-dist VERB``: one line for a user's error, a traceback for a bug."""
 
 import difflib
+import functools
 import importlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 VERBS = {
     "train": "train a student, distilled or not; -m sweeps",
@@ -41,6 +43,31 @@ def main() -> None:
         del os.environ["HYDRA_FULL_ERROR"]
         if environment is not None:
             os.environ["HYDRA_FULL_ERROR"] = environment
+
+
+def hydra_app(verb: str, job: Callable[[Any], Any]) -> None:
+    """Run a verb's job as a Hydra app over ``sys.argv``.
+
+    Hydra must not see the verb; processes that subprocess DDP starts from the command line must. So
+    it is out of ``sys.argv`` while Hydra reads that, and back while the job runs.
+
+    Args:
+        verb: of the command line, and the name of its config.
+        job: takes the composed config.
+    """
+    import hydra
+
+    @functools.wraps(job)
+    def run(config: Any) -> Any:
+        sys.argv.insert(1, verb)
+        try:
+            with one_line_errors():
+                return job(config)
+        finally:
+            del sys.argv[1]
+
+    del sys.argv[1]
+    hydra.main(version_base="1.3", config_path="pkg://lightning_dist.conf", config_name=verb)(run)()
 
 
 @contextmanager

@@ -2,12 +2,10 @@
 
 import json
 import logging
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import hydra
 import rich
 import rich.syntax
 import torch
@@ -17,7 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_dist.cli import one_line_errors
+from lightning_dist.cli import hydra_app
 from lightning_dist.cli.saved import CONFIG_KEY, to_save
 
 log = logging.getLogger(__name__)
@@ -36,17 +34,12 @@ class SaveConfig(Callback):
 
 
 def main() -> None:
-    """Run the Hydra app on ``sys.argv``, the verb taken out."""
-    del sys.argv[1]
-    hydra.main(version_base="1.3", config_path="pkg://lightning_dist.conf", config_name="train")(
-        _job
-    )()
+    """Run the Hydra app on ``sys.argv``."""
+    hydra_app("train", _job)
 
 
-@one_line_errors()
 def _job(config: DictConfig) -> float | None:
     """One run; its result is written whether it succeeds or fails."""
-    sys.argv.insert(1, "train")  # the command line that subprocess DDP starts again
     folder = Path(HydraConfig.get().runtime.output_dir)
     overrides = [str(override) for override in HydraConfig.get().overrides.task]
     result: dict[str, Any] = {
@@ -64,7 +57,6 @@ def _job(config: DictConfig) -> float | None:
     finally:
         result["seconds"] = round(time.monotonic() - start, 2)
         _write(folder / "result.json", result)
-        del sys.argv[1]
     return result["metrics"].get(config.monitor)
 
 

@@ -257,6 +257,8 @@ class ImageDataModule(LightningDataModule):
         seed: of the training order and the augmentation, not of the split.
         pin_memory: copy batches into pinned memory; by default where there is CUDA.
         drop_last: drop the last training batch where it is smaller (timm's Mixup needs even ones).
+        mean: of each channel, for pixels scaled to 0..1, instead of the data set's own.
+        std: of each channel, likewise.
 
     Attributes:
         num_classes: number of classes.
@@ -285,8 +287,14 @@ class ImageDataModule(LightningDataModule):
         seed: int = 0,
         pin_memory: bool | None = None,
         drop_last: bool = False,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
+        if mean is not None:
+            self.mean = tuple(mean)
+        if std is not None:
+            self.std = tuple(std)
         self.global_batch_size = global_batch_size
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers

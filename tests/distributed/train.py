@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_dist import DistillationCallback, DISTLoss
+from lightning_dist import DistillationCallback, DistillModule, DISTLoss
 
 
 class Batches(Dataset):
@@ -40,29 +40,45 @@ class Batches(Dataset):
         return self.inputs[index, rows], self.targets[index, rows]
 
 
-class Plain(L.LightningModule):
+def new_student() -> nn.Sequential:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 4)).double()
+
+
+class Recorded(L.LightningModule):
+    """Its data, and what it saw of the distillation loss."""
+
+    uneven = False
+    distill = ()  # of spawned processes, the main one sees nothing
+
+    def train_dataloader(self):
+        self.distill = []
+        data = Batches(self.trainer.global_rank, self.trainer.world_size, self.uneven)
+        return DataLoader(data, batch_size=None)
+
+    def on_train_batch_end(self, *args):
+        super().on_train_batch_end(*args)
+        self.distill.append(self.trainer.callback_metrics["train/distill"].item())
+
+
+class Averaged(Recorded, DistillModule):
+    """A DistillModule that keeps an average of the student."""
+
+
+class Plain(Recorded):
     def __init__(self, uneven: bool) -> None:
         super().__init__()
-        torch.manual_seed(3)
-        self.net = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 4)).double()
+        self.net = new_student()
         self.uneven = uneven
-        self.distill = []
 
     def configure_model(self):
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
             for layer in (self.net[0], self.net[2], self.net):
                 fully_shard(layer, mesh=self.device_mesh["data_parallel"])
 
-    def train_dataloader(self):
-        data = Batches(self.trainer.global_rank, self.trainer.world_size, self.uneven)
-        return DataLoader(data, batch_size=None)
-
     def training_step(self, batch, batch_idx):
         inputs, target = batch
         return F.cross_entropy(self.net(inputs), target)
-
-    def on_train_batch_end(self, *_):
-        self.distill.append(self.trainer.callback_metrics["train/distill"].item())
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
@@ -74,6 +90,7 @@ def main() -> None:
     parser.add_argument("--devices", type=int, default=2)
     parser.add_argument("--sync", action="store_true")
     parser.add_argument("--uneven", action="store_true", help="last batch 11 and 5 rows")
+    parser.add_argument("--ema", action="store_true", help="train a DistillModule with ema_decay")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     warnings.filterwarnings("error", message=".*unused parameters.*")
@@ -86,9 +103,10 @@ def main() -> None:
     strategy = options.strategy
     if strategy == "fsdp2":
         strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+    loss = DISTLoss(sync=options.sync)
     callback = DistillationCallback(
         teacher,
-        loss=DISTLoss(sync=options.sync),
+        loss=loss,
         # A mean of uneven means is not the joined mean: then the task loss stays out of it.
         task_weight=0.0 if options.uneven else 1.0,
     )
@@ -97,7 +115,7 @@ def main() -> None:
         devices=options.devices,
         strategy=strategy,
         max_epochs=1,
-        callbacks=[callback],
+        callbacks=[] if options.ema else [callback],
         use_distributed_sampler=False,
         logger=False,
         enable_checkpointing=False,
@@ -105,6 +123,8 @@ def main() -> None:
         enable_model_summary=False,
     )
     module = Plain(options.uneven)
+    if options.ema:
+        module = Averaged(new_student(), teacher, distill_loss=loss, ema_decay=0.5)
     trainer.fit(module)
     weights = {
         name: value.full_tensor() if hasattr(value, "full_tensor") else value
@@ -112,7 +132,7 @@ def main() -> None:
     }
     same = all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
     torch.save(
-        {"weights": weights, "distill": module.distill, "teacher_unchanged": same},
+        {"weights": weights, "distill": list(module.distill), "teacher_unchanged": same},
         options.out / f"rank{trainer.global_rank}.pt",
     )
 

@@ -46,7 +46,7 @@ def composed(recipe: str, *overrides: str) -> DictConfig:
 
 def offline(recipe: str) -> list[str]:
     """Overrides that keep the teacher's weights out."""
-    pretrained = [] if recipe.startswith("cifar100") else ["teacher.network.pretrained=false"]
+    pretrained = [] if recipe.startswith("cifar100") else ["teacher.pretrained=false"]
     return [*pretrained, "teacher.weights=null"]
 
 
@@ -141,7 +141,7 @@ def test_every_recipe_of_the_paper_has_an_experiment_and_no_other_does():
 def test_networks_are_those_of_the_paper(recipe, golden):
     paper, config = expected(recipe), composed(recipe)
     weights = config.teacher.weights
-    pretrained = config.teacher.network.get("pretrained", False)
+    pretrained = config.teacher.get("pretrained", False)
     assert (weights is None) == pretrained, "weights come from a file or from timm"
     assert pretrained == ("." in paper.teacher)
     config = composed(recipe, *offline(recipe))
@@ -163,6 +163,19 @@ def test_networks_are_those_of_the_paper(recipe, golden):
         if paper.classes == 1000:
             count = sum(parameter.numel() for parameter in network.parameters())
             assert count == PAPER["parameters"][architecture]
+
+
+def test_a_teacher_sees_the_images_in_its_own_normalisation_and_size():
+    recipe = "imagenet/resnet34_resnet18"
+    own = built(composed(recipe, *offline(recipe))).teacher.inputs
+    assert own.affine is None, "the recipe's teacher was trained on the student's pixels"
+    assert own.size == (224, 224)
+    config = composed(recipe, *offline(recipe), "teacher.source=timm/vit_base_patch16_384")
+    bridge = built(config).teacher.inputs
+    assert bridge.size == (384, 384)
+    white = (1 - np.array(config.data.mean)) / np.array(config.data.std)
+    scale, shift = np.array(bridge.affine).T
+    np.testing.assert_allclose(white * scale + shift, 1, rtol=1e-6)  # (1 - 0.5) / 0.5
 
 
 @every_recipe
@@ -371,7 +384,7 @@ def test_two_steps_run_with_the_real_networks(recipe, roots, make_trainer):
         "data.num_workers=0",
     ]
     if "swin_l" in recipe:  # 0.8 GB of weights: its little sister teaches
-        overrides.append("teacher.network.model_name=swin_tiny_patch4_window7_224")
+        overrides.append("teacher.source=timm/swin_tiny_patch4_window7_224")
     config = composed(recipe, *overrides)
     module = instantiate(config.module)
     before = {name: p.detach().clone() for name, p in module.student.named_parameters()}

@@ -1,0 +1,201 @@
+"""Semantic segmentation: dense cross-entropy with an auxiliary head, DIST on both heads, mIoU."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch.nn.functional as F
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
+
+from lightning_dist.callback import DistillationCallback, Term, Weight
+from lightning_dist.losses import DISTLoss
+from lightning_dist.module import DistillModule
+from lightning_dist.taps import find
+from lightning_dist.teacher import Teacher
+
+SLIDE_OVERLAP = 1 / 3
+
+
+class SegmentationModule(DistillModule):
+    """Label every pixel of ``(images, masks)`` batches: ``(N, 3, H, W)`` and int64 ``(N, H, W)``.
+
+    A network returns logits ``(N, C, h, w)`` or, as torchvision's, a mapping with ``out`` and
+    perhaps ``aux``; they are resized to the mask. Distillation compares the logits at the network's
+    own resolution, before any resizing: what the sub-modules ``head`` and ``aux_head`` return. The
+    auxiliary head is a term of its own where student and teacher both have one.
+
+    ``METRIC`` is ``miou``, the mean intersection over union of the classes that occur in the whole
+    set, and ``pixel_accuracy``; ``val/loss`` is the cross-entropy of the main output.
+
+    Args:
+        student: network with ``num_classes`` channels.
+        teacher: network with the same channels and output resolution, or ``None``.
+        num_classes: number of classes.
+        ignore_index: label of pixels that count nowhere.
+        aux_weight: weight of the auxiliary head, in the task loss and in the distillation.
+        head: dotted path, in student and teacher, of what returns the main logits; ``""`` is the
+            network itself. torchvision and ``lightning_dist.models.segmentation`` call it
+            ``classifier``, segmentation_models_pytorch ``segmentation_head``.
+        aux_head: the same of the auxiliary logits.
+        teacher_head: path of the teacher's main logits where it is another.
+        align_corners: how logits are resized, see :func:`torch.nn.functional.interpolate`.
+        window: height and width in pixels of the window that slides over the image in evaluation,
+            overlapping by a third; ``None`` evaluates whole images.
+        kwargs: as in :class:`lightning_dist.DistillModule`.
+
+    Reference:
+        Huang et al., Knowledge Distillation from A Stronger Teacher, NeurIPS 2022, section 4.3.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | Teacher | None = None,
+        *,
+        num_classes: int,
+        ignore_index: int = 255,
+        aux_weight: float = 0.4,
+        head: str = "classifier",
+        aux_head: str = "aux_classifier",
+        teacher_head: str | None = None,
+        align_corners: bool = True,
+        window: tuple[int, int] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        find(student, head, "the student", "head")
+        options: dict[str, Any] = {"ignore_index": ignore_index, "validate_args": False}
+        kwargs.setdefault(
+            "metrics",
+            MetricCollection(
+                {
+                    "miou": MulticlassJaccardIndex(num_classes, **options),
+                    "pixel_accuracy": MulticlassAccuracy(num_classes, average="micro", **options),
+                }
+            ),
+        )
+        kwargs.setdefault("task_loss", PixelLoss(aux_weight, ignore_index, align_corners))
+        super().__init__(student, teacher, **kwargs)
+        self.eval_loss = PixelLoss(0.0, ignore_index, align_corners)
+        self.aux_weight = aux_weight
+        self.head, self.aux_head = head, aux_head
+        self.teacher_head = head if teacher_head is None else teacher_head
+        self.align_corners = align_corners
+        self.window = window
+
+    def infer(self, network: nn.Module, inputs: Tensor) -> Tensor:
+        """Logits ``(N, C, H, W)`` at the resolution of the images, whole or by sliding window."""
+        if self.window is None:
+            logits, _ = main_and_aux(network(inputs))
+            return resize(logits, inputs.shape[2:], self.align_corners)
+        height, width = inputs.shape[2:]
+        tall, wide = min(self.window[0], height), min(self.window[1], width)
+        total: Tensor | None = None
+        counts = inputs.new_zeros(1, 1, height, width)
+        for top in _starts(height, tall):
+            for left in _starts(width, wide):
+                place = (..., slice(top, top + tall), slice(left, left + wide))
+                logits, _ = main_and_aux(network(inputs[place]))
+                logits = resize(logits, (tall, wide), self.align_corners)
+                if total is None:
+                    total = logits.new_zeros(len(inputs), logits.shape[1], height, width)
+                total[place] += logits
+                counts[place] += 1
+        assert total is not None
+        return total / counts
+
+    def configure_distillation(self) -> DistillationCallback | None:
+        """One term on the main logits, ``main``, and one on the auxiliary ones, ``aux``."""
+        if self.teacher is None:
+            return None
+        loss = self.distill_loss or DISTLoss()
+        terms = {"main": Term(loss, self.distill_weight, self.head, self.teacher_head)}
+        if self.aux_weight and all(
+            _has(network, self.aux_head) for network in (self.student, self.teacher.network)
+        ):
+            weight = _times(self.distill_weight, self.aux_weight)
+            terms["aux"] = Term(loss, weight, self.aux_head, self.aux_head)
+        return DistillationCallback(
+            self.teacher, student="student", terms=terms, task_weight=self.task_weight
+        )
+
+
+class PixelLoss(nn.Module):
+    """Cross-entropy at the mask's resolution, of the main and, weighted, the auxiliary output.
+
+    Args:
+        aux_weight: weight of the auxiliary output; 0 leaves it out.
+        ignore_index: label of pixels that do not count. Without any other the loss is 0.
+        align_corners: how logits are resized.
+
+    Shape:
+        output: logits ``(N, C, h, w)`` or a mapping with ``out`` and perhaps ``aux``; target
+        ``(N, H, W)`` int64; the loss is a scalar, the mean over the pixels that count.
+    """
+
+    def __init__(self, aux_weight: float, ignore_index: int, align_corners: bool) -> None:
+        super().__init__()
+        self.aux_weight = aux_weight
+        self.ignore_index = ignore_index
+        self.align_corners = align_corners
+
+    def forward(self, output: Any, target: Tensor) -> Tensor:
+        main, aux = main_and_aux(output)
+        loss = self._cross_entropy(main, target)
+        if aux is not None and self.aux_weight:
+            loss = loss + self.aux_weight * self._cross_entropy(aux, target)
+        return loss
+
+    def _cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
+        logits = resize(logits, target.shape[1:], self.align_corners)
+        total = F.cross_entropy(logits, target, ignore_index=self.ignore_index, reduction="sum")
+        return total / (target != self.ignore_index).sum().clamp(min=1)
+
+
+def main_and_aux(output: Any) -> tuple[Tensor, Tensor | None]:
+    """Main and auxiliary logits of a network's output.
+
+    Raises:
+        ValueError: if there are no logits ``(N, C, h, w)`` in it.
+    """
+    main, aux = output, None
+    if isinstance(output, Mapping):
+        main, aux = output.get("out"), output.get("aux")
+    if not isinstance(main, Tensor) or main.dim() != 4:
+        raise ValueError(
+            f"the network returned a {type(output).__name__} without logits (N, C, h, w): return a "
+            "tensor, or a mapping with 'out' and perhaps 'aux'"
+        )
+    return main, aux
+
+
+def resize(logits: Tensor, size: Any, align_corners: bool) -> Tensor:
+    """Bilinear, where the size differs."""
+    if logits.shape[2:] == tuple(size):
+        return logits
+    return F.interpolate(logits, tuple(size), mode="bilinear", align_corners=align_corners)
+
+
+def _starts(length: int, window: int) -> list[int]:
+    """Where windows begin, the last one at the end of the image."""
+    step = max(int(window * (1 - SLIDE_OVERLAP)), 1)
+    return [*range(0, length - window, step), length - window]
+
+
+def _has(network: nn.Module, path: str) -> bool:
+    try:
+        return isinstance(network.get_submodule(path), nn.Module)
+    except AttributeError:
+        return False
+
+
+def _times(weight: Weight, factor: float) -> Weight:
+    if callable(weight):
+        return functools.partial(_scaled, weight, factor)
+    return weight * factor
+
+
+def _scaled(weight: Any, factor: float, trainer: Trainer) -> float:
+    return factor * weight(trainer)
