@@ -1,6 +1,7 @@
 """The command: what it runs, leaves behind, prints and refuses."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -167,6 +168,61 @@ def test_two_processes_are_one_run(tmp_path):
     checkpoint = torch.load(result["checkpoint"], weights_only=True)
     assert checkpoint["global_step"] == 21  # 1,294 images in global batches of 64
     assert len(list(tmp_path.rglob("last.ckpt"))) == 1
+
+
+def test_a_sweep_survives_a_failing_job(command, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        command("train", "-m", "data.train_size=64,100000,128", *QUICK)
+    assert stop.value.code == 1
+    found = results(tmp_path / "multirun")
+    assert [run["status"] for run in found] == ["completed", "failed", "completed"]
+    assert "train_size=100000" in found[1]["error"]
+    printed = capsys.readouterr()
+    assert "1 of 3 jobs failed" in printed.err
+    assert "train_size=100000" in "".join(printed.out.split())
+
+
+@pytest.mark.slow
+def test_a_sweep_of_two_process_runs_gives_what_single_runs_give(command, tmp_path):
+    """The third job fails in one rank only, and the fourth starts clean."""
+    (tmp_path / "broken.py").write_text(
+        "import os\n"
+        "from lightning.pytorch import Callback\n"
+        "class Break(Callback):\n"
+        "    def __init__(self, rank):\n"
+        "        self.rank = rank\n"
+        "    def on_train_start(self, trainer, pl_module):\n"
+        "        if trainer.global_rank == self.rank:\n"
+        "            raise RuntimeError('a rank broke')\n"
+    )
+    arguments = [*QUICK[1:], "trainer=ddp_sim", "data.train_size=128"]
+    ranks = ["+callbacks.broken._target_=broken.Break", "+callbacks.broken.rank=9,8,1,7"]
+
+    def run(*more):
+        return subprocess.run(
+            [sys.executable, "-m", "lightning_dist", "train", *more, *arguments],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    sweep = run("-m", *ranks, "hydra.sweep.dir=sweep")
+    assert sweep.returncode == 1, sweep.stderr
+    assert sorted(path.name for path in (tmp_path / "sweep").iterdir() if path.is_dir()) == [
+        *"0123"
+    ]
+    found = results(tmp_path / "sweep")
+    statuses = [result["status"] for result in found]
+    assert statuses == ["completed", "completed", "failed", "completed"], sweep.stderr
+    single = run("hydra.run.dir=single")
+    assert single.returncode == 0, single.stderr
+    (expected,) = results(tmp_path / "single")
+    for result in (found[0], found[1], found[3]):
+        assert result["metrics"] == expected["metrics"]
+    assert not (tmp_path / "multirun").exists()
+    assert not (tmp_path / "outputs").exists()
 
 
 def test_help_lists_the_verbs(command, capsys):

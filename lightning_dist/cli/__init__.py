@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 VERBS = {
     "train": "train a student, distilled or not; -m sweeps",
@@ -32,7 +32,7 @@ def main() -> None:
     verb = arguments[0]
     if verb not in VERBS:
         near = difflib.get_close_matches(verb, VERBS, n=1) or list(VERBS)
-        _fail(f"there is no verb {verb!r}: use {' or '.join(near)}", status=2)
+        fail(f"there is no verb {verb!r}: use {' or '.join(near)}", status=2)
 
     environment = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let Hydra raise instead of printing several lines
@@ -83,15 +83,20 @@ def one_line_errors(traceback: bool | None = None) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if _traceback or not _is_users(error):
+        if _traceback or not is_users(error):
             raise
-        _fail(str(error).partition("Config search path")[0])
+        fail(str(error).partition("Config search path")[0])
 
 
 _traceback = False
 
 
-def _is_users(error: Exception) -> bool:
+def user_environment() -> dict[str, str]:
+    """The environment for another run of the command, without what :func:`main` has put there."""
+    return os.environ | {"HYDRA_FULL_ERROR": "1" if _traceback else "0"}
+
+
+def is_users(error: Exception) -> bool:
     """Whether the error speaks of what the user gave, so that its message is all they need."""
     from hydra.errors import HydraException
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -111,6 +116,7 @@ class UserError(Exception):
     """An error in what the user asked for; its message is shown as one line."""
 
 
-def _fail(message: str, status: int = 1) -> None:
+def fail(message: str, status: int = 1) -> NoReturn:
+    """Print an error on one line and exit."""
     print(f"lightning-dist: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)

@@ -1,6 +1,7 @@
 """``lightning-dist report``: the table and plot of finished runs, also at the end of a sweep."""
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import rich
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from lightning_dist.cli import fail
 from lightning_dist.report import write_report
 
 
@@ -24,10 +26,15 @@ def main() -> None:
 
 
 class ReportAfterSweep(Callback):
-    """Print the report of a multirun when its last job has ended."""
+    """Print the report of a multirun when its last job has ended; exit with 1 if one failed."""
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        _print([Path(config.hydra.sweep.dir)], None)
+        folder = Path(config.hydra.sweep.dir)
+        _print([folder], None)
+        runs = [json.loads(path.read_text()) for path in folder.rglob("result.json")]
+        failed = sum(run["status"] == "failed" for run in runs)
+        if failed:
+            fail(f"{failed} of {len(runs)} jobs failed, for the reasons below the table")
 
 
 def _print(folders: list[Path], metric: str | None) -> None:

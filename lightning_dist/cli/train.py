@@ -2,6 +2,9 @@
 
 import json
 import logging
+import math
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -10,12 +13,13 @@ import rich
 import rich.syntax
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_dist.cli import hydra_app
+from lightning_dist.cli import UserError, hydra_app, is_users, user_environment
 from lightning_dist.cli.saved import CONFIG_KEY, to_save
 
 log = logging.getLogger(__name__)
@@ -39,25 +43,68 @@ def main() -> None:
 
 
 def _job(config: DictConfig) -> float | None:
+    """One run, alone or in a sweep, which goes on where a run fails."""
+    hydra = HydraConfig.get()
+    if hydra.mode != RunMode.MULTIRUN:
+        return _run(config)
+    try:
+        return _run_in_a_process(config) if config.distributed else _run(config)
+    except Exception as error:
+        log.error("job %s failed: %s", hydra.job.num, error, exc_info=not is_users(error))
+        return math.nan
+
+
+def _run_in_a_process(config: DictConfig) -> float | None:
+    """One run of a sweep with several processes, as a command of its own.
+
+    Subprocess DDP starts the command line again, which would be the whole sweep, and leaves its
+    rank and port in the environment, which the next run would take for its own.
+    """
+    hydra = HydraConfig.get()
+    folder = Path(hydra.runtime.output_dir)
+    overrides = [*hydra.overrides.task, f'hydra.run.dir="{folder}"']
+    status = subprocess.run(
+        [sys.executable, "-m", "lightning_dist", "train", *overrides],
+        cwd=hydra.runtime.cwd,
+        env=user_environment(),
+    ).returncode
+    path = folder / "result.json"
+    if not path.is_file():  # killed, as Lightning does where another rank has failed
+        _write(path, _new_result(config) | {"error": f"ended with exit status {status}"})
+    result = json.loads(path.read_text())
+    if status or result["status"] == "failed":
+        raise UserError(result["error"] or f"ended with exit status {status}")
+    return result["metrics"].get(config.monitor)
+
+
+def _run(config: DictConfig) -> float | None:
     """One run; its result is written whether it succeeds or fails."""
     folder = Path(HydraConfig.get().runtime.output_dir)
-    overrides = [str(override) for override in HydraConfig.get().overrides.task]
-    result: dict[str, Any] = {
-        "overrides": overrides,
-        "command": " ".join(["lightning-dist train", *overrides]),
-        "metric": config.monitor.replace("val/", "test/", 1),
-    }
+    result = _new_result(config)
     start = time.monotonic()
     try:
         outcome = train(config)
         result |= {"status": "completed", "error": None, **outcome}
     except BaseException as error:
-        result |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
+        result |= {"error": f"{type(error).__name__}: {error}"}
         raise
     finally:
         result["seconds"] = round(time.monotonic() - start, 2)
         _write(folder / "result.json", result)
     return result["metrics"].get(config.monitor)
+
+
+def _new_result(config: DictConfig) -> dict[str, Any]:
+    """The result of a run that has not completed."""
+    overrides = [str(override) for override in HydraConfig.get().overrides.task]
+    return {
+        "status": "failed",
+        "error": None,
+        "overrides": overrides,
+        "command": " ".join(["lightning-dist train", *overrides]),
+        "metric": config.monitor.replace("val/", "test/", 1),
+        "seconds": 0.0,
+    }
 
 
 @rank_zero_only
