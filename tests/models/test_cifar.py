@@ -1,8 +1,7 @@
 """Tests that the CIFAR networks are the published ones: names, shapes and outputs."""
 
-import gzip
-import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dist.models import cifar
+
+Shapes = dict[str, dict[str, list[int]]]
 
 GOLDEN_NAMES = {
     "resnet50": "ResNet50",
@@ -30,48 +31,26 @@ def golden_key(name: str) -> str:
     return f"cifar/{GOLDEN_NAMES.get(name, name)}"
 
 
-def golden_shapes(golden: Path) -> dict[str, dict[str, list[int]]]:
-    with gzip.open(golden / "state_dict_shapes.json.gz", "rt") as file:
-        return json.load(file)
-
-
-def sine(shape: torch.Size, step: float, offset: float = 0.0) -> Tensor:
-    count = math.prod(shape)
-    return torch.sin(step * torch.arange(count, dtype=torch.float64) + offset).reshape(shape)
-
-
-def golden_value(name: str, shape: torch.Size) -> Tensor:
-    """The rule that filled the authors' networks, see the notes of the golden files."""
-    if name.endswith("num_batches_tracked"):
-        return torch.tensor(0)
-    base = sine(shape, 0.37, sum(name.encode()))
-    if name.endswith("running_var"):
-        return 1 + 0.1 * base.abs()
-    if name.endswith(("running_mean", "bias")):
-        return 0.1 * base
-    if len(shape) == 1:
-        return 1 + 0.1 * base
-    return base * math.sqrt(2 / math.prod(shape[1:]))
-
-
-def test_every_network_of_the_published_zoo_has_a_builder(golden: Path):
-    published = {key for key in golden_shapes(golden) if key.startswith("cifar/")}
+def test_every_network_of_the_published_zoo_has_a_builder(golden_shapes: Shapes):
+    published = {key for key in golden_shapes if key.startswith("cifar/")}
     assert {golden_key(name) for name in cifar.__all__} == published
 
 
 @every_network
-def test_names_and_shapes_are_those_of_published_checkpoints(name: str, golden: Path):
+def test_names_and_shapes_are_those_of_published_checkpoints(name: str, golden_shapes: Shapes):
     ours = [(key, list(tensor.shape)) for key, tensor in build(name).state_dict().items()]
-    assert ours == list(golden_shapes(golden)[golden_key(name)].items())
+    assert ours == list(golden_shapes[golden_key(name)].items())
 
 
 @every_network
-def test_outputs_equal_those_of_the_published_network(name: str, golden: Path):
+def test_outputs_equal_those_of_the_published_network(
+    name: str, golden: Path, golden_value: Callable[..., Tensor], sine: Callable[..., Tensor]
+):
     network = build(name).double().eval()
     state = {key: golden_value(key, value.shape) for key, value in network.state_dict().items()}
     network.load_state_dict(state)
     with torch.no_grad():
-        logits = network(sine(torch.Size((2, 3, 32, 32)), 0.01)).numpy()
+        logits = network(sine((2, 3, 32, 32), 0.01)).numpy()
     expected = np.load(golden / "model_outputs_float64.npz")[golden_key(name)]
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-9 * np.abs(expected).max())
 

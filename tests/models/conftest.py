@@ -1,0 +1,48 @@
+"""Fixtures of the networks' tests: the authors' names and shapes, and the rule that fills them."""
+
+import gzip
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+
+@pytest.fixture(scope="session")
+def golden_shapes(golden: Path) -> dict[str, dict[str, list[int]]]:
+    """Shape of every entry of every network."""
+    with gzip.open(golden / "state_dict_shapes.json.gz", "rt") as file:
+        return json.load(file)
+
+
+def _sine(shape: Sequence[int], step: float, offset: float = 0.0) -> Tensor:
+    numbers = torch.arange(math.prod(shape), dtype=torch.float64)
+    return torch.sin(step * numbers + offset).reshape(tuple(shape))
+
+
+@pytest.fixture(scope="session")
+def sine() -> Callable[..., Tensor]:
+    """Values of a shape that both sides can compute."""
+    return _sine
+
+
+@pytest.fixture(scope="session")
+def golden_value() -> Callable[[str, Sequence[int]], Tensor]:
+    """The rule that filled the authors' networks, see the notes of the golden files."""
+
+    def value(name: str, shape: Sequence[int]) -> Tensor:
+        if name.endswith("num_batches_tracked"):
+            return torch.tensor(0)
+        base = _sine(shape, 0.37, sum(name.encode()))
+        if name.endswith("running_var"):
+            return 1 + 0.1 * base.abs()
+        if name.endswith(("running_mean", "bias")):
+            return 0.1 * base
+        if len(shape) == 1:
+            return 1 + 0.1 * base
+        return base * math.sqrt(2 / math.prod(shape[1:]))
+
+    return value
