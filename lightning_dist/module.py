@@ -3,14 +3,15 @@
 import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sized
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DistributedSampler
 from torchmetrics import Metric, MetricCollection
 
 from lightning_dist.callback import DistillationCallback, Weight, attached_callbacks
@@ -45,6 +46,8 @@ class DistillModule(LightningModule):
         distill_loss: loss of student and teacher logits, DIST by default.
         distill_weight: its weight, a number or a function of the Trainer.
         task_weight: weight of the task loss while distilling.
+        channels_last: keep the student's weights in channels-last memory format, which convolutions
+            hand on to their outputs.
         ema_decay: keep an exponential moving average of the student, evaluated beside the student
             itself and saved with it; 0.9999 is usual. ``None`` keeps none.
 
@@ -69,12 +72,15 @@ class DistillModule(LightningModule):
         distill_loss: Callable[[Tensor, Tensor], Tensor] | None = None,
         distill_weight: Weight = 2.0,
         task_weight: float = 1.0,
+        channels_last: bool = False,
         ema_decay: float | None = None,
     ) -> None:
         super().__init__()
         if scheduler_interval not in ("epoch", "step"):
             raise ValueError(f"scheduler_interval is {scheduler_interval!r}: use 'epoch' or 'step'")
         self.student = student
+        if channels_last:
+            student.to(memory_format=torch.channels_last)
         self.teacher = Teacher(teacher) if isinstance(teacher, nn.Module) else teacher
         self.task_loss = nn.CrossEntropyLoss() if task_loss is None else task_loss
         self.eval_loss = self.task_loss
@@ -122,12 +128,14 @@ class DistillModule(LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Update ``val/*``."""
+        batch = self._without_repeats(batch, batch_idx, self.trainer.val_dataloaders)
         self._evaluate(batch, self.student, "val/", self.val_metrics)
         if self.student_ema is not None:
             self._evaluate(batch, self.student_ema, "val/ema_", self.val_ema_metrics)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Update ``test/*``."""
+        batch = self._without_repeats(batch, batch_idx, self.trainer.test_dataloaders)
         self._evaluate(batch, self.student, "test/", self.test_metrics)
         if self.student_ema is not None:
             self._evaluate(batch, self.student_ema, "test/ema_", self.test_ema_metrics)
@@ -144,11 +152,29 @@ class DistillModule(LightningModule):
         self, batch: Any, network: nn.Module, prefix: str, metrics: MetricCollection
     ) -> None:
         inputs, target = batch
-        output = self.infer(network, inputs)
-        metrics.update(output, target)
-        loss = self.eval_loss(output, target)
-        self.log(f"{prefix}loss", loss, batch_size=len(target), sync_dist=True)
-        self.log_dict(metrics, batch_size=len(target), prog_bar=prefix.startswith("val"))
+        count = len(target)
+        loss = torch.zeros((), device=self.device)
+        if count:
+            output = self.infer(network, inputs)
+            metrics.update(output, target)
+            loss = self.eval_loss(output, target)
+        self.log(f"{prefix}loss", loss, batch_size=count, sync_dist=True)
+        self.log_dict(metrics, batch_size=count, prog_bar=prefix.startswith("val"))
+
+    def _without_repeats(self, batch: Any, batch_idx: int, loaders: Any) -> Any:
+        """The samples of a batch that are no copies.
+
+        A DistributedSampler gives every rank as many samples, and repeats some for that, which
+        would count twice. They are the last ones of the last ranks.
+        """
+        loader = loaders[0] if isinstance(loaders, (list, tuple)) else loaders
+        sampler, size = getattr(loader, "sampler", None), getattr(loader, "batch_size", None)
+        if not isinstance(sampler, DistributedSampler) or sampler.drop_last or size is None:
+            return batch
+        own = len(range(sampler.rank, len(cast(Sized, sampler.dataset)), sampler.num_replicas))
+        inputs, target = batch
+        count = max(own - batch_idx * size, 0)
+        return batch if count >= len(target) else (_first(inputs, count), _first(target, count))
 
     def configure_distillation(self) -> DistillationCallback | None:
         """The callback that the module brings along; ``None`` trains without distillation."""
@@ -210,6 +236,13 @@ class DistillModule(LightningModule):
             scheduler.step_update(num_updates=self.trainer.global_step, metric=metric)
         else:
             scheduler.step(epoch=self.current_epoch + 1, metric=metric)
+
+
+def _first(samples: Any, count: int) -> Any:
+    """The first samples of a batched tensor or list, in any nesting of mappings."""
+    if isinstance(samples, Mapping):
+        return {key: _first(value, count) for key, value in samples.items()}
+    return samples[:count] if isinstance(samples, (Tensor, list, tuple)) else samples
 
 
 def _average(decay: float, averaged: Any, current: Any, updates: Any) -> None:

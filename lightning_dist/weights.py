@@ -3,7 +3,7 @@
 import importlib.resources
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,11 @@ _BESIDE_WEIGHTS = (
 )
 
 
-def load_weights(network: nn.Module, path: str | Path) -> None:
+def load_weights(
+    network: nn.Module,
+    path: str | Path,
+    convert: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None,
+) -> None:
     """Load a weight file into a network, every entry or none.
 
     Args:
@@ -50,14 +54,19 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
             under ``state_dict``, ``model``, ``state_dict_ema``, ``model_ema`` or ``ema_model``, and
             their names may start with ``module.``, ``student.``, ``model.``, ``net.`` or
             ``_orig_mod.``. Averaged (EMA) weights are taken where the file has them too.
+        convert: translates other programs' names to the network's; by default the network's own
+            method ``convert_state_dict``, where it has one.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if the file is damaged, holds code, or does not fit the network; the entries
             that are missing, unexpected or of another shape are listed.
     """
-    state = _strip(_unwrap(read_checkpoint(path), path), network.state_dict())
     expected = network.state_dict()
+    state = _unwrap(read_checkpoint(path), path)
+    if convert is None:
+        convert = getattr(network, "convert_state_dict", None)
+    state = _strip(dict(convert(state)) if convert is not None else state, expected)
     problems = [
         *_listed("missing", expected.keys() - state.keys()),
         *_listed("unexpected", state.keys() - expected.keys()),

@@ -1,5 +1,6 @@
 """Fixtures of all tests: golden values, independent formulations, a small Trainer."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+
+from lightning_dist import cli
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
 
@@ -77,3 +80,31 @@ def make_trainer(tmp_path: Path) -> Callable[..., L.Trainer]:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Run the command in tmp_path, as the console script does."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["lightning-dist", *arguments])
+        cli.main()
+
+    return run
+
+
+@pytest.fixture
+def refused(command: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """The one line that a command prints before it exits with an error."""
+
+    def run(*arguments: str) -> str:
+        with pytest.raises(SystemExit) as caught:
+            command(*arguments)
+        assert caught.value.code in (1, 2)
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1
+        assert lines[0].startswith("lightning-dist: error: ")
+        return lines[0]
+
+    return run

@@ -16,36 +16,8 @@ from lightning_dist.cli.saved import CONFIG_KEY
 QUICK = ["trainer=cpu", "trainer.max_epochs=1", "print_config=false", "callbacks.progress=null"]
 
 
-@pytest.fixture
-def command(tmp_path, monkeypatch):
-    """Run the command in tmp_path, as the console script does."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str) -> None:
-        monkeypatch.setattr(sys, "argv", ["lightning-dist", *arguments])
-        cli.main()
-
-    return run
-
-
 def results(folder: Path) -> list[dict]:
     return [json.loads(path.read_text()) for path in sorted(folder.rglob("result.json"))]
-
-
-@pytest.fixture
-def refused(command, capsys):
-    """The one line that a command prints before it exits with an error."""
-
-    def run(*arguments: str) -> str:
-        with pytest.raises(SystemExit) as caught:
-            command(*arguments)
-        assert caught.value.code in (1, 2)
-        lines = capsys.readouterr().err.strip().splitlines()
-        assert len(lines) == 1
-        assert lines[0].startswith("lightning-dist: error: ")
-        return lines[0]
-
-    return run
 
 
 def test_train_leaves_a_result_a_checkpoint_and_curves(command, tmp_path, capsys):

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 VERBS = {
     "train": "train a student, distilled or not; -m sweeps",
     "eval": "test the student of a checkpoint",
+    "predict": "label the images of a folder with the student of a checkpoint",
     "export": "write the student of a checkpoint as safetensors",
     "report": "table and plot of the runs in one or more folders",
 }
@@ -109,7 +110,7 @@ def is_users(error: Exception) -> bool:
     while traceback is not None and traceback.tb_next is not None:
         traceback = traceback.tb_next
     raiser = traceback.tb_frame.f_globals.get("__name__", "") if traceback else ""
-    return isinstance(error, ValueError) and raiser.startswith("lightning_dist.")
+    return isinstance(error, (ValueError, OSError)) and raiser.startswith("lightning_dist.")
 
 
 class UserError(Exception):

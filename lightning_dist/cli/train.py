@@ -26,7 +26,10 @@ log = logging.getLogger(__name__)
 
 
 class SaveConfig(Callback):
-    """Put the composed config into every checkpoint, so that ``eval`` needs nothing else."""
+    """Put the composed config into every checkpoint, so that other verbs need nothing else.
+
+    The names and colours of the data's classes go with it: they may be known from files alone.
+    """
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.config = config
@@ -34,7 +37,9 @@ class SaveConfig(Callback):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        checkpoint[CONFIG_KEY] = self.config
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        of_classes = {name: getattr(data, name, None) for name in ("class_names", "class_colors")}
+        checkpoint[CONFIG_KEY] = self.config | of_classes
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
+from PIL import Image
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.nn import functional as F
@@ -168,8 +169,8 @@ class TensorImages(Dataset):
     ) -> None:
         self.images = images
         self.labels = labels
-        self.mean = torch.tensor(mean).view(-1, 1, 1)
-        self.std = torch.tensor(std).view(-1, 1, 1)
+        self.mean = _of_channels(mean)
+        self.std = _of_channels(std)
         self.white = white
         self.padding = padding
         self.flip = flip
@@ -221,6 +222,11 @@ class TensorImages(Dataset):
         return self._draws[1:]
 
 
+def _of_channels(values: Sequence[float]) -> Tensor:
+    """One number a channel, to broadcast over an image."""
+    return torch.tensor(values).view(-1, 1, 1)
+
+
 def stratified_split(labels: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
     """Indices of (the rest, a stratified `fraction`); always the same ones; in ascending order.
 
@@ -265,12 +271,14 @@ class ImageDataModule(LightningDataModule):
         class_names: their names in the order of the labels, or None where they have none.
         mean: of each channel, which the loaders have subtracted from pixels scaled to 0..1.
         std: of each channel, by which they have then divided.
-        image_size: height and width in pixels.
+        class_colors: a colour (red, green, blue) of each, in 0..255, or None to choose some.
+        image_size: height and width in pixels, where all images have one size.
         in_channels: channels of an image.
     """
 
     num_classes: int
     class_names: list[str] | None
+    class_colors: list[tuple[int, int, int]] | None = None
     mean: tuple[float, ...]
     std: tuple[float, ...]
     image_size: int
@@ -334,6 +342,23 @@ class ImageDataModule(LightningDataModule):
                 f"processes: set it to a multiple of {processes}"
             )
         return self.global_batch_size // processes
+
+    def prepare(self, image: Image.Image) -> Tensor:
+        """Any image as evaluation shows it to the network: (C, H, W)."""
+        size = (self.image_size, self.image_size)
+        return self._normalised(image.resize(size, Image.Resampling.BILINEAR))
+
+    def _normalised(self, image: Image.Image) -> Tensor:
+        """An image (C, H, W) at its own size."""
+        image = image.convert("L" if self.in_channels == 1 else "RGB")
+        pixels = torch.from_numpy(np.array(image)).float().div_(255)
+        pixels = pixels.view(image.height, image.width, -1).movedim(2, 0)
+        return pixels.sub_(_of_channels(self.mean)).div_(_of_channels(self.std))
+
+    def to_pixels(self, images: Tensor) -> Tensor:
+        """The uint8 images (N, C, H, W) that a batch of the loaders was made from."""
+        mean, std = (_of_channels(x).to(images) for x in (self.mean, self.std))
+        return (255 * (images * std + mean)).round().clamp(0, 255).to(torch.uint8)
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled, augmented batches of the training set."""

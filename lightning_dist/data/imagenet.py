@@ -75,6 +75,10 @@ class TimmTransformDataModule(ImageDataModule):
             std=self.std,
         )
 
+    def prepare(self, image: Image.Image) -> Tensor:
+        """An image as in evaluation."""
+        return self.eval_transform()(image.convert("RGB"))
+
     def eval_transform(self) -> Transform:
         """Resize and centre crop, up to the normalised tensor."""
         return create_transform(

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -10,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.segmentation.deeplabv3 import ASPP
 from torchvision.models.segmentation.fcn import FCNHead
+
+from lightning_dist.weights import load_weights
 
 _DEEP_STEM = {"stem_type": "deep", "stem_width": 64}  # three 3 x 3 convolutions, 64-64-128
 
@@ -41,6 +44,14 @@ class SegmentationNetwork(nn.Module):
         if self.aux_classifier is not None:
             outputs["aux"] = self.aux_classifier(third)
         return outputs
+
+    @staticmethod
+    def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """These networks' names for those of a published checkpoint; others stay as they are."""
+        state = {name.removeprefix("module."): value for name, value in state_dict.items()}
+        if not any(name.startswith("pretrained.") for name in state):
+            return dict(state_dict)
+        return convert_published(state)
 
 
 class PyramidPooling(nn.Module):
@@ -75,6 +86,7 @@ def deeplabv3(
     *,
     rates: Sequence[int] = (12, 24, 36),
     aux: bool = True,
+    backbone_weights: str | Path | None = None,
     **options: Any,
 ) -> SegmentationNetwork:
     """DeepLabV3 (Chen et al., 2017).
@@ -85,15 +97,18 @@ def deeplabv3(
         width: channels of the head; as published 128 on ResNet-18 and 256 on ResNet-101.
         rates: dilations of the atrous pyramid, in feature-map pixels.
         aux: add an FCN head on the third stage.
+        backbone_weights: file with weights of the backbone, from training on ImageNet: under timm's
+            names or those of the published deep-stem ResNets. Its classifier (``fc``) is left out.
         options: of ``timm.create_model``, such as ``pretrained`` and ``output_stride`` (8).
 
     Returns:
         The network; see :class:`SegmentationNetwork`.
 
     Raises:
-        ValueError: if timm's backbone cannot be dilated so.
+        ValueError: if timm's backbone cannot be dilated so, or the weights are of another.
+        FileNotFoundError: if there are no such weights.
     """
-    features, third, fourth = _backbone(backbone, options)
+    features, third, fourth = _backbone(backbone, backbone_weights, options)
     pyramid = ASPP(fourth, list(rates), out_channels=width)
     head = nn.Sequential(pyramid, *_head(width, width, num_classes))
     return SegmentationNetwork(features, head, FCNHead(third, num_classes) if aux else None)
@@ -106,6 +121,7 @@ def pspnet(
     *,
     bins: Sequence[int] = (1, 2, 3, 6),
     aux: bool = True,
+    backbone_weights: str | Path | None = None,
     **options: Any,
 ) -> SegmentationNetwork:
     """PSPNet (Zhao et al., 2017).
@@ -116,15 +132,18 @@ def pspnet(
         width: channels of the head.
         bins: sides of the pooled grids.
         aux: add an FCN head on the third stage.
+        backbone_weights: file with weights of the backbone, from training on ImageNet: under timm's
+            names or those of the published deep-stem ResNets. Its classifier (``fc``) is left out.
         options: of ``timm.create_model``, such as ``pretrained`` and ``output_stride`` (8).
 
     Returns:
         The network; see :class:`SegmentationNetwork`.
 
     Raises:
-        ValueError: if timm's backbone cannot be dilated so.
+        ValueError: if timm's backbone cannot be dilated so, or the weights are of another.
+        FileNotFoundError: if there are no such weights.
     """
-    features, third, fourth = _backbone(backbone, options)
+    features, third, fourth = _backbone(backbone, backbone_weights, options)
     pyramid = PyramidPooling(fourth, bins)
     channels = fourth + len(bins) * (fourth // len(bins))
     head = nn.Sequential(pyramid, *_head(channels, width, num_classes))
@@ -186,7 +205,9 @@ def _counted(prefix: str, rest: str) -> str:
     return f"{parent}.{int(offset) + int(number)}.{name}"
 
 
-def _backbone(name: str, options: Mapping[str, Any]) -> tuple[nn.Module, int, int]:
+def _backbone(
+    name: str, weights: str | Path | None, options: Mapping[str, Any]
+) -> tuple[nn.Module, int, int]:
     """A dilated timm network that returns its feature maps, and the channels of the last two."""
     options = {"output_stride": 8, **options}
     if name.partition(".")[0].startswith("resnet"):
@@ -197,9 +218,21 @@ def _backbone(name: str, options: Mapping[str, Any]) -> tuple[nn.Module, int, in
         raise ValueError(f"timm cannot build the backbone {name!r} with {options}: {error}") from (
             error
         )
+    if weights is not None:
+        load_weights(features, weights, _without_classifier)
     info: Any = features.feature_info
     *_, third, fourth = info.channels()
     return features, third, fourth
+
+
+def _without_classifier(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A backbone's weights under timm's names."""
+    state = {name.removeprefix("module."): value for name, value in state_dict.items()}
+    state = {name: value for name, value in state.items() if not name.startswith("fc.")}
+    if "conv2.weight" not in state:
+        return state
+    published = convert_published({f"pretrained.{name}": x for name, x in state.items()})
+    return {name.removeprefix("backbone."): x for name, x in published.items()}
 
 
 def _head(channels: int, width: int, num_classes: int) -> list[nn.Module]:

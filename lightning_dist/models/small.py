@@ -1,7 +1,9 @@
-"""Small convolutional networks for small images."""
+"""Small convolutional networks for small images, for classification and segmentation."""
 
+import itertools
 from collections.abc import Sequence
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -39,3 +41,59 @@ class SmallCNN(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.features(images))
+
+
+class SmallUNet(nn.Module):
+    """A U-Net (Ronneberger et al., 2015) with batch norm, whose finest maps have stride 2.
+
+    Each level has two 3x3 convolutions on the way down and two on the way up, where the coarser map
+    is added after a 1x1 convolution.
+
+    Args:
+        channels: of each level, from fine to coarse.
+        num_classes: number of classes.
+        in_channels: channels of the image.
+
+    Shape:
+        ``(N, in_channels, H, W)`` to logits ``(N, num_classes, H / 2, W / 2)``, rounded up.
+
+    Example:
+        >>> import torch
+        >>> SmallUNet([4, 8], num_classes=3)(torch.zeros(1, 3, 10, 14)).shape
+        torch.Size([1, 3, 5, 7])
+    """
+
+    def __init__(self, channels: Sequence[int], num_classes: int, in_channels: int = 3) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        before = [in_channels, *channels]
+        self.down = nn.ModuleList(
+            nn.Sequential(_conv(a, b, stride=2), _conv(b, b))
+            for a, b in zip(before, channels, strict=False)
+        )
+        pairs = list(itertools.pairwise(channels))
+        self.lateral = nn.ModuleList(nn.Conv2d(coarse, fine, 1) for fine, coarse in pairs)
+        self.up = nn.ModuleList(
+            nn.Sequential(_conv(fine, fine), _conv(fine, fine)) for fine, _ in pairs
+        )
+        self.classifier = nn.Conv2d(channels[0], num_classes, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = []
+        x = images
+        for level in self.down:
+            x = level(x)
+            maps.append(x)
+        for lateral, level, fine in reversed(
+            list(zip(self.lateral, self.up, maps[:-1], strict=True))
+        ):
+            x = level(fine + F.interpolate(lateral(x), fine.shape[2:], mode="bilinear"))
+        return self.classifier(x)
+
+
+def _conv(before: int, after: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(before, after, 3, stride=stride, padding=1, bias=False),
+        nn.BatchNorm2d(after),
+        nn.ReLU(inplace=True),
+    )

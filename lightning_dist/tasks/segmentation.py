@@ -4,6 +4,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
@@ -149,6 +150,7 @@ class PixelLoss(nn.Module):
         return loss
 
     def _cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         logits = resize(logits, target.shape[1:], self.align_corners)
         total = F.cross_entropy(logits, target, ignore_index=self.ignore_index, reduction="sum")
         return total / (target != self.ignore_index).sum().clamp(min=1)

@@ -1,0 +1,140 @@
+"""``lightning-dist predict``: what the student of a checkpoint makes of images in a folder."""
+
+import csv
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import rich
+from hydra.utils import instantiate
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from lightning_dist.cli import UserError, hydra_app
+from lightning_dist.cli.saved import build_module, read_saved
+from lightning_dist.data.imagenet import load_image
+from lightning_dist.drawing import class_palette, mask_image
+from lightning_dist.tasks.classification import ClassificationModule
+from lightning_dist.tasks.segmentation import SegmentationModule
+
+
+def main() -> None:
+    """Run the Hydra app on ``sys.argv``."""
+    hydra_app("predict", _job)
+
+
+class Files(Dataset):
+    """Image files as ``(tensor, index)``."""
+
+    def __init__(self, paths: Sequence[Path], prepare: Callable[[Image.Image], Tensor]) -> None:
+        self.paths = paths
+        self.prepare = prepare
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.prepare(load_image(str(self.paths[index]))), index
+
+
+class MaskWriter(BasePredictionWriter):
+    """One palette PNG an image: its pixels are the classes, shown in their colours."""
+
+    def __init__(self, names: Sequence[str], out: Path, saved: dict[str, Any]) -> None:
+        super().__init__("batch")
+        self.names, self.out = names, out
+        self.colors = saved.get("class_colors")
+
+    def write_on_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, prediction: Any, *args: Any
+    ) -> None:
+        _, (_, indices), *_ = args
+        palette = class_palette(prediction.shape[1], self.colors)
+        for labels, index in zip(prediction.argmax(1), indices.tolist(), strict=True):
+            path = self.out / f"{self.names[index]}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            mask_image(labels, palette).save(path)
+
+
+class ClassWriter(BasePredictionWriter):
+    """A line an image in ``predictions.csv``: its class, and the probability of that."""
+
+    def __init__(self, names: Sequence[str], out: Path, saved: dict[str, Any]) -> None:
+        super().__init__("batch")
+        self.names, self.out = names, out
+        self.classes = saved.get("class_names")
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin the file anew."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        self._write("w", [("image", "class", "probability")])
+
+    def write_on_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, prediction: Any, *args: Any
+    ) -> None:
+        _, (_, indices), *_ = args
+        best = prediction.softmax(1).max(1)
+        labels = [self.classes[i] if self.classes else i for i in best.indices.tolist()]
+        names = [self.names[i] for i in indices.tolist()]
+        numbers = [f"{p:.4f}" for p in best.values.tolist()]
+        self._write("a", zip(names, labels, numbers, strict=True))
+
+    def _write(self, mode: str, rows: Any) -> None:
+        with (self.out / "predictions.csv").open(mode, newline="") as file:
+            csv.writer(file).writerows(rows)
+
+
+def _job(config: DictConfig) -> None:
+    checkpoint, saved = read_saved(config.ckpt, config.trust)
+    module = build_module(checkpoint, saved)
+    writers: list[tuple[type, type]] = [
+        (SegmentationModule, MaskWriter),
+        (ClassificationModule, ClassWriter),
+    ]
+    writer = next((w for task, w in writers if isinstance(module, task)), None)
+    if writer is None:
+        raise UserError(
+            f"{config.ckpt} holds a {type(module).__name__}: only classification and segmentation "
+            "have a form to write predictions in; call its predict_step from Python"
+        )
+    paths = image_files(Path(config.images))
+    datamodule = instantiate(OmegaConf.merge(saved["data"], config.data))
+    out = Path(config.out)
+    names = _names(paths, Path(config.images), with_suffix=writer is ClassWriter)
+    trainer = instantiate(config.trainer, logger=False, callbacks=[writer(names, out, saved)])
+    loader = DataLoader(Files(paths, datamodule.prepare), num_workers=config.num_workers)
+    trainer.predict(module, loader, return_predictions=False)
+    rich.print(f"[bold]{len(paths)} predictions[/bold] {out}")
+
+
+def image_files(source: Path) -> list[Path]:
+    """The images of a folder and those within it, or the one file, in order.
+
+    Raises:
+        UserError: if there is none.
+    """
+    if source.is_file():
+        return [source]
+    paths = sorted(p for p in source.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
+    if not paths:
+        what = "holds no images" if source.is_dir() else "does not exist"
+        raise UserError(f"images={source} {what}: give a file or a folder of {IMG_EXTENSIONS}")
+    return paths
+
+
+def _names(paths: Sequence[Path], source: Path, with_suffix: bool) -> list[str]:
+    """What the predictions are called: as the image within its folder."""
+    root = source.parent if source.is_file() else source
+    named: dict[str, Path] = {}
+    for path in paths:
+        relative = path.relative_to(root)
+        name = str(relative if with_suffix else relative.with_suffix(""))
+        if name in named:
+            raise UserError(f"{named[name]} and {path} would have one prediction: rename one")
+        named[name] = path
+    return list(named)

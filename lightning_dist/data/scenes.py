@@ -1,0 +1,183 @@
+"""Scenes: real digits on textured canvases, with a mask, boxes and labels from one generator."""
+
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from sklearn.datasets import load_digits
+from torch import Tensor
+
+from lightning_dist.data.base import ImageDataModule, TensorImages, stratified_split
+
+SPLITS = ("train", "val", "test")
+
+
+class Scene(NamedTuple):
+    """One image and all that is known of it."""
+
+    image: Tensor  # uint8 (3, S, S)
+    mask: Tensor  # int64 (S, S), 0 where there is background, else the digit plus 1
+    boxes: Tensor  # float32 (K, 4), x1 y1 x2 y2 in pixels, of what is visible of each digit
+    labels: Tensor  # int64 (K,), the digit plus 1
+
+
+class ScenesDataModule(ImageDataModule):
+    """Images (3, S, S) and masks (S, S) composed from scikit-learn's digits, for segmentation.
+
+    The digits are real, the scenes are not: each places a few digits at random scale and place, in
+    a bright random colour, over a darker random texture; later ones cover earlier ones. A scene is
+    a function of (`scene_seed`, split, index). No digit's image is in two splits.
+
+    Args:
+        train_size: number of training scenes.
+        val_size: number of validation scenes.
+        test_size: number of test scenes.
+        scene_size: height and width of a scene in pixels, at least 16.
+        most_digits: a scene has 1 to so many digits.
+        scales: least and greatest side of a digit, as part of the scene's.
+        texture: contrast of the background, from 0 (plain) to 1.
+        scene_seed: of the scenes; `seed` is that of the training order.
+        **settings: see ImageDataModule.
+
+    Raises:
+        ValueError: if a setting is out of range.
+
+    Example:
+        >>> data = ScenesDataModule(train_size=4, global_batch_size=2)
+        >>> images, masks = next(iter(data.train_dataloader()))
+        >>> tuple(images.shape), tuple(masks.shape)
+        ((2, 3, 64, 64), (2, 64, 64))
+    """
+
+    num_classes = 11
+    mean = (0.5, 0.5, 0.5)
+    std = (0.25, 0.25, 0.25)
+    random_transforms = False
+    location = "scenes of scikit-learn's digits"
+
+    def __init__(
+        self,
+        *,
+        train_size: int = 600,
+        val_size: int = 100,
+        test_size: int = 200,
+        scene_size: int = 64,
+        most_digits: int = 5,
+        scales: tuple[float, float] = (0.25, 0.5),
+        texture: float = 0.5,
+        scene_seed: int = 0,
+        **settings: Any,
+    ) -> None:
+        super().__init__(**settings)
+        self.class_names = ["background", *map(str, range(10))]
+        low, high = scales
+        if scene_size < 16:
+            raise ValueError(f"scene_size is {scene_size}: a scene has at least 16 pixels a side")
+        if not 0 < low <= high <= 1 or low * scene_size < 4:
+            raise ValueError(
+                f"scales are {low}, {high}: give two parts of the scene's side in ascending order, "
+                f"at most 1 and at least {4 / scene_size}, which is 4 pixels"
+            )
+        if most_digits < 1:
+            raise ValueError(f"most_digits is {most_digits}: a scene has at least one digit")
+        if not 0 <= texture <= 1:
+            raise ValueError(f"texture is {texture}: give a contrast from 0 to 1")
+        self.sizes = dict(zip(SPLITS, (train_size, val_size, test_size), strict=True))
+        self.image_size = scene_size
+        self.most_digits = most_digits
+        self.scales = (low, high)
+        self.texture = texture
+        self.scene_seed = scene_seed
+
+    def scene(self, split: str, index: int) -> Scene:
+        """Compose the scene of an index: its image, mask, boxes and labels."""
+        rng = np.random.default_rng((self.scene_seed, SPLITS.index(split), index))
+        images, digits = self._digits
+        own = self._owned[split]
+        size = self.image_size
+        canvas = _texture(rng, size, self.texture)
+        instances = torch.full((size, size), -1)
+        labels = []
+        for instance in range(rng.integers(1, self.most_digits + 1)):
+            chosen = own[rng.integers(len(own))]
+            side = round(size * rng.uniform(*self.scales))
+            top, left = rng.integers(size - side + 1, size=2)
+            ink = F.interpolate(
+                images[chosen][None, None], (side, side), mode="bilinear", align_corners=False
+            )[0, 0]
+            place = (..., slice(top, top + side), slice(left, left + side))
+            colour = torch.from_numpy(_brighter(rng, canvas[place].mean((1, 2)).numpy()))
+            canvas[place] = torch.lerp(canvas[place], colour[:, None, None], ink)
+            instances[place][ink > 0.5] = instance
+            labels.append(int(digits[chosen]) + 1)
+        mask = torch.tensor([*labels, 0])[instances]
+        visible = [i for i in range(len(labels)) if (instances == i).any()]
+        boxes = torch.stack([_box(instances == i) for i in visible])
+        image = (canvas * 255).round().to(torch.uint8)
+        return Scene(image, mask, boxes, torch.tensor([labels[i] for i in visible]))
+
+    def prepare(self, image: Image.Image) -> Tensor:
+        """An image as in evaluation, at its own size."""
+        return self._normalised(image)
+
+    def train_dataset(self) -> TensorImages:
+        """The training scenes."""
+        return self._scenes("train")
+
+    def val_dataset(self) -> TensorImages:
+        """The validation scenes."""
+        return self._scenes("val")
+
+    def test_dataset(self) -> TensorImages:
+        """The test scenes."""
+        return self._scenes("test")
+
+    def _scenes(self, split: str) -> TensorImages:
+        scenes = [self.scene(split, index) for index in range(self.sizes[split])]
+        if not scenes:
+            raise ValueError(f"{split}_size is 0: the {split} set has at least one scene")
+        images = torch.stack([scene.image for scene in scenes])
+        masks = torch.stack([scene.mask for scene in scenes])
+        return TensorImages(images, masks, mean=self.mean, std=self.std)
+
+    @cached_property
+    def _digits(self) -> tuple[Tensor, Tensor]:
+        bunch: Any = load_digits()
+        return torch.from_numpy(bunch.images / 16).float(), torch.from_numpy(bunch.target)
+
+    @cached_property
+    def _owned(self) -> dict[str, Tensor]:
+        """Which digits each split is composed from."""
+        _, digits = self._digits
+        train, others = stratified_split(digits, 0.4)
+        val, test = stratified_split(digits[others], 0.5)
+        return {"train": train, "val": others[val], "test": others[test]}
+
+
+def _texture(rng: np.random.Generator, size: int, contrast: float) -> Tensor:
+    """A few waves and noise in each channel around a random colour, in 0..1."""
+    y, x = np.mgrid[:size, :size] / size
+    waves = np.zeros((3, size, size))
+    for _ in range(4):
+        across, down = rng.uniform(-6, 6, size=2)
+        phase, strength = rng.uniform(0, 2 * np.pi, size=3), rng.uniform(0, 0.25, size=3)
+        angle = 2 * np.pi * (across * x + down * y)
+        waves += strength[:, None, None] * np.sin(angle + phase[:, None, None])
+    waves += rng.normal(0, 0.1, size=waves.shape)
+    base = rng.uniform(0.1, 0.6, size=(3, 1, 1))
+    return torch.from_numpy(np.clip(base + contrast * waves, 0, 1)).float()
+
+
+def _brighter(rng: np.random.Generator, background: np.ndarray) -> np.ndarray:
+    """A random colour whose channels lie at least 0.25 above the background's, where they can."""
+    return rng.uniform(np.minimum(background + 0.25, 1), 1).astype(np.float32)
+
+
+def _box(pixels: Tensor) -> Tensor:
+    """The smallest box around them, its far edges exclusive."""
+    rows, columns = pixels.any(1).nonzero().flatten(), pixels.any(0).nonzero().flatten()
+    corners = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+    return torch.tensor(corners, dtype=torch.float32)

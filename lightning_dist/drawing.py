@@ -1,0 +1,134 @@
+"""Predictions as pictures: label masks in colour, and samples of them for the loggers."""
+
+import colorsys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+from PIL import Image
+from torch import Tensor
+
+Color = tuple[int, int, int]
+
+_GOLDEN_RATIO = 0.618034
+
+
+def class_palette(num_classes: int, colors: Sequence[Color] | None = None) -> list[Color]:
+    """A colour (red, green, blue) in 0..255 for each of 256 labels.
+
+    Args:
+        num_classes: labels from here on are white, as ignored pixels are.
+        colors: of the classes; without them the first is black and hues are far apart.
+
+    Example:
+        >>> class_palette(2)[0], class_palette(2)[255]
+        ((0, 0, 0), (255, 255, 255))
+    """
+    if colors is None:
+        hues = [colorsys.hsv_to_rgb(i * _GOLDEN_RATIO % 1, 0.8, 1.0) for i in range(1, num_classes)]
+        colors = [
+            (0, 0, 0),
+            *((round(255 * r), round(255 * g), round(255 * b)) for r, g, b in hues),
+        ]
+    chosen = [(int(r), int(g), int(b)) for r, g, b in list(colors)[:num_classes]]
+    return chosen + [(255, 255, 255)] * (256 - len(chosen))
+
+
+def mask_image(mask: Tensor, palette: Sequence[Color]) -> Image.Image:
+    """A mask of labels (H, W) as a palette image, whose pixels are the labels still.
+
+    Args:
+        mask: labels in 0..255.
+        palette: see :func:`class_palette`.
+    """
+    image = Image.fromarray(mask.cpu().numpy().astype(np.uint8))
+    image.putpalette(np.array(palette, dtype=np.uint8).tobytes())
+    return image
+
+
+class LogSegmentations(Callback):
+    """Show the logger how the first validation images are labelled: image, mask and prediction.
+
+    TensorBoard, MLflow and loggers with ``log_image`` (such as W&B's) get the picture; for any
+    other, or none, it is a PNG file in ``samples/`` under the logger's folder.
+
+    Args:
+        every_n_epochs: epochs from picture to picture.
+        count: number of images, at most those of one validation batch.
+    """
+
+    def __init__(self, every_n_epochs: int = 5, count: int = 4) -> None:
+        if every_n_epochs < 1 or count < 1:
+            raise ValueError(
+                f"every_n_epochs is {every_n_epochs} and count {count}: both are at least 1"
+            )
+        self.every_n_epochs = every_n_epochs
+        self.count = count
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Draw, at the first batch of every so many epochs."""
+        due = (trainer.current_epoch + 1) % self.every_n_epochs == 0
+        if not due or trainer.sanity_checking or batch_idx or not trainer.is_global_zero:
+            return
+        images, masks = (part[: self.count] for part in batch)
+        logits = pl_module.predict_step(images, batch_idx)
+        data: Any = trainer.datamodule if hasattr(trainer, "datamodule") else None
+        palette = class_palette(logits.shape[1], getattr(data, "class_colors", None))
+        pixels = data.to_pixels(images) if hasattr(data, "to_pixels") else _stretched(images)
+        rows = [
+            _beside(pixel, *(_in_colour(labels, palette) for labels in (mask, prediction)))
+            for pixel, mask, prediction in zip(
+                pixels.cpu(), masks.cpu(), logits.argmax(1).cpu(), strict=True
+            )
+        ]
+        self._log(trainer, torch.cat(rows, dim=1))
+
+    @rank_zero_only
+    def _log(self, trainer: Trainer, picture: Tensor) -> None:
+        """Hand an image (3, H, W) to every logger."""
+        name, step = "val/samples", trainer.global_step
+        loggers: list[Logger | None] = [*trainer.loggers] or [None]
+        array = picture.movedim(0, 2).numpy()
+        for logger in loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image(name, picture, step)
+            elif isinstance(logger, MLFlowLogger):
+                logger.experiment.log_image(logger.run_id, array, f"{name}-{step}.png")
+            elif logger is not None and hasattr(logger, "log_image"):
+                logger.log_image(name, [array], step=step)
+            else:
+                folder = _folder(trainer, logger) / "samples"
+                folder.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(array).save(folder / f"epoch-{trainer.current_epoch}.png")
+
+
+def _folder(trainer: Trainer, logger: Logger | None) -> Path:
+    own = getattr(logger, "log_dir", None) or getattr(logger, "save_dir", None)
+    return Path(own or trainer.default_root_dir)
+
+
+def _in_colour(labels: Tensor, palette: Sequence[Color]) -> Tensor:
+    return torch.tensor(palette, dtype=torch.uint8)[labels].movedim(2, 0)
+
+
+def _beside(*pictures: Tensor) -> Tensor:
+    return torch.cat([p.expand(3, -1, -1) for p in pictures], dim=2)
+
+
+def _stretched(images: Tensor) -> Tensor:
+    """Images of unknown normalisation, from their darkest to their brightest value."""
+    low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
+    return (255 * (images - low) / (high - low).clamp(min=1e-8)).to(torch.uint8)
