@@ -1,14 +1,18 @@
 """What the benchmarks share: interleaved timing, the authors' formulation, tables and peers."""
 
 import importlib
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler reports each start and stop
+
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 Times = Mapping[str, list[float]]
 
@@ -54,6 +58,19 @@ def ratios(times: Times, slower: str, *faster: str) -> list[float]:
     return [first / sum(rest) for first, *rest in rounds]
 
 
+def peak_bytes(call: Callable[[], object]) -> int:
+    """The most memory that a call holds at once, beyond what was there before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    events = profiler.profiler.kineto_results.events()
+    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    held = peak = 0
+    for _, change in sorted(changes, key=lambda change: change[0]):
+        held += change
+        peak = max(peak, held)
+    return peak
+
+
 def plain_dist(student: Tensor, teacher: Tensor, tau: float = 1.0, eps: float = 1e-8) -> Tensor:
     """DIST as the authors formulate it: Pearson's formula over rows, then over the transpose."""
     y_s, y_t = rows(student / tau).softmax(1), rows(teacher / tau).softmax(1)
@@ -73,6 +90,16 @@ def peer(module: str) -> Any:
     except ImportError as error:
         print(f"compares with {module} ({error}): pip install 'lightning-dist[test]'")
         sys.exit(0)
+
+
+def torchdistill_loss() -> Callable[[Tensor, Tensor], Tensor]:
+    """torchdistill's DISTLoss as a function of two tensors."""
+    module = peer("torchdistill.losses.mid_level").DISTLoss("logits", "output", "logits", "output")
+
+    def loss(student: Tensor, teacher: Tensor) -> Tensor:
+        return module({"logits": {"output": rows(student)}}, {"logits": {"output": rows(teacher)}})
+
+    return loss
 
 
 def show(table: Table, *lines: str) -> None:

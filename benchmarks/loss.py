@@ -17,21 +17,25 @@ For each shape of logits, float32 and 3 * randn, forward + backward to the stude
 
 import argparse
 import logging
-import os
 import statistics
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
-
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler reports each start and stop
 
 import torch
 import torch.nn.functional as F
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.common import bar, interleave, peer, plain_dist, ratios, rows, show
+from benchmarks.common import (
+    bar,
+    interleave,
+    peak_bytes,
+    plain_dist,
+    ratios,
+    show,
+    torchdistill_loss,
+)
 from lightning_dist import DISTLoss
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -73,16 +77,6 @@ def kl(student: Tensor, teacher: Tensor) -> Tensor:
     """Plain distillation at temperature 1."""
     log_student, target = F.log_softmax(student, dim=1), F.softmax(teacher, dim=1)
     return F.kl_div(log_student, target, reduction="sum") * (student.shape[1] / student.numel())
-
-
-def torchdistill_loss() -> Loss:
-    """torchdistill's DISTLoss as a function of two tensors."""
-    module = peer("torchdistill.losses.mid_level").DISTLoss("logits", "output", "logits", "output")
-
-    def loss(student: Tensor, teacher: Tensor) -> Tensor:
-        return module({"logits": {"output": rows(student)}}, {"logits": {"output": rows(teacher)}})
-
-    return loss
 
 
 def gradient(loss: Loss, student: Tensor, teacher: Tensor) -> Tensor:
@@ -127,19 +121,6 @@ def errors(losses: Mapping[str, Loss], student: Tensor, teacher: Tensor) -> dict
         }
 
     return off([OURS, COMPILED], plain_dist) | off([THEIRS], losses[THEIRS])
-
-
-def peak_bytes(call: Callable[[], object]) -> int:
-    """The most memory that a call holds at once, beyond what was there before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call()
-    events = profiler.profiler.kineto_results.events()
-    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
-    held = peak = 0
-    for _, change in sorted(changes, key=lambda change: change[0]):
-        held += change
-        peak = max(peak, held)
-    return peak
 
 
 def table_of(results: list[Row]) -> Table:

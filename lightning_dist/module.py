@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DistributedSampler
-from torchmetrics import Metric, MetricCollection
+from torchmetrics import MeanMetric, Metric, MetricCollection
 
 from lightning_dist.callback import DistillationCallback, Weight, attached_callbacks
 from lightning_dist.teacher import Teacher
@@ -96,6 +96,7 @@ class DistillModule(LightningModule):
         )
         self.val_metrics = collection.clone(prefix="val/")
         self.test_metrics = collection.clone(prefix="test/")
+        prefixes = ["val/", "test/"]
         self.student_ema: AveragedModel | None = None
         if ema_decay is not None:
             self.student_ema = AveragedModel(
@@ -103,6 +104,9 @@ class DistillModule(LightningModule):
             ).requires_grad_(False)
             self.val_ema_metrics = collection.clone(prefix="val/ema_")
             self.test_ema_metrics = collection.clone(prefix="test/ema_")
+            prefixes += ["val/ema_", "test/ema_"]
+        # Lightning's own mean of a number is wrong where ranks have unlike numbers of samples.
+        self.mean_losses = nn.ModuleDict({prefix: MeanMetric() for prefix in prefixes})
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The student's output."""
@@ -152,14 +156,13 @@ class DistillModule(LightningModule):
         self, batch: Any, network: nn.Module, prefix: str, metrics: MetricCollection
     ) -> None:
         inputs, target = batch
-        count = len(target)
-        loss = torch.zeros((), device=self.device)
-        if count:
+        mean_loss = cast(MeanMetric, self.mean_losses[prefix])
+        if len(target):
             output = self.infer(network, inputs)
             metrics.update(output, target)
-            loss = self.eval_loss(output, target)
-        self.log(f"{prefix}loss", loss, batch_size=count, sync_dist=True)
-        self.log_dict(metrics, batch_size=count, prog_bar=prefix.startswith("val"))
+            mean_loss.update(self.eval_loss(output, target), weight=len(target))
+        self.log(f"{prefix}loss", mean_loss)
+        self.log_dict(metrics, prog_bar=prefix.startswith("val"))
 
     def _without_repeats(self, batch: Any, batch_idx: int, loaders: Any) -> Any:
         """The samples of a batch that are no copies.

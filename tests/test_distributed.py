@@ -1,13 +1,18 @@
 """The callback and the synchronised loss in two CPU processes."""
 
+import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
-SCRIPT = Path(__file__).parent / "distributed" / "train.py"
+FOLDER = Path(__file__).parent / "distributed"
+SCRIPT = FOLDER / "train.py"
 pytestmark = pytest.mark.slow
 
 
@@ -83,3 +88,44 @@ def test_an_averaged_student_trains_in_spawned_processes(tmp_path):
     (main,) = train(tmp_path / "ranks", "--ema", "--strategy=ddp_spawn")
     weights = main["weights"]
     assert not torch.equal(weights["student_ema.module.0.weight"], weights["student.0.weight"])
+
+
+@pytest.mark.parametrize(
+    ("count", "batch"),
+    [
+        pytest.param(5, 1, id="a-batch-of-copies"),
+        pytest.param(7, 3, id="a-copy-in-a-batch"),
+        pytest.param(6, 2, id="even"),
+        pytest.param(1, 2, id="a-rank-without-samples"),
+    ],
+)
+def test_metrics_of_two_processes_are_those_of_the_set(tmp_path, count, batch):
+    arguments = ["--out", tmp_path / "found.json", "--count", str(count), "--batch", str(batch)]
+    run = subprocess.run(
+        [sys.executable, FOLDER / "evaluate.py", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    spec = importlib.util.spec_from_file_location("evaluate", FOLDER / "evaluate.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    images, masks = script.samples(count).tensors
+    with torch.no_grad():
+        logits = script.new_student().eval()(images)
+    losses = [
+        F.cross_entropy(x[None], y[None], ignore_index=255)
+        for x, y in zip(logits, masks, strict=True)
+    ]
+    predicted, truth = logits.argmax(1).numpy(), masks.numpy()
+    kept = truth != 255
+    table = np.zeros((script.CLASSES, script.CLASSES))
+    np.add.at(table, (truth[kept], predicted[kept]), 1)
+    iou = table.diagonal() / (table.sum(0) + table.sum(1) - table.diagonal())
+    for split in ("val", "test"):
+        assert found[f"{split}/miou"] == pytest.approx(iou.mean(), rel=1e-5)
+        accuracy = table.diagonal().sum() / table.sum()
+        assert found[f"{split}/pixel_accuracy"] == pytest.approx(accuracy, rel=1e-5)
+        assert found[f"{split}/loss"] == pytest.approx(np.mean(losses), rel=1e-5)

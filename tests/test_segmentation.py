@@ -162,6 +162,44 @@ def test_torchvisions_networks_train_as_they_are(make_trainer, loader):
     assert 0 <= trainer.callback_metrics["val/miou"] <= 1
 
 
+def test_segmentation_models_pytorchs_networks_train_as_they_are(make_trainer, loader):
+    smp = pytest.importorskip("segmentation_models_pytorch")
+
+    def network():
+        return smp.Unet("resnet18", encoder_weights=None, classes=CLASSES)
+
+    masks = torch.randint(0, CLASSES, (4, 32, 32))
+    loader = DataLoader(TensorDataset(torch.randn(4, 3, 32, 32), masks), batch_size=4)
+    module = make_module(network(), network(), head="segmentation_head")
+    trainer = make_trainer()
+    trainer.fit(module, loader, loader)
+    assert trainer.callback_metrics["train/distill/main"] > 0
+    assert 0 <= trainer.callback_metrics["val/miou"] <= 1
+
+
+def test_bf16_and_channels_last_train_as_float32_does_but_for_rounding(make_trainer, loader):
+    def losses(precision, **options):
+        torch.manual_seed(1)
+        found = []
+
+        class Keep(Callback):
+            def on_train_batch_end(self, trainer, pl_module, outputs, *_):
+                found.append(outputs["loss"].item())
+                weight = pl_module.student.backbone.weight
+                wanted = torch.channels_last if options else torch.contiguous_format
+                assert weight.is_contiguous(memory_format=wanted)
+
+        trainer = make_trainer(max_epochs=3, precision=precision, callbacks=[Keep()])
+        trainer.fit(make_module(TwoHeads(width=9), **options), loader)
+        return found
+
+    plain = losses("32-true")
+    assert losses("32-true", channels_last=True) == pytest.approx(plain, rel=1e-5)
+    mixed = losses("bf16-mixed", channels_last=True)
+    assert mixed == pytest.approx(plain, rel=0.02)
+    assert mixed != plain
+
+
 def test_training_lowers_the_loss_and_the_distance_to_the_teacher(make_trainer, loader):
     losses = []
 

@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 from lightning_dist.models.segmentation import convert_published, deeplabv3, pspnet
+from lightning_dist.teacher import Teacher
 
 PUBLISHED = {
     "deeplabv3_resnet18": lambda: deeplabv3("resnet18", width=128),
@@ -35,6 +37,41 @@ def test_published_weights_give_the_published_outputs(
             expected = file[f"cityscapes/{name}/{head}"]
             error = np.abs(outputs[head].numpy() - expected).max() / np.abs(expected).max()
             assert error < 1e-9
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_a_published_file_loads_as_a_teachers_weights(
+    prefix, tmp_path, golden_shapes, golden_value, sine
+):
+    shapes = golden_shapes["cityscapes/psp_resnet18"]
+    published = {key: golden_value(key, shape).float() for key, shape in shapes.items()}
+    torch.save({prefix + key: value for key, value in published.items()}, tmp_path / "psp.pth")
+    teacher = Teacher(pspnet("resnet18", width=128), tmp_path / "psp.pth")
+    assert teacher.network.backbone.conv1[0].weight.equal(published["pretrained.conv1.weight"])
+    safetensors.torch.save_model(teacher.network, tmp_path / "ours.safetensors")
+    again = Teacher(pspnet("resnet18", width=128), tmp_path / "ours.safetensors")
+    images = sine((1, 3, 64, 96), 0.01).float()
+    torch.testing.assert_close(again(images), teacher(images))
+
+
+def test_a_backbones_weights_load_under_published_and_timms_names(
+    tmp_path, golden_shapes, golden_value
+):
+    prefix = "pretrained."
+    published = {
+        key.removeprefix(prefix): golden_value(key, shape).float()
+        for key, shape in golden_shapes["cityscapes/psp_resnet18"].items()
+        if key.startswith(prefix)
+    }
+    published["fc.weight"] = torch.zeros(1000, 512)
+    torch.save(published, tmp_path / "published.pth")
+    network = pspnet(backbone_weights=tmp_path / "published.pth")
+    assert network.backbone.layer4[1].conv2.weight.equal(published["layer4.1.conv2.weight"])
+    torch.save(network.backbone.state_dict(), tmp_path / "timm.pth")
+    again = deeplabv3(backbone_weights=tmp_path / "timm.pth")
+    assert again.backbone.conv1[6].weight.equal(published["conv3.weight"])
+    with pytest.raises(ValueError, match=r"timm\.pth does not fit"):
+        deeplabv3("resnet34", backbone_weights=tmp_path / "timm.pth")
 
 
 def test_names_of_another_network_are_listed(golden_shapes):
