@@ -62,6 +62,9 @@ class DistillationCallback(Callback):
         task_weight: factor of the loss that ``training_step`` returns.
         output: entry of outputs that are not tensors, as in :class:`Term`.
         terms: several named losses instead of ``loss``, ``weight`` and ``output``.
+        inputs: which sub-modules of the student hand what they are called with to which ones of the
+            teacher, both as dotted paths. By default ``{"": ""}``: what the student is called with
+            goes to the teacher.
 
     Raises:
         MisconfigurationException: at the start of ``fit``: manual optimization, an unknown
@@ -91,6 +94,7 @@ class DistillationCallback(Callback):
         task_weight: float = 1.0,
         output: str | int | None = None,
         terms: Mapping[str, Term] | None = None,
+        inputs: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
         if terms is not None and (loss is not None or output is not None):
@@ -102,6 +106,7 @@ class DistillationCallback(Callback):
         self.task_weight = task_weight
         self._named = terms is not None
         self.terms = dict(terms or {"distill": Term(loss or DISTLoss(), weight, output=output)})
+        self.inputs = dict(inputs or {"": ""})
         self.owner: LightningModule | None = None  # the module that brought it, if one did
         self._own_step: Callable[..., Any] | None = None
         self._wrapped = False
@@ -137,6 +142,9 @@ class DistillationCallback(Callback):
         if self.owner not in (None, pl_module):
             return
         student = find(pl_module, self.student, "the LightningModule", "student")
+        for path, part in self.inputs.items():
+            find(student, path, "the student", "inputs")
+            find(self.teacher.network, part, "the teacher", "inputs")
         for name, term in self.terms.items():
             find(student, term.student, "the student", f"the student path of term {name!r}")
             find(
@@ -208,14 +216,19 @@ class DistillationCallback(Callback):
             teacher_outputs: dict[str, list[Any]] = {t.teacher: [] for t in self.terms.values()}
             student_outputs: dict[str, list[Any]] = {t.student: [] for t in self.terms.values()}
 
-            def ask_teacher(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            def ask_teacher(
+                part: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+            ) -> None:
                 # Before the student runs: it may change its inputs in place, and the teacher's
                 # activations are gone before the student's are kept.
-                output = self.teacher(*args, **kwargs)
-                if "" in teacher_outputs:
+                output = self.teacher.ask(part, args, kwargs)
+                if not part and "" in teacher_outputs:
                     teacher_outputs[""].append(output)
 
-            hooks.callback(student.register_forward_pre_hook(ask_teacher, with_kwargs=True).remove)
+            for path, part in self.inputs.items():
+                ask = functools.partial(ask_teacher, part)
+                asking = student.get_submodule(path)
+                hooks.callback(asking.register_forward_pre_hook(ask, with_kwargs=True).remove)
             for path, outputs in student_outputs.items():
                 hooks.callback(record(student.get_submodule(path), outputs))
             for path, outputs in teacher_outputs.items():

@@ -1,7 +1,7 @@
 """Predictions as pictures: label masks in colour, and samples of them for the loggers."""
 
 import colorsys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 from torch import Tensor
+from torchvision.utils import draw_bounding_boxes
 
 Color = tuple[int, int, int]
 
@@ -49,6 +50,29 @@ def mask_image(mask: Tensor, palette: Sequence[Color]) -> Image.Image:
     image = Image.fromarray(mask.cpu().numpy().astype(np.uint8))
     image.putpalette(np.array(palette, dtype=np.uint8).tobytes())
     return image
+
+
+def box_image(
+    image: Tensor, found: Mapping[str, Tensor], names: Sequence[str], least_score: float = 0.5
+) -> Image.Image:
+    """An image with the boxes that a detector found in it.
+
+    Args:
+        image: uint8 (3, H, W).
+        found: ``boxes`` (K, 4) as x1, y1, x2, y2, ``labels`` (K,) and ``scores`` (K,).
+        names: of the class of each box.
+        least_score: boxes with a lower one are not drawn.
+    """
+    drawn = (found["scores"] >= least_score).nonzero().flatten().tolist()
+    palette = class_palette(256)
+    if drawn:
+        image = draw_bounding_boxes(
+            image.cpu(),
+            found["boxes"][drawn].cpu(),
+            [f"{names[i]} {found['scores'][i]:.2f}" for i in drawn],
+            [palette[int(found["labels"][i]) + 1] for i in drawn],
+        )
+    return Image.fromarray(image.cpu().movedim(0, 2).numpy())
 
 
 class LogSegmentations(Callback):

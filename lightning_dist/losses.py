@@ -1,5 +1,6 @@
 """Distillation losses as modules: options in the constructor, tensors in the call."""
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_dist.functional import Activation, dist_loss, kd_loss
@@ -102,3 +103,35 @@ class KDLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"tau={self.tau}"
+
+
+class FeatureMimic(nn.Module):
+    """Mean squared error between a projection of the student's feature map and the teacher's.
+
+    The projection, a 1x1 convolution, trains with the student and is no part of it.
+
+    Args:
+        student_channels: channels of the student's map.
+        teacher_channels: channels of the teacher's map.
+
+    Shape:
+        maps ``(N, student_channels, H, W)`` and ``(N, teacher_channels, H, W)``; the loss is a
+        scalar.
+
+    Raises:
+        ValueError: when called, if the projection and the teacher's map differ in shape.
+    """
+
+    def __init__(self, student_channels: int, teacher_channels: int) -> None:
+        super().__init__()
+        self.projection = nn.Conv2d(student_channels, teacher_channels, 1)
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        projected = self.projection(student)
+        if projected.shape != teacher.shape:
+            raise ValueError(
+                f"the student's map is projected to {tuple(projected.shape)} and the teacher's is "
+                f"{tuple(teacher.shape)}: compare maps of one size, with teacher_channels="
+                f"{teacher.shape[1]}"
+            )
+        return F.mse_loss(projected.float(), teacher.float())

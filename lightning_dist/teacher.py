@@ -106,10 +106,33 @@ class Teacher:
         Raises:
             ValueError: if there is no image for ``inputs``, or ``class_map`` does not fit.
         """
-        if self.network.training:
-            self.freeze()
         if self.inputs is not None:
             args, kwargs = self.inputs((args, kwargs))
+        output = self._run(self.network, args, kwargs)
+        if self._columns is None:
+            return output
+        return with_logits(output, self._to_student_classes(logits_of(output)))
+
+    @torch.no_grad()
+    def ask(self, part: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Call a sub-module of the network, or all of it; a sub-module gets the inputs as they are.
+
+        Args:
+            part: dotted path of the sub-module; ``""`` is the network.
+            args: what it is called with.
+            kwargs: the same.
+
+        Returns:
+            What it returns.
+        """
+        if not part:
+            return self(*args, **kwargs)
+        return self._run(self.network.get_submodule(part), args, kwargs)
+
+    def _run(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Call the network or a part of it in eval mode and its own dtype."""
+        if self.network.training:
+            self.freeze()
         parameter = next((p for p in self.network.parameters() if p.is_floating_point()), None)
         if parameter is not None:
             args, kwargs = tree_map_only(
@@ -119,20 +142,18 @@ class Teacher:
         if parameter is not None and self.dtype is not None:
             context = torch.autocast(parameter.device.type, enabled=False)
         with context:
-            output = self._runner()(*args, **kwargs)
-        if self._columns is None:
-            return output
-        return with_logits(output, self._to_student_classes(logits_of(output)))
+            return self._runner(module)(*args, **kwargs)
 
     def _prepare(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         if not x.is_floating_point():
             return x
         return x.to(dtype, memory_format=self._format if x.dim() == 4 else torch.preserve_format)
 
-    def _runner(self) -> Callable[..., Any]:
+    def _runner(self, module: nn.Module) -> Callable[..., Any]:
         # A compiled network does not see hooks that come later, such as a distillation term's.
-        if not self.compile or any(m._forward_hooks for m in self.network.modules()):
-            return self.network
+        hooked = any(m._forward_hooks for m in self.network.modules())
+        if module is not self.network or not self.compile or hooked:
+            return module
         if self._compiled is None:
             self._compiled = torch.compile(self.network)
         return self._compiled

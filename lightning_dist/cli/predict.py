@@ -1,11 +1,13 @@
 """``lightning-dist predict``: what the student of a checkpoint makes of images in a folder."""
 
 import csv
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import rich
+import torch
 from hydra.utils import instantiate
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
@@ -18,8 +20,9 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from lightning_dist.cli import UserError, hydra_app
 from lightning_dist.cli.saved import build_module, read_saved
 from lightning_dist.data.imagenet import load_image
-from lightning_dist.drawing import class_palette, mask_image
+from lightning_dist.drawing import box_image, class_palette, mask_image
 from lightning_dist.tasks.classification import ClassificationModule
+from lightning_dist.tasks.detection import DetectionModule
 from lightning_dist.tasks.segmentation import SegmentationModule
 
 
@@ -89,18 +92,50 @@ class ClassWriter(BasePredictionWriter):
             csv.writer(file).writerows(rows)
 
 
+class BoxWriter(BasePredictionWriter):
+    """A PNG an image, with its boxes drawn, and ``predictions.json`` with all boxes."""
+
+    def __init__(self, names: Sequence[str], out: Path, saved: dict[str, Any]) -> None:
+        super().__init__("batch_and_epoch")
+        self.names, self.out = names, out
+        self.classes = saved.get("class_names")
+        self.colors = saved.get("class_colors")
+        self.found: list[dict[str, Any]] = []
+
+    def write_on_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, prediction: Any, *args: Any
+    ) -> None:
+        _, (images, indices), *_ = args
+        for image, one, index in zip(images, prediction, indices.tolist(), strict=True):
+            path = self.out / f"{self.names[index]}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            labels = [self.classes[i] if self.classes else str(i) for i in one["labels"].tolist()]
+            box_image((255 * image).round().to(torch.uint8), one, labels).save(path)
+            scored = zip(one["boxes"].tolist(), labels, one["scores"].tolist(), strict=True)
+            self.found += [
+                {"image": self.names[index], "box": box, "class": label, "score": round(score, 4)}
+                for box, label, score in scored
+            ]
+
+    def write_on_epoch_end(self, trainer: Trainer, *args: Any) -> None:
+        """All boxes, also those whose score is too low to be drawn."""
+        (self.out / "predictions.json").write_text(json.dumps(self.found, indent=1) + "\n")
+
+
 def _job(config: DictConfig) -> None:
     checkpoint, saved = read_saved(config.ckpt, config.trust)
     module = build_module(checkpoint, saved)
     writers: list[tuple[type, type]] = [
         (SegmentationModule, MaskWriter),
         (ClassificationModule, ClassWriter),
+        (DetectionModule, BoxWriter),
     ]
     writer = next((w for task, w in writers if isinstance(module, task)), None)
     if writer is None:
         raise UserError(
-            f"{config.ckpt} holds a {type(module).__name__}: only classification and segmentation "
-            "have a form to write predictions in; call its predict_step from Python"
+            f"{config.ckpt} holds a {type(module).__name__}: only the modules of "
+            "lightning_dist.tasks have a form to write predictions in; call its predict_step from "
+            "Python"
         )
     paths = image_files(Path(config.images))
     datamodule = instantiate(OmegaConf.merge(saved["data"], config.data))

@@ -222,6 +222,12 @@ class TensorImages(Dataset):
         return self._draws[1:]
 
 
+def list_collate(samples: Sequence[tuple[Any, Any]]) -> tuple[list[Any], list[Any]]:
+    """A batch of images of unlike sizes and their targets, as lists."""
+    images, targets = zip(*samples, strict=True)
+    return list(images), list(targets)
+
+
 def _of_channels(values: Sequence[float]) -> Tensor:
     """One number a channel, to broadcast over an image."""
     return torch.tensor(values).view(-1, 1, 1)

@@ -1,5 +1,6 @@
 """Scenes: real digits on textured canvases, with a mask, boxes and labels from one generator."""
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -9,8 +10,14 @@ import torch.nn.functional as F
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor
+from torch.utils.data import Dataset
 
-from lightning_dist.data.base import ImageDataModule, TensorImages, stratified_split
+from lightning_dist.data.base import (
+    ImageDataModule,
+    TensorImages,
+    list_collate,
+    stratified_split,
+)
 
 SPLITS = ("train", "val", "test")
 
@@ -123,22 +130,25 @@ class ScenesDataModule(ImageDataModule):
         """An image as in evaluation, at its own size."""
         return self._normalised(image)
 
-    def train_dataset(self) -> TensorImages:
+    def train_dataset(self) -> Dataset:
         """The training scenes."""
         return self._scenes("train")
 
-    def val_dataset(self) -> TensorImages:
+    def val_dataset(self) -> Dataset:
         """The validation scenes."""
         return self._scenes("val")
 
-    def test_dataset(self) -> TensorImages:
+    def test_dataset(self) -> Dataset:
         """The test scenes."""
         return self._scenes("test")
 
-    def _scenes(self, split: str) -> TensorImages:
+    def _scenes(self, split: str) -> Dataset:
         scenes = [self.scene(split, index) for index in range(self.sizes[split])]
         if not scenes:
             raise ValueError(f"{split}_size is 0: the {split} set has at least one scene")
+        return self._open(scenes)
+
+    def _open(self, scenes: list[Scene]) -> Dataset:
         images = torch.stack([scene.image for scene in scenes])
         masks = torch.stack([scene.mask for scene in scenes])
         return TensorImages(images, masks, mean=self.mean, std=self.std)
@@ -155,6 +165,51 @@ class ScenesDataModule(ImageDataModule):
         train, others = stratified_split(digits, 0.4)
         val, test = stratified_split(digits[others], 0.5)
         return {"train": train, "val": others[val], "test": others[test]}
+
+
+class SceneBoxes(Dataset):
+    """Scenes as torchvision's detectors take them; read by index.
+
+    Args:
+        scenes: the scenes.
+    """
+
+    def __init__(self, scenes: Sequence[Scene]) -> None:
+        self.scenes = scenes
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
+        scene = self.scenes[index]
+        return scene.image / 255, {"boxes": scene.boxes, "labels": scene.labels - 1}
+
+    collate = staticmethod(list_collate)
+
+
+class SceneDetectionDataModule(ScenesDataModule):
+    """The scenes for detection: images (3, S, S) in 0..1, boxes, and labels that are the digits.
+
+    Args:
+        **settings: see ScenesDataModule.
+
+    Example:
+        >>> data = SceneDetectionDataModule(train_size=4, global_batch_size=2)
+        >>> images, targets = next(iter(data.train_dataloader()))
+        >>> tuple(images[0].shape), sorted(targets[0])
+        ((3, 64, 64), ['boxes', 'labels'])
+    """
+
+    num_classes = 10
+    mean = (0.0, 0.0, 0.0)
+    std = (1.0, 1.0, 1.0)
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.class_names = [str(digit) for digit in range(10)]
+
+    def _open(self, scenes: list[Scene]) -> SceneBoxes:
+        return SceneBoxes(scenes)
 
 
 def _texture(rng: np.random.Generator, size: int, contrast: float) -> Tensor:

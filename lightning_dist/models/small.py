@@ -68,13 +68,13 @@ class SmallUNet(nn.Module):
         self.num_classes = num_classes
         before = [in_channels, *channels]
         self.down = nn.ModuleList(
-            nn.Sequential(_conv(a, b, stride=2), _conv(b, b))
+            nn.Sequential(conv_block(a, b, stride=2), conv_block(b, b))
             for a, b in zip(before, channels, strict=False)
         )
         pairs = list(itertools.pairwise(channels))
         self.lateral = nn.ModuleList(nn.Conv2d(coarse, fine, 1) for fine, coarse in pairs)
         self.up = nn.ModuleList(
-            nn.Sequential(_conv(fine, fine), _conv(fine, fine)) for fine, _ in pairs
+            nn.Sequential(conv_block(fine, fine), conv_block(fine, fine)) for fine, _ in pairs
         )
         self.classifier = nn.Conv2d(channels[0], num_classes, 1)
 
@@ -91,7 +91,8 @@ class SmallUNet(nn.Module):
         return self.classifier(x)
 
 
-def _conv(before: int, after: int, stride: int = 1) -> nn.Sequential:
+def conv_block(before: int, after: int, stride: int = 1) -> nn.Sequential:
+    """A 3x3 convolution with batch norm and ReLU."""
     return nn.Sequential(
         nn.Conv2d(before, after, 3, stride=stride, padding=1, bias=False),
         nn.BatchNorm2d(after),

@@ -1,0 +1,216 @@
+"""What distillation asks of a detector, and torchvision's detectors for small images."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN, RetinaNet
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.retinanet import RetinaNetHead
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
+
+from lightning_dist.models.small import conv_block
+
+
+class OneStageTeacher(nn.Module):
+    """Backbone and classification head of a detector such as RetinaNet or FCOS.
+
+    ``logits`` is called once a pyramid level: its output is what the student's ``cls_logits``
+    learns from. Neither boxes nor detections are computed.
+
+    Args:
+        detector: of torchvision, or one with ``backbone`` and ``head.classification_head``.
+        class_map: the detector's class for each of the student's; by default the same.
+
+    Shape:
+        normalised images ``(N, 3, H, W)``; the backbone's maps, by level.
+    """
+
+    def __init__(self, detector: nn.Module, class_map: Sequence[int] | None = None) -> None:
+        super().__init__()
+        head = detector.get_submodule("head.classification_head")
+        self.backbone = detector.get_submodule("backbone")
+        self.classifier = head
+        self.logits = _Columns(class_map, int(head.num_classes))  # type: ignore[arg-type]
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        maps = _by_level(self.backbone(images))
+        for level in maps.values():
+            features = self.classifier.get_submodule("conv")(level)
+            self.logits(self.classifier.get_submodule("cls_logits")(features))
+        return maps
+
+
+class TwoStageTeacher(nn.Module):
+    """Backbone and box classifier of a detector such as Faster R-CNN.
+
+    Its own maps of the images are classified in the boxes that the student sampled, by ``roi``.
+    Neither the region proposal network nor box regression runs.
+
+    Args:
+        detector: of torchvision, or one with ``backbone`` and ``roi_heads``, which has
+            ``box_roi_pool``, ``box_head`` and ``box_predictor.cls_score``.
+        class_map: the detector's class for each of the student's, background included.
+
+    Shape:
+        normalised images ``(N, 3, H, W)``; the backbone's maps, by level.
+    """
+
+    def __init__(self, detector: nn.Module, class_map: Sequence[int] | None = None) -> None:
+        super().__init__()
+        self.backbone = detector.get_submodule("backbone")
+        self.roi = BoxClassifier(detector.get_submodule("roi_heads"), class_map)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        maps = _by_level(self.backbone(images))
+        self.roi.maps = maps
+        return maps
+
+
+class BoxClassifier(nn.Module):
+    """Class logits ``(R, C)`` of boxes, from the teacher's maps instead of the given ones.
+
+    Args:
+        heads: the detector's ``roi_heads``.
+        class_map: see :class:`TwoStageTeacher`.
+    """
+
+    def __init__(self, heads: nn.Module, class_map: Sequence[int] | None) -> None:
+        super().__init__()
+        self.box_roi_pool = heads.get_submodule("box_roi_pool")
+        self.box_head = heads.get_submodule("box_head")
+        self.cls_score = heads.get_submodule("box_predictor.cls_score")
+        self.columns = _Columns(class_map, int(self.cls_score.out_features))  # type: ignore[arg-type]
+        self.maps: dict[str, Tensor] | None = None  # until the boxes of these images are asked for
+
+    def forward(
+        self,
+        maps: dict[str, Tensor],
+        boxes: list[Tensor],
+        image_sizes: list[tuple[int, int]],
+    ) -> Tensor:
+        own, self.maps = self.maps, None
+        assert own is not None
+        features = self.box_head(self.box_roi_pool(own, boxes, image_sizes))
+        return self.columns(self.cls_score(features.flatten(1)))
+
+
+class _Columns(nn.Module):
+    """Picks classes along dimension 1, for each anchor where there are several."""
+
+    def __init__(self, class_map: Sequence[int] | None, num_classes: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        chosen = None if class_map is None else torch.tensor(list(class_map))
+        if chosen is not None and not 0 <= int(chosen.min()) <= int(chosen.max()) < num_classes:
+            raise ValueError(
+                f"class_map has indices from {int(chosen.min())} to {int(chosen.max())} and the "
+                f"teacher {num_classes} classes: give indices into the teacher's classes"
+            )
+        self.register_buffer("class_map", chosen, persistent=False)
+
+    def forward(self, logits: Tensor) -> Tensor:
+        if self.class_map is None:
+            return logits
+        by_anchor = logits.unflatten(1, (-1, self.num_classes))
+        return by_anchor.index_select(2, self.class_map).flatten(1, 2)
+
+
+class SmallPyramid(nn.Module):
+    """3x3 convolutions with batch norm, and a feature pyramid of strides 4 and 8 on top of them.
+
+    Args:
+        channels: of the stages of strides 2, 4 and 8.
+        out_channels: of the pyramid's levels.
+
+    Shape:
+        ``(N, 3, H, W)`` to ``{"0": (N, out_channels, H / 4, W / 4), "1": (N, ..., H / 8, W / 8)}``.
+    """
+
+    def __init__(self, channels: Sequence[int], out_channels: int) -> None:
+        super().__init__()
+        first, second, third = channels
+        self.out_channels = out_channels
+        self.stem = nn.Sequential(conv_block(3, first, stride=2), conv_block(first, first))
+        self.stage1 = nn.Sequential(conv_block(first, second, stride=2), conv_block(second, second))
+        self.stage2 = nn.Sequential(conv_block(second, third, stride=2), conv_block(third, third))
+        self.fpn = FeaturePyramidNetwork([second, third], out_channels)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        fine = self.stage1(self.stem(images))
+        return self.fpn(OrderedDict([("0", fine), ("1", self.stage2(fine))]))
+
+
+def small_faster_rcnn(
+    channels: Sequence[int],
+    out_channels: int,
+    width: int,
+    num_classes: int,
+    image_size: int = 64,
+) -> FasterRCNN:
+    """torchvision's Faster R-CNN for small images of small things.
+
+    Args:
+        channels: of the backbone, see :class:`SmallPyramid`.
+        out_channels: of the pyramid.
+        width: of the box head's two layers.
+        num_classes: number of classes without the background.
+        image_size: shorter side of the images in the network, in pixels.
+    """
+    return FasterRCNN(
+        SmallPyramid(channels, out_channels),
+        min_size=image_size,
+        max_size=2 * image_size,
+        size_divisible=8,
+        image_mean=[0.5] * 3,
+        image_std=[0.25] * 3,
+        rpn_anchor_generator=_anchors(),
+        rpn_pre_nms_top_n_train=200,
+        rpn_post_nms_top_n_train=100,
+        rpn_pre_nms_top_n_test=100,
+        rpn_post_nms_top_n_test=50,
+        rpn_batch_size_per_image=64,
+        box_roi_pool=MultiScaleRoIAlign(["0", "1"], output_size=5, sampling_ratio=2),
+        box_head=TwoMLPHead(25 * out_channels, width),
+        box_predictor=FastRCNNPredictor(width, num_classes + 1),
+        box_batch_size_per_image=32,
+        box_detections_per_img=20,
+    )
+
+
+def small_retinanet(
+    channels: Sequence[int], out_channels: int, num_classes: int, image_size: int = 64
+) -> RetinaNet:
+    """torchvision's RetinaNet for small images of small things.
+
+    Args:
+        channels: of the backbone, see :class:`SmallPyramid`.
+        out_channels: of the pyramid and the heads.
+        num_classes: number of classes.
+        image_size: shorter side of the images in the network, in pixels.
+    """
+    anchors = _anchors()
+    (per_place, *_) = anchors.num_anchors_per_location()
+    return RetinaNet(
+        SmallPyramid(channels, out_channels),
+        num_classes,
+        min_size=image_size,
+        max_size=2 * image_size,
+        size_divisible=8,
+        image_mean=[0.5] * 3,
+        image_std=[0.25] * 3,
+        anchor_generator=anchors,
+        head=RetinaNetHead(out_channels, per_place, num_classes, norm_layer=nn.BatchNorm2d),
+        detections_per_img=20,
+        topk_candidates=100,
+    )
+
+
+def _anchors() -> AnchorGenerator:
+    return AnchorGenerator(((12, 16), (20, 28)), ((1.0, 2.0),) * 2)
+
+
+def _by_level(maps: Tensor | dict[str, Tensor]) -> dict[str, Tensor]:
+    return {"0": maps} if isinstance(maps, Tensor) else maps

@@ -1,0 +1,200 @@
+"""Object detection: torchvision's detectors as they are, DIST on their class logits, COCO's mAP."""
+
+import copy
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+from torchmetrics.detection import MeanAveragePrecision
+
+from lightning_dist.bridge import InputBridge
+from lightning_dist.callback import DistillationCallback, Term
+from lightning_dist.losses import DISTLoss, FeatureMimic
+from lightning_dist.models.detection import OneStageTeacher, TwoStageTeacher
+from lightning_dist.module import DistillModule
+from lightning_dist.taps import find
+from lightning_dist.teacher import Teacher
+
+_MAPS = "head.classification_head.cls_logits"
+# The metric prints its table at each epoch where somebody configures logging, as Hydra does.
+logging.getLogger("faster_coco_eval").setLevel(logging.WARNING)
+SIZES = ("small", "medium", "large")
+Batch = tuple[Sequence[Tensor], Sequence[dict[str, Tensor]]]
+
+
+class DetectionModule(DistillModule):
+    """Find boxes in ``(images, targets)`` batches, as torchvision's detectors take them.
+
+    ``images`` is a list of ``(3, H, W)`` in 0..1; ``targets`` a list of mappings with ``boxes``,
+    float ``(K, 4)`` as x1, y1, x2, y2 in pixels, and ``labels``, int64 ``(K,)`` from 0 on. The
+    detector normalises and resizes; its teacher sees the very images that its backbone sees.
+
+    A two-stage student learns from the teacher's class logits of the boxes that the student
+    sampled, on the teacher's own features. A one-stage student learns from the teacher's class
+    maps, level by level, summed. ``METRIC`` is ``map``, ``map_50``, ``map_75``, ``map_small``,
+    ``map_medium`` and ``map_large``, COCO's mean average precision; a size that does not occur is
+    not logged, and neither is a validation loss, which detectors do not give.
+
+    Args:
+        student: detector of torchvision: Faster R-CNN or one with its ``roi_heads``; RetinaNet or
+            FCOS or one with their ``head.classification_head``.
+        teacher: detector of the same kind, or ``None``. A one-stage teacher has the student's
+            anchors a place and its levels.
+        class_map: the teacher's class for each of the student's, background included where the
+            networks have one. By default the same.
+        label_offset: what is added to the labels for the student. By default 1 for a two-stage
+            student, whose class 0 is the background, and 0 for a one-stage one.
+        mimic: names of pyramid levels whose maps the student also learns to reproduce, through a
+            projection that is no part of it: keys of what the backbones return.
+        mimic_weight: weight of each of these terms.
+        frozen: dotted paths of the student's sub-modules that do not train, such as its stem.
+        norm_eval: keep the student's batch norms in eval mode, with the statistics that they have.
+        kwargs: as in :class:`lightning_dist.DistillModule`. ``distill_loss`` is DIST by default,
+            over softmax for two stages and over sigmoid for one; ``distill_weight`` is 1.
+
+    Raises:
+        MisconfigurationException: if the student has no part of a name given.
+        ValueError: if student and teacher are detectors of different kinds.
+
+    Reference:
+        Huang et al., Knowledge Distillation from A Stronger Teacher, NeurIPS 2022, section 4.2.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | Teacher | None = None,
+        *,
+        class_map: Sequence[int] | None = None,
+        label_offset: int | None = None,
+        mimic: Sequence[str] = (),
+        mimic_weight: float = 1.0,
+        frozen: Sequence[str] = (),
+        norm_eval: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        two_stage = hasattr(student, "roi_heads")
+        needed = "roi_heads.box_predictor" if two_stage else _MAPS
+        find(student, needed, "the student", "a detector's head")
+        if teacher is not None:
+            teacher = _adapt(teacher, student, class_map)
+        kwargs.setdefault("metrics", MeanAveragePrecision(backend="faster_coco_eval"))
+        kwargs.setdefault("distill_weight", 1.0)
+        super().__init__(student, teacher, **kwargs)
+        self.two_stage = two_stage
+        self.label_offset = int(two_stage) if label_offset is None else label_offset
+        self.mimic = list(mimic)
+        self.mimic_weight = mimic_weight
+        self.norm_eval = norm_eval
+        for path in frozen:
+            find(student, path, "the student", "frozen").requires_grad_(False)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The sum of the detector's losses, each logged as ``train/NAME``."""
+        images, targets = batch
+        shifted = [{**t, "labels": t["labels"] + self.label_offset} for t in targets]
+        losses = self.student(list(images), shifted)
+        loss = torch.stack(list(losses.values())).sum()
+        self.log("train/task", loss.detach())
+        self.log_dict({f"train/{name}": value.detach() for name, value in losses.items()})
+        return loss
+
+    def on_train_epoch_start(self) -> None:
+        """Hold the batch norms, where asked to."""
+        if self.norm_eval:
+            for module in self.student.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+
+    def infer(self, network: nn.Module, inputs: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+        """``boxes``, ``labels`` from 0 on and ``scores`` of each image."""
+        found = network(list(inputs))
+        return [{**one, "labels": one["labels"] - self.label_offset} for one in found]
+
+    def _evaluate(
+        self, batch: Batch, network: nn.Module, prefix: str, metrics: MetricCollection
+    ) -> None:
+        images, targets = batch
+        if len(images):
+            metrics.update(self.infer(network, images), list(targets))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log ``val/*``."""
+        self._log_metrics("val/", self.val_metrics)
+        if self.student_ema is not None:
+            self._log_metrics("val/ema_", self.val_ema_metrics)
+
+    def on_test_epoch_end(self) -> None:
+        """Log ``test/*``."""
+        self._log_metrics("test/", self.test_metrics)
+        if self.student_ema is not None:
+            self._log_metrics("test/ema_", self.test_ema_metrics)
+
+    def _log_metrics(self, prefix: str, metrics: MetricCollection) -> None:
+        values = metrics.compute()
+        metrics.reset()
+        for name in ("map", "map_50", "map_75", *(f"map_{size}" for size in SIZES)):
+            value = values[f"{prefix}{name}"]
+            if name == "map" or value >= 0:  # -1: there is nothing to find
+                self.log(f"{prefix}{name}", value.clamp(min=0), prog_bar=name == "map")
+
+    def configure_distillation(self) -> DistillationCallback | None:
+        """One term on the class logits, ``class``, and one on each level of ``mimic``."""
+        if self.teacher is None:
+            return None
+        inputs = {"backbone": ""}
+        if self.two_stage:
+            inputs["roi_heads.box_roi_pool"] = "roi"
+            loss = self.distill_loss or DISTLoss()
+            terms = {"class": Term(loss, self.distill_weight, "roi_heads.box_predictor", "roi")}
+        else:
+            loss = self.distill_loss or DISTLoss(activation="sigmoid")
+            terms = {"class": Term(loss, self.distill_weight, _MAPS, "logits")}
+        for level in self.mimic:
+            widths = [
+                int(network.get_submodule("backbone").out_channels)  # type: ignore[arg-type]
+                for network in (self.student, self.teacher.network)
+            ]
+            terms[f"mimic_{level}"] = Term(
+                FeatureMimic(*widths), self.mimic_weight, "backbone", "backbone", output=level
+            )
+        return DistillationCallback(
+            self.teacher,
+            student="student",
+            terms=terms,
+            inputs=inputs,
+            task_weight=self.task_weight,
+        )
+
+
+def _adapt(
+    teacher: nn.Module | Teacher, student: nn.Module, class_map: Sequence[int] | None
+) -> Teacher:
+    """A Teacher whose network is the part of a detector that the student asks."""
+    teacher = Teacher(teacher) if isinstance(teacher, nn.Module) else copy.copy(teacher)
+    detector = teacher.network
+    two_stage = hasattr(student, "roi_heads")
+    kind, part = (TwoStageTeacher, "roi_heads") if two_stage else (OneStageTeacher, "head")
+    if isinstance(detector, (OneStageTeacher, TwoStageTeacher)):
+        if not isinstance(detector, kind):
+            raise ValueError(
+                f"the student, a {type(student).__name__}, needs a {kind.__name__} and the teacher "
+                f"is a {type(detector).__name__}"
+            )
+        return teacher
+    if not hasattr(detector, part):
+        raise ValueError(
+            f"the student is a {type(student).__name__} and the teacher a "
+            f"{type(detector).__name__} without {part!r}: give a detector of the same kind"
+        )
+    teacher.network = kind(detector, class_map)
+    theirs, ours = (getattr(network, "transform", None) for network in (detector, student))
+    if teacher.inputs is None and theirs is not None and ours is not None:
+        teacher.inputs = InputBridge(
+            theirs.image_mean, theirs.image_std, ours.image_mean, ours.image_std
+        )
+    teacher.freeze()
+    return teacher
