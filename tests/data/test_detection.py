@@ -1,0 +1,232 @@
+"""Tests that images and boxes are read in the data sets' own layouts, alike and checked."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lightning_dist.data.detection import CocoDataModule, VOCDetectionDataModule, YoloDataModule
+from lightning_dist.data.scenes import SceneDetectionDataModule
+
+SIZE = (32, 48)
+
+
+def write_image(path: Path, size: tuple[int, int] = SIZE) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(len(path.name)).integers(0, 256, (*size, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+def coco() -> dict[str, Any]:
+    """Three images, one without boxes, and a crowd."""
+    return {
+        "images": [
+            {"id": 5, "file_name": "a.jpg", "height": 32, "width": 48},
+            {"id": 3, "file_name": "b.jpg", "height": 32, "width": 48},
+            {"id": 9, "file_name": "c.jpg", "height": 32, "width": 48},
+        ],
+        "annotations": [
+            {"id": 1, "image_id": 5, "category_id": 90, "bbox": [1, 2, 10, 20], "area": 150}
+            | {"iscrowd": 0},
+            {"id": 2, "image_id": 5, "category_id": 7, "bbox": [0, 0, 48, 32], "area": 900}
+            | {"iscrowd": 1},
+            {"id": 3, "image_id": 3, "category_id": 7, "bbox": [5, 6, 7, 8], "area": 40}
+            | {"iscrowd": 0},
+        ],
+        "categories": [{"id": 90, "name": "toothbrush"}, {"id": 7, "name": "train"}],
+    }
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """COCO's layout."""
+    (tmp_path / "annotations").mkdir()
+    for split in ("train2017", "val2017"):
+        for name in ("a", "b", "c"):
+            write_image(tmp_path / split / f"{name}.jpg")
+        write_coco(tmp_path, coco(), split)
+    return tmp_path
+
+
+def write_coco(root: Path, content: object, split: str = "train2017") -> None:
+    (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+
+
+def module(root: Path, **settings: Any) -> CocoDataModule:
+    return CocoDataModule(root=root, num_classes=2, **settings)
+
+
+def test_coco_categories_are_labels_in_order_and_crowds_are_for_evaluation(root: Path):
+    data = module(root, flip=0.0)
+    data.setup()
+    assert data.class_names == ["train", "toothbrush"]
+    train = [data.train_dataset()[index] for index in range(3)]
+    assert [target["boxes"].tolist() for _, target in train] == [
+        [[1, 2, 11, 22]],
+        [[5, 6, 12, 14]],
+        [],
+    ]
+    assert [target["labels"].tolist() for _, target in train] == [[1], [0], []]
+    assert all(target["boxes"].shape[1:] == (4,) for _, target in train)
+    image, target = data.val_dataset()[0]
+    assert (image.dtype, tuple(image.shape)) == (torch.float32, (3, *SIZE))
+    assert 0 <= image.min() < image.max() <= 1
+    assert target["iscrowd"].tolist() == [0, 1]
+    assert target["area"].tolist() == [150, 900]
+    assert type(target["boxes"]) is torch.Tensor
+
+
+def test_images_without_boxes_can_be_left_out_of_training(root: Path):
+    data = module(root, skip_empty=True, global_batch_size=3)
+    assert len(data.train_dataset()) == 2
+    assert len(data.val_dataset()) == 3
+    images, targets = next(iter(data.train_dataloader()))
+    assert (len(images), len(targets)) == (2, 2)
+
+
+def test_boxes_are_mirrored_with_their_image(root: Path):
+    plain, mirrored = (module(root, flip=p).train_dataset()[0] for p in (0.0, 1.0))
+    torch.testing.assert_close(mirrored[0], plain[0].flip(2))
+    assert mirrored[1]["boxes"].tolist() == [[48 - 11, 2, 48 - 1, 22]]
+
+
+def test_a_box_without_area_is_left_out_and_named(root: Path, caplog: pytest.LogCaptureFixture):
+    content = coco()
+    content["annotations"][2]["bbox"] = [5, 6, 0, 8]
+    write_coco(root, content)
+    with caplog.at_level(logging.WARNING):
+        dataset = module(root).train_dataset()
+    assert dataset[1][1]["boxes"].shape == (0, 4)
+    assert "1 boxes without area are left out" in caplog.text
+    assert "b.jpg" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param({"category_id": 8}, r"annotation 1 .*of a\.jpg, has category 8", id="class"),
+        pytest.param({"image_id": 6}, r"annotation 1 in .* is of image 6", id="image"),
+    ],
+)
+def test_an_annotation_of_something_unknown_is_an_error(root: Path, change: dict, message: str):
+    content = coco()
+    content["annotations"][0] |= change
+    write_coco(root, content)
+    with pytest.raises(ValueError, match=message):
+        module(root).setup("fit")
+
+
+def test_broken_coco_files_are_errors_that_name_them(root: Path):
+    with pytest.raises(ValueError, match=r"train2017\.json has 2 categories and num_classes is 80"):
+        CocoDataModule(root=root).setup("fit")
+    (root / "train2017" / "b.jpg").unlink()
+    with pytest.raises(FileNotFoundError, match=r"1 of 3 images are missing: .*b\.jpg"):
+        module(root).setup("fit")
+    write_coco(root, [1])
+    with pytest.raises(ValueError, match=r"not of COCO's form"):
+        module(root).setup("fit")
+    (root / "annotations" / "instances_train2017.json").write_text("{")
+    with pytest.raises(ValueError, match=r"instances_train2017\.json is no JSON"):
+        module(root).setup("fit")
+    (root / "annotations" / "instances_train2017.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"instances_train2017\.json is missing"):
+        module(root).setup("fit")
+
+
+OBJECT = """<object><name>{name}</name><difficult>{difficult}</difficult><bndbox>
+<xmin>{x1}</xmin><ymin>{y1}</ymin><xmax>{x2}</xmax><ymax>{y2}</ymax></bndbox></object>"""
+
+
+def write_voc(root: Path, objects: str) -> Path:
+    base = root / "VOCdevkit" / "VOC2012"
+    (base / "ImageSets" / "Main").mkdir(parents=True)
+    (base / "Annotations").mkdir()
+    for split in ("train", "val"):
+        (base / "ImageSets" / "Main" / f"{split}.txt").write_text(f"2008_{split}\n")
+        write_image(base / "JPEGImages" / f"2008_{split}.jpg")
+        file = base / "Annotations" / f"2008_{split}.xml"
+        file.write_text(f"<annotation>{objects}</annotation>")
+    return base / "Annotations" / "2008_train.xml"
+
+
+def test_vocs_boxes_count_from_one_and_difficult_ones_are_ignored(tmp_path: Path):
+    cat = OBJECT.format(name="cat", difficult=0, x1=1, y1=2, x2=48, y2=32)
+    hidden = OBJECT.format(name="sofa", difficult=1, x1=5, y1=5, x2=9, y2=9)
+    write_voc(tmp_path, cat + hidden)
+    data = VOCDetectionDataModule(root=tmp_path, flip=0.0)
+    assert data.train_dataset()[0][1]["boxes"].tolist() == [[0, 1, 48, 32]]
+    target = data.val_dataset()[0][1]
+    assert target["labels"].tolist() == [7, 17]
+    assert target["iscrowd"].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("objects", "message"),
+    [
+        (OBJECT.format(name="unicorn", difficult=0, x1=1, y1=2, x2=4, y2=3), "unknown class"),
+        ("<object><name>cat</name></object>", "a cat without a box"),
+        ("<object>", "no XML"),
+    ],
+)
+def test_broken_voc_files_are_errors_that_name_them(tmp_path: Path, objects: str, message: str):
+    file = write_voc(tmp_path, objects)
+    with pytest.raises(ValueError, match=rf"2008_train\.xml .*{message}"):
+        VOCDetectionDataModule(root=tmp_path).setup("fit")
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match=r"2008_train\.xml is missing"):
+        VOCDetectionDataModule(root=tmp_path).setup("fit")
+    with pytest.raises(FileNotFoundError, match="no Pascal VOC 2007"):
+        VOCDetectionDataModule(root=tmp_path, year=2007).setup("fit")
+
+
+def yolo(root: Path, text: str = "1 0.5 0.25 0.5 0.5\n\n0 0.25 0.5 0.25 1\n") -> YoloDataModule:
+    for split in ("train", "val"):
+        for name in ("a/one", "two"):
+            write_image(root / "images" / split / f"{name}.png")
+        (root / "labels" / split / "a").mkdir(parents=True, exist_ok=True)
+        (root / "labels" / split / "a" / "one.txt").write_text(text)
+    return YoloDataModule(root=root, class_names=["cat", "dog"], flip=0.0)
+
+
+def test_yolos_boxes_are_centre_and_size_in_parts_of_the_image(tmp_path: Path):
+    dataset = yolo(tmp_path).train_dataset()
+    assert dataset[0][1]["boxes"].tolist() == [[12, 0, 36, 16], [6, 0, 18, 32]]
+    assert dataset[0][1]["labels"].tolist() == [1, 0]
+    assert dataset[1][1]["boxes"].shape == (0, 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("0 0.5 0.5 0.5", "line 1: .*is not 'class x y"), ("\n2 .5 .5 .5 .5", "line 2: class 2")],
+)
+def test_broken_yolo_lines_are_errors_that_name_them(tmp_path: Path, text: str, message: str):
+    with pytest.raises(ValueError, match=rf"one\.txt, {message}"):
+        yolo(tmp_path, text).setup("fit")
+
+
+def test_broken_yolo_folders_are_errors_that_name_the_file(tmp_path: Path):
+    data = yolo(tmp_path)
+    (tmp_path / "labels" / "train" / "three.txt").write_text("")
+    with pytest.raises(FileNotFoundError, match=r"three\.txt have no image"):
+        data.setup("fit")
+    (tmp_path / "labels" / "train" / "three.txt").unlink()
+    write_image(tmp_path / "images" / "train" / "two.jpg")
+    with pytest.raises(ValueError, match=r"several images share .*two\.txt"):
+        data.setup("fit")
+    with pytest.raises(FileNotFoundError, match=r"images/test is missing"):
+        YoloDataModule(root=tmp_path, class_names=["cat"], train="test").setup("fit")
+
+
+def test_scenes_for_detection_are_those_for_segmentation():
+    data = SceneDetectionDataModule(train_size=3, val_size=2, test_size=2, global_batch_size=3)
+    images, targets = next(iter(data.val_dataloader()))
+    scene = data.scene("val", 1)
+    torch.testing.assert_close(images[1], scene.image / 255)
+    assert torch.equal(targets[1]["boxes"], scene.boxes)
+    assert torch.equal(targets[1]["labels"], scene.labels - 1)
+    assert data.class_names[int(targets[1]["labels"][0])].isdigit()
