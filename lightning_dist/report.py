@@ -119,7 +119,8 @@ def report_table(runs: Sequence[Run], metric: str | None = None) -> Table:
     # Of the same split, so that the table fits a terminal; the CSV has every metric.
     split = metric.rpartition("/")[0]
     metrics = _names([{metric: 0}, *(run.metrics for run in runs if run.completed)])
-    metrics = [name for name in metrics if name.rpartition("/")[0] == split]
+    of_teacher = metric.replace(split, "teacher", 1)
+    metrics = [name for name in metrics if name.rpartition("/")[0] == split or name == of_teacher]
     failed = [run for run in runs if not run.completed]
     reasons = [_plain(f"failed: {x.folder}: {x.error or 'no reason given'}") for x in failed]
     # Text, not str: rich would read [brackets] in a value as markup.

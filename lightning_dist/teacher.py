@@ -144,6 +144,12 @@ class Teacher:
         with context:
             return self._runner(module)(*args, **kwargs)
 
+    def as_network(self) -> nn.Module:
+        """The teacher as any network: itself, or a module that calls it with its own view."""
+        if self.inputs is None and self.class_map is None and self.dtype is None:
+            return self.network
+        return _TeacherNetwork(self)
+
     def _prepare(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         if not x.is_floating_point():
             return x
@@ -178,6 +184,18 @@ class Teacher:
 
     def __repr__(self) -> str:
         return f"Teacher({type(self.network).__name__})"
+
+
+class _TeacherNetwork(nn.Module):
+    """A teacher whose inputs or outputs are not its network's."""
+
+    def __init__(self, teacher: Teacher) -> None:
+        super().__init__()
+        self.network = teacher.network  # registered, so that it moves to the device
+        self.teacher = teacher
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.teacher(*args, **kwargs)
 
 
 class EnsembleTeacher(Teacher):
@@ -256,6 +274,10 @@ class EnsembleTeacher(Teacher):
         assert total is not None
         n = len(self.teachers)
         return total - math.log(n) if self.mean == "probabilities" else total / n
+
+    def as_network(self) -> nn.Module:
+        """The teachers as any network, whose output is their mean."""
+        return _TeacherNetwork(self)
 
     def __repr__(self) -> str:
         return f"EnsembleTeacher({', '.join(map(repr, self.teachers))})"

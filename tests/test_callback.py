@@ -584,3 +584,24 @@ def test_compiled_students_and_modules(make_trainer, what):
     make_trainer(callbacks=[DistillationCallback(teacher)]).fit(compiled, data())
     assert module.losses == pytest.approx(losses, rel=1e-5)
     assert ("training_step" in module.__dict__) == (what == "module")  # torch.compile's own
+
+
+def test_a_part_of_the_student_can_hand_its_inputs_to_a_part_of_the_teacher(make_trainer):
+    teacher = nn.Sequential(nn.Linear(9, 12), nn.Linear(12, 4))  # not for the student's inputs
+    module = Plain()
+    student = copy.deepcopy(module.net)
+    terms = {"head": Term(DISTLoss(), student="2", teacher="1")}
+    callback = DistillationCallback(teacher, terms=terms, inputs={"2": "1"})
+    trainer = make_trainer(max_steps=1, callbacks=[callback], limit_val_batches=0)
+    trainer.fit(module, data())
+    inputs, _ = next(iter(data()))
+    hidden = student[:2](inputs)
+    expected = dist_loss(student[2](hidden), teacher[1](hidden))
+    assert trainer.callback_metrics["train/distill"].item() == pytest.approx(expected.item())
+
+
+@pytest.mark.parametrize("inputs", [{"7": ""}, {"2": "7"}], ids=["student", "teacher"])
+def test_inputs_of_an_unknown_part_are_refused(make_trainer, inputs):
+    callback = DistillationCallback(teacher_net(), inputs=inputs)
+    with pytest.raises(MisconfigurationException, match=r"inputs.*'7'|'7'.*inputs"):
+        make_trainer(callbacks=[callback]).fit(Plain(), data())

@@ -25,7 +25,8 @@ def test_train_leaves_a_result_a_checkpoint_and_curves(command, tmp_path, capsys
     (result,) = results(tmp_path / "outputs")
     assert result["status"] == "completed"
     assert result["metric"] == "test/accuracy"
-    assert set(result["metrics"]) == {"val/loss", "val/accuracy", "test/loss", "test/accuracy"}
+    expected = {"val/loss", "val/accuracy", "test/loss", "test/accuracy"}
+    assert set(result["metrics"]) == {*expected, "teacher/loss", "teacher/accuracy"}
     assert result["command"].startswith("lightning-dist train seed=3 trainer=cpu")
     (curves,) = tmp_path.rglob("metrics.csv")
     assert {"train/loss", "train/task", "train/distill"} < set(
@@ -54,6 +55,18 @@ def test_eval_and_export_need_the_checkpoint_alone(command, tmp_path, capsys):
     saved = torch.load(result["checkpoint"], weights_only=True)["state_dict"]
     assert exported.keys() == {name.removeprefix("student.") for name in saved}
     assert all(torch.equal(value, saved["student." + name]) for name, value in exported.items())
+
+
+def test_the_teacher_is_tested_in_its_own_view_of_the_images(command, tmp_path):
+    bridge = "{_target_: lightning_dist.bridge.InputBridge, mean: [0.5], std: [0.5]"
+    mean, std = "student_mean: ${data.mean}", "student_std: ${data.std}}"
+    command("train", *QUICK, "hydra.run.dir=outputs/1")
+    command("train", *QUICK, "hydra.run.dir=outputs/2", f"+teacher.inputs={bridge}, {mean}, {std}")
+    command("train", *QUICK, "hydra.run.dir=outputs/3", "test_teacher=false")
+    plain, bridged, untested = (run["metrics"] for run in results(tmp_path / "outputs"))
+    assert plain["teacher/accuracy"] > 0.98
+    assert bridged["teacher/accuracy"] != plain["teacher/accuracy"]
+    assert "teacher/accuracy" not in untested
 
 
 def test_export_of_the_averaged_weights(command, tmp_path, capsys):
@@ -98,8 +111,11 @@ def test_a_run_resumes_from_a_checkpoint(command, tmp_path):
 def test_students_with_and_without_a_teacher_start_and_train_alike(command, tmp_path):
     command("train", "distill=none", *QUICK)
     command("train", "distill=dist", "distill.weight=0", "hydra.run.dir=outputs/2", *QUICK)
-    alone, distilled = results(tmp_path / "outputs")
-    assert alone["metrics"] == distilled["metrics"]
+    first, second = (
+        {name: value for name, value in run["metrics"].items() if "teacher/" not in name}
+        for run in results(tmp_path / "outputs")
+    )
+    assert first == second
 
 
 @pytest.mark.slow

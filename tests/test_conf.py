@@ -1,9 +1,12 @@
 """Every config composes, and names things that exist."""
 
 import pytest
+import torch
 from hydra import compose, initialize_config_module
 from hydra.utils import get_method
 from omegaconf import OmegaConf
+
+from lightning_dist.cli.saved import CONFIG_KEY, read_saved, to_save
 
 CONF = "lightning_dist.conf"
 
@@ -50,6 +53,16 @@ def test_every_experiment_composes_with_every_distill(experiment, distill):
         assert callable(get_method(target))
     module = OmegaConf.to_container(config.module, resolve=True)
     assert (module["teacher"] is None) == (distill == "none")
+
+
+@pytest.mark.parametrize("experiment", options("experiment"))
+def test_a_checkpoint_of_every_experiment_is_known_to_be_harmless(experiment, tmp_path):
+    """So that eval, export and predict take it without trust=true."""
+    config = composed(f"experiment={experiment}")
+    for part in ("callbacks", "logger"):
+        del config[part]
+    torch.save({CONFIG_KEY: to_save(config), "state_dict": {}}, tmp_path / "last.ckpt")
+    read_saved(str(tmp_path / "last.ckpt"), trust=False)
 
 
 @pytest.mark.parametrize("trainer", options("trainer"))

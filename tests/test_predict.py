@@ -1,6 +1,7 @@
 """Predictions as files and pictures: the verb predict, and samples for the loggers."""
 
 import csv
+import json
 import re
 
 import numpy as np
@@ -10,9 +11,11 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from PIL import Image
 
 from lightning_dist.data.scenes import ScenesDataModule
-from lightning_dist.drawing import LogSegmentations, class_palette, mask_image
+from lightning_dist.drawing import LogSegmentations, box_image, class_palette, mask_image
+from lightning_dist.models.detection import small_retinanet
 from lightning_dist.models.small import SmallUNet
 from lightning_dist.tasks.segmentation import SegmentationModule
+from lightning_dist.weights import load_weights
 
 QUICK = ["trainer=cpu", "trainer.max_epochs=1", "print_config=false", "callbacks.progress=null"]
 SCENES = [
@@ -66,6 +69,37 @@ def test_classification_writes_a_table(command, tmp_path, images):
     assert [row["image"] for row in rows] == ["deep/two.png", "one.png"]
     assert all(row["class"] in map(str, range(10)) for row in rows)
     assert all(0.1 <= float(row["probability"]) <= 1 for row in rows)
+
+
+@pytest.mark.slow
+def test_detection_draws_boxes_and_lists_them(command, tmp_path, images):
+    sizes = ["data.train_size=16", "data.val_size=4", "data.test_size=4", "hydra.run.dir=run"]
+    command("train", "experiment=scenes/detection_retinanet_teacher", *QUICK, *sizes)
+    student = small_retinanet([32, 64, 96], 64, num_classes=10, image_size=48).eval()
+    load_weights(student, "pkg://lightning_dist/assets/scenes_retinanet_teacher.safetensors")
+    checkpoint = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
+    checkpoint["state_dict"] = {f"student.{k}": v for k, v in student.state_dict().items()}
+    torch.save(checkpoint, tmp_path / "run/checkpoints/last.ckpt")
+    command("predict", CKPT, f"images={images}", "out=boxes", "trainer=cpu")
+    found = json.loads((tmp_path / "boxes" / "predictions.json").read_text())
+    for name in ("one", "deep/two"):
+        pixels = torch.from_numpy(np.array(Image.open(images / f"{name}.png"))).movedim(2, 0)
+        with torch.no_grad():
+            (expected,) = student([pixels / 255])
+        assert len(expected["boxes"]) > 0
+        own = [one for one in found if one["image"] == name]
+        np.testing.assert_allclose([one["box"] for one in own], expected["boxes"], rtol=1e-4)
+        assert [int(one["class"]) for one in own] == expected["labels"].tolist()
+        assert Image.open(tmp_path / "boxes" / f"{name}.png").size == pixels.shape[:0:-1]
+
+
+def test_boxes_are_drawn_where_the_score_is_high():
+    image = torch.zeros(3, 40, 100, dtype=torch.uint8)
+    boxes = torch.tensor([[5.0, 15.0, 25.0, 30.0], [70.0, 15.0, 90.0, 30.0]])
+    found = {"boxes": boxes, "labels": torch.tensor([1, 2]), "scores": torch.tensor([0.9, 0.2])}
+    drawn = np.array(box_image(image, found, ["cat", "dog"]))
+    assert drawn[15:31, 5].any(axis=1).all()
+    assert not drawn[:, 70:].any()
 
 
 @pytest.mark.slow

@@ -51,6 +51,16 @@ def put_run(folder: Path, *overrides: str, **fields: Any) -> Path:
     return folder
 
 
+def test_the_teachers_number_stands_beside_the_students(tmp_path: Path):
+    put_run(tmp_path / "0", "distill=none")
+    metrics = {"test/accuracy": 0.9, "teacher/accuracy": 0.997, "teacher/loss": 0.1}
+    put_run(tmp_path / "1", "distill=dist", metrics=metrics)
+    table = report_table(read_runs(tmp_path))
+    columns = {str(column.header): [str(cell) for cell in column.cells] for column in table.columns}
+    assert columns["teacher/accuracy"] == ["-", "0.997"]
+    assert "teacher/loss" not in columns
+
+
 @pytest.fixture
 def sweep(tmp_path: Path) -> Path:
     """Three settings with three seeds each, in numbered folders."""

@@ -214,7 +214,7 @@ def test_training_lowers_the_loss_and_the_distance_to_the_teacher(make_trainer, 
 
 def test_an_unknown_head_is_an_error_that_lists_near_ones():
     with pytest.raises(Exception, match=r"clasifier.*classifier"):
-        make_module(head="clasifier")
+        make_module(TwoHeads(), head="clasifier")
 
 
 def test_a_network_without_logits_is_an_error():

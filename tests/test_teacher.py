@@ -566,3 +566,26 @@ def test_hydra_builds_an_ensemble_with_bridges_and_class_names():
     assert torch.equal(
         pickle.loads(pickle.dumps(teacher))(torch.ones(1, 3, 8, 8)), teacher(torch.ones(1, 3, 8, 8))
     )
+
+
+def test_a_teacher_as_a_network_gives_what_the_teacher_gives():
+    plain = Teacher(nn.Linear(4, 3))
+    assert plain.as_network() is plain.network
+    mapped = Teacher(nn.Linear(4, 3), class_map=[2, 0])
+    inputs = torch.randn(5, 4)
+    torch.testing.assert_close(mapped.as_network()(inputs), mapped(inputs))
+    ensemble = EnsembleTeacher([nn.Linear(4, 3), nn.Linear(4, 3)])
+    torch.testing.assert_close(ensemble.as_network()(inputs), ensemble(inputs))
+
+
+def test_a_part_is_asked_frozen_and_with_its_inputs_as_they_are():
+    bridge = InputBridge([0.0] * 3, [1.0] * 3, [0.5] * 3, [0.5] * 3)
+    network = nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2))
+    teacher = Teacher(network, inputs=bridge)
+    network.train()
+    x = torch.randn(2, 2, 4, 4)
+    output = teacher.ask("1", (x,), {})
+    assert not output.requires_grad
+    torch.testing.assert_close(output, x / (1 + 1e-5) ** 0.5)
+    images = torch.randn(2, 3, 4, 4)
+    torch.testing.assert_close(teacher.ask("", (images,), {}), teacher(images))

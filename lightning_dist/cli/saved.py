@@ -24,6 +24,7 @@ _KINDS = (nn.Module, LightningDataModule, Optimizer, LRScheduler)
 _PACKAGES = ("lightning_dist", "timm", "torch", "torchmetrics", "torchvision")
 _BUILDERS = (
     "lightning_dist.models",
+    "lightning_dist.schedule",
     "timm.data.mixup",
     "timm.models",
     "timm.optim",

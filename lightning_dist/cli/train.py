@@ -124,8 +124,9 @@ def train(config: DictConfig) -> dict[str, Any]:
         config: the config ``train``, composed.
 
     Returns:
-        ``metrics``, the last value of every ``val/`` and ``test/`` metric, and ``checkpoint``, the
-        path of the checkpoint that was tested, or ``None``.
+        ``metrics``, the last value of every ``val/`` and ``test/`` metric, with ``test_teacher``
+        also the teacher's as ``teacher/``; and ``checkpoint``, the path of the one that was tested,
+        or ``None``.
     """
     if config.print_config:
         _print_config(config)
@@ -150,6 +151,11 @@ def train(config: DictConfig) -> dict[str, Any]:
     tested = str(getattr(saver, f"{config.test_checkpoint}_model_path", "")) or None
     trainer.test(module, datamodule=datamodule, ckpt_path=tested, weights_only=True)
     metrics |= _numbers(trainer, "test/")
+    if config.test_teacher and config.distill.teacher is not None:
+        teacher = instantiate(config.distill.teacher).as_network()
+        trainer.test(instantiate(config.module, student=teacher, teacher=None), datamodule)
+        found = _numbers(trainer, "test/").items()
+        metrics |= {name.replace("test/", "teacher/", 1): value for name, value in found}
     if trainer.is_global_zero:
         rich.print(f"[bold]checkpoint[/bold] {tested or 'none was saved'}")
     return {"metrics": metrics, "checkpoint": tested}

@@ -66,7 +66,8 @@ class SegmentationModule(DistillModule):
         window: tuple[int, int] | None = None,
         **kwargs: Any,
     ) -> None:
-        find(student, head, "the student", "head")
+        if teacher is not None:
+            find(student, head, "the student", "head")
         options: dict[str, Any] = {"ignore_index": ignore_index, "validate_args": False}
         kwargs.setdefault(
             "metrics",

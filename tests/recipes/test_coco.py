@@ -114,7 +114,7 @@ def test_learning_rate_is_the_papers_at_every_update_of_the_run(recipe):
     for update in range(24 * UPDATES):
         factor = 0.001 + 0.999 * update / 500 if update < 500 else 1.0
         factor *= 0.1 ** ((update >= 16 * UPDATES) + (update >= 22 * UPDATES))
-        assert math.isclose(group["lr"], base * factor, rel_tol=1e-6), update
+        assert math.isclose(group["lr"], base * factor, rel_tol=1e-9), update
         trainer.global_step += 1
         module.lr_scheduler_step(plan["scheduler"], None)
 
