@@ -12,8 +12,10 @@ import torch.nn.functional as F
 import torchvision
 from lightning.pytorch import Callback
 from torch import nn
+from torch.utils.data import DataLoader
 
 from lightning_dist import DISTLoss
+from lightning_dist.data.base import list_collate
 from lightning_dist.data.scenes import SceneDetectionDataModule
 from lightning_dist.losses import FeatureMimic
 from lightning_dist.models.detection import small_faster_rcnn, small_retinanet
@@ -312,6 +314,18 @@ def test_map_is_that_of_pycocotools_over_the_whole_set(data, make_trainer):
         assert scores[f"test/{name}"] == pytest.approx(value, abs=1e-6)
     assert 0 < scores["test/map"] < 1
     assert "test/map_large" not in scores, "there is no large box"
+
+
+@both
+def test_images_without_boxes_are_trained_on_and_evaluated(kind, data, make_trainer):
+    empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+    samples = [(image, empty) for image, _ in (data.train_dataset()[i] for i in range(4))]
+    loader = DataLoader(samples, batch_size=2, collate_fn=list_collate)
+    trainer = make_trainer()
+    trainer.fit(make_module(kind, BUILD[kind](6, 12, 12)), loader, loader)
+    metrics = trainer.callback_metrics
+    assert metrics["train/loss"].isfinite()
+    assert metrics["val/map"] == 0
 
 
 def test_batch_norms_and_frozen_parts_stay_as_they_are(data, make_trainer):

@@ -129,3 +129,19 @@ def test_metrics_of_two_processes_are_those_of_the_set(tmp_path, count, batch):
         accuracy = table.diagonal().sum() / table.sum()
         assert found[f"{split}/pixel_accuracy"] == pytest.approx(accuracy, rel=1e-5)
         assert found[f"{split}/loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def test_mean_average_precision_of_two_processes_is_that_of_one(tmp_path):
+    found = []
+    for devices in (1, 2):
+        arguments = ["--out", tmp_path / "found.json", "--devices", str(devices)]
+        run = subprocess.run(
+            [sys.executable, FOLDER / "evaluate_detection.py", *arguments],
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert run.returncode == 0, run.stderr
+        found.append(json.loads((tmp_path / "found.json").read_text()))
+    assert found[1] == pytest.approx(found[0], abs=1e-6)
+    assert 0.3 < found[0]["test/map"] < 1

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from lightning_dist.data.base import ImageDataModule, TensorImages, stratified_split
+from lightning_dist.data.base import ImageDataModule, stratified_split
+from lightning_dist.data.tensor_images import TensorImages
 
 
 class CIFAR10DataModule(ImageDataModule):

@@ -9,7 +9,8 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from lightning_dist.data.base import ImageDataModule, TensorImages, stratified_split
+from lightning_dist.data.base import ImageDataModule, stratified_split
+from lightning_dist.data.tensor_images import TensorImages
 
 TEST_FRACTION = 0.2
 WHITE = 16

@@ -12,12 +12,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_dist.data.base import (
-    ImageDataModule,
-    TensorImages,
-    list_collate,
-    stratified_split,
-)
+from lightning_dist.data.base import ImageDataModule, list_collate, stratified_split
+from lightning_dist.data.tensor_images import TensorImages
 
 SPLITS = ("train", "val", "test")
 

@@ -202,10 +202,15 @@ def small_retinanet(
         image_mean=[0.5] * 3,
         image_std=[0.25] * 3,
         anchor_generator=anchors,
-        head=RetinaNetHead(out_channels, per_place, num_classes, norm_layer=nn.BatchNorm2d),
+        head=RetinaNetHead(out_channels, per_place, num_classes, norm_layer=_group_norm),
         detections_per_img=20,
         topk_candidates=100,
     )
+
+
+def _group_norm(channels: int) -> nn.GroupNorm:
+    """For layers that levels share: a batch norm's statistics would be none of theirs."""
+    return nn.GroupNorm(4, channels)
 
 
 def _anchors() -> AnchorGenerator:

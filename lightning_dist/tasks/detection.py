@@ -118,8 +118,18 @@ class DetectionModule(DistillModule):
         self, batch: Batch, network: nn.Module, prefix: str, metrics: MetricCollection
     ) -> None:
         images, targets = batch
-        if len(images):
-            metrics.update(self.infer(network, images), list(targets))
+        found = self.infer(network, images) if len(images) else []
+        blank = len(targets) - len(found)
+        metrics.update([*found, *[_nothing(self.device) for _ in range(blank)]], list(targets))
+
+    def _without_repeats(self, batch: Batch, batch_idx: int, loaders: Any) -> Batch:
+        """The batch, where a copy is no image and nothing to find.
+
+        The metric gathers image by image, so that all ranks need as many.
+        """
+        images, targets = super()._without_repeats(batch, batch_idx, loaders)
+        blank = len(batch[1]) - len(targets)
+        return images, [*targets, *(_nothing(self.device) for _ in range(blank))]
 
     def on_validation_epoch_end(self) -> None:
         """Log ``val/*``."""
@@ -168,6 +178,13 @@ class DetectionModule(DistillModule):
             inputs=inputs,
             task_weight=self.task_weight,
         )
+
+
+def _nothing(device: torch.device) -> dict[str, Tensor]:
+    """What is found in an image without things, or is to be found there."""
+    labels = torch.zeros(0, dtype=torch.int64, device=device)
+    boxes = torch.zeros(0, 4, device=device)
+    return {"boxes": boxes, "labels": labels, "scores": boxes[:, 0]}
 
 
 def _adapt(

@@ -15,8 +15,10 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from lightning_dist.data.base import EpochSampler, ImageDataModule, TensorImages
+from lightning_dist.data.base import ImageDataModule
 from lightning_dist.data.digits import DigitsDataModule
+from lightning_dist.data.order import EpochSampler
+from lightning_dist.data.tensor_images import TensorImages
 
 SAMPLES = 24
 both_worker_counts = pytest.mark.parametrize("num_workers", [0, 2])

@@ -5,8 +5,8 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from lightning_dist.data.base import TensorImages
 from lightning_dist.data.digits import DigitsDataModule
+from lightning_dist.data.tensor_images import TensorImages
 
 Pixels = tuple[float, ...]
 

@@ -91,6 +91,11 @@ def _resnet50() -> nn.Module:
     return resnet50(weights=None)
 
 
+def test_several_scales_can_be_trained_on():
+    config = composed(TWO, *OFFLINE, "student.min_size=[640,672,800]")
+    assert list(built(config).student.transform.min_size) == [640, 672, 800]
+
+
 @every_recipe
 def test_learning_rate_is_the_papers_at_every_update_of_the_run(recipe):
     config = composed(recipe, *OFFLINE, "distill=none")

@@ -1,0 +1,96 @@
+"""Images in memory, augmented and normalised a whole batch at a time."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+
+from lightning_dist.data.order import Key, derive_seeds
+
+
+class TensorImages(Dataset):
+    """Images in memory, read, augmented and normalised a batch at a time; takes Keys or indices.
+
+    Args:
+        images: uint8 of shape (N, C, H, W), H = W.
+        labels: int64 of shape (N,).
+        mean: of each channel, for pixels scaled to 0..1.
+        std: of each channel, likewise.
+        white: the pixel value that scales to 1.
+        padding: pad by this many black pixels on each side and crop at random; 0 for none.
+        flip: mirror at random.
+        seed: of the run; decides crops and flips with the Keys' epoch and index.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        white: int = 255,
+        padding: int = 0,
+        flip: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self.images = images
+        self.labels = labels
+        self.mean = of_channels(mean)
+        self.std = of_channels(std)
+        self.white = white
+        self.padding = padding
+        self.flip = flip
+        self.seed = seed
+        self._draws: tuple[int, Tensor, Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, key: Key | int) -> tuple[Tensor, Tensor]:
+        images, labels = self.__getitems__([key])
+        return images[0], labels[0]
+
+    def __getitems__(self, keys: Sequence[Key | int]) -> tuple[Tensor, Tensor]:
+        """A whole batch, images (B, C, H, W) and labels (B,); all its Keys are of one epoch."""
+        pairs = [key if isinstance(key, tuple) else (key, 0) for key in keys]
+        indices = torch.tensor([index for index, _ in pairs])
+        images = self.images[indices]
+        if self.padding or self.flip:
+            images = self._augment(images, indices, epoch=pairs[0][1])
+        pixels = images.float().div_(self.white).sub_(self.mean).div_(self.std)
+        return pixels, self.labels[indices]
+
+    @staticmethod
+    def collate(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Nothing is left to collate."""
+        return batch
+
+    def _augment(self, images: Tensor, indices: Tensor, epoch: int) -> Tensor:
+        """Crop and mirror in one gather, which is several times faster than image by image."""
+        offsets, flips = (draw[indices] for draw in self._draws_of(epoch))
+        count, channels, size, _ = images.shape
+        pixel = torch.arange(size)
+        rows = offsets[:, :1] + pixel
+        columns = offsets[:, 1:] + torch.where(flips[:, None], pixel.flip(0), pixel)
+        source = rows[:, :, None] * (size + 2 * self.padding) + columns[:, None, :]
+        source = source.view(count, 1, -1).expand(-1, channels, -1)
+        padded = F.pad(images, (self.padding,) * 4).flatten(2)
+        return padded.gather(2, source).view_as(images)
+
+    def _draws_of(self, epoch: int) -> tuple[Tensor, Tensor]:
+        """Offsets (N, 2) and flips (N,) of every image in an epoch, drawn once an epoch."""
+        if self._draws is None or self._draws[0] != epoch:
+            seeds = derive_seeds(self.seed, epoch, count=2)
+            crops, mirrors = (torch.Generator().manual_seed(seed) for seed in seeds)
+            offsets = torch.randint(2 * self.padding + 1, (len(self), 2), generator=crops)
+            flips = (torch.rand(len(self), generator=mirrors) < 0.5) & self.flip
+            self._draws = (epoch, offsets, flips)
+        return self._draws[1:]
+
+
+def of_channels(values: Sequence[float]) -> Tensor:
+    """One number a channel, to broadcast over an image."""
+    return torch.tensor(values).view(-1, 1, 1)
