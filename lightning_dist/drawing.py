@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 from torch import Tensor
@@ -78,8 +78,8 @@ def box_image(
 class LogSegmentations(Callback):
     """Show the logger how the first validation images are labelled: image, mask and prediction.
 
-    TensorBoard, MLflow and loggers with ``log_image`` (such as W&B's) get the picture; for any
-    other, or none, it is a PNG file in ``samples/`` under the logger's folder.
+    TensorBoard and loggers with ``log_image`` (such as W&B's) get the picture; for any other, or
+    none, it is a PNG file in ``samples/`` under the logger's folder.
 
     Args:
         every_n_epochs: epochs from picture to picture.
@@ -129,8 +129,6 @@ class LogSegmentations(Callback):
         for logger in loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image(name, picture, step)
-            elif isinstance(logger, MLFlowLogger):
-                logger.experiment.log_image(logger.run_id, array, f"{name}-{step}.png")
             elif logger is not None and hasattr(logger, "log_image"):
                 logger.log_image(name, [array], step=step)
             else:

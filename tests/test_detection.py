@@ -18,7 +18,7 @@ from lightning_dist import DISTLoss
 from lightning_dist.data.base import list_collate
 from lightning_dist.data.scenes import SceneDetectionDataModule
 from lightning_dist.losses import FeatureMimic
-from lightning_dist.models.detection import small_faster_rcnn, small_retinanet
+from lightning_dist.models.detection import TimmPyramid, small_faster_rcnn, small_retinanet
 from lightning_dist.tasks.detection import DetectionModule
 from lightning_dist.teacher import Teacher
 
@@ -356,6 +356,31 @@ def test_fcos_is_a_one_stage_student(data, make_trainer):
     trainer = make_trainer(max_steps=1)
     trainer.fit(make_module("one", fcos(64), fcos(32)), data)
     assert trainer.callback_metrics["train/distill/class"] > 0
+
+
+@pytest.mark.parametrize(
+    ("extra", "levels"),
+    [("pool", (1, 2, 3, 4)), ("p6p7", (2, 3, 4))],
+    ids=["faster-rcnn", "retinanet"],
+)
+def test_timms_backbones_serve_torchvisions_detectors(extra, levels, data, make_trainer):
+    def detector(name):
+        backbone = TimmPyramid(name, levels, 16, extra)
+        size = {"min_size": 64, "max_size": 64}
+        if extra == "pool":
+            return torchvision.models.detection.FasterRCNN(backbone, CLASSES + 1, **size)
+        anchors = torchvision.models.detection.retinanet._default_anchorgen()
+        return torchvision.models.detection.RetinaNet(
+            backbone, CLASSES, anchor_generator=anchors, **size
+        )
+
+    student, teacher = detector("resnet10t"), detector("resnet18")
+    strides = [64 // x.shape[2] for x in student.backbone(torch.zeros(1, 3, 64, 64)).values()]
+    assert strides == ([4, 8, 16, 32, 64] if extra == "pool" else [8, 16, 32, 64, 64])
+    trainer = make_trainer(max_steps=1, limit_val_batches=0)
+    trainer.fit(make_module("one", teacher, student, mimic=["0"]), data)
+    assert trainer.callback_metrics["train/distill/mimic_0"] > 0
+    assert trainer.callback_metrics["train/distill/class"].isfinite()
 
 
 @pytest.mark.parametrize(

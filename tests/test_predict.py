@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from PIL import Image
 
 from lightning_dist.data.scenes import ScenesDataModule
@@ -168,6 +168,19 @@ def test_samples_go_to_the_logger_or_a_file_every_so_many_epochs(make_trainer, t
     np.testing.assert_array_equal(picture[32:, 32:64], colours)
     files = sorted(path.name for path in tmp_path.rglob("samples/*.png"))
     assert files == ["epoch-1.png", "epoch-3.png"]
+
+
+def test_tensorboard_gets_samples(make_trainer, tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    data = ScenesDataModule(train_size=2, val_size=2, global_batch_size=2, scene_size=32)
+    module = SegmentationModule(SmallUNet([4, 8], num_classes=11), num_classes=11)
+    logger = TensorBoardLogger(tmp_path)
+    trainer = make_trainer(logger=logger, callbacks=[LogSegmentations(every_n_epochs=1, count=1)])
+    trainer.fit(module, data)
+    logger.finalize("success")
+    found = events.EventAccumulator(logger.log_dir, {"images": 0}).Reload()
+    (image,) = found.Images("val/samples")
+    assert (image.width, image.height) == (96, 32)
 
 
 def test_samples_of_no_images_are_refused():

@@ -2,7 +2,9 @@
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
+import timm
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, RetinaNet
@@ -10,6 +12,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 from lightning_dist.models.small import conv_block
 
@@ -141,6 +144,57 @@ class SmallPyramid(nn.Module):
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         fine = self.stage1(self.stem(images))
         return self.fpn(OrderedDict([("0", fine), ("1", self.stage2(fine))]))
+
+
+class TimmPyramid(nn.Module):
+    """A backbone of timm with a feature pyramid, for torchvision's detectors.
+
+    Args:
+        name: timm's name of the backbone.
+        levels: which of its feature maps, counted from 0, the pyramid has; of a ResNet 1 to 4 are
+            strides 4 to 32.
+        out_channels: of the pyramid.
+        extra_levels: what follows the last one: ``"pool"`` (Faster R-CNN's) or ``"p6p7"``
+            (RetinaNet's).
+        options: of ``timm.create_model``, such as ``pretrained``.
+
+    Shape:
+        ``(N, 3, H, W)``; maps ``(N, out_channels, h, w)`` named ``"0"``, ``"1"``, ... and then
+        ``"pool"``, or ``"p6"`` and ``"p7"``.
+
+    Raises:
+        ValueError: if ``extra_levels`` is neither.
+
+    Example:
+        >>> backbone = TimmPyramid("resnet18", levels=(1, 2, 3, 4))
+        >>> detector = FasterRCNN(backbone, num_classes=91)
+    """
+
+    def __init__(
+        self,
+        name: str,
+        levels: Sequence[int] = (1, 2, 3, 4),
+        out_channels: int = 256,
+        extra_levels: str = "pool",
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.body = timm.create_model(
+            name, features_only=True, out_indices=tuple(levels), **options
+        )
+        info: Any = self.body.feature_info
+        channels = info.channels()
+        if extra_levels not in ("pool", "p6p7"):
+            raise ValueError(f"extra_levels is {extra_levels!r}: use 'pool' or 'p6p7'")
+        extra: Any = LastLevelMaxPool()
+        if extra_levels == "p6p7":
+            extra = LastLevelP6P7(channels[-1], out_channels)
+        self.out_channels = out_channels
+        self.fpn = FeaturePyramidNetwork(channels, out_channels, extra)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        maps = self.body(images)
+        return self.fpn(OrderedDict((str(level), x) for level, x in enumerate(maps)))
 
 
 def small_faster_rcnn(
