@@ -8,7 +8,10 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DistributedSampler
@@ -203,6 +206,26 @@ class DistillModule(LightningModule):
             return []
         callback.owner = self
         return [callback]
+
+    def configure_model(self) -> None:
+        """Shard the student where the strategy asks for it (FSDP2); the teacher stays whole.
+
+        The student is sharded as one unit. Override this to shard its blocks apart.
+
+        Raises:
+            MisconfigurationException: with ``ema_decay``.
+        """
+        strategy = getattr(self._trainer, "strategy", None)
+        if not isinstance(strategy, ModelParallelStrategy):
+            return
+        if self.student_ema is not None:
+            raise MisconfigurationException(
+                "ema_decay averages whole students and ModelParallelStrategy shards them: train "
+                "without ema_decay, or with ddp"
+            )
+        if not isinstance(self.student, FSDPModule):  # once a strategy, whatever runs under it
+            assert self.device_mesh is not None
+            fully_shard(self.student, mesh=self.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> Any:
         factory = getattr(self.optimizer, "func", self.optimizer)

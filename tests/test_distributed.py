@@ -145,3 +145,45 @@ def test_mean_average_precision_of_two_processes_is_that_of_one(tmp_path):
         found.append(json.loads((tmp_path / "found.json").read_text()))
     assert found[1] == pytest.approx(found[0], abs=1e-6)
     assert 0.3 < found[0]["test/map"] < 1
+
+
+TINY = ["data.train_size=16", "data.val_size=4", "data.test_size=5", "data.global_batch_size=8"]
+
+
+@pytest.mark.parametrize(
+    ("experiment", "strategies"),
+    [
+        pytest.param(["digits"], ["ddp", "fsdp2", "ddp_spawn"], id="classification"),
+        pytest.param(["scenes/segmentation", *TINY], ["ddp", "fsdp2"], id="segmentation"),
+        pytest.param(["scenes/detection_fasterrcnn", *TINY], ["ddp", "fsdp2"], id="detection"),
+    ],
+)
+def test_every_strategy_trains_the_same_student(tmp_path, experiment, strategies):
+    results, weights = [], []
+    for strategy in strategies:
+        name, *overrides = experiment
+        run = subprocess.run(
+            [
+                *(sys.executable, "-m", "lightning_dist", "train", f"experiment={name}"),
+                *(f"trainer={strategy}", "trainer.accelerator=cpu", "trainer.devices=2"),
+                *("trainer.max_epochs=1", "callbacks.progress=null", "test_teacher=false"),
+                *(f"hydra.run.dir={tmp_path / strategy}", "print_config=false", *overrides),
+            ],
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert run.returncode == 0, run.stderr
+        results.append(json.loads((tmp_path / strategy / "result.json").read_text()))
+        saved = torch.load(results[-1]["checkpoint"], weights_only=True)
+        weights.append(saved["state_dict"])
+        assert all(key.startswith("student.") for key in saved["state_dict"]), "no teacher"
+    # While they fit, ranks evaluate with their own batch norms' statistics but under ddp; in the
+    # test all have the checkpoint's.
+    tested = [
+        {name: value for name, value in result["metrics"].items() if name.startswith("test/")}
+        for result in results
+    ]
+    for metrics, state in zip(tested[1:], weights[1:], strict=True):
+        assert metrics == pytest.approx(tested[0], rel=1e-4, abs=1e-4)
+        torch.testing.assert_close(state, weights[0], rtol=1e-3, atol=1e-4)

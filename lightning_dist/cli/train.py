@@ -147,8 +147,7 @@ def train(config: DictConfig) -> dict[str, Any]:
     resume = config.ckpt_path
     trainer.fit(module, datamodule=datamodule, ckpt_path=resume, weights_only=True)
     metrics = _numbers(trainer, "val/")
-    saver = trainer.checkpoint_callback
-    tested = str(getattr(saver, f"{config.test_checkpoint}_model_path", "")) or None
+    tested = _saved(trainer.checkpoint_callback, config.test_checkpoint)
     trainer.test(module, datamodule=datamodule, ckpt_path=tested, weights_only=True)
     metrics |= _numbers(trainer, "test/")
     if config.test_teacher and config.distill.teacher is not None:
@@ -159,6 +158,16 @@ def train(config: DictConfig) -> dict[str, Any]:
     if trainer.is_global_zero:
         rich.print(f"[bold]checkpoint[/bold] {tested or 'none was saved'}")
     return {"metrics": metrics, "checkpoint": tested}
+
+
+def _saved(saver: Any, which: str) -> str | None:
+    """The path of the "last" or "best" checkpoint, if it was saved."""
+    path = str(getattr(saver, f"{which}_model_path", ""))
+    if not path and which == "last" and getattr(saver, "save_last", False):
+        # ddp_spawn saves in other processes, which hand back the best path alone
+        last = Path(saver.dirpath) / f"{saver.CHECKPOINT_NAME_LAST}{saver.FILE_EXTENSION}"
+        path = str(last) if last.exists() else ""
+    return path or None
 
 
 def _numbers(trainer: Trainer, prefix: str) -> dict[str, float]:
