@@ -8,13 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
+from lightning_dist.data.masks import MaskedImages, Pair, RandomScale, SegmentationDataModule
 from lightning_dist.data.segmentation import (
     CityscapesDataModule,
-    MaskedImages,
     MaskFolderDataModule,
-    Pair,
-    RandomScale,
-    SegmentationDataModule,
     VOC2012DataModule,
 )
 

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from PIL import Image
 from torchvision.transforms import v2
 
-from lightning_dist.data.segmentation import RandomScale
+from lightning_dist.data.masks import RandomScale
 
 # shared/PAPER.md, section 4, written down apart from conf/.
 RECIPES = {  # student, teacher, by the names of golden/state_dict_shapes.json.gz

@@ -1,0 +1,171 @@
+"""What data sets of images with boxes share: reading, mirroring, leaving out what has no area."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as tvf
+
+from lightning_dist.data.base import ImageDataModule, list_collate
+from lightning_dist.data.imagenet import few, load_image
+
+log = logging.getLogger(__name__)
+
+
+class Annotated(NamedTuple):
+    """An image and what is known of it.
+
+    Boxes are x1, y1, x2, y2: in pixels, or as parts of the image's width and height.
+    """
+
+    image: Path
+    boxes: list[list[float]]
+    labels: list[int]
+    crowd: list[bool]  # regions that neither reward nor punish a detector, and that none trains on
+    areas: list[float] | None = None  # in pixels; by default those of the boxes
+
+
+class AnnotatedImages(Dataset):
+    """Reads images and boxes and transforms both alike.
+
+    A box without area is dropped; how many there were, and where, is logged once.
+
+    Args:
+        entries: the images.
+        transform: takes a tv_tensors image and a target, and returns both.
+        crowd: keep the crowd regions, as evaluation wants them.
+        relative: boxes are parts of the image's size.
+
+    Raises:
+        FileNotFoundError: if an image is missing; all are looked for at once.
+        OSError: when an image cannot be decoded; names the file.
+    """
+
+    def __init__(
+        self, entries: Sequence[Annotated], transform: Any, crowd: bool, relative: bool = False
+    ) -> None:
+        missing = {str(entry.image) for entry in entries if not entry.image.is_file()}
+        if missing:
+            raise FileNotFoundError(
+                f"{len(missing)} of {len(entries)} images are missing: {few(missing)}: restore "
+                "them, or remove their annotations"
+            )
+        self.entries = [self._kept(entry, crowd) for entry in entries]
+        before = sum(len(entry.boxes) for entry in entries)
+        flat = {str(e.image) for e in entries for box in e.boxes if not _has_area(box)}
+        if flat:
+            count = before - sum(sum(map(_has_area, entry.boxes)) for entry in entries)
+            log.warning("%d boxes without area are left out: %s", count, few(flat))
+        self.transform = transform
+        self.relative = relative
+
+    @staticmethod
+    def _kept(entry: Annotated, crowd: bool) -> Annotated:
+        kept = [
+            index
+            for index, box in enumerate(entry.boxes)
+            if _has_area(box) and (crowd or not entry.crowd[index])
+        ]
+        return Annotated(
+            entry.image,
+            [entry.boxes[index] for index in kept],
+            [entry.labels[index] for index in kept],
+            [entry.crowd[index] for index in kept],
+            None if entry.areas is None else [entry.areas[index] for index in kept],
+        )
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
+        entry = self.entries[index]
+        image = tv_tensors.Image(tvf.pil_to_tensor(load_image(str(entry.image))))
+        height, width = image.shape[1:]
+        boxes = torch.tensor(entry.boxes, dtype=torch.float32).reshape(-1, 4)
+        if self.relative:
+            boxes *= torch.tensor([width, height, width, height])
+        target = {
+            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width)),
+            "labels": torch.tensor(entry.labels, dtype=torch.int64),
+            "iscrowd": torch.tensor(entry.crowd, dtype=torch.int64),
+        }
+        if entry.areas is not None:
+            target["area"] = torch.tensor(entry.areas, dtype=torch.float32)
+        image, target = self.transform(image, target)
+        plain = {name: value.as_subclass(Tensor) for name, value in target.items()}
+        return image.as_subclass(Tensor), plain
+
+    collate = staticmethod(list_collate)
+
+
+def _has_area(box: Sequence[float]) -> bool:
+    return box[2] > box[0] and box[3] > box[1]
+
+
+class DetectionDataModule(ImageDataModule):
+    """Image files with boxes, in 0..1, mirrored at random in training.
+
+    The detector itself resizes and normalises. A subclass provides `entries`.
+
+    Args:
+        flip: probability of mirroring.
+        skip_empty: leave out training images without a box to train on.
+        **settings: see ImageDataModule.
+    """
+
+    mean = (0.0, 0.0, 0.0)
+    std = (1.0, 1.0, 1.0)
+    relative_boxes = False
+
+    def __init__(self, *, flip: float = 0.5, skip_empty: bool = False, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.flip = flip
+        self.skip_empty = skip_empty
+
+    def entries(self, split: str) -> list[Annotated]:
+        """The images of "train", "val" or "test", and their boxes."""
+        raise NotImplementedError
+
+    def train_transform(self) -> v2.Compose:
+        """Of an image and its target."""
+        return v2.Compose([v2.RandomHorizontalFlip(self.flip), *self._finish()])
+
+    def eval_transform(self) -> v2.Compose:
+        """Of an image and its target."""
+        return v2.Compose(self._finish())
+
+    def _finish(self) -> list[Any]:
+        return [v2.ClampBoundingBoxes(), v2.ToDtype(torch.float32, scale=True)]
+
+    def prepare(self, image: Image.Image) -> Tensor:
+        """An image as in evaluation, at its own size."""
+        return self._normalised(image)
+
+    def train_dataset(self) -> AnnotatedImages:
+        """The training images, augmented; without crowd regions."""
+        data = AnnotatedImages(
+            self.entries("train"), self.train_transform(), False, self.relative_boxes
+        )
+        if self.skip_empty:
+            data.entries = [entry for entry in data.entries if entry.boxes]
+        return data
+
+    def val_dataset(self) -> AnnotatedImages:
+        """The validation images."""
+        return self._evaluated("val")
+
+    def test_dataset(self) -> AnnotatedImages:
+        """The test images."""
+        return self._evaluated("test")
+
+    def _evaluated(self, split: str) -> AnnotatedImages:
+        return AnnotatedImages(
+            self.entries(split), self.eval_transform(), True, self.relative_boxes
+        )
