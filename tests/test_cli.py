@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,54 @@ def test_a_run_resumes_from_a_checkpoint(command, tmp_path):
         torch.load(p, weights_only=True)["global_step"] for p in sorted(tmp_path.rglob("last.ckpt"))
     ]
     assert steps == [21, 42]
+
+
+@pytest.mark.slow
+def test_a_killed_run_that_resumes_ends_as_an_uninterrupted_one(command, tmp_path):
+    overrides = [*QUICK, "trainer.max_epochs=8", "data.augment=true", "test_teacher=false"]
+    command("train", *overrides, "hydra.run.dir=whole")
+    arguments = [sys.executable, "-m", "lightning_dist", "train", *overrides]
+    resumed = tmp_path / "killed"
+    killed = subprocess.Popen([*arguments, f"hydra.run.dir={resumed}"], stderr=subprocess.DEVNULL)
+    saved = resumed / "checkpoints" / "last.ckpt"
+    deadline = time.monotonic() + 120
+    while not saved.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    killed.kill()
+    killed.wait()
+    assert not (resumed / "result.json").exists(), "it was killed in time"
+    command("train", *overrides, "hydra.run.dir=killed", "resume=true")
+    first, second = results(tmp_path)
+    assert first["metrics"] == second["metrics"]
+    weights = [
+        torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for folder in (tmp_path / "whole", resumed)
+    ]
+    assert all(torch.equal(weights[1][name], value) for name, value in weights[0].items())
+
+
+@pytest.mark.slow
+def test_a_sweep_that_resumes_runs_only_what_is_missing(command, tmp_path, capsys):
+    sweep = ["train", "-m", "seed=0,1", *QUICK, "hydra.sweep.dir=sweep"]
+    command(*sweep)
+    before = results(tmp_path / "sweep")
+    kept, lost = (tmp_path / "sweep" / job / "result.json" for job in "01")
+    stamp = kept.stat().st_mtime_ns
+    lost.unlink()
+    command(*sweep, "resume=true")
+    assert kept.stat().st_mtime_ns == stamp
+    after = results(tmp_path / "sweep")
+    assert [run["metrics"] for run in after] == [run["metrics"] for run in before]
+    assert [run["overrides"] for run in after] == [run["overrides"] for run in before]
+
+
+@pytest.mark.slow
+def test_resuming_in_another_runs_folder_is_refused(command, refused):
+    command("train", *QUICK, "hydra.run.dir=run")
+    again = ["train", *QUICK, "hydra.run.dir=run", "resume=true"]
+    assert "run holds another run" in refused(*again, "optimizer.lr=0.02")
+    Path("run/result.json").unlink()
+    assert "other data, networks or settings" in refused(*again, "optimizer.lr=0.02")
 
 
 def test_students_with_and_without_a_teacher_start_and_train_alike(command, tmp_path):

@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lightning_dist.cli import UserError, hydra_app, is_users, user_environment
 from lightning_dist.cli.saved import CONFIG_KEY, to_save
+from lightning_dist.weights import read_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,10 @@ def main() -> None:
 def _job(config: DictConfig) -> float | None:
     """One run, alone or in a sweep, which goes on where a run fails."""
     hydra = HydraConfig.get()
+    done = _completed(config) if config.resume else None
+    if done is not None:
+        log.info("%s is complete: nothing to do", hydra.runtime.output_dir)
+        return done["metrics"].get(config.monitor)
     if hydra.mode != RunMode.MULTIRUN:
         return _run(config)
     try:
@@ -68,12 +73,13 @@ def _run_in_a_process(config: DictConfig) -> float | None:
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
     overrides = [*hydra.overrides.task, f'hydra.run.dir="{folder}"']
+    path = folder / "result.json"
+    path.unlink(missing_ok=True)  # of an attempt before
     status = subprocess.run(
         [sys.executable, "-m", "lightning_dist", "train", *overrides],
         cwd=hydra.runtime.cwd,
         env=user_environment(),
     ).returncode
-    path = folder / "result.json"
     if not path.is_file():  # killed, as Lightning does where another rank has failed
         _write(path, _new_result(config) | {"error": f"ended with exit status {status}"})
     result = json.loads(path.read_text())
@@ -99,9 +105,46 @@ def _run(config: DictConfig) -> float | None:
     return result["metrics"].get(config.monitor)
 
 
+def _completed(config: DictConfig) -> dict[str, Any] | None:
+    """The result in this run's folder, if it has completed.
+
+    Raises:
+        UserError: if it is another run's.
+    """
+    path = Path(HydraConfig.get().runtime.output_dir) / "result.json"
+    if not path.is_file():
+        return None
+    result = json.loads(path.read_text())
+    if result["overrides"] != _new_result(config)["overrides"]:
+        raise UserError(
+            f"{path.parent} holds another run ({' '.join(result['overrides'])}): resume with the "
+            "overrides that it was started with, or choose another folder"
+        )
+    return result if result["status"] == "completed" else None
+
+
+def _last_checkpoint(config: DictConfig) -> str | None:
+    """Where a run that was interrupted continues, if it got so far.
+
+    Raises:
+        UserError: if the checkpoint is another run's.
+    """
+    path = Path(HydraConfig.get().runtime.output_dir) / "checkpoints" / "last.ckpt"
+    if not path.exists():
+        return None
+    saved = read_checkpoint(path).get(CONFIG_KEY, {})
+    if any(saved.get(key) != value for key, value in to_save(config).items()):
+        raise UserError(
+            f"{path} is of a run with other data, networks or settings: resume with the overrides "
+            "that it was started with, or choose another folder"
+        )
+    return str(path)
+
+
 def _new_result(config: DictConfig) -> dict[str, Any]:
     """The result of a run that has not completed."""
     overrides = [str(override) for override in HydraConfig.get().overrides.task]
+    overrides = [override for override in overrides if not override.startswith("resume=")]
     return {
         "status": "failed",
         "error": None,
@@ -144,9 +187,12 @@ def train(config: DictConfig) -> dict[str, Any]:
     )
     # The teacher drew random numbers too: students with and without one must train on the same.
     seed_everything(config.seed, workers=True)
-    resume = config.ckpt_path
+    resume = config.ckpt_path or (_last_checkpoint(config) if config.resume else None)
     trainer.fit(module, datamodule=datamodule, ckpt_path=resume, weights_only=True)
     metrics = _numbers(trainer, "val/")
+    if not metrics:  # a run that resumes where nothing is left to train
+        trainer.validate(module, datamodule=datamodule, verbose=False)
+        metrics = _numbers(trainer, "val/")
     tested = _saved(trainer.checkpoint_callback, config.test_checkpoint)
     trainer.test(module, datamodule=datamodule, ckpt_path=tested, weights_only=True)
     metrics |= _numbers(trainer, "test/")
