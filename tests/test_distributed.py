@@ -187,3 +187,22 @@ def test_every_strategy_trains_the_same_student(tmp_path, experiment, strategies
     for metrics, state in zip(tested[1:], weights[1:], strict=True):
         assert metrics == pytest.approx(tested[0], rel=1e-4, abs=1e-4)
         torch.testing.assert_close(state, weights[0], rtol=1e-3, atol=1e-4)
+
+
+def test_torchrun_starts_the_processes_of_one_run(tmp_path):
+    run = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"),
+            *("-m", "lightning_dist", "train", "trainer=multinode", "trainer.accelerator=cpu"),
+            *("trainer.num_nodes=1", "trainer.devices=2", "trainer.max_epochs=1"),
+            *("print_config=false", "callbacks.progress=null", f"hydra.run.dir={tmp_path / 'run'}"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    assert "MEMBER: 2/2" in run.stderr
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["status"] == "completed"
+    assert Path(result["checkpoint"]).exists()
