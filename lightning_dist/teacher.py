@@ -108,6 +108,11 @@ class Teacher:
         """
         if self.inputs is not None:
             args, kwargs = self.inputs((args, kwargs))
+        parameter = next((p for p in self.network.parameters() if p.is_floating_point()), None)
+        if parameter is not None:
+            args, kwargs = tree_map_only(
+                Tensor, lambda x: self._prepare(x, parameter.dtype), (args, kwargs)
+            )
         output = self._run(self.network, args, kwargs)
         if self._columns is None:
             return output
@@ -115,7 +120,9 @@ class Teacher:
 
     @torch.no_grad()
     def ask(self, part: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Call a sub-module of the network, or all of it; a sub-module gets the inputs as they are.
+        """Call a sub-module of the network, or all of it.
+
+        A sub-module gets the inputs as they are, also in their own dtype.
 
         Args:
             part: dotted path of the sub-module; ``""`` is the network.
@@ -130,14 +137,10 @@ class Teacher:
         return self._run(self.network.get_submodule(part), args, kwargs)
 
     def _run(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """Call the network or a part of it in eval mode and its own dtype."""
+        """Call the network or a part of it in eval mode, without autocast where it has a dtype."""
         if self.network.training:
             self.freeze()
-        parameter = next((p for p in self.network.parameters() if p.is_floating_point()), None)
-        if parameter is not None:
-            args, kwargs = tree_map_only(
-                Tensor, lambda x: self._prepare(x, parameter.dtype), (args, kwargs)
-            )
+        parameter = next(self.network.parameters(), None)
         context: Any = nullcontext()
         if parameter is not None and self.dtype is not None:
             context = torch.autocast(parameter.device.type, enabled=False)

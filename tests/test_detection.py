@@ -245,6 +245,26 @@ def test_a_teacher_of_another_normalisation_sees_its_own(data, make_trainer):
     torch.testing.assert_close(asked[0], (images * 0.25 + 0.5 - 0.3) / 0.1)
 
 
+@both
+def test_a_teacher_in_half_precision_finds_the_students_boxes_all_the_same(
+    kind, data, make_trainer
+):
+    teacher = calibrated(BUILD[kind](6, 12, 12), data)
+    values = []
+    for dtype in (None, torch.bfloat16):
+        torch.manual_seed(4)
+        trainer = make_trainer(max_steps=1)
+        trainer.fit(make_module(kind, Teacher(copy.deepcopy(teacher), dtype=dtype)), data)
+        values.append(trainer.callback_metrics["train/distill/class"].item())
+    assert values[1] == pytest.approx(values[0], rel=0.02)
+    assert values[1] != values[0]
+
+
+def test_a_class_map_of_the_teachers_own_is_refused():
+    with pytest.raises(ValueError, match="DetectionModule's class_map"):
+        make_module("one", Teacher(BUILD["one"](6, 12, 12), class_map=[1, 0]))
+
+
 def reference_map(predictions, targets):
     """COCO's mAP by pycocotools, from plain lists."""
     coco = pytest.importorskip("pycocotools.coco")

@@ -96,7 +96,10 @@ class BoxClassifier(nn.Module):
     ) -> Tensor:
         own, self.maps = self.maps, None
         assert own is not None
-        features = self.box_head(self.box_roi_pool(own, boxes, image_sizes))
+        # In the boxes' dtype: half precision would move them by pixels.
+        wide = {name: level.to(boxes[0].dtype) for name, level in own.items()}
+        pooled = self.box_roi_pool(wide, boxes, image_sizes)
+        features = self.box_head(pooled.to(self.cls_score.weight.dtype))
         return self.columns(self.cls_score(features.flatten(1)))
 
 

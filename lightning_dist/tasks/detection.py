@@ -193,6 +193,11 @@ def _adapt(
     """A Teacher whose network is the part of a detector that the student asks."""
     teacher = Teacher(teacher) if isinstance(teacher, nn.Module) else copy.copy(teacher)
     detector = teacher.network
+    if teacher.class_map is not None:
+        raise ValueError(
+            "the teacher's class_map is for logits that a network returns, which a detector does "
+            "not: give it as DetectionModule's class_map"
+        )
     two_stage = hasattr(student, "roi_heads")
     kind, part = (TwoStageTeacher, "roi_heads") if two_stage else (OneStageTeacher, "head")
     if isinstance(detector, (OneStageTeacher, TwoStageTeacher)):
