@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 from torch import Tensor
 from torchvision.utils import draw_bounding_boxes
@@ -109,7 +108,7 @@ class LogSegmentations(Callback):
             return
         images, masks = (part[: self.count] for part in batch)
         logits = pl_module.predict_step(images, batch_idx)
-        data: Any = trainer.datamodule if hasattr(trainer, "datamodule") else None
+        data: Any = getattr(trainer, "datamodule", None)
         palette = class_palette(logits.shape[1], getattr(data, "class_colors", None))
         pixels = data.to_pixels(images) if hasattr(data, "to_pixels") else _stretched(images)
         rows = [
@@ -120,7 +119,6 @@ class LogSegmentations(Callback):
         ]
         self._log(trainer, torch.cat(rows, dim=1))
 
-    @rank_zero_only
     def _log(self, trainer: Trainer, picture: Tensor) -> None:
         """Hand an image (3, H, W) to every logger."""
         name, step = "val/samples", trainer.global_step

@@ -3,7 +3,7 @@
 import importlib.resources
 import pickle
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +129,21 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(contents, Mapping):
         raise ValueError(f"{path} holds a {type(contents).__name__}: expected a state_dict")
     return dict(contents)
+
+
+def refuse_unknown(names: Sequence[str], whose: str) -> None:
+    """Stop a conversion that met entries of another network; the first ones are listed.
+
+    Args:
+        names: of the entries that are unknown, perhaps none.
+        whose: what all entries should be of.
+
+    Raises:
+        ValueError: if there is one.
+    """
+    if names:
+        shown = f"{', '.join(names[:8])}{' ...' if len(names) > 8 else ''}"
+        raise ValueError(f"{len(names)} entries are not of {whose}: {shown}")
 
 
 def _resolve(path: str | Path) -> Path:

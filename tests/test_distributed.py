@@ -16,18 +16,19 @@ SCRIPT = FOLDER / "train.py"
 pytestmark = pytest.mark.slow
 
 
+def start(*arguments: str | Path) -> str:
+    """Run Python to a good end; what it wrote to stderr."""
+    run = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    return run.stderr
+
+
 def train(folder: Path, *options: str) -> list[dict]:
     """Run the script; what each rank saved."""
     folder.mkdir()
-    run = subprocess.run(
-        [sys.executable, SCRIPT, "--out", folder, *options],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stderr
+    stderr = start(SCRIPT, "--out", folder, *options)
     if "--strategy=ddp_find_unused_parameters_true" not in options:  # torch names what it was told
-        assert "unused parameters" not in run.stderr
+        assert "unused parameters" not in stderr
     return [torch.load(file, weights_only=True) for file in sorted(folder.iterdir())]
 
 
@@ -101,13 +102,7 @@ def test_an_averaged_student_trains_in_spawned_processes(tmp_path):
 )
 def test_metrics_of_two_processes_are_those_of_the_set(tmp_path, count, batch):
     arguments = ["--out", tmp_path / "found.json", "--count", str(count), "--batch", str(batch)]
-    run = subprocess.run(
-        [sys.executable, FOLDER / "evaluate.py", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stderr
+    start(FOLDER / "evaluate.py", *arguments)
     found = json.loads((tmp_path / "found.json").read_text())
     spec = importlib.util.spec_from_file_location("evaluate", FOLDER / "evaluate.py")
     script = importlib.util.module_from_spec(spec)
@@ -135,13 +130,7 @@ def test_mean_average_precision_of_two_processes_is_that_of_one(tmp_path):
     found = []
     for devices in (1, 2):
         arguments = ["--out", tmp_path / "found.json", "--devices", str(devices)]
-        run = subprocess.run(
-            [sys.executable, FOLDER / "evaluate_detection.py", *arguments],
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert run.returncode == 0, run.stderr
+        start(FOLDER / "evaluate_detection.py", *arguments)
         found.append(json.loads((tmp_path / "found.json").read_text()))
     assert found[1] == pytest.approx(found[0], abs=1e-6)
     assert 0.3 < found[0]["test/map"] < 1
@@ -162,18 +151,12 @@ def test_every_strategy_trains_the_same_student(tmp_path, experiment, strategies
     results, weights = [], []
     for strategy in strategies:
         name, *overrides = experiment
-        run = subprocess.run(
-            [
-                *(sys.executable, "-m", "lightning_dist", "train", f"experiment={name}"),
-                *(f"trainer={strategy}", "trainer.accelerator=cpu", "trainer.devices=2"),
-                *("trainer.max_epochs=1", "callbacks.progress=null", "test_teacher=false"),
-                *(f"hydra.run.dir={tmp_path / strategy}", "print_config=false", *overrides),
-            ],
-            capture_output=True,
-            text=True,
-            timeout=300,
+        start(
+            *("-m", "lightning_dist", "train", f"experiment={name}"),
+            *(f"trainer={strategy}", "trainer.accelerator=cpu", "trainer.devices=2"),
+            *("trainer.max_epochs=1", "callbacks.progress=null", "test_teacher=false"),
+            *(f"hydra.run.dir={tmp_path / strategy}", "print_config=false", *overrides),
         )
-        assert run.returncode == 0, run.stderr
         results.append(json.loads((tmp_path / strategy / "result.json").read_text()))
         saved = torch.load(results[-1]["checkpoint"], weights_only=True)
         weights.append(saved["state_dict"])
@@ -190,19 +173,13 @@ def test_every_strategy_trains_the_same_student(tmp_path, experiment, strategies
 
 
 def test_torchrun_starts_the_processes_of_one_run(tmp_path):
-    run = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"),
-            *("-m", "lightning_dist", "train", "trainer=multinode", "trainer.accelerator=cpu"),
-            *("trainer.num_nodes=1", "trainer.devices=2", "trainer.max_epochs=1"),
-            *("print_config=false", "callbacks.progress=null", f"hydra.run.dir={tmp_path / 'run'}"),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=300,
+    stderr = start(
+        *("-m", "torch.distributed.run", "--nproc-per-node=2"),
+        *("-m", "lightning_dist", "train", "trainer=multinode", "trainer.accelerator=cpu"),
+        *("trainer.num_nodes=1", "trainer.devices=2", "trainer.max_epochs=1"),
+        *("print_config=false", "callbacks.progress=null", f"hydra.run.dir={tmp_path / 'run'}"),
     )
-    assert run.returncode == 0, run.stderr
-    assert "MEMBER: 2/2" in run.stderr
+    assert "MEMBER: 2/2" in stderr
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["status"] == "completed"
     assert Path(result["checkpoint"]).exists()

@@ -4,7 +4,7 @@ import csv
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import rich
 import torch
@@ -45,13 +45,36 @@ class Files(Dataset):
         return self.prepare(load_image(str(self.paths[index]))), index
 
 
-class MaskWriter(BasePredictionWriter):
-    """One palette PNG an image: its pixels are the classes, shown in their colours."""
+class Writer(BasePredictionWriter):
+    """What the writers share: the predictions' names and folder, and what is known of the classes.
+
+    Args:
+        names: what the prediction of each image is called.
+        out: folder to write to.
+        saved: config of the checkpoint.
+    """
+
+    when: Literal["batch", "batch_and_epoch"] = "batch"
 
     def __init__(self, names: Sequence[str], out: Path, saved: dict[str, Any]) -> None:
-        super().__init__("batch")
+        super().__init__(self.when)
         self.names, self.out = names, out
+        self.classes = saved.get("class_names")
         self.colors = saved.get("class_colors")
+
+    def class_names(self, labels: Tensor) -> list[str]:
+        """Names of classes, or their numbers where they have none."""
+        return [self.classes[i] if self.classes else str(i) for i in labels.tolist()]
+
+    def png(self, index: int) -> Path:
+        """Where the picture of an image goes."""
+        path = self.out / f"{self.names[index]}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+
+class MaskWriter(Writer):
+    """One palette PNG an image: its pixels are the classes, shown in their colours."""
 
     def write_on_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, prediction: Any, *args: Any
@@ -59,18 +82,11 @@ class MaskWriter(BasePredictionWriter):
         _, (_, indices), *_ = args
         palette = class_palette(prediction.shape[1], self.colors)
         for labels, index in zip(prediction.argmax(1), indices.tolist(), strict=True):
-            path = self.out / f"{self.names[index]}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            mask_image(labels, palette).save(path)
+            mask_image(labels, palette).save(self.png(index))
 
 
-class ClassWriter(BasePredictionWriter):
+class ClassWriter(Writer):
     """A line an image in ``predictions.csv``: its class, and the probability of that."""
-
-    def __init__(self, names: Sequence[str], out: Path, saved: dict[str, Any]) -> None:
-        super().__init__("batch")
-        self.names, self.out = names, out
-        self.classes = saved.get("class_names")
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin the file anew."""
@@ -82,24 +98,22 @@ class ClassWriter(BasePredictionWriter):
     ) -> None:
         _, (_, indices), *_ = args
         best = prediction.softmax(1).max(1)
-        labels = [self.classes[i] if self.classes else i for i in best.indices.tolist()]
         names = [self.names[i] for i in indices.tolist()]
         numbers = [f"{p:.4f}" for p in best.values.tolist()]
-        self._write("a", zip(names, labels, numbers, strict=True))
+        self._write("a", zip(names, self.class_names(best.indices), numbers, strict=True))
 
     def _write(self, mode: str, rows: Any) -> None:
         with (self.out / "predictions.csv").open(mode, newline="") as file:
             csv.writer(file).writerows(rows)
 
 
-class BoxWriter(BasePredictionWriter):
+class BoxWriter(Writer):
     """A PNG an image, with its boxes drawn, and ``predictions.json`` with all boxes."""
 
+    when = "batch_and_epoch"
+
     def __init__(self, names: Sequence[str], out: Path, saved: dict[str, Any]) -> None:
-        super().__init__("batch_and_epoch")
-        self.names, self.out = names, out
-        self.classes = saved.get("class_names")
-        self.colors = saved.get("class_colors")
+        super().__init__(names, out, saved)
         self.found: list[dict[str, Any]] = []
 
     def write_on_batch_end(
@@ -107,10 +121,8 @@ class BoxWriter(BasePredictionWriter):
     ) -> None:
         _, (images, indices), *_ = args
         for image, one, index in zip(images, prediction, indices.tolist(), strict=True):
-            path = self.out / f"{self.names[index]}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            labels = [self.classes[i] if self.classes else str(i) for i in one["labels"].tolist()]
-            box_image((255 * image).round().to(torch.uint8), one, labels).save(path)
+            labels = self.class_names(one["labels"])
+            box_image((255 * image).round().to(torch.uint8), one, labels).save(self.png(index))
             scored = zip(one["boxes"].tolist(), labels, one["scores"].tolist(), strict=True)
             self.found += [
                 {"image": self.names[index], "box": box, "class": label, "score": round(score, 4)}
@@ -125,7 +137,7 @@ class BoxWriter(BasePredictionWriter):
 def _job(config: DictConfig) -> None:
     checkpoint, saved = read_saved(config.ckpt, config.trust)
     module = build_module(checkpoint, saved)
-    writers: list[tuple[type, type]] = [
+    writers: list[tuple[type, type[Writer]]] = [
         (SegmentationModule, MaskWriter),
         (ClassificationModule, ClassWriter),
         (DetectionModule, BoxWriter),

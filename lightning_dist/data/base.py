@@ -10,6 +10,7 @@ from PIL import Image
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.functional import pil_to_tensor
 
 from lightning_dist.data.order import EpochSampler, ResumableLoader, SeededDataset
 from lightning_dist.data.tensor_images import TensorImages, of_channels
@@ -153,9 +154,11 @@ class ImageDataModule(LightningDataModule):
 
     def _normalised(self, image: Image.Image) -> Tensor:
         """An image (C, H, W) at its own size."""
-        image = image.convert("L" if self.in_channels == 1 else "RGB")
-        pixels = torch.from_numpy(np.array(image)).float().div_(255)
-        pixels = pixels.view(image.height, image.width, -1).movedim(2, 0)
+        return self._scaled(pil_to_tensor(image.convert("L" if self.in_channels == 1 else "RGB")))
+
+    def _scaled(self, pixels: Tensor) -> Tensor:
+        """What the network is given of a uint8 image (C, H, W)."""
+        pixels = pixels.float().div_(255)
         return pixels.sub_(of_channels(self.mean)).div_(of_channels(self.std))
 
     def to_pixels(self, images: Tensor) -> Tensor:

@@ -58,11 +58,9 @@ class AnnotatedImages(Dataset):
                 "them, or remove their annotations"
             )
         self.entries = [self._kept(entry, crowd) for entry in entries]
-        before = sum(len(entry.boxes) for entry in entries)
-        flat = {str(e.image) for e in entries for box in e.boxes if not _has_area(box)}
+        flat = [str(e.image) for e in entries for box in e.boxes if not _has_area(box)]
         if flat:
-            count = before - sum(sum(map(_has_area, entry.boxes)) for entry in entries)
-            log.warning("%d boxes without area are left out: %s", count, few(flat))
+            log.warning("%d boxes without area are left out: %s", len(flat), few(set(flat)))
         self.transform = transform
         self.relative = relative
 

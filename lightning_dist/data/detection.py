@@ -12,6 +12,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from lightning_dist.data.boxes import Annotated, DetectionDataModule
 from lightning_dist.data.imagenet import few
+from lightning_dist.data.voc import VOC_CLASSES
 
 
 class CocoDataModule(DetectionDataModule):
@@ -129,11 +130,7 @@ class VOCDetectionDataModule(DetectionDataModule):
         self.location = str(self.root)
         self.year = str(year)
         self.download = download
-        self.class_names = [
-            *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair"),
-            *("cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant"),
-            *("sheep", "sofa", "train", "tvmonitor"),
-        ]
+        self.class_names = [*VOC_CLASSES]
 
     def prepare_data(self) -> None:
         """Fetch the archive, where asked to."""

@@ -183,7 +183,7 @@ class SegmentationDataModule(ImageDataModule):
 
     def prepare(self, image: Image.Image) -> Tensor:
         """An image as in evaluation, at its own size."""
-        return self._normalise(tvf.pil_to_tensor(image.convert("RGB")))
+        return self._normalised(image)
 
     def to_pixels(self, images: Tensor) -> Tensor:
         """The uint8 images (N, 3, H, W), red first, that a batch of the loaders was made from."""
@@ -206,11 +206,7 @@ class SegmentationDataModule(ImageDataModule):
         return MaskedImages(self.pairs(split), self.class_ids, self.ignored_ids, transform)
 
     def _finish(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        return self._normalise(image), mask.as_subclass(Tensor).long()
+        return self._scaled(image.as_subclass(Tensor)), mask.as_subclass(Tensor).long()
 
-    def _normalise(self, image: Tensor) -> Tensor:
-        pixels = image.as_subclass(Tensor).float()
-        if self.bgr:
-            pixels = pixels.flip(0)
-        mean, std = (255 * torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
-        return pixels.sub_(mean).div_(std)
+    def _scaled(self, pixels: Tensor) -> Tensor:
+        return super()._scaled(pixels.flip(0) if self.bgr else pixels)

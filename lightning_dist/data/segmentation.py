@@ -9,6 +9,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from lightning_dist.data.imagenet import few
 from lightning_dist.data.masks import IGNORED, Pair, SegmentationDataModule
+from lightning_dist.data.voc import VOC_CLASSES
 
 
 class CityscapesDataModule(SegmentationDataModule):
@@ -89,11 +90,7 @@ class VOC2012DataModule(SegmentationDataModule):
         self.root = Path(root)
         self.download = download
         self.location = str(self.root)
-        self.class_names = [
-            *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat"),
-            *("chair", "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant"),
-            *("sheep", "sofa", "train", "tvmonitor"),
-        ]
+        self.class_names = ["background", *VOC_CLASSES]
 
     def prepare_data(self) -> None:
         """Fetch the archive, where asked to."""

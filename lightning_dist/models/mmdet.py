@@ -13,6 +13,8 @@ from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.ops import roi_align
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
+from lightning_dist.weights import refuse_unknown
+
 _CHANNELS = {"layer1": 256, "layer2": 512, "layer3": 1024, "layer4": 2048}
 
 
@@ -167,11 +169,7 @@ def convert_mmdetection(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if ".cls_score." in renamed:
             value = value.roll(1, 0)
         converted[renamed] = value
-    if unknown:
-        raise ValueError(
-            f"{len(unknown)} entries are not of a two-stage detector or RetinaNet of MMDetection: "
-            f"{', '.join(unknown[:8])}{' ...' if len(unknown) > 8 else ''}"
-        )
+    refuse_unknown(unknown, "a two-stage detector or RetinaNet of MMDetection")
     return converted
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchvision.models.segmentation.deeplabv3 import ASPP
 from torchvision.models.segmentation.fcn import FCNHead
 
-from lightning_dist.weights import load_weights
+from lightning_dist.weights import load_weights, refuse_unknown
 
 _DEEP_STEM = {"stem_type": "deep", "stem_width": 64}  # three 3 x 3 convolutions, 64-64-128
 
@@ -188,11 +188,7 @@ def convert_published(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 break
         else:
             unknown.append(name)
-    if unknown:
-        raise ValueError(
-            f"{len(unknown)} entries are not of a published DeepLabV3 or PSPNet: "
-            f"{', '.join(unknown[:8])}{' ...' if len(unknown) > 8 else ''}"
-        )
+    refuse_unknown(unknown, "a published DeepLabV3 or PSPNet")
     return converted
 
 
