@@ -3,8 +3,10 @@
 import json
 import logging
 import math
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lightning_dist.cli import UserError, hydra_app, is_users, user_environment
 from lightning_dist.cli.saved import CONFIG_KEY, to_save
+from lightning_dist.resume import SIGNALS
 from lightning_dist.weights import read_checkpoint
 
 log = logging.getLogger(__name__)
@@ -75,17 +78,44 @@ def _run_in_a_process(config: DictConfig) -> float | None:
     overrides = [*hydra.overrides.task, f'hydra.run.dir="{folder}"']
     path = folder / "result.json"
     path.unlink(missing_ok=True)  # of an attempt before
-    status = subprocess.run(
-        [sys.executable, "-m", "lightning_dist", "train", *overrides],
-        cwd=hydra.runtime.cwd,
-        env=user_environment(),
-    ).returncode
+    status = _run_command(["train", *overrides], hydra.runtime.cwd)
     if not path.is_file():  # killed, as Lightning does where another rank has failed
         _write(path, _new_result(config) | {"error": f"ended with exit status {status}"})
     result = json.loads(path.read_text())
     if status or result["status"] == "failed":
         raise UserError(result["error"] or f"ended with exit status {status}")
     return result["metrics"].get(config.monitor)
+
+
+def _run_command(arguments: list[str], folder: str) -> int:
+    """Run the command in a process of its own and return its exit status.
+
+    A signal is handed on, so that the run can save its state, and ends this process afterwards. The
+    terminal would send Ctrl-C to both: hence the session of its own.
+
+    Raises:
+        SystemExit: with the run's status, after a signal.
+    """
+    command = [sys.executable, "-m", "lightning_dist", *arguments]
+    process = subprocess.Popen(command, cwd=folder, env=user_environment(), start_new_session=True)
+    received = []
+
+    def hand_on(number: int, frame: Any) -> None:
+        received.append(number)
+        process.send_signal(number)
+
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    on_main_thread = threading.current_thread() is threading.main_thread()
+    try:
+        for number in SIGNALS if on_main_thread else ():
+            signal.signal(number, hand_on)
+        status = process.wait()
+    finally:
+        for number in SIGNALS if on_main_thread else ():
+            signal.signal(number, before[number])
+    if received:
+        sys.exit(status if status > 0 else 128 + received[0])
+    return status
 
 
 def _run(config: DictConfig) -> float | None:
@@ -157,7 +187,10 @@ def _new_result(config: DictConfig) -> dict[str, Any]:
 
 @rank_zero_only
 def _write(path: Path, result: dict[str, Any]) -> None:
-    path.write_text(json.dumps({"metrics": {}, "checkpoint": None, **result}, indent=2) + "\n")
+    text = json.dumps({"metrics": {}, "checkpoint": None, **result}, indent=2) + "\n"
+    partial = path.with_suffix(".partial")
+    partial.write_text(text)
+    partial.replace(path)
 
 
 def train(config: DictConfig) -> dict[str, Any]:
@@ -188,10 +221,14 @@ def train(config: DictConfig) -> dict[str, Any]:
     # The teacher drew random numbers too: students with and without one must train on the same.
     seed_everything(config.seed, workers=True)
     resume = config.ckpt_path or (_last_checkpoint(config) if config.resume else None)
+    if config.ckpt_path:
+        read_checkpoint(config.ckpt_path)  # its errors name the file and the mend
     trainer.fit(module, datamodule=datamodule, ckpt_path=resume, weights_only=True)
     metrics = _numbers(trainer, "val/")
-    if not metrics:  # a run that resumes where nothing is left to train
+    if not metrics:  # a run that resumes where nothing is left to train, and has logged these
+        loggers, trainer.loggers = trainer.loggers, []
         trainer.validate(module, datamodule=datamodule, verbose=False)
+        trainer.loggers = loggers
         metrics = _numbers(trainer, "val/")
     tested = _saved(trainer.checkpoint_callback, config.test_checkpoint)
     trainer.test(module, datamodule=datamodule, ckpt_path=tested, weights_only=True)

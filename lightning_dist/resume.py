@@ -1,0 +1,258 @@
+"""Runs that are interrupted and continue as if they never had been."""
+
+import os
+import random
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_dist.curves import ResumableCSVLogger
+from lightning_dist.data.order import derive_seeds
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Interrupted(SystemExit):
+    """A signal ended the run; the exit status is 128 + its number, 143 for SIGTERM."""
+
+    def __init__(self, number: int, status: int) -> None:
+        super().__init__(status)
+        self.number = number
+
+    def __str__(self) -> str:
+        return f"stopped by {signal.Signals(self.number).name}"
+
+
+class ExactResume(Callback):
+    """Make a run that is interrupted and resumed end as it would have without the interruption.
+
+    - SIGTERM or SIGINT, sent to any process of the run, lets the current batch end (and its
+      accumulation), saves ``last.ckpt`` in the folder of the Trainer's ModelCheckpoint, and ends
+      every process; the first one's exit status is 143 or 130. In an epoch's last batch and in its
+      validation the epoch is ended first. A second SIGINT ends the run at once.
+    - Whatever a training step draws (dropout, mixup) depends on seed, epoch, batch and process
+      alone, so that no state of a generator has to be saved.
+    - Checkpoints are written beside the old file, which they replace once they are complete.
+    - A :class:`lightning_dist.curves.ResumableCSVLogger` continues its file at the checkpoint.
+
+    Resume with ``trainer.fit(..., ckpt_path="last")``, or ``resume=true`` of ``lightning-dist
+    train``. The result is the same to the last bit on a CPU; on a GPU as far as its kernels are
+    deterministic (``Trainer(deterministic=True)``). In mid-epoch it takes a training loader with a
+    state, as :class:`lightning_dist.data.base.ImageDataModule` has. Means over a training epoch
+    (``self.log(..., on_epoch=True)`` in ``training_step``) start again where the run resumes.
+
+    Args:
+        seed: of the training steps.
+
+    Raises:
+        OSError: at the start of ``fit``, if the folder of the checkpoints cannot be written to;
+            later, if a checkpoint cannot be written. The one before is then intact.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+        self._received: int | None = None
+        self._saved_step: int | None = None
+        self._leaves = False  # all is saved: the next batch must not begin
+        self._batches = 0  # completed ones of this epoch
+        self._resumed_step = 0
+
+    # Hooks, in the order in which Lightning calls them
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check that checkpoints can be written, and see to it that they are written whole."""
+        if stage != "fit":
+            return
+        self._received, self._saved_step, self._leaves = None, None, False
+        self._batches = self._resumed_step = 0
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        folder = _folder(trainer)
+        if folder is not None and trainer.is_global_zero:
+            _refuse_unwritable(folder)
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._resumed_step = checkpoint["global_step"]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"batches": self._batches}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._batches = state_dict["batches"]
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._listen(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._listen(trainer)
+        for logger in trainer.loggers:
+            if isinstance(logger, ResumableCSVLogger):
+                logger.rewind(self._resumed_step)
+        self._reseed(trainer, 0)  # in mid-epoch, on_train_epoch_start does not come
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._leave_if_saved(trainer)
+        self._batches = 0
+        self._reseed(trainer, 0)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._leaves:  # Lightning logs a batch after on_train_batch_end, so not there
+            self._leave(trainer)
+        self._reseed(trainer, 1)
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        self._batches = batch_idx + 1
+        self._reseed(trainer, 0)
+        accumulates = (batch_idx + 1) % trainer.accumulate_grad_batches != 0
+        # An epoch's last batch is followed by its validation, which no checkpoint could repeat.
+        if not self._is_asked_to_stop(trainer) or accumulates or trainer.is_last_batch:
+            return
+        folder = _folder(trainer)
+        if folder is not None:
+            trainer.save_checkpoint(folder / "last.ckpt")
+        self._leaves = True
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._reseed(trainer, 0)
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Let no checkpoint be ahead of the curves on the disk."""
+        self._saved_step = trainer.global_step
+        for logger in trainer.loggers:
+            logger.save()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._leave_if_saved(trainer)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._listen(trainer)
+
+    # Helpers of the hooks
+
+    def _listen(self, trainer: Trainer) -> None:
+        """Only note a signal while training. Lightning takes its handlers away when it ends."""
+
+        def note(number: int, frame: Any) -> None:
+            again = self._received is not None
+            self._received = number
+            if trainer.sanity_checking or trainer.testing:  # nothing is lost
+                self._leave(trainer)
+            if again and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            rank_zero_info(f"{signal.Signals(number).name}: the run stops as soon as it is saved")
+
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                signal.signal(number, note)
+
+    def _reseed(self, trainer: Trainer, phase: int) -> None:
+        """Before a batch is moved to its device (phase 0) and before its step (phase 1)."""
+        place = (self.seed, trainer.current_epoch, self._batches, trainer.global_rank, phase)
+        for_torch, for_numpy, for_random = derive_seeds(*place, count=3)
+        torch.manual_seed(for_torch)
+        np.random.seed(for_numpy)
+        random.seed(for_random)
+
+    def _is_asked_to_stop(self, trainer: Trainer) -> bool:
+        received = self._received is not None
+        return trainer.strategy.reduce_boolean_decision(received, all=False)
+
+    def _leave_if_saved(self, trainer: Trainer) -> None:
+        if self._is_asked_to_stop(trainer) and self._saved_step == trainer.global_step:
+            self._leave(trainer)
+
+    def _leave(self, trainer: Trainer) -> None:
+        number = self._received or signal.SIGTERM
+        rank_zero_info(
+            f"{signal.Signals(number).name}: stopped at step {trainer.global_step}, "
+            f"{'which is saved' if self._saved_step == trainer.global_step else 'nothing is saved'}"
+        )
+        # The process that started the others is killed where one of them fails.
+        raise Interrupted(number, status=128 + number if trainer.is_global_zero else 0)
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its path and renames it once it is complete.
+
+    Whatever interrupts it, a file of this name is a whole checkpoint, the new one or the one
+    before. (Lightning's own passes through the system's temporary folder, which may be on another
+    disk.)
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """Write it.
+
+        Args:
+            checkpoint: what to save.
+            path: where.
+            storage_options: there are none.
+
+        Raises:
+            OSError: if it cannot be written; what was there before is intact.
+        """
+        if "://" in str(path) or storage_options is not None:
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        path = Path(path)
+        partial = path.with_name(f".{path.name}.partial")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(partial, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except (OSError, RuntimeError) as error:  # torch wraps some of the errors of a file
+            before = path.is_file()
+            if partial.parent.is_dir():
+                partial.unlink(missing_ok=True)
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise OSError(
+                f"cannot write the checkpoint {path}: {reason}. "
+                f"{'The one saved there before is intact' if before else 'None was there before'}: "
+                "make room or choose another folder, and resume"
+            ) from error
+
+
+def _folder(trainer: Trainer) -> Path | None:
+    saver = trainer.checkpoint_callback
+    quick = trainer.fast_dev_run  # type: ignore[attr-defined]
+    if not isinstance(saver, ModelCheckpoint) or quick:
+        return None
+    return Path(saver.dirpath or trainer.default_root_dir)
+
+
+def _refuse_unwritable(folder: Path) -> None:
+    trial = folder / ".writable"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        trial.write_bytes(b"?")
+        trial.unlink()
+    except OSError as error:
+        raise OSError(
+            f"cannot write checkpoints to {folder}: {error.strerror}. Choose another folder"
+        ) from error

@@ -1,0 +1,133 @@
+"""Interrupt a run at random places, resume it, and compare it with one that ran through.
+
+`python -m tests.soak` prints one line a round; the last line counts them and the mismatches.
+"""
+
+import argparse
+import json
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGKILL)
+STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: -signal.SIGKILL}
+# Random crops, mixup, a schedule, accumulation and averaged weights: all have a state or draw.
+OVERRIDES = (
+    "experiment=digits",
+    "trainer.max_epochs=4",
+    "+trainer.accumulate_grad_batches=2",
+    "trainer.log_every_n_steps=1",
+    "data.augment=true",
+    "+data.drop_last=true",
+    "module.ema_decay=0.9",
+    "module.mixup={_target_:timm.data.Mixup,mixup_alpha:0.8,num_classes:10}",
+    "test_teacher=false",
+    "print_config=false",
+    "callbacks.progress=null",
+)
+
+
+def start(folder: Path, *overrides: str) -> subprocess.Popen:
+    """A run in the folder, as its own command."""
+    command = [sys.executable, "-m", "lightning_dist", "train", *OVERRIDES, *overrides]
+    with open(folder.with_suffix(".log"), "a") as log:
+        return subprocess.Popen(
+            [*command, f"hydra.run.dir={folder}"], stdout=log, stderr=log, start_new_session=True
+        )
+
+
+def interrupt(run: subprocess.Popen, folder: Path, rows: int, number: signal.Signals) -> int | None:
+    """Send a signal once the run has logged so many rows; its exit status, None if it had ended."""
+    log = folder / "logs" / "metrics.csv"
+    while run.poll() is None:
+        if log.exists() and log.read_bytes().count(b"\n") > rows:
+            run.send_signal(number)
+            return run.wait(timeout=120)
+        time.sleep(0.002)
+    return None
+
+
+def differences(whole: Path, resumed: Path) -> list[str]:
+    """What the two runs do not share: weights, optimizer, schedule, metrics, curves."""
+    found = []
+    for name in ("best.ckpt", "last.ckpt"):
+        first, second = (
+            torch.load(folder / "checkpoints" / name, weights_only=True)
+            for folder in (whole, resumed)
+        )
+        keys = ("epoch", "global_step", "state_dict", "optimizer_states", "lr_schedulers")
+        found += [f"{key} of {name}" for key in keys if not same(first[key], second[key])]
+    results = [json.loads((folder / "result.json").read_text()) for folder in (whole, resumed)]
+    if results[0]["metrics"] != results[1]["metrics"]:
+        found.append("metrics")
+    curves = [(folder / "logs" / "metrics.csv").read_text() for folder in (whole, resumed)]
+    if curves[0] != curves[1]:
+        found.append("curves")
+    return found
+
+
+def same(first: object, second: object) -> bool:
+    """Equality to the last bit, also of tensors in containers."""
+    if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict) and isinstance(second, dict):
+        return first.keys() == second.keys() and all(same(first[k], second[k]) for k in first)
+    if isinstance(first, (list, tuple)) and isinstance(second, (list, tuple)):
+        return len(first) == len(second) and all(map(same, first, second))
+    return first == second
+
+
+def soak(
+    folder: Path, rounds: int, *overrides: str, draw: random.Random, signals: tuple = SIGNALS
+) -> list[str]:
+    """Run once through and `rounds` times with an interruption or two; the mismatches."""
+    whole = folder / "whole"
+    assert start(whole, *overrides).wait() == 0, whole.with_suffix(".log").read_text()
+    rows = (whole / "logs" / "metrics.csv").read_bytes().count(b"\n")
+    mismatches = []
+    for index in range(rounds):
+        resumed = folder / str(index)
+        history = []
+        for _ in range(draw.randint(1, 2)):
+            number, row = draw.choice(signals), draw.randrange(rows)
+            run = start(resumed, *overrides, "resume=true")
+            status = interrupt(run, resumed, row, number)
+            history.append(f"{number.name} after {row} rows: {status}")
+            if status not in (STATUS[number], None):
+                mismatches.append(f"round {index}: exit status {status} after {number.name}")
+        if start(resumed, *overrides, "resume=true").wait() != 0:
+            raise RuntimeError(resumed.with_suffix(".log").read_text())
+        found = differences(whole, resumed)
+        mismatches += [f"round {index}: {what}" for what in found]
+        print(f"round {index}: {', '.join(history)}; {', '.join(found) or 'identical'}", flush=True)
+    return mismatches
+
+
+def main() -> None:
+    """Soak with one process, then with two."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0, help="of the places and signals")
+    parser.add_argument("--folder", type=Path, help="keep the runs here")
+    options = parser.parse_args()
+    draw = random.Random(options.seed)
+    folder = options.folder or Path(tempfile.mkdtemp())
+    two = options.rounds // 3
+    mismatches = []
+    for name, rounds in (("cpu", options.rounds - two), ("ddp_sim", two)):
+        print(f"{rounds} rounds with trainer={name}")
+        (folder / name).mkdir(parents=True)
+        mismatches += soak(folder / name, rounds, f"trainer={name}", draw=draw)
+    print(*mismatches, sep="\n")
+    print(f"{options.rounds} rounds, {len(mismatches)} mismatches")
+    sys.exit(bool(mismatches))
+
+
+if __name__ == "__main__":
+    main()
