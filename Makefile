@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SEEDS ?= 0,1,2,3,4
+ROUNDS ?= 30
 
-.PHONY: demo test test-fast format lint typecheck clean
+.PHONY: demo test test-fast soak format lint typecheck clean
 
 demo: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/lightning-dist train -m experiment=digits \
@@ -14,6 +15,10 @@ test: .venv/installed-test lint typecheck
 
 test-fast: .venv/installed-test
 	$(BIN)/python -m pytest -m "not slow"
+
+# Interrupts runs at random and resumes them: the end must be the same to the last bit.
+soak: .venv/installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak --rounds $(ROUNDS)
 
 format: .venv/installed-test
 	$(BIN)/ruff format .

@@ -226,13 +226,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(path)
-        except (OSError, RuntimeError) as error:  # torch wraps some of the errors of a file
+        except (OSError, RuntimeError) as error:
             before = path.is_file()
             if partial.parent.is_dir():
                 partial.unlink(missing_ok=True)
-            reason = error.strerror if isinstance(error, OSError) else error
+            disk: BaseException = error  # torch closes its file, and raises what that raises
+            while disk.__context__ is not None and not isinstance(disk, OSError):
+                disk = disk.__context__
             raise OSError(
-                f"cannot write the checkpoint {path}: {reason}. "
+                f"cannot write the checkpoint {path}: {getattr(disk, 'strerror', None) or error}. "
                 f"{'The one saved there before is intact' if before else 'None was there before'}: "
                 "make room or choose another folder, and resume"
             ) from error

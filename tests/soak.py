@@ -83,9 +83,7 @@ def same(first: object, second: object) -> bool:
     return first == second
 
 
-def soak(
-    folder: Path, rounds: int, *overrides: str, draw: random.Random, signals: tuple = SIGNALS
-) -> list[str]:
+def soak(folder: Path, rounds: int, *overrides: str, draw: random.Random) -> list[str]:
     """Run once through and `rounds` times with an interruption or two; the mismatches."""
     whole = folder / "whole"
     assert start(whole, *overrides).wait() == 0, whole.with_suffix(".log").read_text()
@@ -95,7 +93,7 @@ def soak(
         resumed = folder / str(index)
         history = []
         for _ in range(draw.randint(1, 2)):
-            number, row = draw.choice(signals), draw.randrange(rows)
+            number, row = draw.choice(SIGNALS), draw.randrange(rows)
             run = start(resumed, *overrides, "resume=true")
             status = interrupt(run, resumed, row, number)
             history.append(f"{number.name} after {row} rows: {status}")
@@ -110,21 +108,25 @@ def soak(
 
 
 def main() -> None:
-    """Soak with one process, then with two."""
+    """Soak with one process and with two."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0, help="of the places and signals")
     parser.add_argument("--folder", type=Path, help="keep the runs here")
+    parser.add_argument(
+        "--trainers", nargs="+", default=["cpu", "ddp_sim"], help="share the rounds"
+    )
     options = parser.parse_args()
     draw = random.Random(options.seed)
     folder = options.folder or Path(tempfile.mkdtemp())
-    two = options.rounds // 3
     mismatches = []
-    for name, rounds in (("cpu", options.rounds - two), ("ddp_sim", two)):
-        print(f"{rounds} rounds with trainer={name}")
-        (folder / name).mkdir(parents=True)
-        mismatches += soak(folder / name, rounds, f"trainer={name}", draw=draw)
-    print(*mismatches, sep="\n")
+    for index, trainer in enumerate(options.trainers):
+        rounds = len(range(index, options.rounds, len(options.trainers)))
+        print(f"{rounds} rounds with trainer={trainer}")
+        (folder / trainer).mkdir(parents=True)
+        mismatches += soak(folder / trainer, rounds, f"trainer={trainer}", draw=draw)
+    for mismatch in mismatches:
+        print(mismatch)
     print(f"{options.rounds} rounds, {len(mismatches)} mismatches")
     sys.exit(bool(mismatches))
 

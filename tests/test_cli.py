@@ -110,30 +110,6 @@ def test_a_run_resumes_from_a_checkpoint(command, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_run_that_resumes_ends_as_an_uninterrupted_one(command, tmp_path):
-    overrides = [*QUICK, "trainer.max_epochs=8", "data.augment=true", "test_teacher=false"]
-    command("train", *overrides, "hydra.run.dir=whole")
-    arguments = [sys.executable, "-m", "lightning_dist", "train", *overrides]
-    resumed = tmp_path / "killed"
-    killed = subprocess.Popen([*arguments, f"hydra.run.dir={resumed}"], stderr=subprocess.DEVNULL)
-    saved = resumed / "checkpoints" / "last.ckpt"
-    deadline = time.monotonic() + 120
-    while not saved.exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    killed.kill()
-    killed.wait()
-    assert not (resumed / "result.json").exists(), "it was killed in time"
-    command("train", *overrides, "hydra.run.dir=killed", "resume=true")
-    first, second = results(tmp_path)
-    assert first["metrics"] == second["metrics"]
-    weights = [
-        torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-        for folder in (tmp_path / "whole", resumed)
-    ]
-    assert all(torch.equal(weights[1][name], value) for name, value in weights[0].items())
-
-
-@pytest.mark.slow
 def test_a_sweep_that_resumes_runs_only_what_is_missing(command, tmp_path, capsys):
     sweep = ["train", "-m", "seed=0,1", *QUICK, "hydra.sweep.dir=sweep"]
     command(*sweep)

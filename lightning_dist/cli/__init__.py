@@ -1,6 +1,7 @@
 """The command ``lightning-dist VERB``: one line for a user's error, a traceback for a bug."""
 
 import difflib
+import errno
 import functools
 import importlib
 import os
@@ -106,11 +107,26 @@ def is_users(error: Exception) -> bool:
     known = (HydraException, OmegaConfBaseException, MisconfigurationException)
     if isinstance(error, (*known, FileNotFoundError, UserError)):
         return True
+    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+        return True
     traceback = error.__traceback__
     while traceback is not None and traceback.tb_next is not None:
         traceback = traceback.tb_next
     raiser = traceback.tb_frame.f_globals.get("__name__", "") if traceback else ""
     return isinstance(error, (ValueError, OSError)) and raiser.startswith("lightning_dist.")
+
+
+# No room, no permission, a file in the place of a folder: wherever they come up.
+_DISK_ERRORS = (
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EISDIR,
+    errno.ENOSPC,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+)
 
 
 class UserError(Exception):

@@ -1,0 +1,231 @@
+"""Tests that a run which is interrupted, or cannot write, loses nothing."""
+
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+
+from lightning_dist import DistillModule
+from lightning_dist.curves import ResumableCSVLogger
+from lightning_dist.data.digits import DigitsDataModule
+from lightning_dist.resume import AtomicCheckpointIO, ExactResume, Interrupted
+
+
+class Send(Callback):
+    """Send this process a signal once so many batches have begun."""
+
+    def __init__(self, number: signal.Signals, batch: int) -> None:
+        self.number = number
+        self.batch = batch
+
+    def on_before_backward(self, trainer, pl_module, loss) -> None:
+        if trainer.fit_loop.total_batch_idx == self.batch:
+            os.kill(os.getpid(), self.number)
+
+
+def dropout_module() -> DistillModule:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, 10))
+    return DistillModule(network, nn.Sequential(nn.Flatten(), nn.Linear(64, 10)))
+
+
+@pytest.fixture
+def fit(make_trainer: Callable[..., L.Trainer], tmp_path: Path) -> Callable[..., DistillModule]:
+    """Train a student with dropout for two epochs of 21 batches; its checkpoints and curves."""
+
+    def run(name: str, *callbacks: Callback, resume: bool = False, **kwargs: object):
+        module = dropout_module()
+        saver = ModelCheckpoint(tmp_path / name, save_last=True, enable_version_counter=False)
+        trainer = make_trainer(
+            enable_checkpointing=True,
+            max_epochs=2,
+            log_every_n_steps=1,
+            callbacks=[saver, ExactResume(seed=3), *callbacks],
+            logger=ResumableCSVLogger(tmp_path, name, version=""),
+            **kwargs,
+        )
+        data = DigitsDataModule(global_batch_size=64, augment=True)
+        checkpoint = tmp_path / name / "last.ckpt" if resume else None
+        trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+        return module
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"]
+)
+@pytest.mark.parametrize("batch", [0, 12, 20, 30, 41])
+def test_a_run_that_is_told_to_stop_resumes_to_the_last_bit(fit, tmp_path, number, status, batch):
+    whole = fit("whole")
+    before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
+    with pytest.raises(Interrupted) as stopped:
+        fit("stopped", Send(number, batch))
+    assert stopped.value.code == status
+    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == before
+    saved = torch.load(tmp_path / "stopped" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == batch + 1  # the batch that ran was not lost
+    resumed = fit("stopped", resume=True)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value)
+    curves = [(tmp_path / name / "metrics.csv").read_text() for name in ("whole", "stopped")]
+    assert curves[0] == curves[1]
+
+
+def test_an_accumulation_is_ended_before_a_run_stops(fit, tmp_path):
+    whole = fit("whole", accumulate_grad_batches=4)
+    with pytest.raises(Interrupted):
+        fit("stopped", Send(signal.SIGTERM, 9), accumulate_grad_batches=4)
+    saved = torch.load(tmp_path / "stopped" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == 3
+    resumed = fit("stopped", resume=True, accumulate_grad_batches=4)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value)
+
+
+def test_what_a_step_draws_does_not_depend_on_what_was_drawn_before(fit):
+    class DrawBetween(Callback):
+        def on_train_batch_end(self, *args) -> None:
+            torch.rand(7)
+
+    class DrawWithin(Callback):
+        def on_train_batch_start(self, *args) -> None:
+            torch.rand(7)
+
+    plain, between, within = (
+        fit(f"run{i}", *callbacks).student[2].weight
+        for i, callbacks in enumerate([(), (DrawBetween(),), (DrawWithin(),)])
+    )
+    assert torch.equal(plain, between)
+    assert not torch.equal(plain, within)
+
+
+def test_a_second_ctrl_c_does_not_wait(fit):
+    class Twice(Callback):
+        def on_before_backward(self, trainer, pl_module, loss) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(SystemExit) as stopped:  # Lightning's end of a KeyboardInterrupt
+        fit("run", Twice())
+    assert stopped.value.code == 1
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning leaves it ignored
+
+
+def test_a_run_without_checkpoints_stops_and_says_that_nothing_is_saved(make_trainer, caplog):
+    trainer = make_trainer(callbacks=[ExactResume(), Send(signal.SIGTERM, 3)])
+    with pytest.raises(Interrupted), caplog.at_level("INFO"):
+        trainer.fit(dropout_module(), DigitsDataModule())
+    assert trainer.global_step == 4
+    assert "SIGTERM: stopped at step 4, nothing is saved" in caplog.text
+
+
+def test_curves_without_a_resume_are_replaced(tmp_path):
+    for value in (1.0, 2.0):
+        logger = ResumableCSVLogger(tmp_path, "run", version="")
+        logger.log_metrics({"loss": value}, step=0)
+        logger.save()
+    assert (tmp_path / "run" / "metrics.csv").read_text() == "loss,step\n2.0,0\n"
+
+
+def test_rewound_curves_keep_the_rows_before_a_step_and_their_columns(tmp_path):
+    logger = ResumableCSVLogger(tmp_path, "run", version="")
+    for step in range(4):
+        logger.log_metrics({"loss": step} | ({"late": 1} if step == 3 else {}), step=step)
+    logger.save()
+    path = tmp_path / "run" / "metrics.csv"
+    with path.open("a") as file:
+        file.write("1,")  # a write that was cut off
+    again = ResumableCSVLogger(tmp_path, "run", version="")
+    again.rewind(2)
+    assert path.read_text() == "loss,step\n0,0\n1,1\n"
+    again.log_metrics({"loss": 2, "accuracy": 0.5}, step=2)
+    again.save()
+    assert path.read_text() == "accuracy,loss,step\n,0,0\n,1,1\n0.5,2,2\n"
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint_intact(tmp_path):
+    path = tmp_path / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"weights": torch.zeros(100)}, path)
+    whole = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large.*before is intact.*make room"):
+            AtomicCheckpointIO().save_checkpoint({"weights": torch.zeros(100_000)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == whole
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_a_run_whose_disk_is_full_ends_with_one_line_and_resumes(refused, command, tmp_path):
+    quick = ["train", "experiment=digits", "trainer=cpu", "print_config=false"]
+    quick += ["callbacks.progress=null", "test_teacher=false", "hydra.run.dir=run"]
+    command(*quick, "trainer.max_epochs=1")
+    (tmp_path / "run" / "result.json").unlink()
+    before = (tmp_path / "run" / "checkpoints" / "last.ckpt").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        line = refused(*quick, "trainer.max_epochs=2", "ckpt_path=run/checkpoints/last.ckpt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert re.search(r"cannot write the checkpoint .*best.ckpt: .* before is intact", line)
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").read_bytes() == before
+    command(*quick, "trainer.max_epochs=2", "ckpt_path=run/checkpoints/last.ckpt")
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_training(refused, tmp_path):
+    (tmp_path / "file").touch()
+    line = refused("train", "trainer=cpu", "callbacks.checkpoint.dirpath=file/checkpoints")
+    assert "cannot write checkpoints to" in line
+    assert "Not a directory" in line
+    assert "Not a directory" in refused("train", "trainer=cpu", "hydra.run.dir=file/run")
+
+
+@pytest.mark.slow
+def test_interrupted_processes_resume_to_the_last_bit(tmp_path):
+    command = [sys.executable, "-m", "tests.soak", "--rounds=1", "--trainers=ddp_sim"]
+    run = subprocess.run(
+        [*command, "--folder", tmp_path],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert run.stdout.endswith("1 rounds, 0 mismatches\n"), run.stdout + run.stderr
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_told_to_stop_lets_its_processes_save(tmp_path):
+    arguments = ["train", "-m", "trainer=ddp_sim", "trainer.max_epochs=500", "hydra.sweep.dir=s"]
+    sweep = subprocess.Popen(
+        [sys.executable, "-m", "lightning_dist", *arguments, "seed=0,1"],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    log = tmp_path / "s" / "0" / "logs" / "metrics.csv"
+    deadline = time.monotonic() + 120
+    while not log.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    sweep.terminate()
+    assert sweep.wait(timeout=60) == 143
+    assert (tmp_path / "s" / "0" / "checkpoints" / "last.ckpt").exists()
+    assert "stopped by SIGTERM" in (tmp_path / "s" / "0" / "result.json").read_text()
+    assert not (tmp_path / "s" / "1").exists()
+    alive = subprocess.run(["pgrep", "-f", "hydra.sweep.dir=s|trainer.max_epochs=500"])
+    assert alive.returncode == 1
