@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -16,6 +16,7 @@ from lightning_dist.taps import find, record, refuse_shared_tensors, select
 from lightning_dist.teacher import Teacher
 
 Weight = float | Callable[[Trainer], float]
+Nonfinite = Literal["raise", "skip"]
 
 
 @dataclass
@@ -62,6 +63,9 @@ class DistillationCallback(Callback):
         task_weight: factor of the loss that ``training_step`` returns.
         output: entry of outputs that are not tensors, as in :class:`Term`.
         terms: several named losses instead of ``loss``, ``weight`` and ``output``.
+        nonfinite: what happens where a term is NaN or infinite: ``"raise"`` stops before the
+            weights are updated; ``"skip"`` leaves the term out of that step and counts it, in
+            ``self.skipped`` and ``train/distill_skipped``.
         inputs: which sub-modules of the student hand what they are called with to which ones of the
             teacher, both as dotted paths. By default ``{"": ""}``: what the student is called with
             goes to the teacher.
@@ -71,6 +75,8 @@ class DistillationCallback(Callback):
             sub-module, a teacher that shares tensors with the module, a second callback. In the
             first training step, before anything is updated: a student that is not called, or
             outputs that do not pair.
+        FloatingPointError: in a training step whose distillation loss is not finite, unless
+            ``nonfinite`` is ``"skip"``; it names the term, the step and the side.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -95,8 +101,11 @@ class DistillationCallback(Callback):
         output: str | int | None = None,
         terms: Mapping[str, Term] | None = None,
         inputs: Mapping[str, str] | None = None,
+        nonfinite: Nonfinite = "raise",
     ) -> None:
         super().__init__()
+        if nonfinite not in ("raise", "skip"):
+            raise ValueError(f"nonfinite is {nonfinite!r}: use 'raise' or 'skip'")
         if terms is not None and (loss is not None or output is not None):
             raise ValueError("give either loss, weight and output, or terms")
         if terms is not None and not terms:
@@ -107,6 +116,8 @@ class DistillationCallback(Callback):
         self._named = terms is not None
         self.terms = dict(terms or {"distill": Term(loss or DISTLoss(), weight, output=output)})
         self.inputs = dict(inputs or {"": ""})
+        self.nonfinite = nonfinite
+        self.skipped = 0
         self.owner: LightningModule | None = None  # the module that brought it, if one did
         self._own_step: Callable[..., Any] | None = None
         self._wrapped = False
@@ -186,16 +197,18 @@ class DistillationCallback(Callback):
         return self._generate_state_key(student=self.student)
 
     def state_dict(self) -> dict[str, Any]:
-        """The terms' own parameters, which the module's state_dict leaves out."""
+        """The terms' own parameters, which the module's state_dict leaves out, and the count."""
         states = {
             name: term.loss.state_dict()
             for name, term in self.terms.items()
             if isinstance(term.loss, nn.Module)
         }
-        return {name: state for name, state in states.items() if state}
+        terms = {name: state for name, state in states.items() if state}
+        return {"terms": terms, "skipped": self.skipped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for name, state in state_dict.items():
+        self.skipped = state_dict["skipped"]
+        for name, state in state_dict["terms"].items():
             loss = self.terms[name].loss
             assert isinstance(loss, nn.Module)
             loss.load_state_dict(state)
@@ -238,18 +251,22 @@ class DistillationCallback(Callback):
         if result is None:  # the module skips this batch
             return None
 
+        values: dict[str, Tensor] = {}
         distill: Tensor | float = 0.0
         for name, term in self.terms.items():
-            value = self._value(
-                name, term, student_outputs[term.student], teacher_outputs[term.teacher]
-            )
+            pair = student_outputs[term.student], teacher_outputs[term.teacher]
+            values[name] = self._value(name, term, *pair)
             weight = term.weight(trainer) if callable(term.weight) else term.weight
-            distill = distill + weight * value
-            if self._named and not trainer.barebones:
-                pl_module.log(f"train/distill/{name}", value.detach())
+            if not values[name].isfinite():
+                values[name] = self._without(name, term, *pair, trainer)
+            distill = distill + weight * values[name]
         assert isinstance(distill, Tensor)
         if not trainer.barebones:
             pl_module.log("train/distill", distill.detach())
+            if self._named:
+                pl_module.log_dict({f"train/distill/{n}": x.detach() for n, x in values.items()})
+            if self.nonfinite == "skip":
+                pl_module.log("train/distill_skipped", float(self.skipped))
         if isinstance(result, Tensor):
             return self.task_weight * result + distill
         if not isinstance(result, Mapping) or "loss" not in result:
@@ -282,6 +299,29 @@ class DistillationCallback(Callback):
             raise MisconfigurationException(
                 f"term {name!r} of {place!r} and {self.teacher}: {error}"
             ) from error
+
+    def _without(
+        self, name: str, term: Term, student: list[Any], teacher: list[Any], trainer: Trainer
+    ) -> Tensor:
+        """Zero in the place of a value that is not finite, or the error that says so."""
+        if self.nonfinite == "raise":
+            finite = {
+                side: all(bool(select(x, term.output).isfinite().all()) for x in outputs)
+                for side, outputs in (("student", student), ("teacher", teacher))
+            }
+            wrong = " and ".join(f"the {side}'s output" for side in finite if not finite[side])
+            raise FloatingPointError(
+                f"the distillation loss of term {name!r} is not finite at step "
+                f"{trainer.global_step} (epoch {trainer.current_epoch}): NaN or infinity is in "
+                f"{wrong or 'neither output, so the loss itself makes it'}. Lower the learning "
+                "rate or the weight, give the teacher a wider dtype, or leave such steps out with "
+                "nonfinite='skip'"
+            )
+        self.skipped += 1
+        device = select(student[0], term.output).device
+        own = term.loss.parameters() if isinstance(term.loss, nn.Module) else ()
+        # The term's own parameters keep their place in the graph, where DDP looks for them.
+        return torch.stack([torch.zeros((), device=device), *(0 * p.sum() for p in own)]).sum()
 
     # Helpers of the hooks
 

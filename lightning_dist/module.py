@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DistributedSampler
 from torchmetrics import MeanMetric, Metric, MetricCollection
 
-from lightning_dist.callback import DistillationCallback, Weight, attached_callbacks
+from lightning_dist.callback import DistillationCallback, Nonfinite, Weight, attached_callbacks
 from lightning_dist.teacher import Teacher
 
 
@@ -49,6 +49,8 @@ class DistillModule(LightningModule):
         distill_loss: loss of student and teacher logits, DIST by default.
         distill_weight: its weight, a number or a function of the Trainer.
         task_weight: weight of the task loss while distilling.
+        nonfinite: ``"raise"`` or ``"skip"``, what the callback does where the distillation loss is
+            NaN or infinite.
         channels_last: keep the student's weights in channels-last memory format, which convolutions
             hand on to their outputs.
         ema_decay: keep an exponential moving average of the student, evaluated beside the student
@@ -75,6 +77,7 @@ class DistillModule(LightningModule):
         distill_loss: Callable[[Tensor, Tensor], Tensor] | None = None,
         distill_weight: Weight = 2.0,
         task_weight: float = 1.0,
+        nonfinite: Nonfinite = "raise",
         channels_last: bool = False,
         ema_decay: float | None = None,
     ) -> None:
@@ -94,6 +97,7 @@ class DistillModule(LightningModule):
         self.__dict__["distill_loss"] = distill_loss
         self.distill_weight = distill_weight
         self.task_weight = task_weight
+        self.nonfinite = nonfinite
         collection = MetricCollection(
             dict(metrics) if isinstance(metrics, Mapping) else metrics or {}
         )
@@ -192,6 +196,7 @@ class DistillModule(LightningModule):
             loss=self.distill_loss,
             weight=self.distill_weight,
             task_weight=self.task_weight,
+            nonfinite=self.nonfinite,
         )
 
     def configure_callbacks(self) -> list[Callback]:

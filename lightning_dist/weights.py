@@ -3,6 +3,7 @@
 import importlib.resources
 import pickle
 import re
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         if file.suffix == ".safetensors":
             return safetensors.torch.load_file(file)
+        _refuse_strange_archive(file)
         with torch.serialization.safe_globals([(_Unread, name) for name in _BESIDE_WEIGHTS]):
             contents = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -144,6 +146,27 @@ def refuse_unknown(names: Sequence[str], whose: str) -> None:
     if names:
         shown = f"{', '.join(names[:8])}{' ...' if len(names) > 8 else ''}"
         raise ValueError(f"{len(names)} entries are not of {whose}: {shown}")
+
+
+def _refuse_strange_archive(file: Path) -> None:
+    """Refuse a zip that torch.save does not write.
+
+    torch reads its entries in memory, so a path out of the archive harms nobody here; whoever
+    unpacks the file next is another matter. torch.save compresses nothing, so that what is small
+    on the disk cannot fill the memory.
+
+    Raises:
+        ValueError: if an entry is compressed or has a path that leads out of the archive.
+    """
+    if not zipfile.is_zipfile(file):
+        return
+    with zipfile.ZipFile(file) as archive:
+        for entry in archive.infolist():
+            parts = re.split(r"[/\\]", entry.filename)
+            if ".." in parts or parts[0] == "" or ":" in parts[0]:
+                raise ValueError(f"its entry {entry.filename!r} leads out of the archive")
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"its entry {entry.filename!r} is compressed")
 
 
 def _resolve(path: str | Path) -> Path:

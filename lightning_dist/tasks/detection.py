@@ -177,6 +177,7 @@ class DetectionModule(DistillModule):
             terms=terms,
             inputs=inputs,
             task_weight=self.task_weight,
+            nonfinite=self.nonfinite,
         )
 
 

@@ -120,7 +120,11 @@ class SegmentationModule(DistillModule):
             weight = _times(self.distill_weight, self.aux_weight)
             terms["aux"] = Term(loss, weight, self.aux_head, self.aux_head)
         return DistillationCallback(
-            self.teacher, student="student", terms=terms, task_weight=self.task_weight
+            self.teacher,
+            student="student",
+            terms=terms,
+            task_weight=self.task_weight,
+            nonfinite=self.nonfinite,
         )
 
 
