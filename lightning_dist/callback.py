@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
+from lightning_dist.checks import check_number
 from lightning_dist.losses import DISTLoss
 from lightning_dist.taps import find, record, refuse_shared_tensors, select
 from lightning_dist.teacher import Teacher
@@ -104,6 +105,7 @@ class DistillationCallback(Callback):
         nonfinite: Nonfinite = "raise",
     ) -> None:
         super().__init__()
+        check_number("task_weight", task_weight)
         if nonfinite not in ("raise", "skip"):
             raise ValueError(f"nonfinite is {nonfinite!r}: use 'raise' or 'skip'")
         if terms is not None and (loss is not None or output is not None):
@@ -115,6 +117,9 @@ class DistillationCallback(Callback):
         self.task_weight = task_weight
         self._named = terms is not None
         self.terms = dict(terms or {"distill": Term(loss or DISTLoss(), weight, output=output)})
+        for name, term in self.terms.items():
+            if not callable(term.weight):
+                check_number(f"the weight of term {name!r}", term.weight)
         self.inputs = dict(inputs or {"": ""})
         self.nonfinite = nonfinite
         self.skipped = 0
@@ -255,7 +260,7 @@ class DistillationCallback(Callback):
         distill: Tensor | float = 0.0
         for name, term in self.terms.items():
             pair = student_outputs[term.student], teacher_outputs[term.teacher]
-            values[name] = self._value(name, term, *pair)
+            values[name] = self._value(name, term, *pair, trainer)
             weight = term.weight(trainer) if callable(term.weight) else term.weight
             if not values[name].isfinite():
                 values[name] = self._without(name, term, *pair, trainer)
@@ -276,7 +281,9 @@ class DistillationCallback(Callback):
             )
         return {**result, "loss": self.task_weight * result["loss"] + distill}
 
-    def _value(self, name: str, term: Term, student: list[Any], teacher: list[Any]) -> Tensor:
+    def _value(
+        self, name: str, term: Term, student: list[Any], teacher: list[Any], trainer: Trainer
+    ) -> Tensor:
         """The loss of one term, summed over the calls of its parts."""
         place = f"{self.student}.{term.student}".strip(".") or "the module itself"
         if not student:
@@ -294,6 +301,7 @@ class DistillationCallback(Callback):
                 (select(ours, term.output), select(theirs, term.output))
                 for ours, theirs in zip(student, teacher, strict=True)
             ]
+            self._refuse_single_rows(term, [ours for ours, _ in pairs], trainer)
             return torch.stack([term.loss(ours, theirs) for ours, theirs in pairs]).sum()
         except ValueError as error:
             raise MisconfigurationException(
@@ -322,6 +330,19 @@ class DistillationCallback(Callback):
         own = term.loss.parameters() if isinstance(term.loss, nn.Module) else ()
         # The term's own parameters keep their place in the graph, where DDP looks for them.
         return torch.stack([torch.zeros((), device=device), *(0 * p.sum() for p in own)]).sum()
+
+    def _refuse_single_rows(self, term: Term, logits: list[Tensor], trainer: Trainer) -> None:
+        """In a run's first batch: the last one of an epoch may well be of one sample."""
+        loss = term.loss
+        if not isinstance(loss, DISTLoss) or not loss.gamma or loss.sync:
+            return
+        if trainer.fit_loop.total_batch_idx or trainer.is_last_batch:
+            return
+        if all(x.dim() > 1 and x.numel() == x.shape[1] for x in logits):
+            raise ValueError(
+                "the batch has one sample, which no intra-class relation can be of: use larger "
+                "batches, sync=True over several processes, or gamma=0"
+            )
 
     # Helpers of the hooks
 

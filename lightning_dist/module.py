@@ -18,6 +18,7 @@ from torch.utils.data import DistributedSampler
 from torchmetrics import MeanMetric, Metric, MetricCollection
 
 from lightning_dist.callback import DistillationCallback, Nonfinite, Weight, attached_callbacks
+from lightning_dist.checks import check_number
 from lightning_dist.teacher import Teacher
 
 
@@ -56,6 +57,9 @@ class DistillModule(LightningModule):
         ema_decay: keep an exponential moving average of the student, evaluated beside the student
             itself and saved with it; 0.9999 is usual. ``None`` keeps none.
 
+    Raises:
+        ValueError: if an option is out of range.
+
     Example:
         >>> module = DistillModule(nn.Linear(4, 3), teacher=nn.Linear(4, 3))
         >>> sorted(module.state_dict())
@@ -84,6 +88,11 @@ class DistillModule(LightningModule):
         super().__init__()
         if scheduler_interval not in ("epoch", "step"):
             raise ValueError(f"scheduler_interval is {scheduler_interval!r}: use 'epoch' or 'step'")
+        if ema_decay is not None:
+            check_number("ema_decay", ema_decay, least=0, most=1)
+        check_number("task_weight", task_weight)
+        if not callable(distill_weight):
+            check_number("distill_weight", distill_weight)
         self.student = student
         if channels_last:
             student.to(memory_format=torch.channels_last)
@@ -235,10 +244,12 @@ class DistillModule(LightningModule):
     def configure_optimizers(self) -> Any:
         factory = getattr(self.optimizer, "func", self.optimizer)
         trainable = [p for p in self.parameters() if p.requires_grad]
-        if isinstance(factory, type) and issubclass(factory, Optimizer):
-            optimizer = self.optimizer(trainable)
-        else:
-            optimizer = self.optimizer(self.student)
+        takes_parameters = isinstance(factory, type) and issubclass(factory, Optimizer)
+        try:
+            optimizer = self.optimizer(trainable if takes_parameters else self.student)
+        except (TypeError, ValueError) as error:
+            raise MisconfigurationException(f"the optimizer cannot be built: {error}") from error
+        if not takes_parameters:
             held = {id(p) for group in optimizer.param_groups for p in group["params"]}
             rest = [p for p in trainable if id(p) not in held]
             if rest:  # a subclass's own layers, or a projection of a distillation term

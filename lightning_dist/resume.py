@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_dist.checks import check_number
 from lightning_dist.curves import ResumableCSVLogger
 from lightning_dist.data.order import derive_seeds
 
@@ -53,11 +54,13 @@ class ExactResume(Callback):
         seed: of the training steps.
 
     Raises:
+        ValueError: if the seed is no whole number of at least 0.
         OSError: at the start of ``fit``, if the folder of the checkpoints cannot be written to;
             later, if a checkpoint cannot be written. The one before is then intact.
     """
 
     def __init__(self, seed: int = 0) -> None:
+        check_number("seed", seed, int, least=0)
         self.seed = seed
         self._received: int | None = None
         self._saved_step: int | None = None

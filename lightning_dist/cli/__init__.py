@@ -113,9 +113,10 @@ def is_users(error: Exception) -> bool:
     while traceback is not None and traceback.tb_next is not None:
         traceback = traceback.tb_next
     raiser = traceback.tb_frame.f_globals.get("__name__", "") if traceback else ""
-    return isinstance(error, (ValueError, OSError, FloatingPointError)) and raiser.startswith(
-        "lightning_dist."
-    )
+    if raiser.partition(".")[0] in ("hydra", "omegaconf", "antlr4"):  # they read the command line
+        return True
+    kinds = (ValueError, OSError, FloatingPointError, ImportError)
+    return isinstance(error, kinds) and raiser.startswith("lightning_dist.")
 
 
 # No room, no permission, a file in the place of a folder: wherever they come up.

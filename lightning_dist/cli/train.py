@@ -21,12 +21,15 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
+from lightning_dist.checks import check_number
 from lightning_dist.cli import UserError, hydra_app, is_users, user_environment
 from lightning_dist.cli.saved import CONFIG_KEY, to_save
 from lightning_dist.resume import SIGNALS
 from lightning_dist.weights import read_checkpoint
 
 log = logging.getLogger(__name__)
+
+TESTED = ("last", "best")
 
 
 class SaveConfig(Callback):
@@ -44,6 +47,21 @@ class SaveConfig(Callback):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         of_classes = {name: getattr(data, name, None) for name in ("class_names", "class_colors")}
         checkpoint[CONFIG_KEY] = self.config | of_classes
+
+
+class CheckMonitor(Callback):
+    """Refuse a monitored metric that validation does not log, before the first epoch."""
+
+    def __init__(self, metric: str) -> None:
+        self.metric = metric
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        logged = [name for name in trainer.callback_metrics if name.startswith("val/")]
+        if self.metric.startswith("val/") and self.metric not in logged:
+            raise UserError(
+                f"monitor is {self.metric!r}, which validation does not log: use "
+                f"{' or '.join(logged)}"
+            )
 
 
 def main() -> None:
@@ -204,6 +222,7 @@ def train(config: DictConfig) -> dict[str, Any]:
         also the teacher's as ``teacher/``; and ``checkpoint``, the path of the one that was tested,
         or ``None``.
     """
+    check(config)
     if config.print_config:
         _print_config(config)
     torch.set_float32_matmul_precision(config.matmul_precision)
@@ -215,6 +234,7 @@ def train(config: DictConfig) -> dict[str, Any]:
         callbacks=[
             *(instantiate(callback) for callback in config.callbacks.values() if callback),
             SaveConfig(to_save(config)),
+            CheckMonitor(config.monitor),
         ],
         logger=[instantiate(logger) for logger in config.logger.values() if logger],
     )
@@ -241,6 +261,19 @@ def train(config: DictConfig) -> dict[str, Any]:
     if trainer.is_global_zero:
         rich.print(f"[bold]checkpoint[/bold] {tested or 'none was saved'}")
     return {"metrics": metrics, "checkpoint": tested}
+
+
+def check(config: DictConfig) -> None:
+    """What neither Hydra nor the objects of the config would refuse before training."""
+    check_number("seed", config.seed, int, least=0, most=2**32 - 1)
+    check_number("num_classes", config.num_classes, int, least=1)
+    for key in ("max_epochs", "max_steps"):
+        if config.trainer.get(key) is not None:
+            check_number(f"trainer.{key}", config.trainer[key], int, least=-1)
+    choices = {"matmul_precision": ("highest", "high", "medium"), "test_checkpoint": TESTED}
+    for key, known in choices.items():
+        if config[key] not in known:
+            raise ValueError(f"{key} is {config[key]!r}: use {' or '.join(known)}")
 
 
 def _saved(saver: Any, which: str) -> str | None:

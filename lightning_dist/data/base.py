@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
+from lightning_dist.checks import check_number
 from lightning_dist.data.order import EpochSampler, ResumableLoader, SeededDataset
 from lightning_dist.data.tensor_images import TensorImages, of_channels
 
@@ -70,6 +71,9 @@ class ImageDataModule(LightningDataModule):
         mean: of each channel, for pixels scaled to 0..1, instead of the data set's own.
         std: of each channel, likewise.
 
+    Raises:
+        ValueError: if a setting is out of range.
+
     Attributes:
         num_classes: number of classes.
         class_names: their names in the order of the labels, or None where they have none.
@@ -103,10 +107,19 @@ class ImageDataModule(LightningDataModule):
         std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        if mean is not None:
-            self.mean = tuple(mean)
-        if std is not None:
-            self.std = tuple(std)
+        check_number("global_batch_size", global_batch_size, int, least=1)
+        check_number("num_workers", num_workers, int, least=0)
+        check_number("seed", seed, int, least=0)
+        if eval_batch_size is not None:
+            check_number("eval_batch_size", eval_batch_size, int, least=1)
+        for name, values in (("mean", mean), ("std", std)):
+            if values is not None and len(values) not in (1, self.in_channels):
+                raise ValueError(
+                    f"{name} has {len(values)} values and an image {self.in_channels} channels: "
+                    f"give one or {self.in_channels}"
+                )
+            if values is not None:
+                setattr(self, name, tuple(values))
         self.global_batch_size = global_batch_size
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers

@@ -9,6 +9,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
 
+from lightning_dist.checks import check_number
 from lightning_dist.data.base import ImageDataModule, stratified_split
 from lightning_dist.data.tensor_images import TensorImages
 
@@ -28,7 +29,7 @@ class DigitsDataModule(ImageDataModule):
         **settings: see ImageDataModule.
 
     Raises:
-        ValueError: if `train_size` is more than there is.
+        ValueError: if `train_size` is more than there is, or another setting out of range.
 
     Example:
         >>> data = DigitsDataModule(global_batch_size=32, train_size=300)
@@ -53,6 +54,7 @@ class DigitsDataModule(ImageDataModule):
         **settings: Any,
     ) -> None:
         super().__init__(**settings)
+        check_number("val_fraction", val_fraction, least=0, most=0.9)
         self.val_fraction = val_fraction
         self.train_size = train_size
         self.augment = augment

@@ -3,10 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
+from lightning_dist.checks import check_number
 from lightning_dist.module import DistillModule
 from lightning_dist.teacher import Teacher
 
@@ -24,6 +26,9 @@ class ClassificationModule(DistillModule):
         mixup: called with a training batch on its device, such as ``timm.data.Mixup``.
         kwargs: as in :class:`lightning_dist.DistillModule`.
 
+    Raises:
+        ValueError: if an option is out of range.
+
     Example:
         >>> module = ClassificationModule(nn.Linear(4, 3), num_classes=3)
         >>> sorted(module.val_metrics)
@@ -40,6 +45,8 @@ class ClassificationModule(DistillModule):
         mixup: Callable[[Any, Any], tuple[Any, Any]] | None = None,
         **kwargs: Any,
     ) -> None:
+        check_number("num_classes", num_classes, int, least=1)
+        check_number("label_smoothing", label_smoothing, least=0, most=1)
         accuracy: dict[str, Metric | MetricCollection] = {
             "accuracy": MulticlassAccuracy(num_classes, average="micro")
         }
@@ -50,6 +57,28 @@ class ClassificationModule(DistillModule):
         super().__init__(student, teacher, **kwargs)
         self.eval_loss = nn.CrossEntropyLoss()
         self.mixup = mixup
+        self.num_classes = num_classes
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Refuse labels that are no classes; on a GPU they would end the process.
+
+        Raises:
+            ValueError: naming the label and the classes.
+        """
+        labels = batch[1] if isinstance(batch, (tuple, list)) and len(batch) == 2 else None
+        if (
+            isinstance(labels, Tensor)
+            and labels.dtype == torch.int64
+            and labels.device.type == "cpu"
+            and labels.numel()
+            and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes
+        ):
+            wrong = int(labels.min()) if labels.min() < 0 else int(labels.max())
+            raise ValueError(
+                f"a batch has the label {wrong} and num_classes is {self.num_classes}: labels count"
+                f" from 0 to {self.num_classes - 1}; set num_classes of the module, or relabel"
+            )
+        return batch
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The task loss of a batch, mixed up if so configured."""

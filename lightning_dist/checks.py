@@ -1,0 +1,35 @@
+"""Checks of arguments that users give, with errors that say what to give instead."""
+
+import math
+from typing import Any
+
+
+def check_number(
+    name: str, value: Any, kind: type = float, *, least: float = -math.inf, most: float = math.inf
+) -> None:
+    """Refuse what is no number of a kind, or out of its range.
+
+    Args:
+        name: of the argument, for the message.
+        value: what was given.
+        kind: ``int``, or ``float`` for any real number.
+        least: the least allowed.
+        most: the most allowed.
+
+    Raises:
+        ValueError: saying what to give.
+
+    Example:
+        >>> check_number("ema_decay", 0.999, least=0, most=1)
+        >>> check_number("num_workers", -1, int, least=0)
+        Traceback (most recent call last):
+        ValueError: num_workers is -1: give a whole number of at least 0
+    """
+    kinds = (int,) if kind is int else (int, float)
+    if isinstance(value, kinds) and not isinstance(value, bool) and least <= value <= most:
+        return
+    bounds = [f"at least {least}"] if least > -math.inf else []
+    bounds += [f"at most {most}"] if most < math.inf else []
+    within = f" of {' and '.join(bounds)}" if bounds else ""
+    what = "a whole number" if kind is int else "a number"
+    raise ValueError(f"{name} is {value!r}: give {what}{within}")

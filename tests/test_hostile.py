@@ -1,0 +1,129 @@
+"""Hostile weight files at every place where weights enter: refused by name, nothing is run."""
+
+import io
+import os
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from lightning_dist.models.small import SmallCNN
+from lightning_dist.weights import load_weights, read_checkpoint
+
+QUICK = ("trainer=cpu", "trainer.max_epochs=1", "print_config=false", "callbacks.progress=null")
+
+
+class Runs:
+    """Makes a folder where it is unpickled."""
+
+    def __reduce__(self):
+        return os.mkdir, ("trace",)
+
+
+def saved(contents: object) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(contents, buffer)
+    return buffer.getvalue()
+
+
+def weights() -> dict[str, torch.Tensor]:
+    return SmallCNN([32, 64, 128]).state_dict()
+
+
+def repacked(name: str, compression: int = zipfile.ZIP_STORED) -> bytes:
+    """A torch file with one more entry, or with its entries compressed."""
+    buffer = io.BytesIO()
+    with (
+        zipfile.ZipFile(io.BytesIO(saved(weights()))) as source,
+        zipfile.ZipFile(buffer, "w", compression) as target,
+    ):
+        for entry in source.infolist():
+            target.writestr(entry.filename, source.read(entry))
+        target.writestr(name, b"x" * 4096)
+    return buffer.getvalue()
+
+
+def bomb() -> bytes:
+    """A safetensors header that promises a tensor of 4 TB."""
+    header = b'{"a":{"dtype":"F32","shape":[1099511627776],"data_offsets":[0,4398046511104]}}'
+    return len(header).to_bytes(8, "little") + header + b"\0" * 64
+
+
+CORPUS: dict[str, tuple[str, Callable[[], bytes]]] = {
+    "pickle": ("w.pth", lambda: pickle.dumps(Runs())),
+    "pickle in a zip": ("w.pth", lambda: saved({"state_dict": weights(), "extra": Runs()})),
+    "pickle by another name": ("w.safetensors", lambda: pickle.dumps(Runs())),
+    "truncated zip": ("w.ckpt", lambda: saved(weights())[:-2000]),
+    "truncated safetensors": ("w.safetensors", lambda: safetensors.torch.save(weights())[:-100]),
+    "header that is too long": ("w.safetensors", lambda: (2**40).to_bytes(8, "little") + b"{"),
+    "header of a huge tensor": ("w.safetensors", bomb),
+    "header of deep nesting": (
+        "w.safetensors",
+        lambda: (100_000).to_bytes(8, "little") + b'{"a":' * 20_000,
+    ),
+    "path traversal": ("w.pth", lambda: repacked("archive/data/../../../evil")),
+    "absolute path": ("w.pth", lambda: repacked("/etc/evil")),
+    "Windows path": ("w.pth", lambda: repacked("archive\\..\\..\\evil")),
+    "compressed zip": ("w.pth", lambda: repacked("archive/more", zipfile.ZIP_DEFLATED)),
+    "text": ("w.pth", lambda: b"#!/bin/sh\nmkdir trace\n"),
+    "nothing": ("w.ckpt", lambda: b""),
+}
+
+ENTRIES = {
+    "teacher": ("train", *QUICK, "teacher.weights={file}"),
+    "resume from a checkpoint": ("train", *QUICK, "ckpt_path={file}"),
+    "eval": ("eval", "ckpt={file}", "trainer=cpu"),
+    "predict": ("predict", "ckpt={file}", "images=.", "trainer=cpu"),
+    "export": ("export", "ckpt={file}"),
+}
+
+
+def write(name: str, folder: Path) -> Path:
+    file, make = CORPUS[name]
+    (folder / file).write_bytes(make())
+    return folder / file
+
+
+@pytest.mark.parametrize("name", CORPUS)
+def test_a_hostile_file_is_refused_by_name(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    path = write(name, tmp_path)
+    before = set(tmp_path.rglob("*"))
+    network = SmallCNN([32, 64, 128])
+    with pytest.raises(ValueError, match=path.name):
+        load_weights(network, path)
+    with pytest.raises(ValueError, match=path.name):
+        read_checkpoint(path)
+    assert set(tmp_path.rglob("*")) == before, "something was run or unpacked"
+    assert not Path("/etc/evil").exists()
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("name", ["pickle in a zip", "path traversal", "header of a huge tensor"])
+def test_a_hostile_file_is_refused_wherever_weights_enter(refused, tmp_path, entry, name):
+    path = write(name, tmp_path)
+    line = refused(*(part.format(file=path) for part in ENTRIES[entry]))
+    assert path.name in line
+    assert not (tmp_path / "trace").exists()
+
+
+@pytest.mark.parametrize("name", ["pickle in a zip", "path traversal"])
+def test_a_hostile_checkpoint_in_the_folder_of_a_run_is_refused(refused, tmp_path, name):
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    write(name, folder).rename(folder / "last.ckpt")
+    line = refused("train", *QUICK, "hydra.run.dir=run", "resume=true")
+    assert "last.ckpt" in line
+    assert not (tmp_path / "trace").exists()
+
+
+def test_a_whole_file_of_the_corpus_would_load(tmp_path):
+    """What makes the files hostile is what the tests say, not how they are written."""
+    path = tmp_path / "w.pth"
+    path.write_bytes(repacked("archive/more"))
+    load_weights(SmallCNN([32, 64, 128]), path)
+    assert torch.load(path, weights_only=True).keys() == weights().keys()

@@ -1,0 +1,532 @@
+"""The table of misuses: what a user may get wrong, and the one message that tells so."""
+
+import re
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_dist import (
+    DistillationCallback,
+    DistillModule,
+    DISTLoss,
+    KDLoss,
+    Teacher,
+    Term,
+    WeightSchedule,
+)
+from lightning_dist.bridge import InputBridge, match_classes
+from lightning_dist.data.digits import DigitsDataModule
+from lightning_dist.data.imagenet import ImageFolderDataModule
+from lightning_dist.functional import dist_loss, kd_loss
+from lightning_dist.loading import load_teacher
+from lightning_dist.losses import FeatureMimic
+from lightning_dist.resume import ExactResume
+from lightning_dist.tasks.classification import ClassificationModule
+from lightning_dist.teacher import EnsembleTeacher
+from lightning_dist.weights import load_weights
+
+LOGITS = torch.randn(8, 4)
+
+
+class User(LightningModule):
+    """A module that a user has already."""
+
+    def __init__(self, net: nn.Module | None = None) -> None:
+        super().__init__()
+        self.net = net or nn.Linear(6, 4)
+        self.unused = nn.Linear(1, 1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        inputs, target = batch
+        return F.cross_entropy(self.net(inputs), target)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.net.parameters(), lr=0.1)
+
+
+class Manual(User):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+
+class Lossless(User):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.net(batch[0])
+        return {"accuracy": 1.0}
+
+
+class Constant(nn.Module):
+    """A network with one value for an output."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 4)
+        self.value = value
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * self.value
+
+
+def loader(batch_size: int = 8, classes: int = 4) -> DataLoader:
+    target = torch.arange(16) % classes
+    return DataLoader(TensorDataset(torch.randn(16, 6), target), batch_size=batch_size)
+
+
+def fit(module: LightningModule | None = None, *callbacks: Any, data: Any = None) -> Callable:
+    """Something that trains; the callback takes the place of a missing one."""
+
+    def run(context: SimpleNamespace) -> None:
+        trainer = context.trainer(callbacks=list(callbacks), num_sanity_val_steps=1)
+        trainer.fit(module or User(), data or loader())
+
+    return run
+
+
+def distil(**options: Any) -> DistillationCallback:
+    return DistillationCallback(**({"teacher": nn.Linear(6, 4)} | options))
+
+
+shared = nn.Linear(6, 4)
+MISUSES: dict[str, tuple[Callable[..., Any], type[Exception], str]] = {
+    # The losses
+    "classes differ": (
+        lambda _: dist_loss(LOGITS, torch.randn(8, 5)),
+        ValueError,
+        "student has 4 classes and teacher 5",
+    ),
+    "batches differ": (
+        lambda _: dist_loss(LOGITS, LOGITS[:7]),
+        ValueError,
+        r"logits differ in shape \(student \(8, 4\), teacher \(7, 4\)\)",
+    ),
+    "maps differ": (
+        lambda _: dist_loss(torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 8, 8)),
+        ValueError,
+        "logits differ in shape",
+    ),
+    "one dimension": (
+        lambda _: dist_loss(LOGITS[0], LOGITS[0]),
+        ValueError,
+        r"student has shape \(4,\): give logits \(N, C\)",
+    ),
+    "labels for logits": (
+        lambda _: dist_loss(LOGITS, LOGITS.argmax(1)),
+        ValueError,
+        "teacher has dtype torch.int64: give floating-point logits, not labels",
+    ),
+    "no tensor": (
+        lambda _: kd_loss([1.0, 2.0], LOGITS),
+        ValueError,
+        "student is a list: give a tensor of logits",
+    ),
+    "no classes": (
+        lambda _: dist_loss(LOGITS[:, :0], LOGITS[:, :0]),
+        ValueError,
+        r"student has shape \(8, 0\)",
+    ),
+    "teacher on another device": (
+        lambda _: dist_loss(LOGITS, LOGITS.to("meta")),
+        ValueError,
+        "student is on cpu and teacher on meta",
+    ),
+    "tau zero": (
+        lambda _: dist_loss(LOGITS, LOGITS, tau=0),
+        ValueError,
+        "tau is 0: the temperature must be above 0",
+    ),
+    "tau nan": (
+        lambda _: DISTLoss(tau=float("nan"))(LOGITS, LOGITS),
+        ValueError,
+        "tau is nan",
+    ),
+    "tau of KD below zero": (
+        lambda _: KDLoss(tau=-1)(LOGITS, LOGITS),
+        ValueError,
+        "tau is -1",
+    ),
+    "activation": (
+        lambda _: dist_loss(LOGITS, LOGITS, activation="relu"),
+        ValueError,
+        "activation is 'relu': use 'softmax', 'sigmoid' or 'identity'",
+    ),
+    "mask of another shape": (
+        lambda _: dist_loss(LOGITS, LOGITS, mask=torch.ones(7, dtype=torch.bool)),
+        ValueError,
+        r"mask is torch.bool of shape \(7,\): give torch.bool \(8,\)",
+    ),
+    "mask of numbers": (
+        lambda _: dist_loss(LOGITS, LOGITS, mask=torch.ones(8)),
+        ValueError,
+        "mask is torch.float32",
+    ),
+    "maps to mimic differ": (
+        lambda _: FeatureMimic(3, 5)(torch.zeros(1, 3, 4, 4), torch.zeros(1, 5, 2, 2)),
+        ValueError,
+        "compare maps of one size",
+    ),
+    # The teacher
+    "no network": (
+        lambda _: Teacher("resnet50"),
+        TypeError,
+        "the teacher is a str: give a torch.nn.Module",
+    ),
+    "dtype": (
+        lambda _: Teacher(nn.Linear(6, 4), dtype="half-ish"),
+        ValueError,
+        "dtype is 'half-ish': use a name such as 'bfloat16'",
+    ),
+    "class map empty": (
+        lambda _: Teacher(nn.Linear(6, 4), class_map=[]),
+        ValueError,
+        r"class_map is \[\]",
+    ),
+    "class map negative": (
+        lambda _: Teacher(nn.Linear(6, 4), class_map=[0, -1]),
+        ValueError,
+        "counted from 0",
+    ),
+    "class map beyond the classes": (
+        lambda _: Teacher(nn.Linear(6, 4), class_map=[0, 4])(torch.zeros(1, 6)),
+        ValueError,
+        "class_map has the index 4 and Linear 4 classes",
+    ),
+    "class without a partner": (
+        lambda _: match_classes(["cat", "dog"], ["cat", "wolf"]),
+        ValueError,
+        "dog",
+    ),
+    "bridge of two channels": (
+        lambda _: InputBridge([0.5, 0.5], [0.5, 0.5, 0.5], [0.5] * 3, [0.5] * 3),
+        ValueError,
+        "give one of each a channel, deviations above 0",
+    ),
+    "bridge that divides by zero": (
+        lambda _: InputBridge([0.5], [0.0], [0.5], [0.5]),
+        ValueError,
+        "give one of each a channel, deviations above 0",
+    ),
+    "ensemble of none": (
+        lambda _: EnsembleTeacher([]),
+        ValueError,
+        "the ensemble has no teachers",
+    ),
+    "ensemble with another mean": (
+        lambda _: EnsembleTeacher([nn.Linear(6, 4)], mean="median"),
+        ValueError,
+        "mean is 'median': use 'probabilities' or 'logits'",
+    ),
+    "ensemble of other classes": (
+        lambda _: EnsembleTeacher([nn.Linear(6, 4), nn.Linear(6, 5)])(torch.zeros(1, 6)),
+        ValueError,
+        "give each a class_map",
+    ),
+    "timm name": (
+        lambda _: load_teacher("timm/resnet3"),
+        ValueError,
+        "there is no timm network 'resnet3': did you mean",
+    ),
+    "torchvision name": (
+        lambda _: load_teacher("torchvision/resnet3"),
+        ValueError,
+        "there is no torchvision network 'resnet3': did you mean",
+    ),
+    "torchvision weights": (
+        lambda _: load_teacher("torchvision/resnet18", pretrained="IMAGENET"),
+        ValueError,
+        "there is no weights of torchvision's resnet18 'IMAGENET'",
+    ),
+    "head of other classes": (
+        lambda _: load_teacher("torchvision/resnet18", num_classes=10),
+        ValueError,
+        "have 1000 classes and num_classes is 10",
+    ),
+    "half of a normalisation": (
+        lambda _: load_teacher(nn.Linear(6, 4), student_mean=[0.5]),
+        ValueError,
+        "give student_mean and student_std both, or neither",
+    ),
+    "function that is not there": (
+        lambda _: load_teacher("torch.nn:Linaer"),
+        ValueError,
+        "there is no function of torch.nn 'Linaer': did you mean 'Linear'",
+    ),
+    "source of no kind": (
+        lambda _: load_teacher(3),
+        TypeError,
+        "the teacher's source is a int",
+    ),
+    "weights that are missing": (
+        lambda _: Teacher(nn.Linear(6, 4), weights="nowhere.pth"),
+        FileNotFoundError,
+        "there is no weight file nowhere.pth",
+    ),
+    "weights of another network": (
+        lambda context: (
+            torch.save(nn.Conv2d(1, 2, 3).state_dict(), context.folder / "w.pth"),
+            load_weights(nn.Linear(6, 4), context.folder / "w.pth"),
+        ),
+        ValueError,
+        "w.pth does not fit Linear: 2 of another shape",
+    ),
+    # The callback
+    "terms beside a loss": (
+        lambda _: distil(loss=DISTLoss(), terms={"a": Term(DISTLoss())}),
+        ValueError,
+        "give either loss, weight and output, or terms",
+    ),
+    "no terms": (lambda _: distil(terms={}), ValueError, "terms is empty"),
+    "weight of no number": (
+        lambda _: distil(weight="2"),
+        ValueError,
+        "the weight of term 'distill' is '2': give a number",
+    ),
+    "task weight of no number": (
+        lambda _: distil(task_weight=None),
+        ValueError,
+        "task_weight is None: give a number",
+    ),
+    "weight that is not finite": (
+        lambda _: distil(weight=float("nan")),
+        ValueError,
+        "the weight of term 'distill' is nan: give a number",
+    ),
+    "unknown treatment of NaN": (
+        lambda _: distil(nonfinite="ignore"),
+        ValueError,
+        "nonfinite is 'ignore': use 'raise' or 'skip'",
+    ),
+    "schedule without points": (lambda _: WeightSchedule({}), ValueError, "point"),
+    "manual optimization": (
+        fit(Manual(), distil()),
+        MisconfigurationException,
+        "Manual optimizes manually",
+    ),
+    "student that is not there": (
+        fit(User(), distil(student="nte")),
+        MisconfigurationException,
+        "'nte'.*net",
+    ),
+    "two callbacks": (
+        fit(User(), distil(), distil(student="unused")),
+        MisconfigurationException,
+        "several DistillationCallbacks: give one of them several terms",
+    ),
+    "teacher that is the student": (
+        fit(User(shared), distil(teacher=shared)),
+        MisconfigurationException,
+        "",
+    ),
+    "student that is not called": (
+        fit(User(), distil(student="unused")),
+        MisconfigurationException,
+        "'unused' was not called in training_step",
+    ),
+    "step without a loss": (
+        fit(Lossless(), distil()),
+        MisconfigurationException,
+        "training_step of Lossless returned dict without a loss",
+    ),
+    "student and teacher of other classes": (
+        fit(User(), distil(teacher=nn.Linear(6, 3))),
+        MisconfigurationException,
+        "student has 4 classes and teacher 3",
+    ),
+    "one-image batches": (
+        fit(User(), distil(), data=loader(batch_size=1)),
+        MisconfigurationException,
+        "the batch has one sample.*gamma=0",
+    ),
+    "NaN of the teacher": (
+        fit(User(), distil(teacher=Constant(float("nan")))),
+        FloatingPointError,
+        "term 'distill' is not finite at step 0 .*NaN or infinity is in the teacher's output",
+    ),
+    "NaN of the student": (
+        fit(User(Constant(float("nan"))), distil()),
+        FloatingPointError,
+        "is in the student's output",
+    ),
+    "infinity of the student": (
+        fit(User(Constant(float("inf"))), distil()),
+        FloatingPointError,
+        "is in the student's output",
+    ),
+    "loss that makes NaN": (
+        fit(User(), distil(loss=lambda s, t: (s - t).sum() * float("nan"))),
+        FloatingPointError,
+        "in neither output, so the loss itself makes it",
+    ),
+    # The module and the data
+    "interval of the scheduler": (
+        lambda _: DistillModule(nn.Linear(6, 4), scheduler_interval="batch"),
+        ValueError,
+        "scheduler_interval is 'batch': use 'epoch' or 'step'",
+    ),
+    "decay above 1": (
+        lambda _: DistillModule(nn.Linear(6, 4), ema_decay=99),
+        ValueError,
+        "ema_decay is 99: give a number of at least 0 and at most 1",
+    ),
+    "no classes to learn": (
+        lambda _: ClassificationModule(nn.Linear(6, 4), num_classes=0),
+        ValueError,
+        "num_classes is 0: give a whole number of at least 1",
+    ),
+    "labels out of range": (
+        fit(ClassificationModule(nn.Linear(6, 4), num_classes=4), data=loader(classes=6)),
+        ValueError,
+        "a batch has the label 5 and num_classes is 4",
+    ),
+    "labels below zero": (
+        fit(ClassificationModule(nn.Linear(6, 4), num_classes=4), data=loader(classes=-3)),
+        ValueError,
+        "a batch has the label -2",
+    ),
+    "learning rate": (
+        fit(
+            DistillModule(nn.Linear(6, 4), optimizer=lambda p: torch.optim.SGD(p.parameters(), -1))
+        ),
+        MisconfigurationException,
+        "the optimizer cannot be built: Invalid learning rate: -1",
+    ),
+    "empty batches": (
+        lambda _: DigitsDataModule(global_batch_size=0),
+        ValueError,
+        "global_batch_size is 0: give a whole number of at least 1",
+    ),
+    "more images than there are": (
+        lambda _: DigitsDataModule(train_size=5000).train_dataset(),
+        ValueError,
+        "train_size=5000: scikit-learn's digits leave 1293 images",
+    ),
+    "normalisation of other channels": (
+        lambda _: DigitsDataModule(mean=[0.5, 0.5]),
+        ValueError,
+        "mean has 2 values and an image 1 channels",
+    ),
+    "empty data set": (
+        lambda context: ImageFolderDataModule(root=context.folder).setup("fit"),
+        (ValueError, FileNotFoundError),
+        "train is missing|is empty",
+    ),
+    "seed of a run": (lambda _: ExactResume(seed=-1), ValueError, "seed is -1"),
+}
+
+
+@pytest.mark.parametrize("name", MISUSES)
+def test_a_misuse_is_refused_with_one_message(make_trainer, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    call, kind, message = MISUSES[name]
+    with pytest.raises(kind, match=f"(?s){message}") as caught:
+        call(SimpleNamespace(trainer=make_trainer, folder=tmp_path))
+    assert str(caught.value)
+
+
+COMMANDS = {
+    "verb": ("tarin", "there is no verb 'tarin': use train"),
+    "unknown option": ("train foo=1", "Could not override 'foo'"),
+    "unknown loss": ("train distill=dits", "Could not find 'distill/dits'.*dist kd none"),
+    "unknown student": ("train student=foo", "Could not find 'student/foo'"),
+    "unknown experiment": ("train experiment=foo", "Could not find 'experiment/foo'"),
+    "unknown optimizer": ("train optimizer=foo", "Could not find 'optimizer/foo'.*adamw sgd"),
+    "epochs": ("train trainer.max_epochs=abc", "trainer.max_epochs is 'abc'"),
+    "accelerator": ("train trainer.accelerator=foo", "accelerator='foo'"),
+    "no GPU": ("train trainer=gpu", "No supported gpu backend found"),
+    "tau": ("train distill.loss.tau=0", "tau is 0: the temperature must be above 0"),
+    "weight": ("train distill.weight=abc", "distill_weight is 'abc': give a number"),
+    "too few classes": ("train num_classes=5", "has the label . and num_classes is 5"),
+    "too many classes": ("train num_classes=12", "student has 12 classes and teacher 10"),
+    "teacher's weights": ("train teacher.weights=w.pth", "there is no weight file w.pth"),
+    "teacher's name": ("train teacher=timm", "Missing mandatory value: module.teacher.source"),
+    "train_size": ("train data.train_size=5000", "digits leave 1293 images"),
+    "fraction": ("train data.val_fraction=1.5", "val_fraction is 1.5: give a number"),
+    "batch of one": ("train data.global_batch_size=1", "the batch has one sample"),
+    "workers": ("train data.num_workers=-1", "num_workers is -1: give a whole number"),
+    "seed": ("train seed=abc", "seed is 'abc': give a whole number"),
+    "learning rate": ("train optimizer.lr=-1", "Invalid learning rate: -1"),
+    "monitor": ("train monitor=val/foo", "monitor is 'val/foo'.*use val/loss or val/accuracy"),
+    "precision of products": ("train matmul_precision=foo", "use highest or high or medium"),
+    "tested checkpoint": ("train test_checkpoint=foo", "use last or best"),
+    "treatment of NaN": ("train distill.nonfinite=foo", "nonfinite is 'foo'"),
+    "smoothing": ("train module.label_smoothing=2", "label_smoothing is 2"),
+    "data that are missing": ("train data=imagenet", "data/imagenet/train is missing"),
+    "run to resume": ("train ckpt_path=foo.ckpt", "there is no weight file foo.ckpt"),
+    "run to resume of another kind": ("train ckpt_path=text", "text is damaged or holds code"),
+    "no checkpoint": ("eval", "Missing mandatory value: ckpt"),
+    "checkpoint that is missing": ("eval ckpt=foo", "there is no weight file foo"),
+    "text for a checkpoint": ("export ckpt=text", "text is damaged or holds code"),
+    "weights for a checkpoint": ("predict ckpt=weights.pth images=.", "holds no config"),
+    "no runs": ("report foo", "no runs found under foo .no such folder"),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_misused_command_prints_one_line(refused, tmp_path, name):
+    arguments, message = COMMANDS[name]
+    (tmp_path / "text").write_text("no weights")
+    torch.save({"a": torch.zeros(1)}, tmp_path / "weights.pth")
+    verb, *options = arguments.split()
+    if verb == "train":
+        options = ["trainer=auto", "print_config=false", "callbacks.progress=null", *options]
+    line = refused(verb, *options)
+    assert re.search(message, line), line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "package"),
+    [("train data=huggingface data.path=foo num_classes=2", "datasets")],
+)
+def test_a_missing_package_is_named_with_its_extra(refused, monkeypatch, arguments, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    line = refused(*arguments.split(), "print_config=false", "callbacks.progress=null")
+    assert package in line
+    assert "pip install" in line
+
+
+def test_terms_that_are_not_finite_are_skipped_and_counted(make_trainer, tmp_path):
+    teacher = Constant(float("inf"))
+    module, plain = User(), User()
+    plain.load_state_dict(module.state_dict())
+    data = loader()
+    callback = distil(teacher=teacher, nonfinite="skip")
+    trainer = make_trainer(callbacks=[callback], log_every_n_steps=1)
+    trainer.fit(module, data)
+    assert callback.skipped == 2
+    assert trainer.callback_metrics["train/distill_skipped"] == 2
+    assert trainer.callback_metrics["train/distill"] == 0
+    make_trainer().fit(plain, data)  # what the task loss alone makes of it
+    assert torch.equal(module.net.weight, plain.net.weight)
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    again = distil(teacher=teacher, nonfinite="skip")
+    resumed = make_trainer(callbacks=[again], max_epochs=2)
+    resumed.fit(module, data, ckpt_path=tmp_path / "run.ckpt", weights_only=True)
+    assert again.skipped == 4
+
+
+def test_only_the_term_that_is_not_finite_is_skipped(make_trainer):
+    terms = {
+        "good": Term(DISTLoss(), 1.0),
+        "bad": Term(lambda s, t: s.sum() * float("nan"), 1.0),
+    }
+    callback = distil(terms=terms, nonfinite="skip")
+    trainer = make_trainer(callbacks=[callback])
+    trainer.fit(User(), loader())
+    assert trainer.callback_metrics["train/distill/good"] > 0
+    assert trainer.callback_metrics["train/distill/bad"] == 0
+    assert callback.skipped == 2
+
+
+def test_a_last_batch_of_one_image_is_no_misuse(make_trainer):
+    trainer = make_trainer(callbacks=[distil()])
+    trainer.fit(User(), loader(batch_size=15))
+    assert trainer.global_step == 2
