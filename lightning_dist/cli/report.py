@@ -1,4 +1,4 @@
-"""``lightning-dist report``: the table, plots and page of finished runs, also at the end of a sweep."""
+"""``lightning-dist report``: table, plots and page of finished runs, also after a sweep."""
 
 import argparse
 import json
@@ -17,7 +17,8 @@ from lightning_dist.report import write_report
 def main() -> None:
     """Parse ``sys.argv``, the verb first, and print the table."""
     parser = argparse.ArgumentParser(
-        prog="lightning-dist report", description="Table, CSV, plot and HTML page of the runs in folders."
+        prog="lightning-dist report",
+        description="Table, CSV, plot and HTML page of the runs in folders.",
     )
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="runs, at any depth")
     parser.add_argument("--metric", help="what to compare by, such as test/accuracy")

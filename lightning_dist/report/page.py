@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_dist.report.curves import Curve, read_curves
 from lightning_dist.report.plots import (
@@ -28,6 +28,9 @@ from lightning_dist.report.runs import (
     shown_metrics,
 )
 from lightning_dist.report.significance import Comparison, compare_groups, numbers_by_seed
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Cell(NamedTuple):
@@ -125,7 +128,7 @@ def _plots(
     """The titles and pictures of each section; what no run tells about is left out."""
     from markupsafe import Markup
 
-    figures = {
+    figures: dict[str, list[tuple[str, Figure | None]]] = {
         "groups": [(metric, plot_runs(runs, metric))],
         "curves": [(name, plot_curves(groups, x, name)) for name, x in curves.items()],
         "sizes": [(f"{metric} against the student's size", plot_sizes(groups, metric))],
@@ -172,7 +175,9 @@ def _run_table(
     for number, group in enumerate(groups):
         for run in group.runs:
             values = [run.overrides.get(key) for key in keys]
-            status = Cell(run.status) if run.completed else Cell(f"failed: {run.reason}", kind="bad")
+            status = (
+                Cell(run.status) if run.completed else Cell(f"failed: {run.reason}", kind="bad")
+            )
             numbers = [_number(run.metrics.get(name), ".4g") for name in metrics]
             rows.append(
                 Row(
