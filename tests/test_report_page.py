@@ -313,15 +313,25 @@ def opened(browser: webdriver.Chrome, page: Path) -> list[str]:
 
 
 def column(browser: webdriver.Chrome, table: str, number: int) -> list[str]:
-    cells = browser.find_elements(By.CSS_SELECTOR, f"#{table} tbody td:nth-child({number})")
-    return [cell.text for cell in cells]
+    return texts(browser, f"#{table} tbody td:nth-child({number})")
+
+
+def texts(browser: webdriver.Chrome, selector: str) -> list[str]:
+    """What elements show, from top to bottom, in one round trip."""
+    script = """
+        const found = [...document.querySelectorAll(arguments[0])];
+        found.sort((a, b) => a.getBoundingClientRect().top - b.getBoundingClientRect().top);
+        return found.map((element) => element.innerText)"""
+    return browser.execute_script(script, selector)
 
 
 def header(browser: webdriver.Chrome, table: str, name: str) -> tuple[WebElement, int]:
     """A column's head, and its number."""
-    heads = browser.find_elements(By.CSS_SELECTOR, f"#{table} th")
-    (number,) = (i for i, head in enumerate(heads, start=1) if head.text.split()[0] == name)
-    return heads[number - 1], number
+    names = browser.execute_script(
+        f"return [...document.querySelectorAll('#{table} th')].map((head) => head.innerText)"
+    )
+    (number,) = (i for i, text in enumerate(names, start=1) if text.split()[0] == name)
+    return browser.find_element(By.CSS_SELECTOR, f"#{table} th:nth-child({number})"), number
 
 
 def clicked(browser: webdriver.Chrome, table: str, name: str) -> list[str]:
@@ -397,9 +407,5 @@ def test_a_browser_runs_nothing_that_a_name_holds(browser: webdriver.Chrome, evi
     assert browser.execute_script("return window.hit") is None
     assert len(browser.find_elements(By.TAG_NAME, "script")) == 1
     _, number = header(browser, "runs", "command")
-    text = browser.execute_script(
-        "return [...document.querySelectorAll(arguments[0])].map((cell) => cell.textContent)",
-        f"#runs td:nth-child({number})",
-    )
-    assert set(SHOWN) <= set(text)
+    assert set(SHOWN) <= set(column(browser, "runs", number))
     assert browser.get_log("browser") == []  # nor did its policy have to stop anything

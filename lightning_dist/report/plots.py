@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from lightning_dist.report.curves import Curve
 from lightning_dist.report.runs import (
     Group,
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+_POINTS = 150  # of a curve
 # Names come from users: they may be long, and matplotlib would read $…$ as mathematics.
 _short = partial(re.sub, "(?<=^.{39}).+(?=.{40}$)", "…")
 
@@ -119,9 +122,13 @@ def plot_curves(groups: Sequence[Group], curves: Mapping[Path, Curve], name: str
     figure, axes = _frame()
     for number, group in enumerate(groups):
         for curve in [curves[run.folder] for run in group.runs if run.folder in curves]:
-            marker = "o" if len(curve.steps) == 1 else ""
+            count = len(curve.steps)
+            # Long runs log more points than a picture has pixels, and a page should stay small.
+            at = np.unique(np.linspace(0, count - 1, min(count, _POINTS)).round().astype(int))
+            steps, values = np.array(curve.steps)[at], np.array(curve.values)[at]
+            marker = "o" if count == 1 else ""
             style: dict[str, Any] = {"color": colors[number], "lw": 1.2, "ms": 4, "alpha": 0.8}
-            _mark_group(axes.plot(curve.steps, curve.values, marker=marker, **style), number)
+            _mark_group(axes.plot(steps, values, marker=marker, **style), number)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel(_short(plain(name)), parse_math=False)
     return figure
