@@ -130,7 +130,7 @@ def _plots(
 
     figures: dict[str, list[tuple[str, Figure | None]]] = {
         "groups": [(metric, plot_runs(runs, metric))],
-        "curves": [(name, plot_curves(groups, x, name)) for name, x in curves.items()],
+        "curves": [(name, plot_curves(groups, x)) for name, x in curves.items()],
         "sizes": [(f"{metric} against the student's size", plot_sizes(groups, metric))],
         "teachers": [(f"{metric} against the teacher", plot_teachers(groups, metric))],
     }

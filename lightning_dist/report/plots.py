@@ -116,7 +116,7 @@ def plot_sizes(groups: Sequence[Group], metric: str) -> "Figure | None":
     return figure
 
 
-def plot_curves(groups: Sequence[Group], curves: Mapping[Path, Curve], name: str) -> "Figure":
+def plot_curves(groups: Sequence[Group], curves: Mapping[Path, Curve]) -> "Figure":
     """A metric over the optimizer steps, a line for each run whose folder has a curve."""
     colors = group_colors(groups)
     figure, axes = _frame()
@@ -130,7 +130,6 @@ def plot_curves(groups: Sequence[Group], curves: Mapping[Path, Curve], name: str
             style: dict[str, Any] = {"color": colors[number], "lw": 1.2, "ms": 4, "alpha": 0.8}
             _mark_group(axes.plot(steps, values, marker=marker, **style), number)
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel(_short(plain(name)), parse_math=False)
     return figure
 
 
