@@ -209,14 +209,17 @@ def train(config: DictConfig) -> dict[str, Any]:
     return {"metrics": metrics, "checkpoint": tested, **networks}
 
 
-def _networks(module: DistillModule, config: DictConfig) -> dict[str, Any]:
+def _networks(module: LightningModule, config: DictConfig) -> dict[str, Any]:
     """How large the student is, who the teacher is, and how large that is, for the report."""
+    if not isinstance(module, DistillModule):  # a config may name any LightningModule
+        return {}
     networks = {"student_parameters": sum(x.numel() for x in module.student.parameters())}
     if module.teacher is None:
         return networks | {"teacher": None, "teacher_parameters": None}
     # Its file in conf/teacher, unless that loads one by name; and its weights, where they are one.
-    name = config.teacher.get("source") or HydraConfig.get().runtime.choices["teacher"]
-    weights = config.teacher.get("weights")
+    settings = config.module.teacher
+    name = settings.get("source") or HydraConfig.get().runtime.choices.get("teacher", "teacher")
+    weights = settings.get("weights")
     size = sum(x.numel() for x in module.teacher.network.parameters())
     name = f"{name} ({Path(weights).name})" if isinstance(weights, str) else name
     return networks | {"teacher": name, "teacher_parameters": size}
