@@ -1,5 +1,6 @@
 """Fixtures of all tests: golden values, independent formulations, a small Trainer."""
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -80,6 +81,28 @@ def make_trainer(tmp_path: Path) -> Callable[..., L.Trainer]:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def put_run() -> Callable[..., Path]:
+    """Write a run as the train command does: its folder, its overrides, other fields."""
+
+    def put(folder: Path, *overrides: str, **fields: object) -> Path:
+        content = {
+            "status": "completed",
+            "overrides": list(overrides),
+            "command": f"lightning-dist train {' '.join(overrides)}",
+            "metric": "test/accuracy",
+            "metrics": {"test/accuracy": 0.9},
+            "checkpoint": "checkpoints/last.ckpt",
+            "seconds": 12.5,
+            "error": None,
+        }
+        folder.mkdir(parents=True)
+        (folder / "result.json").write_text(json.dumps(content | fields), encoding="utf-8")
+        return folder
+
+    return put
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,9 @@ def test_train_leaves_a_result_a_checkpoint_and_curves(command, tmp_path, capsys
     expected = {"val/loss", "val/accuracy", "test/loss", "test/accuracy"}
     assert set(result["metrics"]) == {*expected, "teacher/loss", "teacher/accuracy"}
     assert result["command"].startswith("lightning-dist train seed=3 trainer=cpu")
+    assert result["student_parameters"] == 438
+    assert result["teacher"] == "digits (digits_teacher.safetensors)"
+    assert result["teacher_parameters"] == 94186
     (curves,) = tmp_path.rglob("metrics.csv")
     assert {"train/loss", "train/task", "train/distill"} < set(
         curves.read_text().split("\n")[0].split(",")
@@ -35,6 +39,16 @@ def test_train_leaves_a_result_a_checkpoint_and_curves(command, tmp_path, capsys
     printed = capsys.readouterr().out
     assert "lightning_dist.models.small.SmallCNN" in printed  # the config
     assert Path(result["checkpoint"]).name in printed
+
+
+def test_the_command_in_a_result_can_be_typed_again(command, tmp_path):
+    command("train", "student.channels=[4, 8]", "distill=none", *QUICK)
+    (result,) = results(tmp_path / "outputs")
+    typed = shlex.split(result["command"])
+    assert typed[:4] == ["lightning-dist", "train", "student.channels=[4, 8]", "distill=none"]
+    assert typed[2:] == result["overrides"]
+    assert result["teacher"] is None
+    assert result["teacher_parameters"] is None
 
 
 def test_the_checkpoint_holds_no_teacher(command, tmp_path):
@@ -151,6 +165,12 @@ def test_a_sweep_ends_with_a_table_and_a_plot(command, tmp_path, capsys):
     assert "±" in printed
     (plot,) = (tmp_path / "multirun").rglob("report.png")
     assert plot.read_bytes().startswith(b"\x89PNG")
+    page = plot.with_suffix(".html")
+    assert str(page.relative_to(tmp_path)) in printed
+    words = page.read_text()
+    assert "val/accuracy" in words  # a learning curve
+    assert "438" in words
+    assert "no teacher" in words
     command("report", "multirun", "--metric", "test/loss")
     assert "test/loss" in capsys.readouterr().out
 

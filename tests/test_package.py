@@ -22,6 +22,14 @@ def test_every_package_is_declared():
     assert set(declared()["options"]["packages"].split()) == found | {"lightning_dist.conf"}
 
 
+def test_every_file_that_is_no_module_is_declared():
+    package = ROOT / "lightning_dist"
+    patterns = declared()["options.package_data"]["lightning_dist"].split()
+    files = {path for path in package.rglob("*") if path.is_file() and path.suffix != ".py"}
+    files = {path for path in files if "__pycache__" not in path.parts}
+    assert files == {path for pattern in patterns for path in package.glob(pattern)}
+
+
 def test_the_public_names():
     assert lightning_dist.__all__ == [
         "DISTLoss",

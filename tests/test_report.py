@@ -1,14 +1,13 @@
 """Tests that reports tell what the runs measured, whatever their names hold."""
 
 import csv
-import json
 import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import matplotlib.image
 import pytest
@@ -27,6 +26,7 @@ from lightning_dist.report import (
     write_report,
 )
 
+PutRun = Callable[..., Path]
 ACCURACY = {
     "none": [0.8851, 0.8912, 0.8807],
     "kd": [0.9013, 0.9066, 0.8949],
@@ -34,24 +34,7 @@ ACCURACY = {
 }
 
 
-def put_run(folder: Path, *overrides: str, **fields: Any) -> Path:
-    """Write a run as the train command does."""
-    content = {
-        "status": "completed",
-        "overrides": list(overrides),
-        "command": f"lightning-dist train {' '.join(overrides)}",
-        "metric": "test/accuracy",
-        "metrics": {"test/accuracy": 0.9},
-        "checkpoint": "checkpoints/last.ckpt",
-        "seconds": 12.5,
-        "error": None,
-    }
-    folder.mkdir(parents=True)
-    (folder / "result.json").write_text(json.dumps(content | fields), encoding="utf-8")
-    return folder
-
-
-def test_the_teachers_number_stands_beside_the_students(tmp_path: Path):
+def test_the_teachers_number_stands_beside_the_students(tmp_path: Path, put_run: PutRun):
     put_run(tmp_path / "0", "distill=none")
     metrics = {"test/accuracy": 0.9, "teacher/accuracy": 0.997, "teacher/loss": 0.1}
     put_run(tmp_path / "1", "distill=dist", metrics=metrics)
@@ -62,7 +45,7 @@ def test_the_teachers_number_stands_beside_the_students(tmp_path: Path):
 
 
 @pytest.fixture
-def sweep(tmp_path: Path) -> Path:
+def sweep(tmp_path: Path, put_run: PutRun) -> Path:
     """Three settings with three seeds each, in numbered folders."""
     jobs = [(name, seed) for name in ACCURACY for seed in range(3)]
     for number, (name, seed) in enumerate(jobs):
@@ -120,7 +103,7 @@ def test_table_shows_varying_keys_runs_and_optimised_metric_first(sweep: Path) -
     ]
 
 
-def test_one_run_has_no_standard_deviation(tmp_path: Path) -> None:
+def test_one_run_has_no_standard_deviation(tmp_path: Path, put_run: PutRun) -> None:
     put_run(tmp_path / "run", "seed=0")
     table = write_report(tmp_path / "run")
     assert headers(table) == ["runs", "test/accuracy"]
@@ -128,7 +111,7 @@ def test_one_run_has_no_standard_deviation(tmp_path: Path) -> None:
     assert tick_labels(plot_runs(read_runs(tmp_path))) == ["all runs"]
 
 
-def test_runs_come_in_natural_order_folder_by_folder(tmp_path: Path) -> None:
+def test_runs_come_in_natural_order_folder_by_folder(tmp_path: Path, put_run: PutRun) -> None:
     for number in (10, 9, 1, 100):
         put_run(tmp_path / "b" / f"job{number}", f"x={number}")
     put_run(tmp_path / "a" / "deep" / "er", "x=a")
@@ -159,7 +142,7 @@ def test_overlapping_folders_count_a_run_once(sweep: Path) -> None:
     ],
 )
 def test_overrides_are_read_as_hydra_writes_them(
-    tmp_path: Path, override: str, key: str, value: str
+    tmp_path: Path, override: str, key: str, value: str, put_run: PutRun
 ) -> None:
     put_run(tmp_path / "run", "lr=1", override)
     overrides = read_runs(tmp_path)[0].overrides
@@ -167,7 +150,9 @@ def test_overrides_are_read_as_hydra_writes_them(
     assert set(overrides) == {"lr", key}
 
 
-def test_key_that_some_runs_leave_alone_is_shown_as_default(tmp_path: Path) -> None:
+def test_key_that_some_runs_leave_alone_is_shown_as_default(
+    tmp_path: Path, put_run: PutRun
+) -> None:
     put_run(tmp_path / "0", "seed=0")
     put_run(tmp_path / "1", "tau=4", "+seed=0")
     put_run(tmp_path / "2", "tau=", "seed=1")
@@ -177,7 +162,9 @@ def test_key_that_some_runs_leave_alone_is_shown_as_default(tmp_path: Path) -> N
     assert tick_labels(plot_runs(runs)) == ["(default)", "4", "''"]
 
 
-def test_failed_runs_are_listed_with_their_reason_and_stay_out_of_the_mean(sweep: Path) -> None:
+def test_failed_runs_are_listed_with_their_reason_and_stay_out_of_the_mean(
+    sweep: Path, put_run: PutRun
+) -> None:
     partial = {"test/accuracy": 0.1, "val/x": 9.0}
     dist = ["experiment=digits", "distill=dist", "seed=9"]
     put_run(sweep / "9", *dist, status="failed", error="out of\nmemory", metrics=partial)
@@ -197,32 +184,38 @@ def test_failed_runs_are_listed_with_their_reason_and_stay_out_of_the_mean(sweep
     assert [text.get_text() for text in plot_runs(runs).axes[0].texts] == ["no result"]
 
 
-def test_report_of_failures_only_still_lists_them(tmp_path: Path) -> None:
+def test_report_of_failures_only_still_lists_them(tmp_path: Path, put_run: PutRun) -> None:
     put_run(tmp_path / "0", status="failed", error="bad-data", metrics={})
     assert "bad-data" in shown(write_report(tmp_path))
     assert (tmp_path / "report.png").exists()
 
 
-def test_metric_that_some_runs_lack_says_how_many_it_averages(tmp_path: Path) -> None:
+def test_metric_that_some_runs_lack_says_how_many_it_averages(
+    tmp_path: Path, put_run: PutRun
+) -> None:
     for seed, extra in enumerate([{"test/x": 1.0}, {"test/x": 2.0}, {}]):
         put_run(tmp_path / str(seed), f"seed={seed}", metrics={"test/accuracy": 0.5} | extra)
     assert rows(report_table(read_runs(tmp_path))) == [["3", "0.5 ± 0", "1.5 ± 0.7071 (of 2)"]]
 
 
-def test_the_table_shows_the_split_of_its_metric_and_the_csv_everything(tmp_path: Path) -> None:
+def test_the_table_shows_the_split_of_its_metric_and_the_csv_everything(
+    tmp_path: Path, put_run: PutRun
+) -> None:
     put_run(tmp_path / "0", "seed=0", metrics={"test/accuracy": 0.5, "val/accuracy": 0.25})
     assert rows(write_report(tmp_path)) == [["1", "0.5"]]
     assert "0.25" in (tmp_path / "report.csv").read_text()
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
-def test_diverged_run_is_seen_in_the_mean(tmp_path: Path, number: float) -> None:
+def test_diverged_run_is_seen_in_the_mean(tmp_path: Path, number: float, put_run: PutRun) -> None:
     put_run(tmp_path / "0", "seed=0", metrics={"test/accuracy": number})
     put_run(tmp_path / "1", "seed=1")
     assert rows(write_report(tmp_path)) == [["2", f"{number} ± nan"]]
 
 
-def test_markup_and_control_characters_in_names_are_shown_not_obeyed(tmp_path: Path) -> None:
+def test_markup_and_control_characters_in_names_are_shown_not_obeyed(
+    tmp_path: Path, put_run: PutRun
+) -> None:
     markup = "[bold red]x[/] [/oops] [link=https://evil.example]y[/link] $\\frac{$"
     bad = {"metric": markup, "metrics": {markup: 0.5}}
     put_run(tmp_path / "[blue]0", f"+[red]key=[1,2]{markup}", **bad)
@@ -237,7 +230,7 @@ def test_markup_and_control_characters_in_names_are_shown_not_obeyed(tmp_path: P
     assert "\\x1b[2J\\ud800" in text
 
 
-def test_csv_has_one_complete_row_a_run(sweep: Path) -> None:
+def test_csv_has_one_complete_row_a_run(sweep: Path, put_run: PutRun) -> None:
     put_run(
         sweep / "9", "distill='a,\"b\"'", "status=mine", status="failed", error="why", metrics={}
     )
@@ -272,7 +265,9 @@ def test_plot_shows_each_run_and_the_mean_with_error_bar(sweep: Path) -> None:
         assert (low, high) == pytest.approx((mean - std, mean + std))
 
 
-def test_plot_stays_readable_with_many_groups_and_long_names(tmp_path: Path) -> None:
+def test_plot_stays_readable_with_many_groups_and_long_names(
+    tmp_path: Path, put_run: PutRun
+) -> None:
     for number in range(30):
         put_run(tmp_path / str(number), f"weights=/data/{'x' * 3000}/{number}")
     write_report(tmp_path)
@@ -289,14 +284,17 @@ def test_plot_stays_readable_with_many_groups_and_long_names(tmp_path: Path) -> 
     assert height < 2500
 
 
-def test_write_report_fills_the_first_folder_or_out(sweep: Path, tmp_path: Path) -> None:
+def test_write_report_fills_the_first_folder_or_out(
+    sweep: Path, tmp_path: Path, put_run: PutRun
+) -> None:
     put_run(tmp_path / "more" / "0", "distill=dist", "experiment=digits", "seed=3")
     table = write_report([tmp_path / "more", sweep])
     assert [row[:2] for row in rows(table)] == [["dist", "4"], ["none", "3"], ["kd", "3"]]
-    assert sorted(os.listdir(tmp_path / "more")) == ["0", "report.csv", "report.png"]
+    assert sorted(os.listdir(tmp_path / "more")) == ["0", "report.csv", "report.html", "report.png"]
     assert not (sweep / "report.csv").exists()
     write_report(sweep, out=tmp_path / "new" / "out", metric="test/loss")
-    assert sorted(os.listdir(tmp_path / "new" / "out")) == ["report.csv", "report.png"]
+    written = ["report.csv", "report.html", "report.png"]
+    assert sorted(os.listdir(tmp_path / "new" / "out")) == written
     image = matplotlib.image.imread(tmp_path / "new" / "out" / "report.png")
     assert image.std() > 0.05  # something is drawn
 
@@ -331,18 +329,20 @@ def test_broken_result_is_an_error_that_names_the_file(sweep: Path, text: str, r
     "fields",
     [{"metrics": {"a": None}}, {"metrics": [1]}, {"overrides": ["nonsense"]}, {"overrides": [1]}],
 )
-def test_wrong_field_is_an_error_that_names_the_file(tmp_path: Path, fields: dict) -> None:
+def test_wrong_field_is_an_error_that_names_the_file(
+    tmp_path: Path, fields: dict, put_run: PutRun
+) -> None:
     put_run(tmp_path / "run", **fields)
     with pytest.raises(ValueError, match=r"run.result\.json is broken"):
         read_runs(tmp_path)
 
 
-def test_fields_of_later_versions_do_no_harm(tmp_path: Path) -> None:
+def test_fields_of_later_versions_do_no_harm(tmp_path: Path, put_run: PutRun) -> None:
     put_run(tmp_path / "run", rank=0)
     assert read_runs(tmp_path)[0].checkpoint == "checkpoints/last.ckpt"
 
 
-def test_runs_that_disagree_on_the_metric_need_a_choice(tmp_path: Path) -> None:
+def test_runs_that_disagree_on_the_metric_need_a_choice(tmp_path: Path, put_run: PutRun) -> None:
     both = {"test/accuracy": 0.9, "val/miou": 0.7}
     put_run(tmp_path / "one", metrics=both)
     put_run(tmp_path / "two", metric="val/miou", metrics=both)
@@ -357,7 +357,9 @@ def test_runs_that_disagree_on_the_metric_need_a_choice(tmp_path: Path) -> None:
     assert plot_runs(runs, "val/miou").axes[0].get_title() == "val/miou"
 
 
-def test_unknown_metric_is_an_error_that_lists_the_known(sweep: Path, tmp_path: Path) -> None:
+def test_unknown_metric_is_an_error_that_lists_the_known(
+    sweep: Path, tmp_path: Path, put_run: PutRun
+) -> None:
     with pytest.raises(ValueError, match=r"the metric acc; .*test/loss, test/accuracy"):
         write_report(sweep, metric="acc")
     put_run(tmp_path / "unnamed", metric=None)
@@ -365,7 +367,14 @@ def test_unknown_metric_is_an_error_that_lists_the_known(sweep: Path, tmp_path: 
         write_report(tmp_path / "unnamed")
 
 
-def test_import_leaves_matplotlib_alone() -> None:
-    # The file by itself: torchmetrics, which the package imports, imports matplotlib.
-    code = "import runpy, sys; runpy.run_path(sys.argv[1]); assert 'matplotlib' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code, report.__file__], check=True)
+def test_import_leaves_slow_packages_alone() -> None:
+    # Beside an empty parent: torchmetrics, which the package imports, imports matplotlib.
+    code = """
+import sys, types
+parent = sys.modules["lightning_dist"] = types.ModuleType("lightning_dist")
+parent.__path__ = [sys.argv[1]]
+import lightning_dist.report
+assert not {"matplotlib", "scipy", "jinja2"} & sys.modules.keys()
+"""
+    package = Path(report.__file__).parents[1]
+    subprocess.run([sys.executable, "-c", code, package], check=True)

@@ -15,7 +15,7 @@ VERBS = {
     "eval": "test the student of a checkpoint",
     "predict": "label the images of a folder with the student of a checkpoint",
     "export": "write the student of a checkpoint as safetensors",
-    "report": "table and plot of the runs in one or more folders",
+    "report": "table, plots and page of the runs in one or more folders",
 }
 _USAGE = """usage: lightning-dist VERB [key=value ...]
 

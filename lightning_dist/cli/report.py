@@ -1,4 +1,4 @@
-"""``lightning-dist report``: the table and plot of finished runs, also at the end of a sweep."""
+"""``lightning-dist report``: table, plots and page of finished runs, also after a sweep."""
 
 import argparse
 import json
@@ -17,7 +17,8 @@ from lightning_dist.report import write_report
 def main() -> None:
     """Parse ``sys.argv``, the verb first, and print the table."""
     parser = argparse.ArgumentParser(
-        prog="lightning-dist report", description="Table and plot of the runs in folders."
+        prog="lightning-dist report",
+        description="Table, CSV, plot and HTML page of the runs in folders.",
     )
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="runs, at any depth")
     parser.add_argument("--metric", help="what to compare by, such as test/accuracy")
@@ -40,3 +41,4 @@ class ReportAfterSweep(Callback):
 def _print(folders: list[Path], metric: str | None) -> None:
     rich.print(write_report(folders, metric=metric))
     print(f"saved {folders[0] / 'report.csv'} and {folders[0] / 'report.png'}")
+    print(f"open {folders[0] / 'report.html'} in a browser for curves, plots and commands")

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import shlex
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from lightning_dist.checks import check_number
 from lightning_dist.cli import UserError, hydra_app, is_users, user_environment
 from lightning_dist.cli.saved import CONFIG_KEY, to_save
+from lightning_dist.module import DistillModule
 from lightning_dist.resume import SIGNALS
 from lightning_dist.weights import read_checkpoint
 
@@ -197,7 +199,7 @@ def _new_result(config: DictConfig) -> dict[str, Any]:
         "status": "failed",
         "error": None,
         "overrides": overrides,
-        "command": " ".join(["lightning-dist train", *overrides]),
+        "command": shlex.join(["lightning-dist", "train", *overrides]),
         "metric": config.monitor.replace("val/", "test/", 1),
         "seconds": 0.0,
     }
@@ -219,8 +221,8 @@ def train(config: DictConfig) -> dict[str, Any]:
 
     Returns:
         ``metrics``, the last value of every ``val/`` and ``test/`` metric, with ``test_teacher``
-        also the teacher's as ``teacher/``; and ``checkpoint``, the path of the one that was tested,
-        or ``None``.
+        also the teacher's as ``teacher/``; ``checkpoint``, the path of the one that was tested, or
+        ``None``; and what :func:`_networks` says.
     """
     check(config)
     if config.print_config:
@@ -228,6 +230,7 @@ def train(config: DictConfig) -> dict[str, Any]:
     torch.set_float32_matmul_precision(config.matmul_precision)
     seed_everything(config.seed, workers=True)
     module = instantiate(config.module)
+    networks = _networks(module, config)
     datamodule = instantiate(config.data)
     trainer = instantiate(
         config.trainer,
@@ -260,7 +263,23 @@ def train(config: DictConfig) -> dict[str, Any]:
         metrics |= {name.replace("test/", "teacher/", 1): value for name, value in found}
     if trainer.is_global_zero:
         rich.print(f"[bold]checkpoint[/bold] {tested or 'none was saved'}")
-    return {"metrics": metrics, "checkpoint": tested}
+    return {"metrics": metrics, "checkpoint": tested, **networks}
+
+
+def _networks(module: LightningModule, config: DictConfig) -> dict[str, Any]:
+    """How large the student is, who the teacher is, and how large that is, for the report."""
+    if not isinstance(module, DistillModule):  # a config may name any LightningModule
+        return {}
+    networks = {"student_parameters": sum(x.numel() for x in module.student.parameters())}
+    if module.teacher is None:
+        return networks | {"teacher": None, "teacher_parameters": None}
+    # Its file in conf/teacher, unless that loads one by name; and its weights, where they are one.
+    settings = config.module.teacher
+    name = settings.get("source") or HydraConfig.get().runtime.choices.get("teacher", "teacher")
+    weights = settings.get("weights")
+    size = sum(x.numel() for x in module.teacher.network.parameters())
+    name = f"{name} ({Path(weights).name})" if isinstance(weights, str) else name
+    return networks | {"teacher": name, "teacher_parameters": size}
 
 
 def check(config: DictConfig) -> None:

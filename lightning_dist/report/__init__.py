@@ -1,0 +1,58 @@
+"""Reports on finished runs: table, CSV, plot, and a page that needs nothing but a browser."""
+
+from pathlib import Path
+
+from rich.table import Table
+
+from lightning_dist.report.curves import Curve, read_curves
+from lightning_dist.report.page import write_page
+from lightning_dist.report.plots import plot_runs
+from lightning_dist.report.runs import (
+    Folders,
+    Group,
+    PathLike,
+    Run,
+    Summary,
+    as_paths,
+    group_runs,
+    optimized_metric,
+    read_runs,
+)
+from lightning_dist.report.significance import Comparison, compare_groups
+from lightning_dist.report.table import report_table, write_csv
+
+__all__ = [
+    "Comparison",
+    "Curve",
+    "Group",
+    "Run",
+    "Summary",
+    "compare_groups",
+    "group_runs",
+    "optimized_metric",
+    "plot_runs",
+    "read_curves",
+    "read_runs",
+    "report_table",
+    "write_csv",
+    "write_page",
+    "write_report",
+]
+
+
+def write_report(folders: Folders, out: PathLike | None = None, metric: str | None = None) -> Table:
+    """Read all runs under the folders, write report.csv, .png and .html, return the table.
+
+    Args:
+        folders: a folder, or several whose runs are merged; the files go to the first.
+        out: another folder for the files.
+        metric: metric to compare by, by default the one that all runs optimise.
+    """
+    runs = read_runs(folders)
+    table, figure = report_table(runs, metric), plot_runs(runs, metric)
+    target = as_paths(folders)[0] if out is None else Path(out)
+    target.mkdir(parents=True, exist_ok=True)
+    write_csv(runs, target / "report.csv")
+    figure.savefig(target / "report.png", bbox_inches="tight")
+    write_page(runs, target / "report.html", metric)
+    return table

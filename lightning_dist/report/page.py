@@ -1,0 +1,212 @@
+"""The HTML page of a report: one file, with tables to sort, plots, and each run's command."""
+
+import base64
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from lightning_dist.report.curves import Curve, read_curves
+from lightning_dist.report.plots import (
+    group_colors,
+    plot_curves,
+    plot_runs,
+    plot_sizes,
+    plot_teachers,
+    to_svg,
+)
+from lightning_dist.report.runs import (
+    Group,
+    PathLike,
+    Run,
+    group_runs,
+    names,
+    optimized_metric,
+    plain,
+    shown_metrics,
+)
+from lightning_dist.report.significance import Comparison, compare_groups, numbers_by_seed
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class Cell(NamedTuple):
+    """A table's cell: its text, what it is sorted by if that is another, its CSS class."""
+
+    text: str
+    key: str | None = None
+    kind: str = ""
+
+
+class Row(NamedTuple):
+    """A table's row, and the number of the group that it belongs to."""
+
+    cells: list[Cell]
+    group: int | None = None
+
+
+def write_page(runs: Sequence[Run], path: PathLike, metric: str | None = None) -> None:
+    """Write a page that works without a server or network.
+
+    Args:
+        runs: as :func:`read_runs` returns them; the learning curves are read from their folders.
+        path: of the file.
+        metric: metric to compare by, by default the one that all runs optimise.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined  # not at the top: slow to import
+    from markupsafe import Markup
+
+    def on_one_line(value: Any) -> Any:
+        return plain(value) if type(value) is str else value
+
+    groups, metric = group_runs(runs), optimized_metric(runs, metric)
+    files = resources.files("lightning_dist.report") / "templates"
+    script = (files / "page.js").read_text(encoding="utf-8")
+    alone = [group for group in groups if len(numbers_by_seed(group, metric)) < 2]
+    tested = compare_groups([group for group in groups if group not in alone], metric)
+    curves, without_curves = _curves(runs, metric)
+    # What is not Markup is escaped, and control characters are shown as what they are.
+    environment = Environment(
+        loader=PackageLoader("lightning_dist.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=on_one_line,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("page.html").render(
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        style=Markup((files / "page.css").read_text(encoding="utf-8")),
+        metric=metric,
+        runs=runs,
+        failed=[run for run in runs if not run.completed],
+        unknown=[run for run in runs if run.completed and run.student_parameters is None],
+        groups=groups,
+        colors=group_colors(groups),
+        alone=alone,
+        tested=tested,
+        without_curves=without_curves,
+        group_table=_group_table(groups, runs, metric),
+        test_table=_test_table(tested),
+        run_table=_run_table(groups, runs, metric),
+        plots=_plots(groups, runs, metric, curves),
+    )
+    Path(path).write_text(page, encoding="utf-8")
+
+
+def _curves(runs: Sequence[Run], metric: str) -> tuple[dict[str, dict[Path, Curve]], list[str]]:
+    """The learning curves by name and folder, and why some runs have none."""
+    found: dict[Path, dict[str, Curve]] = {}
+    reasons = []
+    for run in runs:
+        try:
+            found[run.folder] = read_curves(run.folder)
+        except ValueError as error:
+            reasons.append(str(error))
+    # What is tested was validated under the name of that split.
+    first = [metric.replace("test/", "val/", 1), "val/loss"]
+    logged = sorted(names(found.values()))
+    chosen = [name for name in dict.fromkeys(first) if name in logged]
+    chosen += [name for name in logged if name.startswith("train/") and name not in chosen]
+    curves = {
+        name: {folder: curves[name] for folder, curves in found.items() if name in curves}
+        for name in chosen
+    }
+    return curves, reasons
+
+
+def _plots(
+    groups: Sequence[Group],
+    runs: Sequence[Run],
+    metric: str,
+    curves: Mapping[str, Mapping[Path, Curve]],
+) -> dict[str, list[tuple[str, str]]]:
+    """The titles and pictures of each section; what no run tells about is left out."""
+    from markupsafe import Markup
+
+    figures: dict[str, list[tuple[str, Figure | None]]] = {
+        "groups": [(metric, plot_runs(runs, metric))],
+        "curves": [(name, plot_curves(groups, x)) for name, x in curves.items()],
+        "sizes": [(f"{metric} against the student's size", plot_sizes(groups, metric))],
+        "teachers": [(f"{metric} against the teacher", plot_teachers(groups, metric))],
+    }
+    return {
+        section: [(name, Markup(to_svg(x, groups))) for name, x in several if x is not None]
+        for section, several in figures.items()
+    }
+
+
+def _group_table(
+    groups: Sequence[Group], runs: Sequence[Run], metric: str
+) -> tuple[list[str], list[Row]]:
+    metrics = shown_metrics(runs, metric)
+    rows = []
+    for number, group in enumerate(groups):
+        summaries = map(group.summary, metrics)
+        cells = [
+            Cell(x.text(len(group.completed)), _key(x.mean), "number") if x else _NOTHING
+            for x in summaries
+        ]
+        count = Cell(group.count, str(len(group.completed)), "number")
+        rows.append(Row([*map(Cell, group.labels), count, *cells], number))
+    return [*groups[0].values, "runs", *metrics], rows
+
+
+def _test_table(tested: Sequence[Comparison]) -> tuple[list[str], list[Row]]:
+    rows = []
+    for pair in tested:
+        p = Cell(f"not testable: {pair.reason}", "") if pair.reason else _number(pair.p, ".3g")
+        difference = _number(pair.difference, "+.4g")
+        cells = [Cell(pair.setting.name), Cell(pair.baseline.name), _number(pair.seeds, "d")]
+        rows.append(Row([*cells, difference, p]))
+    return ["setting", "compared with", "common seeds", "mean difference", "p"], rows
+
+
+def _run_table(
+    groups: Sequence[Group], runs: Sequence[Run], metric: str
+) -> tuple[list[str], list[Row]]:
+    metrics = shown_metrics(runs, metric)
+    keys = [*groups[0].values, *(["seed"] if any("seed" in run.overrides for run in runs) else [])]
+    rows = []
+    for number, group in enumerate(groups):
+        for run in group.runs:
+            values = [run.overrides.get(key) for key in keys]
+            status = (
+                Cell(run.status) if run.completed else Cell(f"failed: {run.reason}", kind="bad")
+            )
+            numbers = [_number(run.metrics.get(name), ".4g") for name in metrics]
+            rows.append(
+                Row(
+                    [
+                        Cell(str(run.folder), kind="path"),
+                        status,
+                        *(Cell("(default)" if x is None else x or "''") for x in values),
+                        *numbers,
+                        _number(run.student_parameters, ",d"),
+                        Cell(run.teacher) if run.teacher else _NOTHING,
+                        _number(run.seconds, ".1f"),
+                        Cell(run.command, kind="command"),
+                    ],
+                    number,
+                )
+            )
+    others = ["student's parameters", "teacher", "seconds", "command"]
+    return ["folder", "status", *keys, *metrics, *others], rows
+
+
+_NOTHING = Cell("-", "", "number")
+
+
+def _number(value: float | None, form: str) -> Cell:
+    return _NOTHING if value is None else Cell(format(value, form), _key(value), "number")
+
+
+def _key(value: float) -> str:
+    """A number as JavaScript reads it; nothing for nan, which has no place in an order."""
+    if math.isinf(value):
+        return "Infinity" if value > 0 else "-Infinity"
+    return "" if math.isnan(value) else repr(value)

@@ -1,0 +1,423 @@
+"""Tests that the report's page shows what the runs measured, in a real browser too."""
+
+import json
+import math
+import shutil
+import statistics
+from collections.abc import Callable, Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.remote.webelement import WebElement
+
+from lightning_dist.report import (
+    compare_groups,
+    group_runs,
+    read_curves,
+    read_runs,
+    write_page,
+    write_report,
+)
+
+PutRun = Callable[..., Path]
+EVIL = [
+    "<script>window.hit=1</script>",
+    "</script><script>window.hit=2</script>",
+    "</title></style></svg><img src=x onerror=window.hit=3>",
+    "\"' onmouseover='window.hit=4' x=\"",
+    "javascript:window.hit=5",
+    "--><svg onload=window.hit=6>",
+    "{{ 7 * 7 }}{% raw %}",
+    "$\\frac{$",
+    "a\x00\x1b[2Jb\ud800\u202ec",
+]
+SHOWN = [*EVIL[:-1], r"a\x00\x1b[2Jb\ud800\u202ec"]  # control characters as escapes
+
+
+class Page(HTMLParser):
+    """A page's elements, each with its attributes, and its text."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += f"{data}\n"
+
+    def titles(self, section: str) -> list[str | None]:
+        return [a["aria-label"] for tag, a in self.elements if a.get("class") == section]
+
+
+@pytest.fixture(scope="session")
+def put_log(put_run: PutRun) -> PutRun:
+    """Write a run with a log as Lightning's CSV logger writes it, of two epochs."""
+
+    def put(folder: Path, *overrides: str, name: str = "val/accuracy", **fields: Any) -> Path:
+        put_run(folder, *overrides, **fields)
+        (folder / "logs").mkdir()
+        rows = [
+            f'epoch,step,"{name}",train/loss',
+            "0,9,,2.5",
+            "0,10,0.25,",
+            "1,19,,1.5",
+            "1,20,0.5,",
+        ]
+        (folder / "logs" / "metrics.csv").write_text("\n".join(rows), encoding="utf-8")
+        return folder
+
+    return put
+
+
+@pytest.fixture
+def sweep(tmp_path: Path, put_log: PutRun) -> Path:
+    """Two widths with and without a teacher, three seeds each, and a run that failed."""
+    number = 0
+    for width, size in ((9, 438), (10, 5178)):
+        for distill, gain in (("none", 0.0), ("dist", 0.1)):
+            for seed in range(3):
+                teacher = {"teacher": "digits", "teacher_parameters": 94186}
+                put_log(
+                    tmp_path / "sweep" / str(number),
+                    f"net=w{width}",
+                    f"distill={distill}",
+                    f"seed={seed}",
+                    metrics={"test/accuracy": width / 20 + gain * (1 + seed / 9) + seed / 99},
+                    student_parameters=size,
+                    **(teacher if distill == "dist" else {}),
+                )
+                number += 1
+    failed = ["net=w10", "distill=dist", "seed=3"]
+    put_log(tmp_path / "sweep" / "12", *failed, status="failed", error="out of memory", metrics={})
+    return tmp_path / "sweep"
+
+
+def compared(folder: Path) -> list[tuple[str, str, int, float | None, float | None, str | None]]:
+    pairs = compare_groups(group_runs(read_runs(folder)), "test/accuracy")
+    return [(x.setting.name, x.baseline.name, x.seeds, x.difference, x.p, x.reason) for x in pairs]
+
+
+def test_settings_are_compared_by_a_t_test_paired_by_seed(tmp_path: Path, put_run: PutRun) -> None:
+    none, dist = [0.81, 0.86, 0.83], [0.84, 0.91, 0.85]
+    # In another order, and one more seed, which failed on the other side.
+    for seed in (2, 0, 1):
+        put_run(tmp_path / f"n{seed}", "distill=none", f"seed={seed}", metrics=of(none[seed]))
+    put_run(tmp_path / "n7", "distill=none", "seed=7", metrics=of(0.1))
+    for seed in (0, 1, 2):
+        put_run(tmp_path / f"o{seed}", "distill=dist", f"seed={seed}", metrics=of(dist[seed]))
+    put_run(tmp_path / "o7", "distill=dist", "seed=7", status="failed", metrics=of(0.2))
+    ((setting, baseline, seeds, difference, p, reason),) = compared(tmp_path)
+    assert (setting, baseline, seeds, reason) == ("distill=dist", "distill=none", 3, None)
+    gains = [y - x for x, y in zip(none, dist, strict=True)]
+    t = statistics.fmean(gains) / (statistics.stdev(gains) / math.sqrt(3))
+    assert difference == pytest.approx(statistics.fmean(gains))
+    assert p == pytest.approx(1 - abs(t) / math.sqrt(t * t + 2))  # Student's t, 2 degrees
+
+
+def of(accuracy: float) -> dict[str, float]:
+    return {"test/accuracy": accuracy}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "seeds", "reason"),
+    [
+        ({0: 0.5}, {0: 0.6}, 1, "fewer than 2 common seeds"),
+        ({0: 0.5, 1: 0.6}, {2: 0.5, 3: 0.6}, 0, "fewer than 2 common seeds"),
+        ({0: 0.5, 1: 0.6}, {0: 0.5, 1: 0.6}, 2, "the differences are identical"),
+        ({0: 0.1, 1: 0.2, 2: 0.3}, {0: 0.3, 1: 0.4, 2: 0.5}, 3, "the differences are identical"),
+        ({0: 0.5, 1: math.nan}, {0: 0.6, 1: 0.7}, 2, "a run diverged"),
+    ],
+)
+def test_pairs_that_cannot_be_tested_say_why(
+    tmp_path: Path, put_run: PutRun, first: dict, second: dict, seeds: int, reason: str
+) -> None:
+    for name, numbers in (("a", first), ("b", second)):
+        for seed, x in numbers.items():
+            put_run(tmp_path / f"{name}{seed}", f"x={name}", f"seed={seed}", metrics=of(x))
+    ((_, _, found, _, p, said),) = compared(tmp_path)
+    assert (found, p, said) == (seeds, None, reason)
+    write_page(read_runs(tmp_path), tmp_path / "page.html")
+    text = Page(tmp_path / "page.html").text
+    several = min(len(first), len(second)) > 1  # otherwise no other setting can be its partner
+    assert (reason if several else "results of fewer than 2 seeds: 2 settings") in text
+
+
+def test_a_seed_that_ran_twice_counts_once(tmp_path: Path, put_run: PutRun) -> None:
+    for folder, seed, x in (("0", 0, 0.1), ("again", 0, 0.3), ("1", 1, 0.25)):
+        put_run(tmp_path / "a" / folder, "x=a", f"seed={seed}", metrics=of(x))
+    for seed, x in enumerate([0.4, 0.5]):
+        put_run(tmp_path / "b" / str(seed), "x=b", f"seed={seed}", metrics=of(x))
+    ((_, _, seeds, difference, p, _),) = compared(tmp_path)
+    assert seeds == 2
+    assert difference == pytest.approx((0.2 + 0.25) / 2)
+    t = 0.225 / (statistics.stdev([0.2, 0.25]) / math.sqrt(2))
+    assert p == pytest.approx(1 - 2 / math.pi * math.atan(t))  # Student's t, 1 degree
+
+
+def test_curves_keep_the_steps_of_their_metric(tmp_path: Path, put_log: PutRun) -> None:
+    curves = read_curves(put_log(tmp_path / "run"))
+    assert curves.keys() == {"val/accuracy", "train/loss"}
+    assert (curves["val/accuracy"].steps, curves["val/accuracy"].values) == ([10, 20], [0.25, 0.5])
+    assert (curves["train/loss"].steps, curves["train/loss"].values) == ([9, 19], [2.5, 1.5])
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("step,x\n1,0.5\n2,", [0.5]),
+        ("step,x\n1,0.5\n2", [0.5]),
+        ("step,x\n1,0.5\n2,0.7e\n,9\n", [0.5]),
+        ("step,x\n1,0.5,7,8\n", [0.5]),
+        ("step,x\n1,0.5\n2,inf\n", [0.5, math.nan]),
+    ],
+)
+def test_what_a_killed_run_logged_is_read_as_far_as_it_goes(
+    tmp_path: Path, text: str, values: list[float]
+) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "metrics.csv").write_text(text)
+    assert read_curves(tmp_path)["x"].values == pytest.approx(values, nan_ok=True)
+
+
+def test_long_curves_keep_their_ends_and_the_page_small(tmp_path: Path, put_log: PutRun) -> None:
+    folder = put_log(tmp_path / "run")
+    rows = [f"{step},{math.sin(step)}" for step in range(1, 20_001)]
+    (folder / "logs" / "metrics.csv").write_text("\n".join(["step,val/loss", *rows]))
+    write_report(tmp_path)
+    page = tmp_path / "report.html"
+    assert Page(page).titles("curves") == ["val/loss"]
+    assert "20000" in Page(page).text  # the axis
+    assert page.stat().st_size < 100_000
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\xff\xfe\x00\x00", b"a,b\n1,2\n", b'"' * 200_001])
+def test_runs_without_a_readable_log_are_listed(
+    tmp_path: Path, put_run: PutRun, content: bytes | None
+) -> None:
+    folder = put_run(tmp_path / "run")
+    if content is not None:
+        (folder / "logs").mkdir()
+        (folder / "logs" / "metrics.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=r"metrics\.csv"):
+        read_curves(folder)
+    write_report(tmp_path)
+    page = Page(tmp_path / "report.html")
+    assert "Runs without learning curves: 1" in page.text
+    assert page.titles("curves") == []
+
+
+def test_results_of_earlier_versions_are_in_the_tables_and_not_in_the_plots(
+    tmp_path: Path, put_run: PutRun
+) -> None:
+    put_run(tmp_path / "old", "x=old")
+    write_report(tmp_path)
+    page = Page(tmp_path / "report.html")
+    assert page.titles("groups") == ["test/accuracy"]
+    assert page.titles("sizes") == page.titles("teachers") == []
+    assert "1 of the completed runs do not say how large their student is" in page.text
+    put_run(tmp_path / "new", "x=new", student_parameters=438)
+    write_report(tmp_path)
+    page = Page(tmp_path / "report.html")
+    assert page.titles("sizes") == ["test/accuracy against the student's size"]
+    assert page.titles("teachers") == ["test/accuracy against the teacher"]
+    assert "1 of the completed runs do not say" in page.text
+    assert "no teacher" in page.text
+
+
+def test_sizes_that_are_no_numbers_are_an_error(tmp_path: Path, put_run: PutRun) -> None:
+    put_run(tmp_path / "run", student_parameters="many")
+    with pytest.raises(ValueError, match=r"result\.json is broken .*student_parameters is 'many'"):
+        read_runs(tmp_path)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_runs_that_diverged_or_failed_do_not_break_the_page(
+    tmp_path: Path, put_run: PutRun, number: float
+) -> None:
+    put_run(tmp_path / "0", "x=0", status="failed", error="no data", metrics={})
+    write_report(tmp_path)
+    page = Page(tmp_path / "report.html")
+    assert "no data" in page.text
+    assert page.titles("sizes") == []
+    for seed in range(2):
+        put_run(tmp_path / f"1{seed}", "x=1", metrics=of(number), student_parameters=5)
+    write_report(tmp_path)
+    assert f"{number} ± nan" in Page(tmp_path / "report.html").text
+
+
+@pytest.fixture(scope="module")
+def evil(tmp_path_factory: pytest.TempPathFactory, put_log: PutRun) -> Path:
+    """The page of runs with hostile text wherever a user or a file gives text."""
+    tmp_path = tmp_path_factory.mktemp("runs")
+    for number, text in enumerate(EVIL):
+        for seed in range(2):
+            name = text.replace("/", "|").replace("\x00", "").encode("utf-8", "replace").decode()
+            put_log(
+                tmp_path / "evil" / f"{number}{seed} {name}",
+                f"+{text.replace('=', '')}key={text}",
+                f"distill={text}",
+                f"seed={seed}",
+                command=text,
+                metric=EVIL[2],
+                metrics={EVIL[2]: 0.5 + number / 10 + seed * (number + 1) / 99, text: 1.0},
+                student_parameters=10**number,
+                teacher=text,
+                teacher_parameters=7,
+                name="train/" + text.replace('"', '""').replace("\ud800", ""),
+            )
+        put_log(tmp_path / "evil" / f"f{number}", f"distill={text}", status="failed", error=text,
+                metric=EVIL[2], metrics={})  # fmt: skip
+    write_report(tmp_path / "evil")
+    return tmp_path / "evil" / "report.html"
+
+
+def test_hostile_names_are_text_and_nothing_else(evil: Path) -> None:
+    page = Page(evil)
+    tags = [tag for tag, _ in page.elements]
+    assert tags.count("script") == 1
+    assert "img" not in tags
+    assert "a" not in tags
+    for _, attributes in page.elements:
+        assert not any(name.startswith("on") for name in attributes)
+        places = [attributes.get(name) for name in ("src", "href", "xlink:href", "action")]
+        assert all(place is None or place.startswith(("#", "data:,")) for place in places)
+    lines = page.text.split("\n")
+    for text in SHOWN:
+        assert lines.count(text) >= 5  # setting, two commands, two teachers
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[webdriver.Chrome]:
+    """Debian's chromium, without a window."""
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if chromium is None or driver is None:
+        pytest.skip("no chromium with chromedriver: apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    # CI runs as root in a container, which has no sandbox and little shared memory.
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"):
+        options.add_argument(argument)
+    options.add_argument("--window-size=1400,1000")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NO_PROXY", "localhost,127.0.0.1")
+        chrome = webdriver.Chrome(options, webdriver.ChromeService(driver))
+        yield chrome
+        chrome.quit()
+
+
+def opened(browser: webdriver.Chrome, page: Path) -> list[str]:
+    """Open a page; return what it asked for."""
+    browser.get_log("browser")
+    browser.get_log("performance")
+    browser.get(page.as_uri())
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    sent = [x["params"] for x in events if x["method"] == "Network.requestWillBeSent"]
+    return [request["request"]["url"] for request in sent]
+
+
+def column(browser: webdriver.Chrome, table: str, number: int) -> list[str]:
+    return texts(browser, f"#{table} tbody td:nth-child({number})")
+
+
+def texts(browser: webdriver.Chrome, selector: str) -> list[str]:
+    """What elements show, from top to bottom, in one round trip."""
+    script = """
+        const found = [...document.querySelectorAll(arguments[0])];
+        found.sort((a, b) => a.getBoundingClientRect().top - b.getBoundingClientRect().top);
+        return found.map((element) => element.innerText)"""
+    return browser.execute_script(script, selector)
+
+
+def header(browser: webdriver.Chrome, table: str, name: str) -> tuple[WebElement, int]:
+    """A column's head, and its number."""
+    names = browser.execute_script(
+        f"return [...document.querySelectorAll('#{table} th')].map((head) => head.innerText)"
+    )
+    (number,) = (i for i, text in enumerate(names, start=1) if text.split()[0] == name)
+    return browser.find_element(By.CSS_SELECTOR, f"#{table} th:nth-child({number})"), number
+
+
+def clicked(browser: webdriver.Chrome, table: str, name: str) -> list[str]:
+    """Click on a column's title; return the column, and check that it alone says it is sorted."""
+    head, number = header(browser, table, name)
+    head.find_element(By.TAG_NAME, "button").click()
+    marked = browser.find_elements(By.CSS_SELECTOR, f"#{table} [aria-sort]")
+    assert marked == [head]
+    return column(browser, table, number)
+
+
+def test_a_browser_sorts_the_tables_and_shows_the_plots(
+    browser: webdriver.Chrome, sweep: Path
+) -> None:
+    write_report(sweep)
+    page = sweep / "report.html"
+    asked = opened(browser, page)
+    assert [url for url in asked if not url.startswith("data:")] == [page.as_uri()]
+    by_name = [["w9", "none"], ["w9", "dist"], ["w10", "none"], ["w10", "dist"]]
+    assert [column(browser, "groups", i) for i in (1, 2)] == [list(x) for x in zip(*by_name)]  # noqa: B905
+
+    # Natural order of text, then the other way round; the rest of a row goes along.
+    assert clicked(browser, "groups", "net") == ["w9", "w9", "w10", "w10"]
+    assert header(browser, "groups", "net")[0].get_attribute("aria-sort") == "ascending"
+    assert clicked(browser, "groups", "net") == ["w10", "w10", "w9", "w9"]
+    assert header(browser, "groups", "net")[0].get_attribute("aria-sort") == "descending"
+    assert column(browser, "groups", 2) == ["none", "dist", "none", "dist"]
+
+    # Numbers as numbers; a run without one comes last, whichever way.
+    rising = clicked(browser, "runs", "test/accuracy")
+    assert rising[-1] == "-"
+    assert [float(x) for x in rising[:-1]] == sorted(float(x) for x in rising[:-1])
+    falling = clicked(browser, "runs", "test/accuracy")
+    assert falling == [*reversed(rising[:-1]), "-"]
+    assert clicked(browser, "runs", "student's")[0] == "438"
+    assert clicked(browser, "runs", "student's")[0] == "5,178"
+    folders = clicked(browser, "runs", "folder")
+    assert folders == [str(sweep / str(number)) for number in range(13)]
+    commands = column(browser, "runs", len(browser.find_elements(By.CSS_SELECTOR, "#runs th")))
+    assert commands[4] == "lightning-dist train net=w9 distill=dist seed=1"
+
+    differences = clicked(browser, "pairs", "mean")
+    assert [float(x) for x in differences] == sorted(map(float, differences))
+    assert len(differences) == 6
+
+    def lines(title: str) -> int:
+        picture = f'figure[aria-label="{title}"] svg [data-group]'
+        return len(browser.find_elements(By.CSS_SELECTOR, picture))
+
+    assert lines("val/accuracy") == 13
+    assert lines("train/loss") == 13
+    assert lines("test/accuracy against the student's size") >= 4
+    assert lines("test/accuracy against the teacher") >= 4
+    teachers = browser.find_element(By.CSS_SELECTOR, "figure.teachers").text
+    assert "no teacher" in teachers
+    assert "digits (94,186 parameters)" in teachers
+    failed = browser.find_element(By.ID, "failed").text
+    assert f"{sweep / '12'}: out of memory" in failed
+
+    # The setting that is pointed at stands out.
+    browser.execute_script("document.querySelector('.legend li').focus()")
+    faded = browser.find_elements(By.CSS_SELECTOR, "figure.curves .faded")
+    assert {element.get_attribute("data-group") for element in faded} == {"1", "2", "3"}
+    assert browser.get_log("browser") == []
+
+
+def test_a_browser_runs_nothing_that_a_name_holds(browser: webdriver.Chrome, evil: Path) -> None:
+    asked = opened(browser, evil)
+    assert [url for url in asked if not url.startswith("data:")] == [evil.as_uri()]
+    for table in ("groups", "runs", "pairs"):
+        for head in browser.find_elements(By.CSS_SELECTOR, f"#{table} th button"):
+            browser.execute_script("arguments[0].click()", head)
+    assert browser.execute_script("return window.hit") is None
+    assert len(browser.find_elements(By.TAG_NAME, "script")) == 1
+    _, number = header(browser, "runs", "command")
+    assert set(SHOWN) <= set(column(browser, "runs", number))
+    assert browser.get_log("browser") == []  # nor did its policy have to stop anything
