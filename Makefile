@@ -3,8 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 SEEDS ?= 0,1,2,3,4
 ROUNDS ?= 30
+LOWEST := lightning\|torchmetrics\|timm\|hydra-core\|omegaconf
 
-.PHONY: demo test test-fast soak format lint typecheck clean
+.PHONY: demo test test-fast test-lowest soak format lint typecheck clean
 
 demo: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/lightning-dist train -m experiment=digits \
@@ -15,6 +16,10 @@ test: .venv/installed-test lint typecheck
 
 test-fast: .venv/installed-test
 	$(BIN)/python -m pytest -m "not slow"
+
+# The suite with the lowest versions that setup.cfg declares of what it builds on, but for torch.
+test-lowest: .venv-lowest/installed
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest
 
 # Interrupts runs at random and resumes them: the end must be the same to the last bit.
 soak: .venv/installed-test
@@ -31,8 +36,15 @@ lint: .venv/installed-test
 typecheck: .venv/installed-test
 	$(BIN)/mypy
 
+.venv-lowest/installed: setup.cfg pyproject.toml
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/pip install --quiet --upgrade pip
+	sed -n 's/^ *\($(LOWEST)\)>=/\1==/p' setup.cfg > .venv-lowest/lowest.txt
+	.venv-lowest/bin/pip install --quiet --editable ".[test]" --constraint .venv-lowest/lowest.txt
+	touch $@
+
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .venv-lowest build dist *.egg-info
 
 .venv/installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv .venv
