@@ -107,11 +107,13 @@ class DistillModule(LightningModule):
         self.distill_weight = distill_weight
         self.task_weight = task_weight
         self.nonfinite = nonfinite
-        if isinstance(metrics, Mapping) and not isinstance(metrics, MetricCollection):
-            metrics = dict(metrics)
-        collection = (
-            metrics if isinstance(metrics, MetricCollection) else MetricCollection(metrics or {})
-        )
+        collection: MetricCollection
+        if isinstance(metrics, MetricCollection):
+            collection = metrics
+        else:
+            collection = MetricCollection(
+                dict(metrics) if isinstance(metrics, Mapping) else metrics or {}
+            )
         self.val_metrics = collection.clone(prefix="val/")
         self.test_metrics = collection.clone(prefix="test/")
         prefixes = ["val/", "test/"]
