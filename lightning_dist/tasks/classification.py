@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
+from lightning_dist.cached_teacher import CachedTeacher
 from lightning_dist.module import DistillModule
 from lightning_dist.teacher import Teacher
 
@@ -24,6 +25,9 @@ class ClassificationModule(DistillModule):
         mixup: called with a training batch on its device, such as ``timm.data.Mixup``.
         kwargs: as in :class:`lightning_dist.DistillModule`.
 
+    Raises:
+        ValueError: if there is ``mixup`` and the teacher is cached.
+
     Example:
         >>> module = ClassificationModule(nn.Linear(4, 3), num_classes=3)
         >>> sorted(module.val_metrics)
@@ -40,6 +44,11 @@ class ClassificationModule(DistillModule):
         mixup: Callable[[Any, Any], tuple[Any, Any]] | None = None,
         **kwargs: Any,
     ) -> None:
+        if mixup is not None and isinstance(teacher, CachedTeacher):
+            raise ValueError(
+                "mixup mixes the images of a batch, about which a CachedTeacher was never asked: "
+                "set module.mixup=null, or give the teacher itself (distill.cache=off)"
+            )
         accuracy: dict[str, Metric | MetricCollection] = {
             "accuracy": MulticlassAccuracy(num_classes, average="micro")
         }
