@@ -86,7 +86,7 @@ class CachedTeacher(Teacher):
         self.views = views
         self.stored = np.dtype(dtype)
         self._taps: list[Tap] = []
-        self._data: "ImageDataModule | None" = None
+        self._data: ImageDataModule | None = None
         self._files: ViewFiles | None = None
         self._open: dict[int, np.ndarray] = {}
 

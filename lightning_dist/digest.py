@@ -5,7 +5,7 @@ import hashlib
 import inspect
 import re
 import types
-from collections.abc import Hashable, Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from enum import Enum
 from pathlib import PurePath
 from typing import Any
@@ -66,13 +66,20 @@ def _feed(state: Any, value: Any, above: tuple[int, ...]) -> None:
         _put(state, type(value).__name__, str(len(value)))
         for item in value:
             _feed(state, item, above)
-    elif isinstance(value, (type, types.FunctionType)):
-        _put(state, "code", *_code(value))
+    elif isinstance(value, type):
+        _put(state, "class", *_code(value))
+    elif isinstance(value, types.FunctionType):
+        # The source alone does not tell two lambdas of one line apart.
+        code = value.__code__
+        _put(state, "function", *_code(value), code.co_code.hex(), _repr(code.co_consts))
+        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        _feed(state, [value.__defaults__, value.__kwdefaults__, *cells], above)
     elif isinstance(value, types.MethodType):
         _put(state, "method", value.__name__)
         _feed(state, value.__self__, above)
     else:
-        _put(state, "object", *_code(type(value)))
+        kind: Any = type(value)
+        _put(state, "object", *_code(kind))
         _feed_items(state, _attributes(value), above)
 
 
@@ -95,7 +102,7 @@ def _attributes(value: Any) -> list[tuple[str, Any]]:
 
 
 @functools.cache
-def _code(thing: Hashable) -> Sequence[str]:
+def _code(thing: Any) -> Sequence[str]:
     """Names and, where it can be read, the source of a class with its bases, or of a function."""
     bases = thing.__mro__ if isinstance(thing, type) else (thing,)
     parts = []

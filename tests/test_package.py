@@ -24,6 +24,7 @@ def test_every_package_is_declared():
 
 def test_the_public_names():
     assert lightning_dist.__all__ == [
+        "CachedTeacher",
         "DISTLoss",
         "DistillModule",
         "DistillationCallback",
