@@ -230,7 +230,7 @@ class CachedTeacher(Teacher):
             "parts": [_name(tap) for tap in self._taps],
             "data": digest([type(data), data.sample_settings()]),
             "samples": len(views),
-            "pixels_of_some": digest(torch.cat(pixels)),
+            "pixels_of_some": digest(pixels),
             "view_seed": VIEW_SEED,
             "dtype": str(self.stored),
             "versions": {name: importlib.metadata.version(name) for name in _DRAWN_BY},
@@ -240,43 +240,47 @@ class CachedTeacher(Teacher):
         """Compute a view, each process its share."""
         assert self._data is not None
         assert self._files is not None
-        data, files, device = self._data, self._files, trainer.strategy.root_device
+        data, files, strategy = self._data, self._files, trainer.strategy
         share = np.array_split(np.arange(files.rows), trainer.world_size)[trainer.global_rank]
-        begun, seconds = False, time.monotonic()
-        self.network.to(device)
+        begun, seconds = None, time.monotonic()
+        self.network.to(strategy.root_device)
         self.freeze()
         try:
             for batch in data.view_dataloader(view, share.tolist()):
-                rows = self._rows(batch, device)
-                if not begun:
-                    self._begin(trainer, view, rows.dtype)
-                    begun = True
+                rows = self._rows(batch, strategy.root_device)
+                begun = begun or self._begin(trainer, view, rows.dtype)
+                if rows.dtype != begun:
+                    raise MisconfigurationException(
+                        f"the teacher's answers differ in shape: {begun} and {rows.dtype}. A "
+                        "CachedTeacher needs images of one size (distill.cache=off asks the "
+                        "teacher itself)"
+                    )
                 files.write(view, int(batch.indices[0]), rows)
         finally:
             self.network.to("cpu")
-        if not begun:  # more processes than samples
-            trainer.strategy.barrier()
+        if begun is None:  # more processes than samples
+            self._begin(trainer, view, np.dtype("V"))
         files.flush(view)
-        trainer.strategy.barrier()
+        strategy.barrier()
         if trainer.is_global_zero:
             files.commit(view)
-        trainer.strategy.barrier()
+        strategy.barrier()
         rank_zero_info(f"teacher cache: view {view} took {time.monotonic() - seconds:.1f} s")
 
-    def _begin(self, trainer: Trainer, view: int, row: np.dtype) -> None:
-        """Say how much is to come, and make the file."""
+    def _begin(self, trainer: Trainer, view: int, row: np.dtype) -> np.dtype:
+        """Say how much is to come, and make the file; the first process's kind of row."""
         assert self._data is not None
         assert self._files is not None
         files = self._files
         if trainer.is_global_zero:
             views = self._data.train_views().count
             rank_zero_info(
-                f"teacher cache: filling view {view}. {views} of {files.rows:,} samples take "
-                f"{views * files.rows * row.itemsize / 1e6:,.1f} MB in {files.folder}, of which "
-                f"{files.missing_bytes(views, row) / 1e6:,.1f} MB are still to be written"
+                f"teacher cache: filling view {view} in {files.folder}; {views} views of "
+                f"{files.rows:,} samples take {views * files.rows * row.itemsize / 1e6:,.1f} MB, "
+                f"of which {files.missing_bytes(views, row) / 1e6:,.1f} MB are still to be written"
             )
             files.create(view, row)
-        trainer.strategy.barrier()
+        return trainer.strategy.broadcast(row)
 
     def _rows(self, batch: KeyedBatch, device: torch.device) -> np.ndarray:
         """The rows of a batch, one a sample."""

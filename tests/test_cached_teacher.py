@@ -1,11 +1,11 @@
 """CachedTeacher: what it trains, what it keeps in files, who shares them, and what it refuses."""
 
+import importlib
 import json
 import logging
-import os
+import multiprocessing
 import pickle
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -38,15 +38,25 @@ SIZE = 150
 
 
 class Asked(SmallCNN):
-    """The teacher of experiment=digits, that counts the images it is asked about."""
+    """A teacher that counts the images it is asked about, and how often it is moved."""
+
+    images = moves = 0
 
     def __init__(self) -> None:
         super().__init__([32, 64, 128])
-        self.register_buffer("images", torch.tensor(0), persistent=False)
 
     def forward(self, images):
-        self.images += len(images)
+        Asked.images += len(images)
         return super().forward(images)
+
+    def to(self, *args, **kwargs):
+        Asked.moves += 1
+        return super().to(*args, **kwargs)
+
+
+@pytest.fixture(autouse=True)
+def _reset() -> None:
+    Asked.images = Asked.moves = 0
 
 
 def digits(**settings) -> DigitsDataModule:
@@ -117,6 +127,14 @@ def test_float16_changes_the_student_by_a_rounding(train, tmp_path):
 def test_every_row_is_a_fresh_answer(train, tmp_path):
     train(CachedTeacher(teacher(), tmp_path, views=2))
     assert len(files(tmp_path)) == 2
+    assert_rows_are_fresh_answers(tmp_path, digits())
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+def test_every_precision_of_the_student(train, tmp_path, precision):
+    kept = CachedTeacher(teacher(), tmp_path, views=1)
+    module = train(kept, epochs=1, precision=precision)
+    assert all(value.isfinite().all() for value in module.student.state_dict().values())
     assert_rows_are_fresh_answers(tmp_path, digits())
 
 
@@ -209,27 +227,29 @@ def test_dense_logits(make_trainer, tmp_path, network):
 
 
 def test_each_view_is_asked_about_once_by_runs_of_all_seeds(train, tmp_path):
-    network = Asked()
-    kept = CachedTeacher(network, tmp_path, views=2)
+    kept = CachedTeacher(Asked(), tmp_path, views=2)
     train(kept, digits(seed=1), epochs=1)
-    assert network.images == SIZE
+    assert Asked.images == SIZE
     train(kept, digits(seed=1), epochs=5)
     train(kept, digits(seed=2, num_workers=1, global_batch_size=32, drop_last=True), epochs=5)
-    assert network.images == 2 * SIZE
+    assert Asked.images == 2 * SIZE
 
 
-def test_a_warm_run_does_not_move_the_teacher(train, tmp_path, monkeypatch):
-    train(CachedTeacher(teacher(), tmp_path, views=1), epochs=1)
-    warm = CachedTeacher(teacher(), tmp_path, views=1)
-    monkeypatch.setattr(warm.network, "to", lambda *_: pytest.fail("it was moved"))
-    train(warm, epochs=2)
+def test_a_warm_run_neither_asks_nor_moves_the_teacher(train, tmp_path):
+    kept = CachedTeacher(Asked(), tmp_path, views=1)
+    train(kept, epochs=1)
+    assert Asked.images > 0
+    assert Asked.moves > 0
+    Asked.images = Asked.moves = 0
+    train(kept, epochs=2)
+    assert Asked.images == Asked.moves == 0
 
 
 def test_more_views_keep_those_that_are_there(train, tmp_path):
     network = Asked()
     for views in (1, 3):
         train(CachedTeacher(network, tmp_path, views=views), epochs=3)
-    assert network.images == 3 * SIZE
+    assert Asked.images == 3 * SIZE
     assert len({path.parent for path in files(tmp_path)}) == 1
 
 
@@ -411,7 +431,7 @@ def test_a_disk_without_room_is_refused_with_both_sizes(train, tmp_path, monkeyp
         pytest.raises(OSError, match=r"needs 0.0 MB and .* has 0.0 MB left.*distill.cache=PATH"),
     ):
         train(CachedTeacher(teacher(), tmp_path), epochs=1)
-    assert "8 of 150 samples take 0.0 MB in" in caplog.text
+    assert "8 views of 150 samples take 0.0 MB, of which 0.0 MB are still" in caplog.text
     assert not files(tmp_path)
 
 
@@ -424,87 +444,99 @@ def test_settings_out_of_range_are_refused(settings):
 # Several processes
 
 
-def start(folder: Path, *overrides: str, **environment: str) -> subprocess.Popen:
-    """The command with a teacher that is counted, in a session of its own."""
-    arguments = [
-        "train",
-        "teacher.network._target_=counted.CountedCNN",
-        f"distill.cache={folder / 'cache'}",
-        "data.augment=true",
-        f"data.train_size={SIZE}",
-        "test_teacher=false",
-        "print_config=false",
-        "callbacks.progress=null",
-        "trainer.enable_model_summary=false",
-        *overrides,
-    ]
-    counted = {"COUNTED": str(folder / "counted.txt"), "PYTHONPATH": str(CACHING)}
-    return subprocess.Popen(
-        [sys.executable, "-m", "lightning_dist", *arguments],
-        cwd=folder,
-        env=os.environ | counted | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+@pytest.fixture
+def counted(tmp_path, monkeypatch):
+    """A teacher of any process that writes down what it is asked, and what was written."""
+    monkeypatch.setenv("COUNTED", str(tmp_path / "counted.txt"))
+    monkeypatch.setenv("PYTHONPATH", str(CACHING))
+    monkeypatch.syspath_prepend(CACHING)
+    kind = importlib.import_module("counted").CountedCNN
+
+    def batches() -> list[int]:
+        path = tmp_path / "counted.txt"
+        return [int(line) for line in path.read_text().split()] if path.exists() else []
+
+    def new() -> CachedTeacher:
+        network = Teacher(kind([32, 64, 128]), TRAINED)
+        return CachedTeacher(network, tmp_path / "cache", views=2)
+
+    return SimpleNamespace(teacher=new, batches=batches)
 
 
-def finish(process: subprocess.Popen) -> None:
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
+def fork(train, *args, **kwargs) -> multiprocessing.Process:
+    """Train in a process of its own."""
+
+    def work() -> None:
+        torch.set_num_threads(1)  # those of OpenMP do not survive a fork
+        train(*args, **kwargs)
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    return process
 
 
-def asked(folder: Path) -> int:
-    """Of how many images the teachers of all processes were shown."""
-    return sum(int(line) for line in (folder / "counted.txt").read_text().split())
-
-
-@pytest.mark.slow
-def test_a_sweep_of_twelve_runs_in_two_processes_asks_the_teacher_once(tmp_path):
-    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    finish(
-        start(
-            tmp_path,
-            "-m",
-            "hydra/launcher=joblib",
-            "hydra.launcher.n_jobs=2",
-            "trainer=cpu",
-            "trainer.max_epochs=2",
-            "distill.cache_views=2",
-            "seed=0,1,2,3,4,5",
-            "distill.loss.tau=1,2",
-        )
-    )
-    results = [json.loads(path.read_text()) for path in tmp_path.rglob("result.json")]
-    assert [result["status"] for result in results] == ["completed"] * 12
-    assert asked(tmp_path) == 2 * SIZE
-    assert len(files(tmp_path / "cache")) == 2
-
-
-@pytest.mark.slow
-def test_a_fill_that_is_killed_is_completed_by_the_next_run(tmp_path):
-    options = ["trainer=cpu", "trainer.max_epochs=1", "data.eval_batch_size=10"]
-    victim = start(tmp_path, *options, SLOWLY="0.5")
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "counted.txt").exists() or asked(tmp_path) < 30:
+def test_a_fill_that_is_killed_is_completed_by_the_next_run(train, counted, tmp_path, monkeypatch):
+    data = digits(global_batch_size=10)
+    monkeypatch.setenv("SLOWLY", "0.2")
+    victim = fork(train, counted.teacher(), data, epochs=1)
+    deadline = time.monotonic() + 60
+    while sum(counted.batches()) < 30:
+        assert victim.is_alive()
         assert time.monotonic() < deadline
-        assert victim.poll() is None, victim.communicate()
-        time.sleep(0.05)
-    os.killpg(victim.pid, signal.SIGKILL)
-    victim.communicate()
+        time.sleep(0.02)
+    victim.kill()
+    victim.join()
     assert not files(tmp_path / "cache")
     assert list((tmp_path / "cache").glob("*/*.part"))
-    finish(start(tmp_path, *options))
-    assert len(files(tmp_path / "cache")) == 1
+    monkeypatch.setenv("SLOWLY", "0")
+    train(counted.teacher(), data, epochs=2)
+    assert len(files(tmp_path / "cache")) == 2
     assert not list((tmp_path / "cache").glob("*/*.part"))
     assert_rows_are_fresh_answers(tmp_path / "cache", digits())
 
 
-@pytest.mark.slow
-def test_two_processes_of_one_run_fill_a_share_each(tmp_path):
-    finish(start(tmp_path, "trainer=ddp_sim", "trainer.max_epochs=1", "data.eval_batch_size=40"))
+def test_runs_that_need_a_view_at_once_compute_it_once(train, counted, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLOWLY", "0.1")
+    data = digits(global_batch_size=50)
+    runs = [fork(train, counted.teacher(), data, epochs=2) for _ in range(3)]
+    for run in runs:
+        run.join()
+        assert run.exitcode == 0
+    assert sum(counted.batches()) == 2 * SIZE
     assert_rows_are_fresh_answers(tmp_path / "cache", digits())
-    assert asked(tmp_path) == SIZE
-    sizes = sorted(map(int, (tmp_path / "counted.txt").read_text().split()))
-    assert sizes == [35, 35, 40, 40]
+
+
+def test_the_processes_of_a_run_compute_a_share_each(train, counted, tmp_path):
+    data = digits(global_batch_size=80)
+    train(counted.teacher(), data, epochs=2, strategy="ddp_fork", devices=2)
+    assert sorted(counted.batches()) == [35, 35, 35, 35, 40, 40, 40, 40]
+    assert len(files(tmp_path / "cache")) == 2
+    assert_rows_are_fresh_answers(tmp_path / "cache", digits())
+
+
+@pytest.mark.slow
+def test_a_sweep_of_twelve_runs_in_two_processes_asks_the_teacher_once(counted, tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    overrides = [
+        "hydra/launcher=joblib",
+        "hydra.launcher.n_jobs=2",
+        "seed=0,1,2,3,4,5",
+        "distill.loss.tau=1,2",
+        f"distill.cache={tmp_path / 'cache'}",
+        "distill.cache_views=2",
+        "teacher.network._target_=counted.CountedCNN",
+        "data.augment=true",
+        f"data.train_size={SIZE}",
+        "test_teacher=false",
+        "trainer=cpu",
+        "trainer.max_epochs=2",
+        "print_config=false",
+        "callbacks.progress=null",
+    ]
+    command = [sys.executable, "-m", "lightning_dist", "train", "-m", *overrides]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    results = [json.loads(path.read_text()) for path in tmp_path.rglob("result.json")]
+    assert [result["status"] for result in results] == ["completed"] * 12
+    assert sum(counted.batches()) == 2 * SIZE
+    assert len(files(tmp_path / "cache")) == 2

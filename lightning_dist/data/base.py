@@ -198,7 +198,7 @@ class ImageDataModule(LightningDataModule):
         views = self.train_views()
         return DataLoader(
             views,
-            batch_size=self.eval_batch_size or self.batch_size,
+            batch_size=self.batch_size,
             sampler=[(index, view) for index in indices],
             **self._loader_settings(views) | {"persistent_workers": False},
         )

@@ -45,9 +45,9 @@ class KeyedBatch:
         return (self.inputs, self.target)[index]
 
     def pin_memory(self) -> "KeyedBatch":
-        """The same in pinned memory; what a DataLoader asks for."""
-        inputs, target = torch.utils.data._utils.pin_memory.pin_memory([*self])
-        return KeyedBatch(inputs, target, self.indices, self.view, self.prints)
+        """The same in pinned memory, for DataLoaders that pin."""
+        target = self.target.pin_memory() if isinstance(self.target, Tensor) else self.target
+        return KeyedBatch(self.inputs.pin_memory(), target, self.indices, self.view, self.prints)
 
 
 class Views(Dataset):

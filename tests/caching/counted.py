@@ -10,7 +10,7 @@ from lightning_dist.models.small import SmallCNN
 
 
 class CountedCNN(SmallCNN):
-    """Appends the size of each batch it is called with to the file COUNTED; sleeps SLOWLY before."""
+    """Appends the size of each batch to the file COUNTED, after SLOWLY seconds."""
 
     def forward(self, images: Tensor) -> Tensor:
         time.sleep(float(os.environ.get("SLOWLY", "0")))

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from torch.utils.data import TensorDataset
 
 from lightning_dist.data.digits import DigitsDataModule
@@ -56,6 +57,17 @@ def test_a_batch_unpacks_and_knows_its_samples():
     assert len(batch) == 2
     assert batch[0] is images
     assert torch.equal(labels, data.train_dataset().labels[batch.indices])
+
+
+def test_a_batch_knows_its_samples_on_another_device_and_in_pinned_memory(monkeypatch):
+    batch = next(iter(digits(views=2).train_dataloader()))
+    moved = move_data_to_device(batch, torch.device("meta"))
+    assert moved.inputs.is_meta
+    assert moved.target.is_meta
+    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)  # needs a GPU
+    for other in (moved, batch.pin_memory()):
+        assert (other.indices == batch.indices).all()
+        assert (other.view, other.prints.shape) == (batch.view, batch.prints.shape)
 
 
 def test_a_data_set_that_draws_nothing_has_one_view():
