@@ -248,7 +248,8 @@ class CachedTeacher(Teacher):
         try:
             for batch in data.view_dataloader(view, share.tolist()):
                 rows = self._rows(batch, strategy.root_device)
-                begun = begun or self._begin(trainer, view, rows.dtype)
+                if begun is None:
+                    begun = self._begin(trainer, view, rows.dtype)
                 if rows.dtype != begun:
                     raise MisconfigurationException(
                         f"the teacher's answers differ in shape: {begun} and {rows.dtype}. A "
