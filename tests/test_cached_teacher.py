@@ -259,10 +259,28 @@ def test_the_data_module_draws_as_ever_after_fit(train, tmp_path):
     assert data.views is None
 
 
+def with_other_pixels() -> DigitsDataModule:
+    data = digits()
+    data.setup("fit")
+    data._dataset("train").images[0] += 1
+    return data
+
+
+def with_a_setting_that_few_pixels_show() -> DigitsDataModule:
+    data = digits()
+    data.rarely = 0.001
+    return data
+
+
+def changed_teacher(**settings) -> Teacher:
+    return Teacher(SmallCNN([32, 64, 128]), TRAINED, **settings)
+
+
 CHANGES = {
     "weights": lambda: (CachedTeacher(SmallCNN([32, 64, 128])), digits()),
-    "class map": lambda: (CachedTeacher(Teacher(Asked(), TRAINED, class_map=range(10))), digits()),
-    "teacher's dtype": lambda: (CachedTeacher(Teacher(Asked(), TRAINED, "bfloat16")), digits()),
+    "code": lambda: (CachedTeacher(Teacher(Asked(), TRAINED)), digits()),
+    "class map": lambda: (CachedTeacher(changed_teacher(class_map=range(10))), digits()),
+    "teacher's dtype": lambda: (CachedTeacher(changed_teacher(dtype="float64")), digits()),
     "stored dtype": lambda: (CachedTeacher(teacher(), dtype="float32"), digits()),
     "normalisation": lambda: (CachedTeacher(teacher()), digits(mean=[0.3])),
     "samples": lambda: (CachedTeacher(teacher()), digits(val_fraction=0.2)),
@@ -270,6 +288,8 @@ CHANGES = {
         CachedTeacher(teacher()),
         DigitsDataModule(train_size=SIZE, augment=False),
     ),
+    "pixels": lambda: (CachedTeacher(teacher()), with_other_pixels()),
+    "a setting": lambda: (CachedTeacher(teacher()), with_a_setting_that_few_pixels_show()),
 }
 
 
@@ -289,6 +309,14 @@ def test_off_is_the_teacher_itself():
         assert cached(network, off) is network
     assert cached(network, "auto").root == Path("data/teacher_cache")
     assert cached(network, "some/folder", views=3).views == 3
+
+
+def test_the_command_keeps_its_caches_in_one_place(command, tmp_path):
+    options = ["trainer=cpu", "trainer.max_epochs=2", "print_config=false", "test_teacher=false"]
+    command("train", "distill.cache=auto", *options, "callbacks.progress=null")
+    (path,) = files(tmp_path / "data" / "teacher_cache")  # unshifted digits have one view
+    about = json.loads((path.parent / "about.json").read_text())
+    assert about["samples"] == len(np.load(path, allow_pickle=False))
 
 
 def test_asked_directly_it_is_the_teacher(tmp_path):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 from lightning_dist.data.digits import DigitsDataModule
 from lightning_dist.data.scenes import ScenesDataModule
@@ -76,6 +76,26 @@ def test_a_data_set_that_draws_nothing_has_one_view():
     data.views = 8
     assert data.train_views().count == 1
     assert digits(views=8).train_views().count == 8
+
+
+class Drawn(Dataset):
+    """Samples of which each read draws another image."""
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return torch.rand(1, 4, 4) + index, index
+
+
+def test_what_transforms_of_single_samples_draw_is_a_view_too():
+    views, again = Views(Drawn(), 3), Views(Drawn(), 3)
+    batch = views.__getitems__([(4, 1), (2, 1)])
+    assert batch.target.tolist() == batch.indices.tolist() == [4, 2]
+    assert torch.equal(batch.inputs, again.__getitems__([(4, 7), (2, 7)]).inputs)
+    assert not torch.equal(batch.inputs, views.__getitems__([(4, 2), (2, 2)]).inputs)
+    assert torch.equal(batch.inputs[0], views[4, 1][0])
+    assert Views(Drawn(), 3, random=False).count == 1
 
 
 def test_without_views_batches_are_plain_and_drawn_anew():
