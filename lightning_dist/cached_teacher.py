@@ -2,36 +2,31 @@
 
 import importlib.metadata
 import json
-import time
 from collections.abc import Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_dist.data.views import VIEW_SEED, KeyedBatch, Views
 from lightning_dist.digest import digest
-from lightning_dist.taps import find, record, select
+from lightning_dist.taps import find
 from lightning_dist.teacher import Teacher
 from lightning_dist.view_files import ViewFiles
+from lightning_dist.view_filling import PRINTS, Answers, Tap, fill, name_of
 
 if TYPE_CHECKING:  # imported where it is needed: it brings scikit-learn and torchvision along
     from lightning_dist.data.base import ImageDataModule
 
 AUTO = "data/teacher_cache"
 FORMAT = 1
-PRINTS = "(images)"  # the entry of a row that tells its image from others
 SAMPLES = 16  # of which the pixels are part of the cache's key
 POLL_SECONDS = 30.0
 _DRAWN_BY = ("lightning-dist", "numpy", "pillow", "timm", "torch", "torchvision")
-
-Tap = tuple[str, str | int | None]  # a part of the teacher, and the entry of its output
 
 
 class CachedTeacher(Teacher):
@@ -174,12 +169,14 @@ class CachedTeacher(Teacher):
                 claimed = files.claim(batch.view, POLL_SECONDS) if trainer.is_global_zero else ""
                 state = strategy.broadcast(claimed)
             if state == "ours":
-                self._fill(trainer, batch.view)
+                assert self._data is not None
+                answers = Answers(self.teacher, self._taps, self.stored)
+                fill(batch.view, files, self._data, answers, trainer)
         finally:
             if trainer.is_global_zero:
                 files.release(batch.view)
         try:
-            self._open[batch.view] = files.open(batch.view, [PRINTS, *map(_name, self._taps)])
+            self._open[batch.view] = files.open(batch.view, [PRINTS, *map(name_of, self._taps)])
         except FileNotFoundError as error:
             raise MisconfigurationException(
                 f"{error.filename} is on the first process's machine and not on this one: choose a "
@@ -207,7 +204,7 @@ class CachedTeacher(Teacher):
             )
         outputs: dict[str, dict[str | int, Tensor]] = {}
         for part, entry in self._taps:
-            column = np.ascontiguousarray(rows[_name((part, entry))])
+            column = np.ascontiguousarray(rows[name_of((part, entry))])
             answer = torch.from_numpy(column).to(batch.inputs.device).float()
             outputs.setdefault(part, {})["logits" if entry is None else entry] = answer
         return {part: [output] for part, output in outputs.items()}
@@ -218,8 +215,6 @@ class CachedTeacher(Teacher):
             self._data.views = None
         self._data, self._files, self._open = None, None, {}
 
-    # Filling
-
     def _about(self, data: "ImageDataModule", views: Views) -> dict[str, Any]:
         """What decides the answers: the folder's name is a digest of it."""
         some = np.linspace(0, len(views) - 1, min(SAMPLES, len(views))).astype(int).tolist()
@@ -227,7 +222,7 @@ class CachedTeacher(Teacher):
         return {
             "format": FORMAT,
             "teacher": digest(self.teacher),
-            "parts": [_name(tap) for tap in self._taps],
+            "parts": [name_of(tap) for tap in self._taps],
             "data": digest([type(data), data.sample_settings()]),
             "samples": len(views),
             "pixels_of_some": digest(pixels),
@@ -235,97 +230,6 @@ class CachedTeacher(Teacher):
             "dtype": str(self.stored),
             "versions": {name: importlib.metadata.version(name) for name in _DRAWN_BY},
         }
-
-    def _fill(self, trainer: Trainer, view: int) -> None:
-        """Compute a view, each process its share."""
-        assert self._data is not None
-        assert self._files is not None
-        data, files, strategy = self._data, self._files, trainer.strategy
-        share = np.array_split(np.arange(files.rows), trainer.world_size)[trainer.global_rank]
-        begun, seconds = None, time.monotonic()
-        self.network.to(strategy.root_device)
-        self.freeze()
-        try:
-            for batch in data.view_dataloader(view, share.tolist()):
-                rows = self._rows(batch, strategy.root_device)
-                if begun is None:
-                    begun = self._begin(trainer, view, rows.dtype)
-                if rows.dtype != begun:
-                    raise MisconfigurationException(
-                        f"the teacher's answers differ in shape: {begun} and {rows.dtype}. A "
-                        "CachedTeacher needs images of one size (distill.cache=off asks the "
-                        "teacher itself)"
-                    )
-                files.write(view, int(batch.indices[0]), rows)
-        finally:
-            self.network.to("cpu")
-        if begun is None:  # more processes than samples
-            self._begin(trainer, view, np.dtype("V"))
-        files.flush(view)
-        strategy.barrier()
-        if trainer.is_global_zero:
-            files.commit(view)
-        strategy.barrier()
-        rank_zero_info(f"teacher cache: view {view} took {time.monotonic() - seconds:.1f} s")
-
-    def _begin(self, trainer: Trainer, view: int, row: np.dtype) -> np.dtype:
-        """Say how much is to come, and make the file; the first process's kind of row."""
-        assert self._data is not None
-        assert self._files is not None
-        files = self._files
-        if trainer.is_global_zero:
-            views = self._data.train_views().count
-            rank_zero_info(
-                f"teacher cache: filling view {view} in {files.folder}; {views} views of "
-                f"{files.rows:,} samples take {views * files.rows * row.itemsize / 1e6:,.1f} MB, "
-                f"of which {files.missing_bytes(views, row) / 1e6:,.1f} MB are still to be written"
-            )
-            files.create(view, row)
-        return trainer.strategy.broadcast(row)
-
-    def _rows(self, batch: KeyedBatch, device: torch.device) -> np.ndarray:
-        """The rows of a batch, one a sample."""
-        columns = {PRINTS: batch.prints}
-        for tap, answer in self._answers(batch.inputs.to(device)).items():
-            if answer.shape[:1] != (len(batch.prints),):
-                raise MisconfigurationException(
-                    f"the teacher's {_name(tap)} gives {tuple(answer.shape)} for "
-                    f"{len(batch.prints)} images: a CachedTeacher needs one answer an image "
-                    "(distill.cache=off asks the teacher itself)"
-                )
-            column = answer.float().cpu().numpy()
-            with np.errstate(over="ignore"):
-                columns[_name(tap)] = column.astype(self.stored)
-            if not np.isfinite(columns[_name(tap)]).all():
-                raise MisconfigurationException(
-                    f"the teacher's {_name(tap)} has values up to {np.abs(column).max():.3g}, "
-                    f"which {self.stored} cannot hold: give CachedTeacher dtype='float32' "
-                    "(distill.cache_dtype=float32), or a teacher whose outputs are finite"
-                )
-        kinds = [(name, column.dtype, column.shape[1:]) for name, column in columns.items()]
-        rows = np.empty(len(batch.prints), np.dtype(kinds))
-        for name, column in columns.items():
-            rows[name] = column
-        return rows
-
-    @torch.no_grad()
-    def _answers(self, images: Tensor) -> dict[Tap, Tensor]:
-        """What the teacher itself says of a batch."""
-        outputs: dict[str, list[Any]] = {part: [] for part, _ in self._taps}
-        with ExitStack() as hooks:
-            for part in outputs:
-                if part:
-                    hooks.callback(record(self.network.get_submodule(part), outputs[part]))
-            whole = self.teacher(images)
-        if "" in outputs:
-            outputs[""].append(whole)
-        for part, calls in outputs.items():
-            if len(calls) != 1:
-                raise MisconfigurationException(
-                    f"the teacher's {part!r} was called {len(calls)} times for one batch: a "
-                    "CachedTeacher keeps one answer (distill.cache=off asks the teacher itself)"
-                )
-        return {tap: select(outputs[tap[0]][0], tap[1]) for tap in self._taps}
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_data": None, "_files": None, "_open": {}}
@@ -351,9 +255,3 @@ def cached(
     if cache in ("off", False, None):
         return teacher
     return CachedTeacher(teacher, "auto" if cache is True else str(cache), views=views, dtype=dtype)
-
-
-def _name(tap: Tap) -> str:
-    """The entry of a row that holds a tap."""
-    part, entry = tap
-    return (part or "(output)") + ("" if entry is None else f"[{entry!r}]")
