@@ -1,5 +1,6 @@
 """Knowledge distillation from stronger teachers (DIST) for PyTorch Lightning."""
 
+from lightning_dist.cached_teacher import CachedTeacher
 from lightning_dist.callback import DistillationCallback, Term
 from lightning_dist.losses import DISTLoss, KDLoss
 from lightning_dist.module import DistillModule
@@ -7,6 +8,7 @@ from lightning_dist.schedule import WeightSchedule
 from lightning_dist.teacher import Teacher
 
 __all__ = [
+    "CachedTeacher",
     "DISTLoss",
     "DistillModule",
     "DistillationCallback",

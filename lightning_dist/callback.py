@@ -10,8 +10,11 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from lightning_dist.cached_teacher import CachedTeacher
 from lightning_dist.checks import check_number
+from lightning_dist.data.views import KeyedBatch
 from lightning_dist.losses import DISTLoss
 from lightning_dist.taps import find, record, refuse_shared_tensors, select
 from lightning_dist.teacher import Teacher
@@ -57,7 +60,8 @@ class DistillationCallback(Callback):
     ``train/distill/NAME``, each term without its weight.
 
     Args:
-        teacher: the trained network, or a :class:`lightning_dist.teacher.Teacher`.
+        teacher: the trained network, a :class:`lightning_dist.teacher.Teacher`, or a
+            :class:`lightning_dist.CachedTeacher`.
         student: dotted path of the student in the LightningModule; ``""`` is the module itself.
         loss: the loss of student and teacher logits, a :class:`lightning_dist.DISTLoss` by default.
         weight: factor of ``loss``: a number or a function of the Trainer.
@@ -143,6 +147,9 @@ class DistillationCallback(Callback):
                 "the Trainer has several DistillationCallbacks: give one of them several terms"
             )
         refuse_shared_tensors(self.teacher.network, pl_module)
+        if isinstance(self.teacher, CachedTeacher):
+            taps = [(term.teacher, term.output) for term in self.terms.values()]
+            self.teacher.attach(trainer, taps, self.inputs)
         parts = _TermParameters(
             {
                 name: term.loss
@@ -174,6 +181,8 @@ class DistillationCallback(Callback):
         self._refuse_untrained_terms(trainer)
         self.teacher.freeze()
         self.teacher.to(trainer.strategy.root_device)
+        if isinstance(self.teacher, CachedTeacher):
+            self.teacher.locate(trainer)
 
         step = pl_module.training_step
         self._own_step = pl_module.__dict__.get("training_step")  # torch.compile sets one
@@ -186,6 +195,13 @@ class DistillationCallback(Callback):
             return self._distill(trainer, pl_module, step, args, kwargs)
 
         pl_module.__dict__["training_step"] = training_step
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Have a cached teacher's answers at hand, outside of autocast and DDP's forward."""
+        if self._wrapped and isinstance(self.teacher, CachedTeacher):
+            self.teacher.provide(trainer, batch)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -229,29 +245,17 @@ class DistillationCallback(Callback):
         kwargs: dict[str, Any],
     ) -> Any:
         student = pl_module.get_submodule(self.student)
+        teacher_outputs: dict[str, list[Any]] = {t.teacher: [] for t in self.terms.values()}
+        student_outputs: dict[str, list[Any]] = {t.student: [] for t in self.terms.values()}
         # Hooks live for the step only, so that a copy or a pickle of the module never holds one.
         with ExitStack() as hooks:
-            teacher_outputs: dict[str, list[Any]] = {t.teacher: [] for t in self.terms.values()}
-            student_outputs: dict[str, list[Any]] = {t.student: [] for t in self.terms.values()}
-
-            def ask_teacher(
-                part: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-            ) -> None:
-                # Before the student runs: it may change its inputs in place, and the teacher's
-                # activations are gone before the student's are kept.
-                output = self.teacher.ask(part, args, kwargs)
-                if not part and "" in teacher_outputs:
-                    teacher_outputs[""].append(output)
-
-            for path, part in self.inputs.items():
-                ask = functools.partial(ask_teacher, part)
-                asking = student.get_submodule(path)
-                hooks.callback(asking.register_forward_pre_hook(ask, with_kwargs=True).remove)
+            if isinstance(self.teacher, CachedTeacher):
+                teacher_outputs = self.teacher.recall(args[0])
+                hooks.callback(_refuse_other_images(student, args[0]))
+            else:
+                self._ask(student, teacher_outputs, hooks)
             for path, outputs in student_outputs.items():
                 hooks.callback(record(student.get_submodule(path), outputs))
-            for path, outputs in teacher_outputs.items():
-                if path:
-                    hooks.callback(record(self.teacher.network.get_submodule(path), outputs))
             result = step(*args, **kwargs)
         if result is None:  # the module skips this batch
             return None
@@ -280,6 +284,26 @@ class DistillationCallback(Callback):
                 "without a loss: return a tensor, a dict with 'loss', or None to skip the batch"
             )
         return {**result, "loss": self.task_weight * result["loss"] + distill}
+
+    def _ask(self, student: nn.Module, outputs: dict[str, list[Any]], hooks: ExitStack) -> None:
+        """Have the student's calls go to the teacher too, and record what its parts return."""
+
+        def ask_teacher(
+            part: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> None:
+            # Before the student runs: it may change its inputs in place, and the teacher's
+            # activations are gone before the student's are kept.
+            output = self.teacher.ask(part, args, kwargs)
+            if not part and "" in outputs:
+                outputs[""].append(output)
+
+        for path, part in self.inputs.items():
+            ask = functools.partial(ask_teacher, part)
+            asking = student.get_submodule(path)
+            hooks.callback(asking.register_forward_pre_hook(ask, with_kwargs=True).remove)
+        for path, found in outputs.items():
+            if path:
+                hooks.callback(record(self.teacher.network.get_submodule(path), found))
 
     def _value(
         self, name: str, term: Term, student: list[Any], teacher: list[Any], trainer: Trainer
@@ -369,11 +393,33 @@ class DistillationCallback(Callback):
         self._own_step, self._wrapped = None, False
         pl_module._modules.pop(_TermParameters.name, None)
         self.teacher.to("cpu")
+        if isinstance(self.teacher, CachedTeacher):
+            self.teacher.detach()
 
 
 def attached_callbacks(trainer: Trainer) -> list[Callback]:
     """The Trainer's callbacks, which Lightning sets without declaring them."""
     return trainer.callbacks  # type: ignore[attr-defined]
+
+
+def _refuse_other_images(student: nn.Module, batch: KeyedBatch) -> Callable[[], None]:
+    """Raise where the student is called with other than the batch's images; returns what ends it.
+
+    A cached teacher saw those, so they must be the same tensor, which nothing has written to.
+    """
+    version = batch.inputs._version
+
+    def check(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        if len(tensors) != 1 or tensors[0] is not batch.inputs or tensors[0]._version != version:
+            raise MisconfigurationException(
+                f"the student, a {type(student).__name__}, is called with other than the batch's "
+                "images, about which a CachedTeacher was asked: hand them over as they are, "
+                "without Mixup, CutMix or normalisation in training_step, or give the teacher "
+                "itself (distill.cache=off)"
+            )
+
+    return student.register_forward_pre_hook(check, with_kwargs=True).remove
 
 
 class _TermParameters(nn.ModuleDict):

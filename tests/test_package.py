@@ -32,6 +32,7 @@ def test_every_file_that_is_no_module_is_declared():
 
 def test_the_public_names():
     assert lightning_dist.__all__ == [
+        "CachedTeacher",
         "DISTLoss",
         "DistillModule",
         "DistillationCallback",

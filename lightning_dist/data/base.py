@@ -1,6 +1,7 @@
 """What all data modules share: their settings, their loaders, and how they split."""
 
 from collections.abc import Sequence, Sized
+from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
@@ -15,6 +16,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from lightning_dist.checks import check_number
 from lightning_dist.data.order import EpochSampler, ResumableLoader, SeededDataset
 from lightning_dist.data.tensor_images import TensorImages, of_channels
+from lightning_dist.data.views import Views
 
 SPLIT_SEED = 0  # which images are held out never depends on a run's seed
 SPLITS_OF_STAGE = {
@@ -82,6 +84,8 @@ class ImageDataModule(LightningDataModule):
         class_colors: a colour (red, green, blue) of each, in 0..255, or None to choose some.
         image_size: height and width in pixels, where all images have one size.
         in_channels: channels of an image.
+        views: train on so many fixed augmentations of each sample, which are the same in every run,
+            in turn; the batches are then KeyedBatches. None draws another one each epoch.
     """
 
     num_classes: int
@@ -91,6 +95,7 @@ class ImageDataModule(LightningDataModule):
     std: tuple[float, ...]
     image_size: int
     in_channels: int = 3
+    views: int | None = None  # train on so many fixed views, as a cached teacher needs it
     random_transforms: bool = True  # a subclass whose training set draws none saves the seeding
     location: str  # where the images are, for error messages
 
@@ -182,17 +187,45 @@ class ImageDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """Shuffled, augmented batches of the training set."""
         dataset = self._dataset("train")
-        keyed = isinstance(dataset, TensorImages)
         sampler = EpochSampler(dataset, self.seed, drop_last=self.drop_last, **self._share())
+        settings = self._loader_settings(dataset)
+        if self.views is not None:
+            dataset = self.train_views()
+            settings["collate_fn"] = dataset.collate
+        elif not isinstance(dataset, TensorImages):
+            dataset = SeededDataset(dataset, self.seed if self.random_transforms else None)
         return ResumableLoader(
-            dataset
-            if keyed
-            else SeededDataset(dataset, self.seed if self.random_transforms else None),
+            dataset,
             batch_size=self.batch_size,
             sampler=sampler,
             drop_last=self.drop_last,
-            **self._loader_settings(dataset),
+            **settings,
         )
+
+    def train_views(self) -> Views:
+        """The training set in its `views`."""
+        return Views(self._dataset("train"), self.views or 1, self.random_transforms)
+
+    def view_dataloader(self, view: int, indices: Sequence[int]) -> DataLoader:
+        """Batches of some training samples, in order, in one view."""
+        views = self.train_views()
+        return DataLoader(
+            views,
+            batch_size=self.batch_size,
+            sampler=[(index, view) for index in indices],
+            **self._loader_settings(views) | {"persistent_workers": False},
+        )
+
+    def sample_settings(self) -> dict[str, Any]:
+        """The settings that may decide what a sample looks like: all but those of the loaders."""
+        loaders = {"global_batch_size", "eval_batch_size", "num_workers", "seed", "pin_memory"}
+        others = loaders | {"drop_last", "views"} | vars(LightningDataModule()).keys()
+        return {
+            name: value
+            for name, value in vars(self).items()
+            if not (name in others or name.startswith("_"))
+            and not isinstance(getattr(type(self), name, None), cached_property)
+        }
 
     def val_dataloader(self) -> DataLoader:
         """Batches of the validation set in order."""

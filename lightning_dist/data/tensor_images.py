@@ -1,5 +1,6 @@
 """Images in memory, augmented and normalised a whole batch at a time."""
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -58,10 +59,21 @@ class TensorImages(Dataset):
         pairs = [key if isinstance(key, tuple) else (key, 0) for key in keys]
         indices = torch.tensor([index for index, _ in pairs])
         images = self.images[indices]
-        if self.padding or self.flip:
+        if self.random:
             images = self._augment(images, indices, epoch=pairs[0][1])
         pixels = images.float().div_(self.white).sub_(self.mean).div_(self.std)
         return pixels, self.labels[indices]
+
+    @property
+    def random(self) -> bool:
+        """Whether anything is drawn at random."""
+        return bool(self.padding or self.flip)
+
+    def with_seed(self, seed: int) -> "TensorImages":
+        """The same images, augmented by another seed."""
+        other = copy.copy(self)
+        other.seed, other._draws = seed, None
+        return other
 
     @staticmethod
     def collate(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

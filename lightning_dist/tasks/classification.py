@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
+from lightning_dist.cached_teacher import CachedTeacher
 from lightning_dist.checks import check_number
+from lightning_dist.data.views import KeyedBatch
 from lightning_dist.module import DistillModule
 from lightning_dist.teacher import Teacher
 
@@ -27,7 +29,7 @@ class ClassificationModule(DistillModule):
         kwargs: as in :class:`lightning_dist.DistillModule`.
 
     Raises:
-        ValueError: if an option is out of range.
+        ValueError: if an option is out of range, or there is ``mixup`` and the teacher is cached.
 
     Example:
         >>> module = ClassificationModule(nn.Linear(4, 3), num_classes=3)
@@ -47,6 +49,11 @@ class ClassificationModule(DistillModule):
     ) -> None:
         check_number("num_classes", num_classes, int, least=1)
         check_number("label_smoothing", label_smoothing, least=0, most=1)
+        if mixup is not None and isinstance(teacher, CachedTeacher):
+            raise ValueError(
+                "mixup mixes the images of a batch, about which a CachedTeacher was never asked: "
+                "set module.mixup=null, or give the teacher itself (distill.cache=off)"
+            )
         accuracy: dict[str, Metric | MetricCollection] = {
             "accuracy": MulticlassAccuracy(num_classes, average="micro")
         }
@@ -65,7 +72,8 @@ class ClassificationModule(DistillModule):
         Raises:
             ValueError: naming the label and the classes.
         """
-        labels = batch[1] if isinstance(batch, (tuple, list)) and len(batch) == 2 else None
+        is_pair = isinstance(batch, (tuple, list, KeyedBatch)) and len(batch) == 2
+        labels = batch[1] if is_pair else None
         if (
             isinstance(labels, Tensor)
             and labels.dtype == torch.int64

@@ -1,0 +1,131 @@
+"""Fixed views: a training set in a few augmentations that come again, and each sample's key."""
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+
+from lightning_dist.data.order import Key, SeededDataset
+from lightning_dist.data.tensor_images import TensorImages
+
+VIEW_SEED = 0  # of the views' augmentation, whatever the run's: runs of all seeds share them
+
+
+@dataclass
+class KeyedBatch:
+    """A batch ``(inputs, target)``, as which it unpacks, that knows which samples it holds.
+
+    Args:
+        inputs: images ``(N, C, H, W)``.
+        target: whatever belongs to them.
+        indices: int64 ``(N,)``, of the samples in the training set.
+        view: in which of the views they are.
+        prints: float64 ``(N,)``, the images' :func:`fingerprints`.
+    """
+
+    inputs: Tensor
+    target: Any
+    indices: np.ndarray
+    view: int
+    prints: np.ndarray
+
+    def __iter__(self) -> Iterator[Any]:
+        yield self.inputs
+        yield self.target
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> Any:
+        return (self.inputs, self.target)[index]
+
+    def pin_memory(self) -> "KeyedBatch":
+        """The same in pinned memory, for DataLoaders that pin."""
+        target = self.target.pin_memory() if isinstance(self.target, Tensor) else self.target
+        return KeyedBatch(self.inputs.pin_memory(), target, self.indices, self.view, self.prints)
+
+
+class Views(Dataset):
+    """A training set of which epoch `e` shows view `e` modulo `count`; gives KeyedBatches.
+
+    A view is an augmentation of every sample that (VIEW_SEED, view, index) alone decides.
+
+    Args:
+        dataset: read by index, or by Key if it is a TensorImages.
+        count: number of views; 1 is all there is where nothing is random.
+        random: whether the data set's transforms draw; a TensorImages knows that itself.
+    """
+
+    def __init__(self, dataset: Dataset, count: int, random: bool = True) -> None:
+        self.collate_samples = getattr(dataset, "collate", default_collate)
+        self.samples: TensorImages | SeededDataset
+        if isinstance(dataset, TensorImages):
+            random = dataset.random
+            self.samples = dataset.with_seed(VIEW_SEED)
+        else:
+            self.samples = SeededDataset(dataset, VIEW_SEED if random else None)
+        self.count = count if random else 1
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, key: Key | int) -> Any:
+        index, epoch = key if isinstance(key, tuple) else (key, 0)
+        return self.samples[index, epoch % self.count]
+
+    def __getitems__(self, keys: Sequence[Key | int]) -> KeyedBatch:
+        """A batch; all its Keys are of one epoch.
+
+        Raises:
+            TypeError: if the images are no single tensor.
+        """
+        pairs = [key if isinstance(key, tuple) else (key, 0) for key in keys]
+        view = pairs[0][1] % self.count
+        shown = [(index, view) for index, _ in pairs]
+        if isinstance(self.samples, TensorImages):
+            inputs, target = self.samples.__getitems__(shown)
+        else:
+            inputs, target = self.collate_samples([self.samples[key] for key in shown])
+        if not isinstance(inputs, Tensor):
+            raise TypeError(
+                f"the batch's images are a {type(inputs).__name__}, no tensor: a cached teacher "
+                "needs images of one size (distill.cache=off asks the teacher itself)"
+            )
+        indices = np.array([index for index, _ in shown])
+        return KeyedBatch(inputs, target, indices, view, fingerprints(inputs))
+
+    @staticmethod
+    def collate(batch: KeyedBatch) -> KeyedBatch:
+        """Nothing is left to collate."""
+        return batch
+
+
+def fingerprints(images: Tensor) -> np.ndarray:
+    """One number an image, by which other images are told apart: a sum of pixels with fixed signs.
+
+    Args:
+        images: ``(N, ...)``, on the CPU.
+
+    Returns:
+        float64 ``(N,)``.
+
+    Example:
+        >>> here, there = fingerprints(torch.tensor([[1.0, 0.0], [0.0, 2.0]]))
+        >>> bool(here == there)
+        False
+    """
+    rows = images.flatten(1)
+    signs = _signs(rows.shape[1])
+    some = max(1, 2**20 // rows.shape[1])  # a double of every pixel at once would be large
+    return torch.cat([part.double() @ signs for part in rows.split(some)]).numpy()
+
+
+@functools.lru_cache(maxsize=4)
+def _signs(count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(2, (count,), generator=generator).double().mul_(2).sub_(1)

@@ -1,0 +1,570 @@
+"""CachedTeacher: what it trains, what it keeps in files, who shares them, and what it refuses."""
+
+import importlib
+import json
+import logging
+import multiprocessing
+import pickle
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_dist import CachedTeacher, DistillationCallback, DistillModule, Teacher, Term
+from lightning_dist.bridge import InputBridge
+from lightning_dist.cached_teacher import cached
+from lightning_dist.data.digits import DigitsDataModule
+from lightning_dist.data.scenes import ScenesDataModule
+from lightning_dist.models.small import SmallCNN, SmallUNet
+from lightning_dist.tasks.classification import ClassificationModule
+from lightning_dist.tasks.segmentation import SegmentationModule
+from lightning_dist.teacher import EnsembleTeacher
+
+CACHING = Path(__file__).parent / "caching"
+TRAINED = "pkg://lightning_dist/assets/digits_teacher.safetensors"
+SIZE = 150
+
+
+class Asked(SmallCNN):
+    """A teacher that counts the images it is asked about, and how often it is moved."""
+
+    images = moves = 0
+
+    def __init__(self) -> None:
+        super().__init__([32, 64, 128])
+
+    def forward(self, images):
+        Asked.images += len(images)
+        return super().forward(images)
+
+    def to(self, *args, **kwargs):
+        Asked.moves += 1
+        return super().to(*args, **kwargs)
+
+
+@pytest.fixture(autouse=True)
+def _reset() -> None:
+    Asked.images = Asked.moves = 0
+
+
+def digits(**settings) -> DigitsDataModule:
+    return DigitsDataModule(augment=True, train_size=SIZE, **settings)
+
+
+def teacher() -> Teacher:
+    return Teacher(SmallCNN([32, 64, 128]), TRAINED)
+
+
+@pytest.fixture
+def train(make_trainer):
+    """Train a student of a teacher on digits; the module."""
+
+    def run(teacher, data=None, module=None, epochs=3, **kwargs):
+        if module is None:
+            torch.manual_seed(0)
+            module = ClassificationModule(SmallCNN([4, 8]), teacher, num_classes=10)
+        trainer = make_trainer(max_epochs=epochs, limit_val_batches=0, **kwargs)
+        trainer.fit(module, datamodule=data or digits())
+        return module
+
+    return run
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*/view-*.npy"))
+
+
+def assert_rows_are_fresh_answers(folder: Path, data: DigitsDataModule, ask=None) -> None:
+    """Every row of every view, against a forward of the sample that the view shows."""
+    images = data.train_dataset().with_seed(0)
+    ask = ask or teacher()
+    for path in files(folder):
+        view = int(path.stem.removeprefix("view-"))
+        shown, _ = images.__getitems__([(index, view) for index in range(len(images))])
+        rows = np.load(path, allow_pickle=False)["(output)"]
+        assert rows.dtype == np.float16
+        fresh = ask(shown).numpy()
+        np.testing.assert_allclose(rows, fresh, rtol=2**-10, atol=2**-10)
+
+
+def same_weights(one: nn.Module, other: nn.Module) -> bool:
+    ours, theirs = one.state_dict(), other.state_dict()
+    return all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+# What it trains
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_it_trains_the_student_that_the_teacher_itself_trains(train, tmp_path, workers):
+    """Seed 0 draws the views in its first epochs."""
+    live = train(teacher())
+    warm = CachedTeacher(teacher(), tmp_path, views=3, dtype="float32")
+    assert same_weights(live, train(warm, digits(num_workers=workers)))
+    assert same_weights(live, train(warm, digits(num_workers=workers)))
+
+
+def test_float16_changes_the_student_by_a_rounding(train, tmp_path):
+    live = train(teacher()).student.state_dict()
+    kept = train(CachedTeacher(teacher(), tmp_path, views=3)).student.state_dict()
+    for name, value in live.items():
+        torch.testing.assert_close(kept[name], value, rtol=1e-2, atol=1e-3)
+    assert any(not torch.equal(kept[name], value) for name, value in live.items())
+
+
+def test_every_row_is_a_fresh_answer(train, tmp_path):
+    train(CachedTeacher(teacher(), tmp_path, views=2))
+    assert len(files(tmp_path)) == 2
+    assert_rows_are_fresh_answers(tmp_path, digits())
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+def test_every_precision_of_the_student(train, tmp_path, precision):
+    kept = CachedTeacher(teacher(), tmp_path, views=1)
+    module = train(kept, epochs=1, precision=precision)
+    assert all(value.isfinite().all() for value in module.student.state_dict().values())
+    assert_rows_are_fresh_answers(tmp_path, digits())
+
+
+def test_the_callback_on_a_module_of_the_users(train, tmp_path):
+    class Plain(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.net = SmallCNN([4, 8])
+
+        def training_step(self, batch, batch_idx):
+            images, labels = batch
+            return F.cross_entropy(self.net(images), labels)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    kept = CachedTeacher(teacher(), tmp_path, views=3, dtype="float32")
+    live, warm = (
+        train(None, module=Plain(), callbacks=[DistillationCallback(t)]) for t in (teacher(), kept)
+    )
+    assert same_weights(live, warm)
+
+
+def test_an_ensemble_with_bridge_and_class_map(train, tmp_path):
+    bridge = InputBridge([0.5], [0.5], DigitsDataModule.mean, DigitsDataModule.std)
+    bridged = Teacher(SmallCNN([32, 64, 128]), TRAINED, inputs=bridge, class_map=range(10))
+    ensemble = EnsembleTeacher([teacher(), bridged])
+    live = train(ensemble)
+    assert same_weights(live, train(CachedTeacher(ensemble, tmp_path, views=3, dtype="float32")))
+
+
+def test_a_run_that_resumes_in_mid_epoch_gets_the_answers_to_its_batches(train, tmp_path):
+    def run(name, **kwargs):
+        kept = CachedTeacher(teacher(), tmp_path / "cache", views=2)
+        return train(kept, epochs=3, enable_checkpointing=True, **kwargs)
+
+    whole = run("whole")
+    saver = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=5, save_top_k=-1)
+    run("first", max_steps=5, callbacks=[saver])
+    (path,) = (tmp_path / "saved").glob("*.ckpt")
+    torch.manual_seed(1)
+    module = ClassificationModule(
+        SmallCNN([4, 8]), CachedTeacher(teacher(), tmp_path / "cache", views=2), num_classes=10
+    )
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=3,
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+    )
+    trainer.fit(module, datamodule=digits(), ckpt_path=path)
+    assert same_weights(whole, module)
+
+
+@pytest.mark.parametrize("network", ["one head", "two heads"])
+def test_dense_logits(make_trainer, tmp_path, network):
+    """Main and auxiliary logits, at the network's own resolution."""
+
+    class TwoHeads(SmallUNet):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.aux_classifier = nn.Conv2d(3, self.num_classes, 1)
+
+        def forward(self, images):
+            return {"out": super().forward(images), "aux": self.aux_classifier(images)}
+
+    kind = SmallUNet if network == "one head" else TwoHeads
+
+    def run(wrap):
+        torch.manual_seed(0)
+        student, theirs = kind([4, 8], num_classes=11), kind([8, 8], num_classes=11)
+        module = SegmentationModule(student, wrap(theirs), num_classes=11)
+        data = ScenesDataModule(train_size=8, val_size=2, global_batch_size=4, scene_size=32)
+        trainer = make_trainer(max_epochs=2, limit_val_batches=0)
+        trainer.fit(module, datamodule=data)
+        return module
+
+    live = run(Teacher)
+    assert same_weights(live, run(lambda t: CachedTeacher(t, tmp_path, dtype="float32")))
+    (path,) = files(tmp_path)  # scenes draw nothing: one view is all
+    dtype = np.load(path, allow_pickle=False).dtype
+    assert dtype["classifier"].shape == (11, 16, 16)
+    assert ("aux_classifier" in dtype.names) == (network == "two heads")
+
+
+# Who asks the teacher, and which cache they share
+
+
+def test_each_view_is_asked_about_once_by_runs_of_all_seeds(train, tmp_path):
+    kept = CachedTeacher(Asked(), tmp_path, views=2)
+    train(kept, digits(seed=1), epochs=1)
+    assert Asked.images == SIZE
+    train(kept, digits(seed=1), epochs=5)
+    train(kept, digits(seed=2, num_workers=1, global_batch_size=32, drop_last=True), epochs=5)
+    assert Asked.images == 2 * SIZE
+
+
+def test_a_warm_run_neither_asks_nor_moves_the_teacher(train, tmp_path):
+    kept = CachedTeacher(Asked(), tmp_path, views=1)
+    train(kept, epochs=1)
+    assert Asked.images > 0
+    assert Asked.moves > 0
+    Asked.images = Asked.moves = 0
+    train(kept, epochs=2)
+    assert Asked.images == Asked.moves == 0
+
+
+def test_more_views_keep_those_that_are_there(train, tmp_path):
+    network = Asked()
+    for views in (1, 3):
+        train(CachedTeacher(network, tmp_path, views=views), epochs=3)
+    assert Asked.images == 3 * SIZE
+    assert len({path.parent for path in files(tmp_path)}) == 1
+
+
+def test_the_data_module_draws_as_ever_after_fit(train, tmp_path):
+    data = digits()
+    train(CachedTeacher(teacher(), tmp_path), data, epochs=1)
+    assert data.views is None
+
+
+def with_other_pixels() -> DigitsDataModule:
+    data = digits()
+    data.setup("fit")
+    data._dataset("train").images[0] += 1
+    return data
+
+
+def with_a_setting_that_few_pixels_show() -> DigitsDataModule:
+    data = digits()
+    data.rarely = 0.001
+    return data
+
+
+def changed_teacher(**settings) -> Teacher:
+    return Teacher(SmallCNN([32, 64, 128]), TRAINED, **settings)
+
+
+CHANGES = {
+    "weights": lambda: (CachedTeacher(SmallCNN([32, 64, 128])), digits()),
+    "code": lambda: (CachedTeacher(Teacher(Asked(), TRAINED)), digits()),
+    "class map": lambda: (CachedTeacher(changed_teacher(class_map=range(10))), digits()),
+    "teacher's dtype": lambda: (CachedTeacher(changed_teacher(dtype="float64")), digits()),
+    "stored dtype": lambda: (CachedTeacher(teacher(), dtype="float32"), digits()),
+    "normalisation": lambda: (CachedTeacher(teacher()), digits(mean=[0.3])),
+    "samples": lambda: (CachedTeacher(teacher()), digits(val_fraction=0.2)),
+    "augmentation": lambda: (
+        CachedTeacher(teacher()),
+        DigitsDataModule(train_size=SIZE, augment=False),
+    ),
+    "pixels": lambda: (CachedTeacher(teacher()), with_other_pixels()),
+    "a setting": lambda: (CachedTeacher(teacher()), with_a_setting_that_few_pixels_show()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_another_teacher_or_other_data_have_another_cache(train, tmp_path, change):
+    torch.manual_seed(5)
+    train(CachedTeacher(teacher(), tmp_path), epochs=1)
+    other, data = CHANGES[change]()
+    other.root = tmp_path
+    train(other, data, epochs=1)
+    assert len({path.parent for path in files(tmp_path)}) == 2
+
+
+def test_off_is_the_teacher_itself():
+    network = teacher()
+    for off in ("off", False, None):
+        assert cached(network, off) is network
+    assert cached(network, "auto").root == Path("data/teacher_cache")
+    assert cached(network, "some/folder", views=3).views == 3
+
+
+def test_the_command_keeps_its_caches_in_one_place(command, tmp_path):
+    options = ["trainer=cpu", "trainer.max_epochs=2", "print_config=false", "test_teacher=false"]
+    command("train", "distill.cache=auto", *options, "callbacks.progress=null")
+    (path,) = files(tmp_path / "data" / "teacher_cache")  # unshifted digits have one view
+    about = json.loads((path.parent / "about.json").read_text())
+    assert about["samples"] == len(np.load(path, allow_pickle=False))
+
+
+def test_asked_directly_it_is_the_teacher(tmp_path):
+    images = torch.randn(2, 1, 8, 8)
+    kept = CachedTeacher(Teacher(SmallCNN([4]), class_map=[3, 1]), tmp_path)
+    assert torch.equal(kept(images), kept.teacher(images))
+    assert torch.equal(kept.as_network()(images), kept.teacher(images))
+
+
+# What it refuses
+
+
+def test_an_image_that_the_teacher_did_not_see(train, tmp_path):
+    kept = CachedTeacher(teacher(), tmp_path, views=1)
+    train(kept, epochs=1)
+    data = digits()
+    data.setup("fit")
+    data._dataset("train").images[7] += 1  # none of those whose pixels are part of the key
+    with pytest.raises(ValueError, match=r"sample 7 in view 0 is another image.*Delete .*"):
+        train(kept, data, epochs=1)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "foreign rows", "no array", "pickle", "empty"])
+def test_a_damaged_file_is_refused_by_name(train, tmp_path, damage):
+    train(CachedTeacher(teacher(), tmp_path, views=1), epochs=1)
+    (path,) = files(tmp_path)
+    content = path.read_bytes()
+    if damage == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    elif damage == "foreign rows":
+        np.save(path, np.zeros((SIZE, 10), np.float16))
+    elif damage == "pickle":
+        path.write_bytes(pickle.dumps(Exploding()))
+    else:
+        path.write_bytes(b"" if damage == "empty" else b"logits")
+    with pytest.raises(ValueError, match=rf"{path.name} (is damaged|is no view).*delete it"):
+        train(CachedTeacher(teacher(), tmp_path, views=1), epochs=1)
+
+
+class Exploding:
+    def __reduce__(self):
+        return pytest.fail, ("it was unpickled",)
+
+
+def test_mixup_is_refused_before_training(tmp_path):
+    with pytest.raises(ValueError, match=r"module.mixup=null.*distill.cache=off"):
+        ClassificationModule(
+            SmallCNN([4]),
+            CachedTeacher(teacher(), tmp_path),
+            num_classes=10,
+            mixup=lambda x, y: (x, y),
+        )
+
+
+class InPlace(DistillModule):
+    def training_step(self, batch, batch_idx):
+        images, labels = batch
+        return super().training_step((images.mul_(0.5), labels), batch_idx)
+
+
+class Copied(DistillModule):
+    def training_step(self, batch, batch_idx):
+        images, labels = batch
+        return super().training_step((images * 0.5, labels), batch_idx)
+
+
+class OnDevice(DistillModule):
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        images, labels = batch
+        return images * 0.5, labels
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [(InPlace, "other than the batch's"), (Copied, "other than"), (OnDevice, "OnDevice that")],
+)
+def test_images_that_change_after_the_data_module_are_refused(train, tmp_path, kind, message):
+    student = SmallCNN([4, 8])
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    with pytest.raises(MisconfigurationException, match=message):
+        train(None, module=kind(student, CachedTeacher(teacher(), tmp_path, views=1)))
+    after = student.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_data_that_does_not_know_its_samples_is_refused(make_trainer, tmp_path):
+    module = ClassificationModule(SmallCNN([4]), CachedTeacher(teacher(), tmp_path), num_classes=10)
+    loader = DataLoader(TensorDataset(torch.zeros(4, 1, 8, 8), torch.zeros(4).long()))
+    with pytest.raises(MisconfigurationException, match=r"no data module.*ImageDataModule"):
+        make_trainer().fit(module, loader)
+
+    class Users(L.LightningDataModule):
+        def train_dataloader(self):
+            return loader
+
+    with pytest.raises(MisconfigurationException, match=r"has a Users: .*ImageDataModule"):
+        make_trainer().fit(module, datamodule=Users())
+
+
+def test_detection_is_refused_before_training(refused):
+    line = refused(
+        "train",
+        "experiment=scenes/detection_retinanet",
+        "distill.cache=auto",
+        "trainer=cpu",
+        "print_config=false",
+        "data.train_size=4",
+    )
+    assert "as in detection, and a CachedTeacher knows whole images only" in line
+
+
+def test_a_part_that_is_called_twice_is_refused(train, tmp_path):
+    class Twice(SmallCNN):
+        def forward(self, images):
+            return super().forward(images) + super().forward(images)
+
+    kept = CachedTeacher(Twice([4, 8]), tmp_path)
+    callback = DistillationCallback(
+        kept, student="student", terms={"head": Term(nn.MSELoss(), 1.0, "head", "head")}
+    )
+    module = ClassificationModule(SmallCNN([4, 8]), num_classes=10)
+    with pytest.raises(MisconfigurationException, match="'head' was called 2 times"):
+        train(None, module=module, callbacks=[callback])
+    assert not files(tmp_path)
+
+
+def test_logits_that_float16_cannot_hold_are_refused(train, tmp_path):
+    network = SmallCNN([4, 8])
+    network.head.weight.data *= 1e7
+    with pytest.raises(MisconfigurationException, match=r"float16 cannot hold.*dtype='float32'"):
+        train(CachedTeacher(network, tmp_path), epochs=1)
+    assert not files(tmp_path)
+    train(CachedTeacher(network, tmp_path, dtype="float32"), epochs=1)
+
+
+def test_a_disk_without_room_is_refused_with_both_sizes(train, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2000))
+    with (
+        caplog.at_level(logging.INFO),
+        pytest.raises(OSError, match=r"needs 0.0 MB and .* has 0.0 MB left.*distill.cache=PATH"),
+    ):
+        train(CachedTeacher(teacher(), tmp_path), epochs=1)
+    assert "8 views of 150 samples take 0.0 MB, of which 0.0 MB are still" in caplog.text
+    assert not files(tmp_path)
+
+
+@pytest.mark.parametrize("settings", [{"views": 0}, {"dtype": "float8"}], ids=str)
+def test_settings_out_of_range_are_refused(settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        CachedTeacher(nn.Linear(1, 1), **settings)
+
+
+# Several processes
+
+
+@pytest.fixture
+def counted(tmp_path, monkeypatch):
+    """A teacher of any process that writes down what it is asked, and what was written."""
+    monkeypatch.setenv("COUNTED", str(tmp_path / "counted.txt"))
+    monkeypatch.setenv("PYTHONPATH", str(CACHING))
+    monkeypatch.syspath_prepend(CACHING)
+    kind = importlib.import_module("counted").CountedCNN
+
+    def batches() -> list[int]:
+        path = tmp_path / "counted.txt"
+        return [int(line) for line in path.read_text().split()] if path.exists() else []
+
+    def new() -> CachedTeacher:
+        network = Teacher(kind([32, 64, 128]), TRAINED)
+        return CachedTeacher(network, tmp_path / "cache", views=2)
+
+    return SimpleNamespace(teacher=new, batches=batches)
+
+
+def fork(train, *args, **kwargs) -> multiprocessing.Process:
+    """Train in a process of its own."""
+
+    def work() -> None:
+        torch.set_num_threads(1)  # those of OpenMP do not survive a fork
+        train(*args, **kwargs)
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    return process
+
+
+def test_a_fill_that_is_killed_is_completed_by_the_next_run(train, counted, tmp_path, monkeypatch):
+    data = digits(global_batch_size=10)
+    monkeypatch.setenv("SLOWLY", "0.2")
+    victim = fork(train, counted.teacher(), data, epochs=1)
+    deadline = time.monotonic() + 60
+    while sum(counted.batches()) < 30:
+        assert victim.is_alive()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    victim.kill()
+    victim.join()
+    assert not files(tmp_path / "cache")
+    assert list((tmp_path / "cache").glob("*/*.part"))
+    monkeypatch.setenv("SLOWLY", "0")
+    train(counted.teacher(), data, epochs=2)
+    assert len(files(tmp_path / "cache")) == 2
+    assert not list((tmp_path / "cache").glob("*/*.part"))
+    assert_rows_are_fresh_answers(tmp_path / "cache", digits())
+
+
+def test_runs_that_need_a_view_at_once_compute_it_once(train, counted, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLOWLY", "0.1")
+    data = digits(global_batch_size=50)
+    runs = [fork(train, counted.teacher(), data, epochs=2) for _ in range(3)]
+    for run in runs:
+        run.join()
+        assert run.exitcode == 0
+    assert sum(counted.batches()) == 2 * SIZE
+    assert_rows_are_fresh_answers(tmp_path / "cache", digits())
+
+
+def test_the_processes_of_a_run_compute_a_share_each(train, counted, tmp_path):
+    data = digits(global_batch_size=80)
+    train(counted.teacher(), data, epochs=2, strategy="ddp_fork", devices=2)
+    assert sorted(counted.batches()) == [35, 35, 35, 35, 40, 40, 40, 40]
+    assert len(files(tmp_path / "cache")) == 2
+    assert_rows_are_fresh_answers(tmp_path / "cache", digits())
+
+
+@pytest.mark.slow
+def test_a_sweep_of_twelve_runs_in_two_processes_asks_the_teacher_once(counted, tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    overrides = [
+        "hydra/launcher=joblib",
+        "hydra.launcher.n_jobs=2",
+        "seed=0,1,2,3,4,5",
+        "distill.loss.tau=1,2",
+        f"distill.cache={tmp_path / 'cache'}",
+        "distill.cache_views=2",
+        "teacher.network._target_=counted.CountedCNN",
+        "data.augment=true",
+        f"data.train_size={SIZE}",
+        "test_teacher=false",
+        "trainer=cpu",
+        "trainer.max_epochs=2",
+        "print_config=false",
+        "callbacks.progress=null",
+    ]
+    command = [sys.executable, "-m", "lightning_dist", "train", "-m", *overrides]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    results = [json.loads(path.read_text()) for path in tmp_path.rglob("result.json")]
+    assert [result["status"] for result in results] == ["completed"] * 12
+    assert sum(counted.batches()) == 2 * SIZE
+    assert len(files(tmp_path / "cache")) == 2

@@ -1,0 +1,92 @@
+"""Digests: equal in every process, and different where something that counts differs."""
+
+import copy
+import functools
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_dist.bridge import InputBridge
+from lightning_dist.digest import digest
+from lightning_dist.models.small import SmallCNN
+from lightning_dist.teacher import EnsembleTeacher, Teacher
+
+
+class Scaled(nn.Module):
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self._scale = scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._scale * x
+
+
+class Renamed(Scaled):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self._scale
+
+
+def network() -> SmallCNN:
+    torch.manual_seed(0)
+    return SmallCNN([4, 8])
+
+
+def test_equal_things_have_one_digest():
+    teacher = Teacher(network(), class_map=[1, 0])
+    before = digest(teacher)
+    assert digest(Teacher(network(), class_map=[1, 0])) == before
+    teacher.network.train()
+    teacher(torch.zeros(1, 1, 8, 8))
+    assert digest(copy.deepcopy(teacher)) == before
+    assert digest({"b": 1, "a": 2}) == digest({"a": 2, "b": 1})
+
+
+def test_a_bridge_that_has_worked_is_the_same_bridge():
+    bridge = InputBridge([0.5], [0.5], [0.1], [0.2])
+    before = digest(bridge)
+    bridge(torch.zeros(1, 1, 4, 4))
+    assert digest(bridge) == before
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (Scaled(1.0), Scaled(2.0)),
+        (Scaled(1.0), Renamed(1.0)),
+        (nn.ReLU(), nn.GELU()),
+        (nn.Linear(2, 2), nn.Linear(2, 2)),
+        (nn.MaxPool2d(2), nn.MaxPool2d(2, ceil_mode=True)),
+        (torch.zeros(2), torch.zeros(1, 2)),
+        (torch.zeros(2), torch.zeros(2, dtype=torch.int32)),
+        (torch.zeros(2, dtype=torch.bfloat16), torch.ones(2, dtype=torch.bfloat16)),
+        (["ab", "c"], ["a", "bc"]),
+        (1, "1"),
+        (functools.partial(int, base=2), functools.partial(int, base=3)),
+        (lambda x: x, lambda x: x + 1),
+        (Teacher(network()), Teacher(network(), class_map=[0])),
+        (Teacher(network()), Teacher(network(), dtype="bfloat16")),
+        (
+            Teacher(network(), inputs=InputBridge([0.5], [0.5], [0.1], [0.2])),
+            Teacher(network(), inputs=InputBridge([0.5], [0.5], [0.1], [0.2], size=16)),
+        ),
+        (EnsembleTeacher([network()]), EnsembleTeacher([network()], mean="logits")),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_counts_changes_the_digest(one, other):
+    assert digest(one) != digest(other)
+
+
+def test_batch_norm_statistics_count():
+    one, other = network(), network()
+    other.features[1].running_mean += 1
+    assert digest(one) != digest(other)
+
+
+def test_a_circle_ends():
+    one: list = [1]
+    one.append(one)
+    other: list = [2]
+    other.append(other)
+    assert digest(one) != digest(other)
