@@ -13,7 +13,6 @@ import safetensors
 import safetensors.torch
 import timm
 import timm.data
-import timm.models
 import torch
 from torch import nn
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
@@ -38,6 +37,12 @@ Shape = tuple[int, int, int]
 
 # Arguments of timm.create_model that are no arguments of the network.
 _OF_CREATION = ("model_name", "num_classes", "cache_dir", "checkpoint_path")
+# What timm knows of a network's published weights that is not true of the student's.
+_OF_OTHER_WEIGHTS = (
+    *("url", "file", "hf_hub_id", "hf_hub_filename", "source", "state_dict", "tag", "custom_load"),
+    *("test_input_size", "test_crop_pct", "pool_size", "paper_ids", "paper_name", "origin_url"),
+    *("license", "notes", "label_names", "label_descriptions", "label_offset"),
+)
 
 
 def export_student(
@@ -83,7 +88,8 @@ def export_student(
         mean: of each channel, which is subtracted from pixels scaled to 0..1.
         std: of each channel, by which they are then divided.
         class_names: in the order of the logits, or of a detector's labels.
-        architecture: what builds the network: its Hydra config.
+        architecture: what builds the network: its Hydra config. ``timm`` needs those of its
+            arguments that are not in the network's name, such as ``in_chans``.
         label_offset: subtracted from a detector's labels in ``onnx``, so that they count from 0. By
             default 1 of a two-stage detector, whose 0 is the background, and 0 of another.
         dynamic_size: let height and width be free in ``torch_export`` and ``onnx``, as the batch
@@ -177,26 +183,28 @@ def _save_safetensors(network: nn.Module, path: Path, facts: Mapping[str, Any]) 
 
 
 def _save_timm(network: Any, path: Path, facts: Mapping[str, Any], mend: str) -> None:
-    """The folder that timm's own networks are published as, by timm's own function."""
-    source = ("url", "file", "hf_hub_id", "hf_hub_filename", "source", "state_dict", "tag")
-    config = {k: v for k, v in network.pretrained_cfg.items() if k not in source}
+    """The folder that timm's own networks are published as: config.json and model.safetensors."""
     told = ("input_size", "mean", "std", "interpolation", "crop_pct")
-    config |= {name: facts[name] for name in told if name in facts}
-    config |= {"num_classes": network.num_classes, "test_input_size": None, "test_crop_pct": None}
-    arguments = {
-        name: value
-        for name, value in facts.get("architecture", {}).items()
-        if name not in _OF_CREATION and not name.startswith(("_", "pretrained"))
+    preset = {k: v for k, v in network.pretrained_cfg.items() if k not in _OF_OTHER_WEIGHTS}
+    preset |= {name: facts[name] for name in told if name in facts}
+    config = {
+        "architecture": preset.pop("architecture"),
+        "num_classes": network.num_classes,
+        "num_features": network.num_features,
+        "model_args": {
+            name: value
+            for name, value in facts.get("architecture", {}).items()
+            if name not in _OF_CREATION and not name.startswith(("_", "pretrained"))
+        },
+        "pretrained_cfg": preset | {"num_classes": network.num_classes},
     }
+    if "class_names" in facts:
+        config["label_names"] = facts["class_names"]
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    safetensors.torch.save_model(network, str(path / "model.safetensors"))
     shape = facts.get("input_size") or timm.data.resolve_model_data_config(network)["input_size"]
     with refusing("timm", mend), torch.random.fork_rng(devices=[]):  # a new network draws weights
-        timm.models.save_for_hf(
-            network,
-            str(path),
-            model_config={"pretrained_cfg": config, "label_names": facts.get("class_names")},
-            model_args=arguments,
-            safe_serialization=True,
-        )
         again = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
         compare(again, network, [(2, *shape)])
 

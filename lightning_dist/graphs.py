@@ -206,13 +206,13 @@ def refusing(format: str, mend: str) -> Iterator[None]:
 
     Raises:
         ValueError: says why, and the mend.
-        OSError: as it was.
+        OSError, ImportError: as they were.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-    except OSError:
+    except (OSError, ImportError):
         raise
     except Exception as error:  # exporters and runtimes raise errors of many kinds
         raise ValueError(
