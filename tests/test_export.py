@@ -331,6 +331,7 @@ torch.save(
 """
 
 
+@pytest.mark.slow
 def test_the_files_are_read_without_this_package(tmp_path):
     student = trained(timm.create_model("test_resnet", num_classes=4)).eval()
     images = torch.randn(5, 3, 32, 32)
