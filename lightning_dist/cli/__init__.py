@@ -14,7 +14,7 @@ VERBS = {
     "train": "train a student, distilled or not; -m sweeps",
     "eval": "test the student of a checkpoint",
     "predict": "label the images of a folder with the student of a checkpoint",
-    "export": "write the student of a checkpoint as safetensors",
+    "export": "write the student of a checkpoint as safetensors, timm folder, torch.export or ONNX",
     "report": "table, plots and page of the runs in one or more folders",
 }
 _USAGE = """usage: lightning-dist VERB [key=value ...]

@@ -1,11 +1,20 @@
-"""``lightning-dist export``: write the student of a checkpoint as a plain weight file."""
+"""``lightning-dist export``: write the student of a checkpoint for use without this package."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
 
 import rich
-import safetensors.torch
-from omegaconf import DictConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
 
 from lightning_dist.cli import UserError, hydra_app
 from lightning_dist.cli.saved import build_module, read_saved
+from lightning_dist.export import export_student
+from lightning_dist.module import DistillModule
+from lightning_dist.tasks.classification import ClassificationModule
+from lightning_dist.tasks.detection import DetectionModule
+from lightning_dist.tasks.segmentation import SegmentationModule
 
 
 def main() -> None:
@@ -14,6 +23,8 @@ def main() -> None:
 
 
 def _job(config: DictConfig) -> None:
+    for chatty in ("onnx_ir", "onnxscript", "timm"):  # Hydra lets everybody speak at INFO
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     checkpoint, saved = read_saved(config.ckpt, config.trust)
     module = build_module(checkpoint, saved)
     student = module.student
@@ -24,5 +35,56 @@ def _job(config: DictConfig) -> None:
                 "out ema=true"
             )
         student = module.student_ema.module
-    safetensors.torch.save_model(student, config.file)
-    rich.print(f"[bold]student[/bold] {config.file}")
+    data = instantiate(saved["data"])
+    try:
+        path = export_student(
+            student,
+            config.file,
+            config.format,
+            input_size=_input_size(config, data),
+            mean=_numbers(data, "mean"),
+            std=_numbers(data, "std"),
+            class_names=saved.get("class_names"),
+            architecture=saved["module"]["student"],
+            label_offset=getattr(module, "label_offset", None),
+            dynamic_size=config.dynamic_size,
+            extra=_extra(module, data),
+        )
+    except ImportError as error:
+        raise UserError(str(error)) from error
+    rich.print(f"[bold]student[/bold] {path}")
+
+
+def _input_size(config: DictConfig, data: Any) -> list[int] | None:
+    """Channels, height and width of what the network is evaluated on, where that is known."""
+    size = config.input_size
+    if size is not None:
+        size = OmegaConf.to_container(size) if OmegaConf.is_list(size) else size
+        if not isinstance(size, list) or len(size) != 2:
+            raise UserError(f"input_size is {size}: give height and width, as in [224,224]")
+    elif getattr(data, "eval_size", None) is not None:
+        size = list(data.eval_size)
+    elif getattr(data, "image_size", None) is not None:
+        size = [data.image_size, data.image_size]
+    return None if size is None else [getattr(data, "in_channels", 3), *size]
+
+
+def _numbers(data: Any, name: str) -> list[float] | None:
+    values = getattr(data, name, None)
+    return None if values is None else [float(value) for value in values]
+
+
+def _extra(module: DistillModule, data: Any) -> Mapping[str, Any]:
+    """What else somebody needs to know who prepares images or reads the outputs."""
+    channels = {1: "gray", 3: "bgr" if getattr(data, "bgr", False) else "rgb"}
+    extra: dict[str, Any] = {"channels": channels.get(getattr(data, "in_channels", 3))}
+    if isinstance(module, ClassificationModule):
+        resized = getattr(data, "interpolation", "bilinear")
+        # "random" is of training alone
+        extra["interpolation"] = "bilinear" if resized == "random" else resized
+        extra["crop_pct"] = getattr(data, "crop_pct", 1.0)
+    if isinstance(module, SegmentationModule):
+        extra["align_corners"] = module.align_corners
+    if isinstance(module, DetectionModule):
+        extra["label_offset"] = module.label_offset
+    return extra
