@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import multiprocessing
 import subprocess
 import sys
 import time
@@ -13,17 +14,20 @@ import rich
 import rich.syntax
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_dist.cli import UserError, hydra_app, is_users, user_environment
+from hydra_plugins.lightning_dist_optuna.sweeper import OptunaSweeper
+from lightning_dist.cli import UserError, hydra_app, is_users, user_environment, with_extra
 from lightning_dist.cli.saved import CONFIG_KEY, to_save
 from lightning_dist.weights import read_checkpoint
 
 log = logging.getLogger(__name__)
+_UNFINISHED = "has not ended: it was killed, or still runs"
 
 
 class SaveConfig(Callback):
@@ -44,12 +48,29 @@ class SaveConfig(Callback):
 
 
 def main() -> None:
-    """Run the Hydra app on ``sys.argv``."""
-    hydra_app("train", _job)
+    """Run the Hydra app on ``sys.argv``.
+
+    Raises:
+        UserError: if a launcher's worker died.
+    """
+    Plugins.instance().register(OptunaSweeper)  # Hydra misses it in an editable install
+    try:
+        hydra_app("train", _job)
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in ("joblib", "ray", "submitit"):
+            raise
+        raise UserError(
+            f"the launcher lost a job, which was killed ({type(error).__name__}): own_process=true "
+            "lets the others go on, and resume=true with the same hydra.sweep.dir runs what is "
+            "missing"
+        ) from error
 
 
 def _job(config: DictConfig) -> float | None:
     """One run, alone or in a sweep, which goes on where a run fails."""
+    if multiprocessing.get_start_method(allow_none=True) == "loky":
+        # In joblib's workers data loaders would start theirs as joblib does, which fails.
+        multiprocessing.set_start_method(None, force=True)
     hydra = HydraConfig.get()
     done = _completed(config) if config.resume else None
     if done is not None:
@@ -58,21 +79,28 @@ def _job(config: DictConfig) -> float | None:
     if hydra.mode != RunMode.MULTIRUN:
         return _run(config)
     try:
-        return _run_in_a_process(config) if config.distributed else _run(config)
+        apart = config.distributed or config.own_process
+        return _run_in_a_process(config) if apart else _run(config)
     except Exception as error:
         log.error("job %s failed: %s", hydra.job.num, error, exc_info=not is_users(error))
         return math.nan
 
 
 def _run_in_a_process(config: DictConfig) -> float | None:
-    """One run of a sweep with several processes, as a command of its own.
+    """One run of a sweep as a command of its own, which ends alone if it is killed.
 
-    Subprocess DDP starts the command line again, which would be the whole sweep, and leaves its
-    rank and port in the environment, which the next run would take for its own.
+    Runs with several processes need that: subprocess DDP starts the command line again, which would
+    be the whole sweep, and leaves its rank and port in the environment, which the next run would
+    take for its own.
     """
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
-    overrides = [*hydra.overrides.task, f'hydra.run.dir="{folder}"']
+    overrides = [*hydra.overrides.task, f"hydra.job.num={hydra.job.num}"]
+    overrides += [x for x in hydra.overrides.hydra if not x.startswith("hydra.mode=")]
+    overrides += [f'hydra.sweep.dir="{hydra.sweep.dir}"', f'hydra.run.dir="{folder}"']
+    for source in hydra.runtime.config_sources:
+        if source.provider == "command-line":
+            overrides.append(f"--config-dir={source.path}")
     path = folder / "result.json"
     path.unlink(missing_ok=True)  # of an attempt before
     status = subprocess.run(
@@ -80,9 +108,10 @@ def _run_in_a_process(config: DictConfig) -> float | None:
         cwd=hydra.runtime.cwd,
         env=user_environment(),
     ).returncode
-    if not path.is_file():  # killed, as Lightning does where another rank has failed
-        _write(path, _new_result(config) | {"error": f"ended with exit status {status}"})
-    result = json.loads(path.read_text())
+    result = json.loads(path.read_text()) if path.is_file() else _new_result(config)
+    if result["error"] == _UNFINISHED:  # killed, as Lightning does where another rank has failed
+        result["error"] = f"ended with exit status {status}"
+        _write(path, result)
     if status or result["status"] == "failed":
         raise UserError(result["error"] or f"ended with exit status {status}")
     return result["metrics"].get(config.monitor)
@@ -92,12 +121,13 @@ def _run(config: DictConfig) -> float | None:
     """One run; its result is written whether it succeeds or fails."""
     folder = Path(HydraConfig.get().runtime.output_dir)
     result = _new_result(config)
+    _write(folder / "result.json", result)
     start = time.monotonic()
     try:
         outcome = train(config)
         result |= {"status": "completed", "error": None, **outcome}
     except BaseException as error:
-        result |= {"error": f"{type(error).__name__}: {error}"}
+        result |= {"error": with_extra(f"{type(error).__name__}: {error}")}
         raise
     finally:
         result["seconds"] = round(time.monotonic() - start, 2)
@@ -147,7 +177,7 @@ def _new_result(config: DictConfig) -> dict[str, Any]:
     overrides = [override for override in overrides if not override.startswith("resume=")]
     return {
         "status": "failed",
-        "error": None,
+        "error": _UNFINISHED,
         "overrides": overrides,
         "command": " ".join(["lightning-dist train", *overrides]),
         "metric": config.monitor.replace("val/", "test/", 1),
