@@ -17,12 +17,19 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.types import RunMode
 from hydra.utils import instantiate
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch import (
+    Callback,
+    LightningDataModule,
+    LightningModule,
+    Trainer,
+    seed_everything,
+)
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from hydra_plugins.lightning_dist_optuna.sweeper import OptunaSweeper
 from lightning_dist.cli import UserError, hydra_app, is_users, user_environment, with_extra
+from lightning_dist.cli.loggers import logged_run, without_loggers
 from lightning_dist.cli.saved import CONFIG_KEY, to_save
 from lightning_dist.weights import read_checkpoint
 
@@ -217,6 +224,13 @@ def train(config: DictConfig) -> dict[str, Any]:
     )
     # The teacher drew random numbers too: students with and without one must train on the same.
     seed_everything(config.seed, workers=True)
+    with logged_run(trainer, config):
+        return _fit_and_test(config, trainer, module, datamodule)
+
+
+def _fit_and_test(
+    config: DictConfig, trainer: Trainer, module: LightningModule, datamodule: LightningDataModule
+) -> dict[str, Any]:
     resume = config.ckpt_path or (_last_checkpoint(config) if config.resume else None)
     trainer.fit(module, datamodule=datamodule, ckpt_path=resume, weights_only=True)
     metrics = _numbers(trainer, "val/")
@@ -228,9 +242,11 @@ def train(config: DictConfig) -> dict[str, Any]:
     metrics |= _numbers(trainer, "test/")
     if config.test_teacher and config.distill.teacher is not None:
         teacher = instantiate(config.distill.teacher).as_network()
-        trainer.test(instantiate(config.module, student=teacher, teacher=None), datamodule)
-        found = _numbers(trainer, "test/").items()
-        metrics |= {name.replace("test/", "teacher/", 1): value for name, value in found}
+        with without_loggers(trainer) as of_teacher:  # there, test/ is the student's
+            trainer.test(instantiate(config.module, student=teacher, teacher=None), datamodule)
+            found = _numbers(trainer, "test/").items()
+            of_teacher |= {name.replace("test/", "teacher/", 1): value for name, value in found}
+        metrics |= of_teacher
     if trainer.is_global_zero:
         rich.print(f"[bold]checkpoint[/bold] {tested or 'none was saved'}")
     return {"metrics": metrics, "checkpoint": tested}
