@@ -222,6 +222,10 @@ def train(config: DictConfig) -> dict[str, Any]:
         ],
         logger=[instantiate(logger) for logger in config.logger.values() if logger],
     )
+    if config.trainer.get("sync_batchnorm") and trainer.strategy.root_device.type == "cpu":
+        raise UserError(
+            "trainer.sync_batchnorm=true needs GPUs, and this run is on the CPU: leave it out"
+        )
     # The teacher drew random numbers too: students with and without one must train on the same.
     seed_everything(config.seed, workers=True)
     with logged_run(trainer, config):
