@@ -4,25 +4,32 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig, OmegaConf
 
 
+class LogConfig(Callback):
+    """Log the whole config as hyper-parameters, in the process that logs the metrics."""
+
+    def __init__(self, config: DictConfig) -> None:
+        self.settings: Any = OmegaConf.to_container(config, resolve=True)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for logger in trainer.loggers:
+            logger.log_hyperparams(self.settings)
+
+
 @contextmanager
-def logged_run(trainer: Trainer, config: DictConfig) -> Iterator[None]:
-    """Log the config as hyper-parameters; close what would go on in a sweep's next run."""
-    loggers = list(trainer.loggers)
-    settings: Any = OmegaConf.to_container(config, resolve=True)
-    for logger in loggers:
-        logger.log_hyperparams(settings)
+def closed_loggers(trainer: Trainer) -> Iterator[None]:
+    """Close what the next run of a sweep would take for its own: the run of Weights & Biases."""
     failed = True
     try:
         yield
         failed = False
     finally:
-        for logger in loggers:
-            if isinstance(logger, WandbLogger):  # its next logger would take this run for its own
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
                 logger.experiment.finish(exit_code=int(failed))
 
 

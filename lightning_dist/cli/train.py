@@ -29,7 +29,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from hydra_plugins.lightning_dist_optuna.sweeper import OptunaSweeper
 from lightning_dist.cli import UserError, hydra_app, is_users, user_environment, with_extra
-from lightning_dist.cli.loggers import logged_run, without_loggers
+from lightning_dist.cli.loggers import LogConfig, closed_loggers, without_loggers
 from lightning_dist.cli.saved import CONFIG_KEY, to_save
 from lightning_dist.weights import read_checkpoint
 
@@ -219,6 +219,7 @@ def train(config: DictConfig) -> dict[str, Any]:
         callbacks=[
             *(instantiate(callback) for callback in config.callbacks.values() if callback),
             SaveConfig(to_save(config)),
+            LogConfig(config),
         ],
         logger=[instantiate(logger) for logger in config.logger.values() if logger],
     )
@@ -228,7 +229,7 @@ def train(config: DictConfig) -> dict[str, Any]:
         )
     # The teacher drew random numbers too: students with and without one must train on the same.
     seed_everything(config.seed, workers=True)
-    with logged_run(trainer, config):
+    with closed_loggers(trainer):
         return _fit_and_test(config, trainer, module, datamodule)
 
 
