@@ -122,7 +122,9 @@ def test_a_killed_run_that_resumes_ends_as_an_uninterrupted_one(command, tmp_pat
         time.sleep(0.01)
     killed.kill()
     killed.wait()
-    assert not (resumed / "result.json").exists(), "it was killed in time"
+    (unfinished,) = results(resumed)
+    assert unfinished["status"] == "failed", "it was killed in time"
+    assert "was killed" in unfinished["error"]
     command("train", *overrides, "hydra.run.dir=killed", "resume=true")
     first, second = results(tmp_path)
     assert first["metrics"] == second["metrics"]
