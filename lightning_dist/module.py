@@ -54,6 +54,7 @@ class DistillModule(LightningModule):
             NaN or infinite.
         channels_last: keep the student's weights in channels-last memory format, which convolutions
             hand on to their outputs.
+        shard_teacher: under FSDP2, keep the teacher sharded too, but while it is called.
         ema_decay: keep an exponential moving average of the student, evaluated beside the student
             itself and saved with it; 0.9999 is usual. ``None`` keeps none.
 
@@ -83,6 +84,7 @@ class DistillModule(LightningModule):
         task_weight: float = 1.0,
         nonfinite: Nonfinite = "raise",
         channels_last: bool = False,
+        shard_teacher: bool = False,
         ema_decay: float | None = None,
     ) -> None:
         super().__init__()
@@ -97,6 +99,7 @@ class DistillModule(LightningModule):
         if channels_last:
             student.to(memory_format=torch.channels_last)
         self.teacher = Teacher(teacher) if isinstance(teacher, nn.Module) else teacher
+        self.shard_teacher = shard_teacher
         self.task_loss = nn.CrossEntropyLoss() if task_loss is None else task_loss
         self.eval_loss = self.task_loss
         self.optimizer: Callable[..., Optimizer] = optimizer or torch.optim.AdamW
@@ -226,24 +229,32 @@ class DistillModule(LightningModule):
         return [callback]
 
     def configure_model(self) -> None:
-        """Shard the student where the strategy asks for it (FSDP2); the teacher stays whole.
+        """Shard the student, and the teacher if asked to, where the strategy does that (FSDP2).
 
-        The student is sharded as one unit. Override this to shard its blocks apart.
+        Each is sharded as one unit. Override this to shard its blocks apart.
 
         Raises:
-            MisconfigurationException: with ``ema_decay``.
+            MisconfigurationException: with ``ema_decay``; with ``shard_teacher`` elsewhere.
         """
         strategy = getattr(self._trainer, "strategy", None)
         if not isinstance(strategy, ModelParallelStrategy):
+            if self.shard_teacher and self.teacher is not None and strategy is not None:
+                raise MisconfigurationException(
+                    "shard_teacher needs ModelParallelStrategy (trainer=fsdp2), and the strategy "
+                    f"is {type(strategy).__name__}: leave shard_teacher out"
+                )
             return
         if self.student_ema is not None:
             raise MisconfigurationException(
                 "ema_decay averages whole students and ModelParallelStrategy shards them: train "
                 "without ema_decay, or with ddp"
             )
+        assert self.device_mesh is not None
+        mesh = self.device_mesh["data_parallel"]
         if not isinstance(self.student, FSDPModule):  # once a strategy, whatever runs under it
-            assert self.device_mesh is not None
-            fully_shard(self.student, mesh=self.device_mesh["data_parallel"])
+            fully_shard(self.student, mesh=mesh)
+        if self.shard_teacher and self.teacher is not None:
+            self.teacher.shard(mesh)
 
     def configure_optimizers(self) -> Any:
         factory = getattr(self.optimizer, "func", self.optimizer)

@@ -1,13 +1,15 @@
 """The teacher: a frozen network that no module tree, optimizer or checkpoint ever holds."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils._pytree import tree_map_only
 
 from lightning_dist.bridge import InputBridge, logits_of, with_logits
@@ -75,6 +77,7 @@ class Teacher:
         if channels_last:
             network.to(memory_format=torch.channels_last)
         self.network = network
+        self._shards: list[FSDPModule] = []
         self.dtype = dtype
         self.inputs = inputs
         self.compile = compile
@@ -88,9 +91,32 @@ class Teacher:
         self.network.eval().requires_grad_(False)
 
     def to(self, device: torch.device | str) -> "Teacher":
-        """Move the network."""
-        self.network.to(device)
+        """Move the network, unless it is sharded: then its mesh says where it is."""
+        if not self._shards:
+            self.network.to(device)
         return self
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Divide the network among the processes of a mesh (FSDP2); it is whole while it is called.
+
+        A second call changes nothing.
+
+        Args:
+            mesh: one-dimensional, over the processes that train on different batches.
+        """
+        if not self._shards:
+            self._shards = [fully_shard(self.network, mesh=mesh)]
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        # Not left to FSDP's own hooks: a term may call a part of the network.
+        for shard in self._shards:
+            shard.unshard()
+        try:
+            yield
+        finally:
+            for shard in self._shards:
+                shard.reshard()
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -144,7 +170,7 @@ class Teacher:
         context: Any = nullcontext()
         if parameter is not None and self.dtype is not None:
             context = torch.autocast(parameter.device.type, enabled=False)
-        with context:
+        with context, self._whole():
             return self._runner(module)(*args, **kwargs)
 
     def as_network(self) -> nn.Module:
@@ -237,6 +263,12 @@ class EnsembleTeacher(Teacher):
         self.teachers = [m if isinstance(m, Teacher) else Teacher(m) for m in members]
         self.mean = mean
         super().__init__(nn.ModuleList([teacher.network for teacher in self.teachers]))
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Divide each teacher among the processes of a mesh."""
+        for teacher in self.teachers:
+            teacher.shard(mesh)
+        self._shards = [shard for teacher in self.teachers for shard in teacher._shards]
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:

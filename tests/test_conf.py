@@ -3,8 +3,9 @@
 import pytest
 import torch
 from hydra import compose, initialize_config_module
-from hydra.utils import get_method
+from hydra.utils import get_method, instantiate
 from omegaconf import OmegaConf
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 from lightning_dist.cli.saved import CONFIG_KEY, read_saved, to_save
 
@@ -70,6 +71,31 @@ def test_dist_is_synchronised_where_there_are_several_processes(trainer):
     config = composed(f"trainer={trainer}")
     several = config.trainer.devices != 1 or config.trainer.get("num_nodes", 1) != 1
     assert config.distill.loss.sync == several
+
+
+def test_the_published_runs_compress_their_gradients():
+    hook = instantiate(composed("trainer=ddp_fp16").trainer.strategy.ddp_comm_hook)
+    assert hook is default_hooks.fp16_compress_hook
+
+
+@pytest.mark.parametrize("start", ["ddp", "ddp_spawn", "ddp_sim"])
+def test_the_switches_of_ddp_are_keys_of_the_trainer(start):
+    keys = {"static_graph": True, "gradient_as_bucket_view": True, "find_unused_parameters": True}
+    overrides = [f"trainer.strategy.{key}=true" for key in keys]
+    config = composed(f"trainer={start}", "trainer.sync_batchnorm=true", *overrides)
+    assert keys.items() <= instantiate(config.trainer.strategy)._ddp_kwargs.items()
+    assert config.trainer.sync_batchnorm
+
+
+def test_the_search_is_over_settings_that_exist():
+    config = composed("hydra/sweeper=optuna")
+    assert callable(get_method(config.callbacks.pruning["_target_"]))
+    with initialize_config_module(CONF, version_base="1.3"):
+        options = ["hydra/sweeper=optuna", "hydra.sweep.dir=x"]
+        sweeper = compose("train", options, return_hydra_config=True).hydra.sweeper
+    assert callable(get_method(sweeper._target_))
+    assert all(OmegaConf.select(config, key) is not None for key in sweeper.params)
+    assert len(sweeper.params) == 4
 
 
 @pytest.mark.parametrize(

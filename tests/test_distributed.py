@@ -137,27 +137,34 @@ def test_mean_average_precision_of_two_processes_is_that_of_one(tmp_path):
 
 
 TINY = ["data.train_size=16", "data.val_size=4", "data.test_size=5", "data.global_batch_size=8"]
+SWITCHES = "ddp trainer.strategy.static_graph=true trainer.strategy.gradient_as_bucket_view=true"
 
 
 @pytest.mark.parametrize(
     ("experiment", "strategies"),
     [
-        pytest.param(["digits"], ["ddp", "fsdp2", "ddp_spawn"], id="classification"),
+        pytest.param(["digits"], ["ddp", "fsdp2", "ddp_spawn", SWITCHES], id="classification"),
         pytest.param(["scenes/segmentation", *TINY], ["ddp", "fsdp2"], id="segmentation"),
-        pytest.param(["scenes/detection_fasterrcnn", *TINY], ["ddp", "fsdp2"], id="detection"),
+        pytest.param(
+            ["scenes/detection_fasterrcnn", *TINY],
+            ["ddp", "fsdp2", "fsdp2 module.shard_teacher=true"],  # whose box head is asked alone
+            id="detection",
+        ),
     ],
 )
 def test_every_strategy_trains_the_same_student(tmp_path, experiment, strategies):
     results, weights = [], []
-    for strategy in strategies:
+    for number, chosen in enumerate(strategies):
+        folder = tmp_path / str(number)
+        strategy, *options = chosen.split()
         name, *overrides = experiment
         start(
             *("-m", "lightning_dist", "train", f"experiment={name}"),
             *(f"trainer={strategy}", "trainer.accelerator=cpu", "trainer.devices=2"),
             *("trainer.max_epochs=1", "callbacks.progress=null", "test_teacher=false"),
-            *(f"hydra.run.dir={tmp_path / strategy}", "print_config=false", *overrides),
+            *(f"hydra.run.dir={folder}", "print_config=false", *overrides, *options),
         )
-        results.append(json.loads((tmp_path / strategy / "result.json").read_text()))
+        results.append(json.loads((folder / "result.json").read_text()))
         saved = torch.load(results[-1]["checkpoint"], weights_only=True)
         weights.append(saved["state_dict"])
         assert all(key.startswith("student.") for key in saved["state_dict"]), "no teacher"

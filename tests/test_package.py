@@ -17,7 +17,8 @@ def declared() -> configparser.ConfigParser:
 def test_every_package_is_declared():
     found = {
         ".".join(path.parent.relative_to(ROOT).parts)
-        for path in (ROOT / "lightning_dist").rglob("__init__.py")
+        for top in ("hydra_plugins", "lightning_dist")
+        for path in (ROOT / top).rglob("__init__.py")
     }
     assert set(declared()["options"]["packages"].split()) == found | {"lightning_dist.conf"}
 

@@ -4,6 +4,7 @@ import difflib
 import errno
 import functools
 import importlib
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -138,5 +139,26 @@ class UserError(Exception):
 
 def fail(message: str, status: int = 1) -> NoReturn:
     """Print an error on one line and exit."""
-    print(f"lightning-dist: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"lightning-dist: error: {with_extra(' '.join(message.split()))}", file=sys.stderr)
     sys.exit(status)
+
+
+# Each extra of this package: what errors name where it is missing, and the module that it brings.
+_EXTRAS = {
+    "deepspeed": ("DeepSpeed", "deepspeed"),
+    "joblib": ("hydra/launcher/joblib", "hydra_plugins.hydra_joblib_launcher"),
+    "mlflow": ("MLFlowLogger", "mlflow"),
+    "optuna": ("optuna", "optuna"),
+    "ray": ("hydra/launcher/ray", "hydra_plugins.hydra_ray_launcher"),
+    "submitit": ("hydra/launcher/submitit", "hydra_plugins.hydra_submitit_launcher"),
+    "tensorboard": ("TensorBoardLogger", "tensorboard"),
+    "wandb": ("WandbLogger", "wandb"),
+}
+
+
+def with_extra(message: str) -> str:
+    """An error, and how to install the optional package that it is about, if it is about one."""
+    for extra, (named, module) in _EXTRAS.items():
+        if named in message and importlib.util.find_spec(module) is None:
+            return f"{message} (to install what it needs: pip install 'lightning-dist[{extra}]')"
+    return message

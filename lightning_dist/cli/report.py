@@ -33,7 +33,8 @@ class ReportAfterSweep(Callback):
         folder = Path(config.hydra.sweep.dir)
         _print([folder], None)
         runs = [json.loads(path.read_text()) for path in folder.rglob("result.json")]
-        failed = sum(run["status"] == "failed" for run in runs)
+        pruned = sum((run["error"] or "").startswith("Pruned") for run in runs)
+        failed = sum(run["status"] == "failed" for run in runs) - pruned
         if failed:
             fail(f"{failed} of {len(runs)} jobs failed, for the reasons below the table")
 

@@ -1,13 +1,8 @@
 """``lightning-dist train``: compose, fit, test, and leave a result for the report."""
 
-import json
 import logging
 import math
-import shlex
-import signal
-import subprocess
-import sys
-import threading
+import multiprocessing
 import time
 from pathlib import Path
 from typing import Any
@@ -16,17 +11,27 @@ import rich
 import rich.syntax
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
 from hydra.types import RunMode
 from hydra.utils import instantiate
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch import (
+    Callback,
+    LightningDataModule,
+    LightningModule,
+    Trainer,
+    seed_everything,
+)
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
+from hydra_plugins.lightning_dist_optuna.sweeper import OptunaSweeper
 from lightning_dist.checks import check_number
-from lightning_dist.cli import UserError, hydra_app, is_users, user_environment
+from lightning_dist.cli import UserError, hydra_app, is_users, with_extra
+from lightning_dist.cli.apart import run_apart
+from lightning_dist.cli.loggers import LogConfig, closed_loggers, without_loggers
+from lightning_dist.cli.results import completed, last_checkpoint, new_result, write_result
 from lightning_dist.cli.saved import CONFIG_KEY, to_save
 from lightning_dist.module import DistillModule
-from lightning_dist.resume import SIGNALS
 from lightning_dist.weights import read_checkpoint
 
 log = logging.getLogger(__name__)
@@ -67,150 +72,60 @@ class CheckMonitor(Callback):
 
 
 def main() -> None:
-    """Run the Hydra app on ``sys.argv``."""
-    hydra_app("train", _job)
+    """Run the Hydra app on ``sys.argv``.
+
+    Raises:
+        UserError: if a launcher's worker died.
+    """
+    Plugins.instance().register(OptunaSweeper)  # Hydra misses it in an editable install
+    try:
+        hydra_app("train", _job)
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in ("joblib", "ray", "submitit"):
+            raise
+        raise UserError(
+            f"the launcher lost a job, which was killed ({type(error).__name__}): own_process=true "
+            "lets the others go on, and resume=true with the same hydra.sweep.dir runs what is "
+            "missing"
+        ) from error
 
 
 def _job(config: DictConfig) -> float | None:
     """One run, alone or in a sweep, which goes on where a run fails."""
+    if multiprocessing.get_start_method(allow_none=True) == "loky":
+        # In joblib's workers data loaders would start theirs as joblib does, which fails.
+        multiprocessing.set_start_method(None, force=True)
     hydra = HydraConfig.get()
-    done = _completed(config) if config.resume else None
+    done = completed(config) if config.resume else None
     if done is not None:
         log.info("%s is complete: nothing to do", hydra.runtime.output_dir)
         return done["metrics"].get(config.monitor)
     if hydra.mode != RunMode.MULTIRUN:
         return _run(config)
     try:
-        return _run_in_a_process(config) if config.distributed else _run(config)
+        apart = config.distributed or config.own_process
+        return run_apart(config) if apart else _run(config)
     except Exception as error:
         log.error("job %s failed: %s", hydra.job.num, error, exc_info=not is_users(error))
         return math.nan
 
 
-def _run_in_a_process(config: DictConfig) -> float | None:
-    """One run of a sweep with several processes, as a command of its own.
-
-    Subprocess DDP starts the command line again, which would be the whole sweep, and leaves its
-    rank and port in the environment, which the next run would take for its own.
-    """
-    hydra = HydraConfig.get()
-    folder = Path(hydra.runtime.output_dir)
-    overrides = [*hydra.overrides.task, f'hydra.run.dir="{folder}"']
-    path = folder / "result.json"
-    path.unlink(missing_ok=True)  # of an attempt before
-    status = _run_command(["train", *overrides], hydra.runtime.cwd)
-    if not path.is_file():  # killed, as Lightning does where another rank has failed
-        _write(path, _new_result(config) | {"error": f"ended with exit status {status}"})
-    result = json.loads(path.read_text())
-    if status or result["status"] == "failed":
-        raise UserError(result["error"] or f"ended with exit status {status}")
-    return result["metrics"].get(config.monitor)
-
-
-def _run_command(arguments: list[str], folder: str) -> int:
-    """Run the command in a process of its own and return its exit status.
-
-    A signal is handed on, so that the run can save its state, and ends this process afterwards. The
-    terminal would send Ctrl-C to both: hence the session of its own.
-
-    Raises:
-        SystemExit: with the run's status, after a signal.
-    """
-    command = [sys.executable, "-m", "lightning_dist", *arguments]
-    process = subprocess.Popen(command, cwd=folder, env=user_environment(), start_new_session=True)
-    received = []
-
-    def hand_on(number: int, frame: Any) -> None:
-        received.append(number)
-        process.send_signal(number)
-
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    on_main_thread = threading.current_thread() is threading.main_thread()
-    try:
-        for number in SIGNALS if on_main_thread else ():
-            signal.signal(number, hand_on)
-        status = process.wait()
-    finally:
-        for number in SIGNALS if on_main_thread else ():
-            signal.signal(number, before[number])
-    if received:
-        sys.exit(status if status > 0 else 128 + received[0])
-    return status
-
-
 def _run(config: DictConfig) -> float | None:
     """One run; its result is written whether it succeeds or fails."""
     folder = Path(HydraConfig.get().runtime.output_dir)
-    result = _new_result(config)
+    result = new_result(config)
+    write_result(folder / "result.json", result)
     start = time.monotonic()
     try:
         outcome = train(config)
         result |= {"status": "completed", "error": None, **outcome}
     except BaseException as error:
-        result |= {"error": f"{type(error).__name__}: {error}"}
+        result |= {"error": with_extra(f"{type(error).__name__}: {error}")}
         raise
     finally:
         result["seconds"] = round(time.monotonic() - start, 2)
-        _write(folder / "result.json", result)
+        write_result(folder / "result.json", result)
     return result["metrics"].get(config.monitor)
-
-
-def _completed(config: DictConfig) -> dict[str, Any] | None:
-    """The result in this run's folder, if it has completed.
-
-    Raises:
-        UserError: if it is another run's.
-    """
-    path = Path(HydraConfig.get().runtime.output_dir) / "result.json"
-    if not path.is_file():
-        return None
-    result = json.loads(path.read_text())
-    if result["overrides"] != _new_result(config)["overrides"]:
-        raise UserError(
-            f"{path.parent} holds another run ({' '.join(result['overrides'])}): resume with the "
-            "overrides that it was started with, or choose another folder"
-        )
-    return result if result["status"] == "completed" else None
-
-
-def _last_checkpoint(config: DictConfig) -> str | None:
-    """Where a run that was interrupted continues, if it got so far.
-
-    Raises:
-        UserError: if the checkpoint is another run's.
-    """
-    path = Path(HydraConfig.get().runtime.output_dir) / "checkpoints" / "last.ckpt"
-    if not path.exists():
-        return None
-    saved = read_checkpoint(path).get(CONFIG_KEY, {})
-    if any(saved.get(key) != value for key, value in to_save(config).items()):
-        raise UserError(
-            f"{path} is of a run with other data, networks or settings: resume with the overrides "
-            "that it was started with, or choose another folder"
-        )
-    return str(path)
-
-
-def _new_result(config: DictConfig) -> dict[str, Any]:
-    """The result of a run that has not completed."""
-    overrides = [str(override) for override in HydraConfig.get().overrides.task]
-    overrides = [override for override in overrides if not override.startswith("resume=")]
-    return {
-        "status": "failed",
-        "error": None,
-        "overrides": overrides,
-        "command": shlex.join(["lightning-dist", "train", *overrides]),
-        "metric": config.monitor.replace("val/", "test/", 1),
-        "seconds": 0.0,
-    }
-
-
-@rank_zero_only
-def _write(path: Path, result: dict[str, Any]) -> None:
-    text = json.dumps({"metrics": {}, "checkpoint": None, **result}, indent=2) + "\n"
-    partial = path.with_suffix(".partial")
-    partial.write_text(text)
-    partial.replace(path)
 
 
 def train(config: DictConfig) -> dict[str, Any]:
@@ -230,7 +145,6 @@ def train(config: DictConfig) -> dict[str, Any]:
     torch.set_float32_matmul_precision(config.matmul_precision)
     seed_everything(config.seed, workers=True)
     module = instantiate(config.module)
-    networks = _networks(module, config)
     datamodule = instantiate(config.data)
     trainer = instantiate(
         config.trainer,
@@ -238,12 +152,25 @@ def train(config: DictConfig) -> dict[str, Any]:
             *(instantiate(callback) for callback in config.callbacks.values() if callback),
             SaveConfig(to_save(config)),
             CheckMonitor(config.monitor),
+            LogConfig(config),
         ],
         logger=[instantiate(logger) for logger in config.logger.values() if logger],
     )
+    if config.trainer.get("sync_batchnorm") and trainer.strategy.root_device.type == "cpu":
+        raise UserError(
+            "trainer.sync_batchnorm=true needs GPUs, and this run is on the CPU: leave it out"
+        )
     # The teacher drew random numbers too: students with and without one must train on the same.
     seed_everything(config.seed, workers=True)
-    resume = config.ckpt_path or (_last_checkpoint(config) if config.resume else None)
+    with closed_loggers(trainer):
+        outcome = _fit_and_test(config, trainer, module, datamodule)
+    return outcome | _networks(module, config)
+
+
+def _fit_and_test(
+    config: DictConfig, trainer: Trainer, module: LightningModule, datamodule: LightningDataModule
+) -> dict[str, Any]:
+    resume = config.ckpt_path or (last_checkpoint(config) if config.resume else None)
     if config.ckpt_path:
         read_checkpoint(config.ckpt_path)  # its errors name the file and the mend
     trainer.fit(module, datamodule=datamodule, ckpt_path=resume, weights_only=True)
@@ -258,12 +185,14 @@ def train(config: DictConfig) -> dict[str, Any]:
     metrics |= _numbers(trainer, "test/")
     if config.test_teacher and config.distill.teacher is not None:
         teacher = instantiate(config.distill.teacher).as_network()
-        trainer.test(instantiate(config.module, student=teacher, teacher=None), datamodule)
-        found = _numbers(trainer, "test/").items()
-        metrics |= {name.replace("test/", "teacher/", 1): value for name, value in found}
+        with without_loggers(trainer) as of_teacher:  # there, test/ is the student's
+            trainer.test(instantiate(config.module, student=teacher, teacher=None), datamodule)
+            found = _numbers(trainer, "test/").items()
+            of_teacher |= {name.replace("test/", "teacher/", 1): value for name, value in found}
+        metrics |= of_teacher
     if trainer.is_global_zero:
         rich.print(f"[bold]checkpoint[/bold] {tested or 'none was saved'}")
-    return {"metrics": metrics, "checkpoint": tested, **networks}
+    return {"metrics": metrics, "checkpoint": tested}
 
 
 def _networks(module: LightningModule, config: DictConfig) -> dict[str, Any]:
@@ -275,6 +204,7 @@ def _networks(module: LightningModule, config: DictConfig) -> dict[str, Any]:
         return networks | {"teacher": None, "teacher_parameters": None}
     # Its file in conf/teacher, unless that loads one by name; and its weights, where they are one.
     settings = config.module.teacher
+    settings = settings.get("teacher", settings)  # within a cached one
     name = settings.get("source") or HydraConfig.get().runtime.choices.get("teacher", "teacher")
     weights = settings.get("weights")
     size = sum(x.numel() for x in module.teacher.network.parameters())

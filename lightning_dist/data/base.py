@@ -34,6 +34,16 @@ def list_collate(samples: Sequence[tuple[Any, Any]]) -> tuple[list[Any], list[An
     return list(images), list(targets)
 
 
+def count_samples(batch: tuple[Any, Any]) -> int:
+    """How many samples a batch of inputs and targets has.
+
+    Example:
+        >>> count_samples((torch.zeros(8, 3, 4, 4), torch.zeros(8)))
+        8
+    """
+    return len(batch[0])
+
+
 def stratified_split(labels: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
     """Indices of (the rest, a stratified `fraction`); always the same ones; in ascending order.
 

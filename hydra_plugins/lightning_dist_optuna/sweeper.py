@@ -1,0 +1,149 @@
+"""A Hydra sweeper over Optuna: each job is a trial, which its validations may end early.
+
+``hydra-optuna-sweeper`` holds Optuna below version 3 and knows no pruning.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf
+
+if TYPE_CHECKING:  # slow to import, and optional
+    from optuna import Study
+    from optuna.distributions import BaseDistribution
+    from optuna.samplers import BaseSampler
+    from optuna.trial import FrozenTrial, Trial
+
+
+class OptunaSweeper(Sweeper):
+    """Search the values that Hydra's sweep syntax describes for the best ``monitor``.
+
+    A trial's number is its job's. What Optuna knows lies in a file, in which
+    :class:`lightning_dist.cli.pruning.PruneTrial` reports the validations of the jobs. With
+    ``resume=true`` a search that was interrupted goes on from there; failed trials are replaced.
+
+    Args:
+        n_trials: how many trials shall end, well or pruned or failed.
+        n_jobs: how many trials are given to the launcher at once.
+        storage: the file.
+        sampler: of Optuna.
+        params: sweeps by key, such as ``{"distill.weight": "interval(0.1, 10.0)"}``; those of the
+            command line come on top. An interval tagged ``log`` is searched by its logarithm.
+    """
+
+    def __init__(
+        self,
+        n_trials: int,
+        n_jobs: int,
+        storage: str,
+        sampler: "BaseSampler",
+        params: DictConfig | None = None,
+    ) -> None:
+        self.n_trials = n_trials
+        self.n_jobs = n_jobs
+        self.storage = Path(storage)
+        self.sampler = sampler
+        self.params: Any = params or {}
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        self.config = config
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> None:
+        assert self.launcher is not None  # setup came first
+        assert self.config is not None
+        space, fixed = self._search_space(arguments)
+        study = self._open_study(self.config)
+        OmegaConf.save(self.config, self.storage.parent / "multirun.yaml")
+        for batch in self._batches(study, space):
+            jobs = [[*fixed, *map(_override, t.params, t.params.values())] for t in batch]
+            returns = self.launcher.launch(jobs, initial_job_idx=batch[0].number)
+            for trial, job in zip(batch, returns, strict=True):
+                _tell(study, trial.number, job)
+
+    def _search_space(
+        self, arguments: list[str]
+    ) -> tuple[dict[str, "BaseDistribution"], list[str]]:
+        """What is searched, by key, and the overrides that all trials have."""
+        presets = [f"{key}={value!s}" for key, value in self.params.items()]
+        overrides = OverridesParser.create().parse_overrides([*presets, *arguments])
+        last = {override.get_key_element(): override for override in overrides}
+        space = {key: _distribution(x) for key, x in last.items() if x.is_sweep_override()}
+        return space, [x.input_line or "" for key, x in last.items() if key not in space]
+
+    def _open_study(self, config: DictConfig) -> "Study":
+        import optuna
+
+        from lightning_dist.cli.pruning import STUDY, open_storage
+
+        self.storage.parent.mkdir(parents=True, exist_ok=True)
+        if not config.resume:
+            self.storage.unlink(missing_ok=True)
+        return optuna.create_study(
+            study_name=STUDY,
+            storage=open_storage(self.storage),
+            sampler=self.sampler,
+            direction="maximize" if config.monitor_mode == "max" else "minimize",
+            load_if_exists=True,
+        )
+
+    def _batches(
+        self, study: "Study", space: dict[str, "BaseDistribution"]
+    ) -> Iterator[Sequence["Trial | FrozenTrial"]]:
+        """Trials to run: those that an interruption left unfinished, then new ones."""
+        from optuna.trial import TrialState
+
+        for trial in study.get_trials(states=[TrialState.RUNNING]):
+            yield [trial]
+        states = [TrialState.COMPLETE, TrialState.PRUNED]
+        missing = self.n_trials - len(study.get_trials(states=states))
+        while missing > 0:
+            yield [study.ask(space) for _ in range(min(self.n_jobs, missing))]
+            missing -= self.n_jobs
+
+
+def _distribution(override: Override) -> "BaseDistribution":
+    from optuna.distributions import (
+        CategoricalDistribution,
+        FloatDistribution,
+        IntDistribution,
+    )
+
+    interval = override.value()
+    if not isinstance(interval, IntervalSweep):
+        return CategoricalDistribution(tuple(override.sweep_string_iterator()))
+    low, high, log = interval.start, interval.end, "log" in interval.tags
+    if isinstance(low, int) and isinstance(high, int):
+        return IntDistribution(low, high, log=log)
+    assert low is not None
+    assert high is not None
+    return FloatDistribution(low, high, log=log)
+
+
+def _override(key: str, value: Any) -> str:
+    """A parameter for the command line; four digits are enough, and fit a table."""
+    return f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}"
+
+
+def _tell(study: "Study", number: int, job: JobReturn) -> None:
+    from optuna.trial import TrialState
+
+    from lightning_dist.cli.pruning import PRUNED
+
+    value = job.return_value
+    if value is not None and value == value:  # a run that did not complete returns nan
+        study.tell(number, value)
+    else:
+        pruned = PRUNED in study.trials[number].user_attrs
+        study.tell(number, state=TrialState.PRUNED if pruned else TrialState.FAIL)

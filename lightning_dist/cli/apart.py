@@ -1,0 +1,74 @@
+"""A run of a sweep as a command of its own."""
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from lightning_dist.cli import UserError, user_environment
+from lightning_dist.cli.results import UNFINISHED, new_result, write_result
+from lightning_dist.resume import SIGNALS
+
+
+def run_apart(config: DictConfig) -> float | None:
+    """One run of a sweep as a command of its own, which ends alone if it is killed.
+
+    Runs with several processes need that: subprocess DDP starts the command line again, which would
+    be the whole sweep, and leaves its rank and port in the environment, which the next run would
+    take for its own.
+    """
+    hydra = HydraConfig.get()
+    folder = Path(hydra.runtime.output_dir)
+    overrides = [*hydra.overrides.task, f"hydra.job.num={hydra.job.num}"]
+    overrides += [x for x in hydra.overrides.hydra if not x.startswith("hydra.mode=")]
+    overrides += [f'hydra.sweep.dir="{hydra.sweep.dir}"', f'hydra.run.dir="{folder}"']
+    for source in hydra.runtime.config_sources:
+        if source.provider == "command-line":
+            overrides.append(f"--config-dir={source.path}")
+    path = folder / "result.json"
+    path.unlink(missing_ok=True)  # of an attempt before
+    status = _run_command(["train", *overrides], hydra.runtime.cwd)
+    result = json.loads(path.read_text()) if path.is_file() else new_result(config)
+    if result["error"] == UNFINISHED:  # killed, as Lightning does where another rank has failed
+        result["error"] = f"ended with exit status {status}"
+        write_result(path, result)
+    if status or result["status"] == "failed":
+        raise UserError(result["error"] or f"ended with exit status {status}")
+    return result["metrics"].get(config.monitor)
+
+
+def _run_command(arguments: list[str], folder: str) -> int:
+    """Run the command in a process of its own and return its exit status.
+
+    A signal is handed on, so that the run can save its state, and ends this process afterwards. The
+    terminal would send Ctrl-C to both: hence the session of its own.
+
+    Raises:
+        SystemExit: with the run's status, after a signal.
+    """
+    command = [sys.executable, "-m", "lightning_dist", *arguments]
+    process = subprocess.Popen(command, cwd=folder, env=user_environment(), start_new_session=True)
+    received = []
+
+    def hand_on(number: int, frame: Any) -> None:
+        received.append(number)
+        process.send_signal(number)
+
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    on_main_thread = threading.current_thread() is threading.main_thread()
+    try:
+        for number in SIGNALS if on_main_thread else ():
+            signal.signal(number, hand_on)
+        status = process.wait()
+    finally:
+        for number in SIGNALS if on_main_thread else ():
+            signal.signal(number, before[number])
+    if received:
+        sys.exit(status if status > 0 else 128 + received[0])
+    return status

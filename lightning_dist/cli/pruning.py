@@ -1,0 +1,78 @@
+"""What a trial of an Optuna search does in its own process: report validations, and give up."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_dist.cli import UserError
+
+if TYPE_CHECKING:  # optional
+    from optuna.storages import JournalStorage
+
+STUDY = "lightning-dist"
+PRUNED = "pruned"  # an attribute of the trials that ended early
+
+
+class Pruned(UserError):  # noqa: N818 - it is no error
+    """A trial ends because others were better at this point."""
+
+
+class PruneTrial(Callback):
+    """Report ``monitor`` after each validation, and end a run that lags behind the other trials.
+
+    Args:
+        storage: file of the sweeper.
+        trial: number of the trial.
+        monitor: the metric.
+        pruner: of Optuna. Its steps are epochs.
+
+    Raises:
+        Pruned: in validation, in all processes of the run.
+    """
+
+    def __init__(self, storage: str, trial: int, monitor: str, pruner: Any) -> None:
+        self.storage = Path(storage)
+        self.trial = trial
+        self.monitor = monitor
+        self.pruner = pruner
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
+            return
+        if self.monitor not in trainer.callback_metrics:
+            raise MisconfigurationException(
+                f"pruning needs {self.monitor!r}, and validation logged "
+                f"{', '.join(map(repr, trainer.callback_metrics))}: set monitor"
+            )
+        value = float(trainer.callback_metrics[self.monitor])
+        hopeless = trainer.is_global_zero and self._report(trainer.current_epoch, value)
+        if trainer.strategy.reduce_boolean_decision(hopeless, all=False):
+            raise Pruned(
+                f"epoch {trainer.current_epoch}: {self.monitor} is {value:.4g}, and other trials "
+                "were better by then"
+            )
+
+    def _report(self, epoch: int, value: float) -> bool:
+        """Whether the trial should end."""
+        import optuna
+
+        storage = open_storage(self.storage)
+        study = optuna.load_study(study_name=STUDY, storage=storage)
+        study_id = storage.get_study_id_from_name(STUDY)
+        trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, self.trial)
+        storage.set_trial_intermediate_value(trial_id, epoch, value)
+        prune = self.pruner.prune(study, storage.get_trial(trial_id))
+        if prune:
+            storage.set_trial_user_attr(trial_id, PRUNED, True)
+        return prune
+
+
+def open_storage(path: Path) -> "JournalStorage":
+    """The file in which the processes of a search write what happens."""
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    return JournalStorage(JournalFileBackend(str(path)))

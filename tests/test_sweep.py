@@ -1,0 +1,201 @@
+"""Sweeps: their launchers, the search with Optuna, and jobs that fail or are killed."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from lightning_dist.cli.pruning import STUDY, open_storage
+
+QUICK = ["trainer=cpu", "trainer.max_epochs=1", "print_config=false", "callbacks.progress=null"]
+TINY = [*QUICK, "data.train_size=64", "test_teacher=false"]
+# Its workers outlive a sweep, and stay in the folder where they started: give them full paths.
+JOBLIB = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+
+
+def results(folder: Path) -> list[dict]:
+    """What each job left, in the jobs' order."""
+    paths = sorted(folder.glob("*/result.json"), key=lambda path: int(path.parent.name))
+    return [json.loads(path.read_text()) for path in paths]
+
+
+@pytest.fixture
+def ends_badly(command, capsys):
+    """The one line that a command ends with, after whatever else it prints."""
+
+    def run(*arguments: str) -> str:
+        with pytest.raises(SystemExit) as stop:
+            command(*arguments)
+        assert stop.value.code == 1
+        return capsys.readouterr().err.strip().splitlines()[-1]
+
+    return run
+
+
+@pytest.mark.slow
+def test_twelve_runs_through_joblib_with_loader_workers(command, tmp_path):
+    sweep = ["distill=none,kd,dist", "seed=0,1,2,3", "data.num_workers=1", *TINY]
+    command("train", "-m", *JOBLIB, *sweep, f"hydra.sweep.dir={tmp_path}/sweep")
+    found = results(tmp_path / "sweep")
+    assert [run["status"] for run in found] == ["completed"] * 12
+    assert len({tuple(run["overrides"]) for run in found}) == 12
+    folders = [path for path in (tmp_path / "sweep").iterdir() if path.is_dir()]
+    assert len(folders) == 12
+    assert len(list((tmp_path / "sweep").glob("*/checkpoints/last.ckpt"))) == 12
+    with open(tmp_path / "sweep" / "report.csv") as file:
+        assert len(list(csv.DictReader(file))) == 12
+    command("train", "distill=dist", "seed=3", *TINY, "hydra.run.dir=single/0")
+    (single,) = results(tmp_path / "single")
+    assert single["metrics"] == found[11]["metrics"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher", [JOBLIB, ["hydra/launcher=submitit_local"]], ids=lambda x: x[0]
+)
+def test_resume_runs_what_is_missing_and_a_failing_job_ends_alone(
+    command, ends_badly, tmp_path, launcher
+):
+    sizes, common = "data.train_size=64,100000", [*QUICK, "test_teacher=false"]
+    command("train", "-m", "data.train_size=64", *common, f"hydra.sweep.dir={tmp_path}/sweep")
+    (before,) = results(tmp_path / "sweep")
+    line = ends_badly(
+        *("train", "-m", *launcher, sizes, *common, "resume=true"),
+        f"hydra.sweep.dir={tmp_path}/sweep",
+    )
+    assert "1 of 2 jobs failed" in line
+    found = results(tmp_path / "sweep")
+    assert "train_size=100000" in found[1]["error"]
+    assert found[0] == before
+
+
+# One callback ends the process as an error in C code does, and the other does nothing.
+DIES = "+callbacks.last._target_=os.abort,lightning.pytorch.callbacks.Timer"
+
+
+@pytest.mark.slow
+def test_a_killed_job_ends_alone_in_a_process_of_its_own(ends_badly, tmp_path):
+    options = ["own_process=true", *TINY, f"hydra.sweep.dir={tmp_path}/sweep"]
+    assert "1 of 2 jobs failed" in ends_badly("train", "-m", DIES, *options)
+    killed, other = results(tmp_path / "sweep")
+    assert killed["status"] == "failed"
+    assert killed["error"] == "ended with exit status -6"
+    assert other["status"] == "completed"
+
+
+@pytest.mark.slow
+def test_a_launcher_that_loses_a_job_says_what_to_do(ends_badly, tmp_path):
+    line = ends_badly("train", "-m", *JOBLIB, DIES, *TINY, f"hydra.sweep.dir={tmp_path}/sweep")
+    assert line.startswith("lightning-dist: error: the launcher lost a job, which was killed")
+    assert "own_process=true" in line
+    assert "resume=true" in line
+    killed = results(tmp_path / "sweep")[0]
+    assert killed["status"] == "failed"
+    assert "was killed" in killed["error"]
+
+
+@pytest.fixture
+def with_experiment(tmp_path):
+    """Write an experiment of the user's; the options that find it."""
+
+    def write(text: str) -> list[str]:
+        folder = tmp_path / "mine" / "experiment"
+        folder.mkdir(parents=True)
+        header = "# @package _global_\ndefaults:\n  - /experiment/digits\n"
+        (folder / "late.yaml").write_text(header + text)
+        return ["--config-dir", str(tmp_path / "mine")]
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("text", "mend"),
+    [
+        ("  - override /hydra/launcher: joblib\n", "hydra/launcher=joblib"),
+        ("  - override /hydra/sweeper: optuna\n", "hydra/sweeper=optuna"),
+    ],
+)
+def test_an_experiment_chooses_its_launcher_too_late_for_a_sweep(
+    refused, tmp_path, with_experiment, text, mend
+):
+    options = with_experiment(text)
+    message = refused("train", "-m", *options, "experiment=digits,late", *TINY)
+    assert "experiment=late sets hydra." in message
+    assert mend in message
+    assert not list(tmp_path.rglob("result.json"))
+
+
+def test_a_sweep_over_experiments_that_leave_the_launcher_alone_is_launched(
+    command, tmp_path, with_experiment
+):
+    command("train", "-m", *with_experiment(""), "experiment=late,digits", *TINY)
+    assert len(list(tmp_path.rglob("result.json"))) == 2
+
+
+def test_what_is_not_installed_is_named_with_its_extra(refused, monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    missing = [
+        ("ray", ["-m", "hydra/launcher=ray"]),
+        ("optuna", ["-m", "hydra/sweeper=optuna"]),
+        ("deepspeed", ["trainer=deepspeed"]),
+    ]
+    for extra, options in missing:
+        message = refused("train", *options, *[x for x in TINY if x != "trainer=cpu"])
+        assert f"pip install 'lightning-dist[{extra}]'" in message
+
+
+def study(folder: Path) -> list[optuna.trial.FrozenTrial]:
+    storage = open_storage(folder / "optuna.journal")
+    return optuna.load_study(study_name=STUDY, storage=storage).trials
+
+
+SEARCH = ["hydra/sweeper=optuna", "hydra.sweep.dir=sweep", "callbacks.progress=null"]
+SEARCH += ["trainer=cpu", "test_teacher=false", "print_config=false", "trainer.max_epochs=2"]
+
+
+@pytest.mark.slow
+def test_a_search_prunes_what_does_not_learn_and_reports_every_validation(command, tmp_path):
+    pruner = "callbacks.pruning.pruner"
+    options = ["optimizer.lr=0.0,0.02", f"~{pruner}.n_startup_trials", f"~{pruner}.n_warmup_steps"]
+    options += [f"{pruner}._target_=optuna.pruners.ThresholdPruner", f"+{pruner}.lower=0.15"]
+    command("train", "-m", *SEARCH, *options, "hydra.sweeper.n_trials=5")
+    trials, runs = study(tmp_path / "sweep"), results(tmp_path / "sweep")
+    assert {trial.params["optimizer.lr"] for trial in trials} == {"0.0", "0.02"}
+    for trial, run in zip(trials, runs, strict=True):
+        assert f"optimizer.lr={trial.params['optimizer.lr']}" in run["overrides"]
+        tau = trial.params["distill.loss.tau"]
+        assert 0.5 <= tau <= 8
+        assert f"distill.loss.tau={tau:.4g}" in run["overrides"]
+        with open(tmp_path / "sweep" / str(trial.number) / "logs" / "metrics.csv") as file:
+            seen = [float(x["val/accuracy"]) for x in csv.DictReader(file) if x["val/accuracy"]]
+        assert list(trial.intermediate_values.values()) == pytest.approx(seen)
+        if trial.params["optimizer.lr"] == "0.0":
+            assert trial.state == TrialState.PRUNED
+            assert run["status"] == "failed"
+            assert run["error"].startswith("Pruned: epoch 0: val/accuracy is 0.09")
+        else:
+            assert trial.state == TrialState.COMPLETE
+            assert trial.value == run["metrics"]["val/accuracy"]
+
+
+@pytest.mark.slow
+def test_a_search_goes_on_where_it_was_interrupted(command, tmp_path):
+    options = [*SEARCH, "data.train_size=64", "distill.loss.gamma=2", "distill.weight=1"]
+    command("train", "-m", *options, "hydra.sweeper.n_trials=2")
+    first = results(tmp_path / "sweep")
+    storage = open_storage(tmp_path / "sweep" / "optuna.journal")
+    unfinished = optuna.load_study(study_name=STUDY, storage=storage)
+    trial = unfinished.ask(
+        {"distill.loss.tau": optuna.distributions.FloatDistribution(1, 2, log=True)}
+    )
+    options += ["resume=true", "hydra.sweeper.n_jobs=2"]
+    command("train", "-m", *options, "hydra.sweeper.n_trials=4")
+    trials, runs = study(tmp_path / "sweep"), results(tmp_path / "sweep")
+    assert runs[:2] == first
+    assert [trial.state for trial in trials] == [TrialState.COMPLETE] * len(runs)
+    assert f"distill.loss.tau={trial.params['distill.loss.tau']:.4g}" in runs[2]["overrides"]
+    assert trials[1].params.keys() == {"distill.loss.tau", "distill.loss.beta"}
