@@ -17,7 +17,7 @@ PRUNED = "pruned"  # an attribute of the trials that ended early
 
 
 class Pruned(UserError):  # noqa: N818 - it is no error
-    """A trial ends because others were better at this point."""
+    """A trial ends early because it promises little."""
 
 
 class PruneTrial(Callback):
@@ -51,8 +51,8 @@ class PruneTrial(Callback):
         hopeless = trainer.is_global_zero and self._report(trainer.current_epoch, value)
         if trainer.strategy.reduce_boolean_decision(hopeless, all=False):
             raise Pruned(
-                f"epoch {trainer.current_epoch}: {self.monitor} is {value:.4g}, and other trials "
-                "were better by then"
+                f"epoch {trainer.current_epoch}: {self.monitor} is {value:.4g}, not enough for "
+                f"{type(self.pruner).__name__}"
             )
 
     def _report(self, epoch: int, value: float) -> bool:
