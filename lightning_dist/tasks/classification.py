@@ -10,7 +10,6 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_dist.cached_teacher import CachedTeacher
 from lightning_dist.checks import check_number
-from lightning_dist.data.views import KeyedBatch
 from lightning_dist.module import DistillModule
 from lightning_dist.teacher import Teacher
 
@@ -29,7 +28,8 @@ class ClassificationModule(DistillModule):
         kwargs: as in :class:`lightning_dist.DistillModule`.
 
     Raises:
-        ValueError: if an option is out of range, or there is ``mixup`` and the teacher is cached.
+        ValueError: if an option is out of range, or there is ``mixup`` and the teacher is cached;
+            in a step, if a label is no class.
 
     Example:
         >>> module = ClassificationModule(nn.Linear(4, 3), num_classes=3)
@@ -66,28 +66,27 @@ class ClassificationModule(DistillModule):
         self.mixup = mixup
         self.num_classes = num_classes
 
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Refuse labels that are no classes; on a GPU they would end the process.
-
-        Raises:
-            ValueError: naming the label and the classes.
-        """
-        is_pair = isinstance(batch, (tuple, list, KeyedBatch)) and len(batch) == 2
-        labels = batch[1] if is_pair else None
-        if (
-            isinstance(labels, Tensor)
-            and labels.dtype == torch.int64
-            and labels.device.type == "cpu"
-            and labels.numel()
-            and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes
-        ):
-            wrong = int(labels.min()) if labels.min() < 0 else int(labels.max())
-            raise ValueError(
-                f"a batch has the label {wrong} and num_classes is {self.num_classes}: labels count"
-                f" from 0 to {self.num_classes - 1}; set num_classes of the module, or relabel"
-            )
-        return batch
-
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The task loss of a batch, mixed up if so configured."""
+        self._check_labels(batch, batch_idx)
         return super().training_step(self.mixup(*batch) if self.mixup else batch, batch_idx)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Update ``val/*``; also before the first epoch, so that wrong labels end a run early."""
+        self._check_labels(batch, batch_idx)
+        super().validation_step(batch, batch_idx)
+
+    def _check_labels(self, batch: Any, batch_idx: int) -> None:
+        """Refuse labels that are no classes. On a GPU, which would wait, once an epoch."""
+        _, labels = batch
+        if labels.dtype != torch.int64 or not labels.numel():
+            return
+        if labels.device.type != "cpu" and batch_idx:
+            return
+        least, most = int(labels.min()), int(labels.max())
+        if least < 0 or most >= self.num_classes:
+            raise ValueError(
+                f"a batch has the label {least if least < 0 else most} and num_classes is "
+                f"{self.num_classes}: labels count from 0 to {self.num_classes - 1}; set "
+                "num_classes of the module, or relabel"
+            )

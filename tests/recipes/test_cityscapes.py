@@ -101,7 +101,7 @@ def test_optimizer_batch_and_processes_are_the_papers(recipe):
     assert type(optimizer) is torch.optim.SGD
     assert (group["momentum"], group["weight_decay"], group["nesterov"]) == (0.9, 5e-4, False)
     assert config.data.global_batch_size == 16
-    assert (config.trainer.devices, config.trainer.strategy) == (8, "ddp")
+    assert (config.trainer.devices, config.distributed) == (8, True)
     assert config.trainer.sync_batchnorm is True
     assert config.num_classes == 19
     assert config.module.window is None, "whole images are evaluated"

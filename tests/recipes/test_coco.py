@@ -142,7 +142,7 @@ def test_losses_batch_and_processes_are_the_papers(recipe):
             projection = term.loss.projection
             assert projection.weight.shape == (256, 256, 1, 1)
     assert config.data.global_batch_size == 16
-    assert (config.trainer.devices, config.trainer.strategy) == (8, "ddp")
+    assert (config.trainer.devices, config.distributed) == (8, True)
     data = instantiate(config.data)
     assert (data.flip, data.num_classes, data.skip_empty) == (0.5, 80, True)
     assert built(composed(recipe, *OFFLINE, "distill=none")).configure_distillation() is None
