@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SEEDS ?= 0,1,2,3,4
 ROUNDS ?= 30
+WORKERS ?= 2
 LOWEST := lightning\|torchmetrics\|timm\|hydra-core\|omegaconf
 
 .PHONY: demo test test-fast test-lowest soak format lint typecheck clean
@@ -12,14 +13,14 @@ demo: .venv/installed
 		distill=none,kd,dist seed=$(SEEDS) print_config=false callbacks.progress=null
 
 test: .venv/installed-test lint typecheck
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test-fast: .venv/installed-test
 	$(BIN)/python -m pytest -m "not slow"
 
 # The suite with the lowest versions that setup.cfg declares of what it builds on, but for torch.
 test-lowest: .venv-lowest/installed
-	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n $(WORKERS) --dist worksteal
 
 # Interrupts runs at random and resumes them: the end must be the same to the last bit.
 soak: .venv/installed-test
