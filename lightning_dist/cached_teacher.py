@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_dist.data.views import VIEW_SEED, KeyedBatch, Views
 from lightning_dist.digest import digest
@@ -97,6 +98,17 @@ class CachedTeacher(Teacher):
     def to(self, device: torch.device | str) -> "CachedTeacher":
         """Stay where it is: the network moves when a view is computed, and back."""
         return self
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Refuse: a network that is hardly ever asked is whole, and on the CPU.
+
+        Raises:
+            MisconfigurationException: always.
+        """
+        raise MisconfigurationException(
+            "shard_teacher has no use for a CachedTeacher, which leaves the device when a view is "
+            "computed: leave out shard_teacher, or the cache (distill.cache=off)"
+        )
 
     # What DistillationCallback calls, in this order
 
