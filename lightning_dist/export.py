@@ -67,9 +67,8 @@ def export_student(
     ``timm`` as far as its ``config.json`` has a place for them.
 
     All formats but ``safetensors`` are read back and compared with the network on random images, at
-    other batch sizes than they were traced with: outputs may differ by 1e-5 (a detector's by 1e-4),
-    of the largest one where that is above 1. Only then the file gets its name, so that there is
-    never half of one.
+    other batch sizes than they were traced with: outputs may differ by 1e-5, and by 1e-5 of the
+    largest one. Only then the file gets its name, so that there is never half of one.
 
     - ``safetensors``: the weights, of any network. Its own code builds the network again.
     - ``timm``: a folder for ``timm.create_model("local-dir:FOLDER", pretrained=True)``, of a

@@ -12,9 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-# Of outputs, or of the largest one where that is above 1. Rounding weighs more in a detector, whose
-# boxes say where it looks next.
-TOLERANCE, DETECTOR_TOLERANCE = 1e-5, 1e-4
+TOLERANCE = 1e-5  # absolute, and again relative to the largest output
 METADATA = "metadata.json"  # in a .pt2 file
 _TRACED_BATCH = 2  # one image would fix the batch at one
 _CHECKED_BATCHES = (1, 3)
@@ -32,7 +30,6 @@ class Graph:
         outputs: what the outputs are called.
         dynamic: which dimensions of the input are free, with their names.
         dynamic_size: whether height and width are.
-        tolerance: how far outputs may be off.
         draw: ``torch.randn`` or ``torch.rand``, what images are drawn with.
         mend: what to do where it cannot be written.
     """
@@ -43,7 +40,6 @@ class Graph:
     outputs: list[str]
     dynamic: dict[int, str]
     dynamic_size: bool
-    tolerance: float = TOLERANCE
     draw: Callable[..., Tensor] = torch.randn
     mend: str = "use safetensors"
 
@@ -53,7 +49,7 @@ class Graph:
 
     def check(self, found: Callable[[Tensor], Any]) -> None:
         """See :func:`compare`."""
-        compare(found, self.network, self.shapes[1:], self.tolerance, self.draw)
+        compare(found, self.network, self.shapes[1:], self.draw)
 
 
 class MainOutput(nn.Module):
@@ -129,7 +125,6 @@ def detections_graph(
         ["boxes", "labels", "scores"],
         {1: "height", 2: "width"},
         dynamic_size=True,
-        tolerance=DETECTOR_TOLERANCE,
         draw=torch.rand,  # it normalises itself
     )
 
@@ -224,7 +219,6 @@ def compare(
     found: Callable[[Tensor], Any],
     network: Callable[[Tensor], Any],
     shapes: Sequence[tuple[int, ...]],
-    tolerance: float = TOLERANCE,
     draw: Callable[..., Tensor] = torch.randn,
 ) -> None:
     """Run what was written beside the network on random images of these shapes.
@@ -235,17 +229,17 @@ def compare(
     for seed, shape in enumerate(shapes, start=1):
         images = _random(shape, seed, draw)
         pairs = zip(_tuple(found(images)), _tuple(network(images)), strict=True)
-        if not all(_close(ours, expected, tolerance) for ours, expected in pairs):
+        if not all(_close(ours, expected) for ours, expected in pairs):
             raise ValueError(f"it gives other outputs on images of the shape {shape}")
 
 
-def _close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
+def _close(found: Tensor, expected: Tensor) -> bool:
     if found.shape != expected.shape:
         return False
     if not found.numel():
         return True
-    scale = max(1.0, expected.abs().max().item())
-    return (found - expected).abs().max().item() <= tolerance * scale
+    allowed = TOLERANCE * (1 + expected.abs().max().item())
+    return (found - expected).abs().max().item() <= allowed
 
 
 def _exported(graph: Graph) -> ExportedProgram:

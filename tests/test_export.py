@@ -145,7 +145,7 @@ def test_a_trained_detector_in_onnx_finds_the_same_boxes(kind, build, offset, tm
         assert len(boxes) > 5
         assert torch.equal(labels, expected["labels"] - offset)
         torch.testing.assert_close(boxes, expected["boxes"], atol=1e-2, rtol=0)
-        torch.testing.assert_close(scores, expected["scores"], atol=1e-4, rtol=0)
+        torch.testing.assert_close(scores, expected["scores"], atol=1e-5, rtol=1e-5)
 
 
 def test_timm_reads_its_folder(tmp_path):
