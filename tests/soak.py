@@ -45,8 +45,11 @@ def start(folder: Path, *overrides: str) -> subprocess.Popen:
 def interrupt(run: subprocess.Popen, folder: Path, rows: int, number: signal.Signals) -> int | None:
     """Send a signal once the run has logged so many rows; its exit status, None if it had ended."""
     log = folder / "logs" / "metrics.csv"
+    before = log.stat().st_mtime_ns if log.exists() else 0
     while run.poll() is None:
-        if log.exists() and log.read_bytes().count(b"\n") > rows:
+        # Until it trains, the rows are those of the attempt before.
+        trains = log.exists() and log.stat().st_mtime_ns > before
+        if trains and log.read_bytes().count(b"\n") > rows:
             run.send_signal(number)
             return run.wait(timeout=120)
         time.sleep(0.002)

@@ -144,10 +144,13 @@ SWITCHES = "ddp trainer.strategy.static_graph=true trainer.strategy.gradient_as_
     ("experiment", "strategies"),
     [
         pytest.param(["digits"], ["ddp", "fsdp2", "ddp_spawn", SWITCHES], id="classification"),
-        pytest.param(["scenes/segmentation", *TINY], ["ddp", "fsdp2"], id="segmentation"),
+        pytest.param(
+            ["scenes/segmentation", *TINY], ["ddp", "fsdp2", "ddp_spawn"], id="segmentation"
+        ),
         pytest.param(
             ["scenes/detection_fasterrcnn", *TINY],
-            ["ddp", "fsdp2", "fsdp2 module.shard_teacher=true"],  # whose box head is asked alone
+            # The box head is asked alone, also of a sharded teacher.
+            ["ddp", "fsdp2", "fsdp2 module.shard_teacher=true", "ddp_spawn"],
             id="detection",
         ),
     ],
