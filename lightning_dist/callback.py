@@ -228,7 +228,7 @@ class DistillationCallback(Callback):
         return {"terms": terms, "skipped": self.skipped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.skipped = state_dict["skipped"]
+        self.skipped = state_dict.get("skipped", 0)
         for name, state in state_dict["terms"].items():
             loss = self.terms[name].loss
             assert isinstance(loss, nn.Module)
@@ -266,9 +266,10 @@ class DistillationCallback(Callback):
             pair = student_outputs[term.student], teacher_outputs[term.teacher]
             values[name] = self._value(name, term, *pair, trainer)
             weight = term.weight(trainer) if callable(term.weight) else term.weight
-            if not values[name].isfinite():
-                values[name] = self._without(name, term, *pair, trainer)
-            distill = distill + weight * values[name]
+            weighted = weight * values[name]
+            if not weighted.isfinite():
+                weighted = values[name] = self._without(name, term, *pair, trainer)
+            distill = distill + weighted
         assert isinstance(distill, Tensor)
         if not trainer.barebones:
             pl_module.log("train/distill", distill.detach())
@@ -345,9 +346,9 @@ class DistillationCallback(Callback):
             raise FloatingPointError(
                 f"the distillation loss of term {name!r} is not finite at step "
                 f"{trainer.global_step} (epoch {trainer.current_epoch}): NaN or infinity is in "
-                f"{wrong or 'neither output, so the loss itself makes it'}. Lower the learning "
-                "rate or the weight, give the teacher a wider dtype, or leave such steps out with "
-                "nonfinite='skip'"
+                f"{wrong or 'neither output, so the loss or its weight makes it'}. Lower the "
+                "learning rate or the weight, give the teacher a wider dtype, or leave such steps "
+                "out with nonfinite='skip'"
             )
         self.skipped += 1
         device = select(student[0], term.output).device

@@ -1,6 +1,7 @@
 """Checks of arguments that users give, with errors that say what to give instead."""
 
 import math
+import numbers
 from typing import Any
 
 
@@ -25,8 +26,9 @@ def check_number(
         Traceback (most recent call last):
         ValueError: num_workers is -1: give a whole number of at least 0
     """
-    kinds = (int,) if kind is int else (int, float)
-    if isinstance(value, kinds) and not isinstance(value, bool) and least <= value <= most:
+    kinds = numbers.Integral if kind is int else numbers.Real
+    is_number = isinstance(value, kinds) and not isinstance(value, bool)
+    if is_number and math.isfinite(value) and least <= value <= most:
         return
     bounds = [f"at least {least}"] if least > -math.inf else []
     bounds += [f"at most {most}"] if most < math.inf else []

@@ -14,9 +14,9 @@ from lightning.pytorch.utilities import rank_zero_only
 class ResumableCSVLogger(CSVLogger):
     """Lightning's CSVLogger, which keeps what was logged up to the checkpoint that a run resumes.
 
-    :class:`lightning_dist.resume.ExactResume` rewinds it; without that, a new run replaces the file
-    of an old one, as Lightning's logger does. What has been written is never lost: the file is
-    appended to, or replaced by a complete one.
+    :class:`lightning_dist.resume.ExactResume` rewinds it; without that, a new run moves the file of
+    an old one to ``metrics.before.csv``, where Lightning's logger deletes it. The file is appended
+    to, or replaced by a complete one.
 
     Args:
         args: as of :class:`lightning.pytorch.loggers.CSVLogger`.
@@ -61,9 +61,14 @@ class _Curves(ExperimentWriter):
             path.unlink()
 
     def save(self) -> None:
-        if self.metrics and not self.rewound:
-            self.rewind(0)
-        super().save()
+        path = Path(self.metrics_file_path)
+        try:
+            if self.metrics and not self.rewound and path.exists():
+                path.replace(path.with_suffix(".before.csv"))
+            self.rewound |= bool(self.metrics)
+            super().save()
+        except OSError as error:
+            raise OSError(error.errno, f"cannot write {path}: {error.strerror}") from error
 
     def _check_log_dir_exists(self) -> None:
         """Lightning's deletes the file."""

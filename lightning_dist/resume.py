@@ -12,13 +12,15 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_dist.checks import check_number
 from lightning_dist.curves import ResumableCSVLogger
 from lightning_dist.data.order import derive_seeds
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_STOPPED = "lightning_dist_stopped"  # in a checkpoint: whether a callback had ended the training
 
 
 class Interrupted(SystemExit):
@@ -45,10 +47,12 @@ class ExactResume(Callback):
     - A :class:`lightning_dist.curves.ResumableCSVLogger` continues its file at the checkpoint.
 
     Resume with ``trainer.fit(..., ckpt_path="last")``, or ``resume=true`` of ``lightning-dist
-    train``. The result is the same to the last bit on a CPU; on a GPU as far as its kernels are
-    deterministic (``Trainer(deterministic=True)``). In mid-epoch it takes a training loader with a
-    state, as :class:`lightning_dist.data.base.ImageDataModule` has. Means over a training epoch
-    (``self.log(..., on_epoch=True)`` in ``training_step``) start again where the run resumes.
+    train``. The result is the same to the last bit on a CPU, on a GPU as far as its kernels are
+    deterministic (``Trainer(deterministic=True)``), where the order of the samples is a function of
+    the epoch and the training loader has a state, as those of
+    :class:`lightning_dist.data.base.ImageDataModule`. Automatic optimization only. Means over a
+    training epoch (``self.log(..., on_epoch=True)`` in ``training_step``) start again where the run
+    resumes, and ReduceLROnPlateau misses a step there.
 
     Args:
         seed: of the training steps.
@@ -64,9 +68,10 @@ class ExactResume(Callback):
         self.seed = seed
         self._received: int | None = None
         self._saved_step: int | None = None
-        self._leaves = False  # all is saved: the next batch must not begin
+        self._leaves = False  # all is saved: neither batch nor epoch must begin
         self._batches = 0  # completed ones of this epoch
-        self._resumed_step = 0
+        self._resumes = False
+        self._trains = False
 
     # Hooks, in the order in which Lightning calls them
 
@@ -75,17 +80,24 @@ class ExactResume(Callback):
         if stage != "fit":
             return
         self._received, self._saved_step, self._leaves = None, None, False
-        self._batches = self._resumed_step = 0
+        self._batches, self._resumes, self._trains = 0, False, False
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         folder = _folder(trainer)
-        if folder is not None and trainer.is_global_zero:
-            _refuse_unwritable(folder)
+        if folder is not None and "://" not in folder and trainer.is_global_zero:
+            _refuse_unwritable(Path(folder))
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        self._resumed_step = checkpoint["global_step"]
+        """Rewind the curves, also of a run that has nothing left to train."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        self._resumes = True
+        for logger in _curves(trainer):
+            logger.rewind(checkpoint["global_step"])
+        if checkpoint.get(_STOPPED):  # early stopping had ended it
+            trainer.should_stop = True
 
     def state_dict(self) -> dict[str, Any]:
         return {"batches": self._batches}
@@ -93,18 +105,27 @@ class ExactResume(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._batches = state_dict["batches"]
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if any(config.reduce_on_plateau for config in trainer.lr_scheduler_configs):
+            rank_zero_warn(
+                "ReduceLROnPlateau misses a step wherever a run resumes (Lightning skips it): the "
+                "run then ends otherwise than without an interruption"
+            )
+
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._listen(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._listen(trainer)
-        for logger in trainer.loggers:
-            if isinstance(logger, ResumableCSVLogger):
-                logger.rewind(self._resumed_step)
+        self._trains = True
+        if not self._resumes:
+            for logger in _curves(trainer):
+                logger.rewind(0)
         self._reseed(trainer, 0)  # in mid-epoch, on_train_epoch_start does not come
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._leave_if_saved(trainer)
+        if self._leaves:
+            self._leave(trainer)
         self._batches = 0
         self._reseed(trainer, 0)
 
@@ -127,27 +148,36 @@ class ExactResume(Callback):
         self._reseed(trainer, 0)
         accumulates = (batch_idx + 1) % trainer.accumulate_grad_batches != 0
         # An epoch's last batch is followed by its validation, which no checkpoint could repeat.
-        if not self._is_asked_to_stop(trainer) or accumulates or trainer.is_last_batch:
-            return
-        folder = _folder(trainer)
-        if folder is not None:
-            trainer.save_checkpoint(folder / "last.ckpt")
-        self._leaves = True
+        if self._is_asked_to_stop(trainer) and not accumulates and not trainer.is_last_batch:
+            self._save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
             self._reseed(trainer, 0)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._is_asked_to_stop(trainer):
+            self._save(trainer)
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Let no checkpoint be ahead of the curves on the disk."""
         self._saved_step = trainer.global_step
+        checkpoint[_STOPPED] = trainer.should_stop
         for logger in trainer.loggers:
             logger.save()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._leave_if_saved(trainer)
+        if self._leaves:
+            self._leave(trainer)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._resumes and not self._trains:
+            # Lightning counts the last batch and epoch when it goes on, and logs the test by that.
+            trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+            if trainer.should_stop:
+                trainer.fit_loop.epoch_progress.increment_completed()
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._listen(trainer)
@@ -157,7 +187,11 @@ class ExactResume(Callback):
     def _listen(self, trainer: Trainer) -> None:
         """Only note a signal while training. Lightning takes its handlers away when it ends."""
 
+        own = os.getpid()
+
         def note(number: int, frame: Any) -> None:
+            if os.getpid() != own:  # a loader's worker: the run tells it when to end
+                return
             again = self._received is not None
             self._received = number
             if trainer.sanity_checking or trainer.testing:  # nothing is lost
@@ -182,9 +216,14 @@ class ExactResume(Callback):
         received = self._received is not None
         return trainer.strategy.reduce_boolean_decision(received, all=False)
 
-    def _leave_if_saved(self, trainer: Trainer) -> None:
-        if self._is_asked_to_stop(trainer) and self._saved_step == trainer.global_step:
-            self._leave(trainer)
+    def _save(self, trainer: Trainer) -> None:
+        """Save, where there is a place for it, and leave before anything else begins."""
+        folder, saver = _folder(trainer), trainer.checkpoint_callback
+        if folder is not None and isinstance(saver, ModelCheckpoint):
+            path = f"{folder}/last.ckpt"
+            saver.last_model_path = path  # its own next one takes no other name then
+            trainer.save_checkpoint(path)
+        self._leaves = True
 
     def _leave(self, trainer: Trainer) -> None:
         number = self._received or signal.SIGTERM
@@ -236,19 +275,25 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             disk: BaseException = error  # torch closes its file, and raises what that raises
             while disk.__context__ is not None and not isinstance(disk, OSError):
                 disk = disk.__context__
+            if not isinstance(disk, OSError):
+                raise
             raise OSError(
-                f"cannot write the checkpoint {path}: {getattr(disk, 'strerror', None) or error}. "
+                f"cannot write the checkpoint {path}: {disk.strerror or disk}. "
                 f"{'The one saved there before is intact' if before else 'None was there before'}: "
                 "make room or choose another folder, and resume"
             ) from error
 
 
-def _folder(trainer: Trainer) -> Path | None:
+def _curves(trainer: Trainer) -> list[ResumableCSVLogger]:
+    return [logger for logger in trainer.loggers if isinstance(logger, ResumableCSVLogger)]
+
+
+def _folder(trainer: Trainer) -> str | None:
     saver = trainer.checkpoint_callback
     quick = trainer.fast_dev_run  # type: ignore[attr-defined]
     if not isinstance(saver, ModelCheckpoint) or quick:
         return None
-    return Path(saver.dirpath or trainer.default_root_dir)
+    return str(saver.dirpath or trainer.default_root_dir)
 
 
 def _refuse_unwritable(folder: Path) -> None:

@@ -161,9 +161,11 @@ def _refuse_strange_archive(file: Path) -> None:
     if not zipfile.is_zipfile(file):
         return
     with zipfile.ZipFile(file) as archive:
+        if sum(entry.file_size for entry in archive.infolist()) > file.stat().st_size:
+            raise ValueError("its entries overlap or are compressed")
         for entry in archive.infolist():
             parts = re.split(r"[/\\]", entry.filename)
-            if ".." in parts or parts[0] == "" or ":" in parts[0]:
+            if ".." in parts or parts[0] == "" or re.match("[A-Za-z]:", entry.filename):
                 raise ValueError(f"its entry {entry.filename!r} leads out of the archive")
             if entry.compress_type != zipfile.ZIP_STORED:
                 raise ValueError(f"its entry {entry.filename!r} is compressed")

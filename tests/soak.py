@@ -5,6 +5,7 @@
 
 import argparse
 import json
+import os
 import random
 import signal
 import subprocess
@@ -25,6 +26,7 @@ OVERRIDES = (
     "trainer.log_every_n_steps=1",
     "data.augment=true",
     "+data.drop_last=true",
+    "data.num_workers=1",
     "module.ema_decay=0.9",
     "module.mixup={_target_:timm.data.Mixup,mixup_alpha:0.8,num_classes:10}",
     "test_teacher=false",
@@ -42,7 +44,9 @@ def start(folder: Path, *overrides: str) -> subprocess.Popen:
         )
 
 
-def interrupt(run: subprocess.Popen, folder: Path, rows: int, number: signal.Signals) -> int | None:
+def interrupt(
+    run: subprocess.Popen, folder: Path, rows: int, number: signal.Signals, everyone: bool
+) -> int | None:
     """Send a signal once the run has logged so many rows; its exit status, None if it had ended."""
     log = folder / "logs" / "metrics.csv"
     before = log.stat().st_mtime_ns if log.exists() else 0
@@ -50,7 +54,7 @@ def interrupt(run: subprocess.Popen, folder: Path, rows: int, number: signal.Sig
         # Until it trains, the rows are those of the attempt before.
         trains = log.exists() and log.stat().st_mtime_ns > before
         if trains and log.read_bytes().count(b"\n") > rows:
-            run.send_signal(number)
+            os.killpg(run.pid, number) if everyone else run.send_signal(number)
             return run.wait(timeout=120)
         time.sleep(0.002)
     return None
@@ -97,9 +101,11 @@ def soak(folder: Path, rounds: int, *overrides: str, draw: random.Random) -> lis
         history = []
         for _ in range(draw.randint(1, 2)):
             number, row = draw.choice(SIGNALS), draw.randrange(rows)
+            everyone = draw.random() < 0.5  # as a terminal and SLURM do
             run = start(resumed, *overrides, "resume=true")
-            status = interrupt(run, resumed, row, number)
-            history.append(f"{number.name} after {row} rows: {status}")
+            status = interrupt(run, resumed, row, number, everyone)
+            whom = "all" if everyone else "the first process"
+            history.append(f"{number.name} to {whom} after {row} rows: {status}")
             if status not in (STATUS[number], None):
                 mismatches.append(f"round {index}: exit status {status} after {number.name}")
         if start(resumed, *overrides, "resume=true").wait() != 0:

@@ -395,7 +395,7 @@ def test_the_command_exports_a_detector(command, refused, tmp_path):
     command("export", CKPT, "format=onnx")
     run, facts = open_onnx(tmp_path / "student.onnx")
     assert facts["class_names"] == [str(digit) for digit in range(10)]
-    assert (facts["mean"], facts["std"], facts["label_offset"]) == ([0.0] * 3, [1.0] * 3, 1)
+    assert (facts["mean"], facts["std"], facts["label_offset"]) == ([0.0] * 3, [1.0] * 3, 0)
     assert len(run(torch.rand(3, 64, 48))) == 3
     assert "use safetensors or onnx" in refused("export", CKPT, "format=torch_export")
     assert "use safetensors, timm, torch_export or onnx" in refused("export", CKPT, "format=tf")

@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -47,6 +48,19 @@ def repacked(name: str, compression: int = zipfile.ZIP_STORED) -> bytes:
     return buffer.getvalue()
 
 
+def overlapping() -> bytes:
+    """A zip whose directory has one entry a hundred times, so that it unpacks to far more."""
+    once = repacked("archive/data/99")
+    with zipfile.ZipFile(io.BytesIO(once)) as source:
+        start = source.start_dir
+        end = once.rindex(b"PK\x05\x06")
+        entry = once[once.rindex(b"PK\x01\x02", 0, end) : end]
+        count = len(source.infolist()) + 100
+    directory = once[start:end] + 100 * entry
+    tail = struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, count, count, len(directory), start, 0)
+    return once[:start] + directory + tail
+
+
 def bomb() -> bytes:
     """A safetensors header that promises a tensor of 4 TB."""
     header = b'{"a":{"dtype":"F32","shape":[1099511627776],"data_offsets":[0,4398046511104]}}'
@@ -69,6 +83,7 @@ CORPUS: dict[str, tuple[str, Callable[[], bytes]]] = {
     "absolute path": ("w.pth", lambda: repacked("/etc/evil")),
     "Windows path": ("w.pth", lambda: repacked("archive\\..\\..\\evil")),
     "compressed zip": ("w.pth", lambda: repacked("archive/more", zipfile.ZIP_DEFLATED)),
+    "overlapping entries": ("w.pth", lambda: overlapping()),
     "text": ("w.pth", lambda: b"#!/bin/sh\nmkdir trace\n"),
     "nothing": ("w.ckpt", lambda: b""),
 }
@@ -119,6 +134,11 @@ def test_a_hostile_checkpoint_in_the_folder_of_a_run_is_refused(refused, tmp_pat
     line = refused("train", *QUICK, "hydra.run.dir=run", "resume=true")
     assert "last.ckpt" in line
     assert not (tmp_path / "trace").exists()
+
+
+def test_a_name_with_a_colon_is_no_path_out_of_the_archive(tmp_path):
+    torch.save(weights(), tmp_path / "run_12:30:00.pth")
+    load_weights(SmallCNN([32, 64, 128]), tmp_path / "run_12:30:00.pth")
 
 
 def test_a_whole_file_of_the_corpus_would_load(tmp_path):

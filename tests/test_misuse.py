@@ -300,6 +300,11 @@ MISUSES: dict[str, tuple[Callable[..., Any], type[Exception], str]] = {
         ValueError,
         "the weight of term 'distill' is nan: give a number",
     ),
+    "weight that grows beyond all bounds": (
+        fit(User(), distil(weight=lambda _: float("inf"))),
+        FloatingPointError,
+        "the loss or its weight makes it",
+    ),
     "unknown treatment of NaN": (
         lambda _: distil(nonfinite="ignore"),
         ValueError,
@@ -364,7 +369,7 @@ MISUSES: dict[str, tuple[Callable[..., Any], type[Exception], str]] = {
     "loss that makes NaN": (
         fit(User(), distil(loss=lambda s, t: (s - t).sum() * float("nan"))),
         FloatingPointError,
-        "in neither output, so the loss itself makes it",
+        "in neither output, so the loss or its weight makes it",
     ),
     # The module and the data
     "interval of the scheduler": (

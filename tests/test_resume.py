@@ -1,5 +1,6 @@
 """Tests that a run which is interrupted, or cannot write, loses nothing."""
 
+import json
 import os
 import re
 import resource
@@ -21,6 +22,9 @@ from lightning_dist import DistillModule
 from lightning_dist.curves import ResumableCSVLogger
 from lightning_dist.data.digits import DigitsDataModule
 from lightning_dist.resume import AtomicCheckpointIO, ExactResume, Interrupted
+
+QUICK = ["train", "experiment=digits", "trainer=cpu", "print_config=false"]
+QUICK += ["callbacks.progress=null", "test_teacher=false", "hydra.run.dir=run"]
 
 
 class Send(Callback):
@@ -172,20 +176,18 @@ def test_a_full_disk_leaves_the_previous_checkpoint_intact(tmp_path):
 
 
 def test_a_run_whose_disk_is_full_ends_with_one_line_and_resumes(refused, command, tmp_path):
-    quick = ["train", "experiment=digits", "trainer=cpu", "print_config=false"]
-    quick += ["callbacks.progress=null", "test_teacher=false", "hydra.run.dir=run"]
-    command(*quick, "trainer.max_epochs=1")
+    command(*QUICK, "trainer.max_epochs=1")
     (tmp_path / "run" / "result.json").unlink()
     before = (tmp_path / "run" / "checkpoints" / "last.ckpt").read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
     try:
-        line = refused(*quick, "trainer.max_epochs=2", "ckpt_path=run/checkpoints/last.ckpt")
+        line = refused(*QUICK, "trainer.max_epochs=2", "ckpt_path=run/checkpoints/last.ckpt")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert re.search(r"cannot write the checkpoint .*best.ckpt: .* before is intact", line)
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").read_bytes() == before
-    command(*quick, "trainer.max_epochs=2", "ckpt_path=run/checkpoints/last.ckpt")
+    command(*QUICK, "trainer.max_epochs=2", "ckpt_path=run/checkpoints/last.ckpt")
 
 
 def test_a_folder_that_cannot_be_written_to_is_refused_before_training(refused, tmp_path):
@@ -194,6 +196,56 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_training(refused, 
     assert "cannot write checkpoints to" in line
     assert "Not a directory" in line
     assert "Not a directory" in refused("train", "trainer=cpu", "hydra.run.dir=file/run")
+
+
+def test_a_run_without_a_batch_before_its_epochs_last_one_stops_too(fit, tmp_path):
+    with pytest.raises(Interrupted):
+        fit("stopped", Send(signal.SIGTERM, 0), limit_train_batches=1)
+    whole = fit("whole", limit_train_batches=1)
+    resumed = fit("stopped", resume=True, limit_train_batches=1)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value)
+
+
+def test_an_interruption_and_the_end_of_an_epoch_save_under_one_name(make_trainer, tmp_path):
+    saver = ModelCheckpoint(tmp_path, save_last=True)  # which numbers a name that is taken
+    trainer = make_trainer(
+        enable_checkpointing=True, callbacks=[saver, ExactResume(), Send(signal.SIGTERM, 3)]
+    )
+    with pytest.raises(Interrupted):
+        trainer.fit(dropout_module(), DigitsDataModule())
+    trainer = make_trainer(
+        enable_checkpointing=True,
+        callbacks=[ModelCheckpoint(tmp_path, save_last=True), ExactResume()],
+    )
+    trainer.fit(
+        dropout_module(), DigitsDataModule(), ckpt_path=tmp_path / "last.ckpt", weights_only=True
+    )
+    assert [path.name for path in tmp_path.glob("last*")] == ["last.ckpt"]
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 21
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["trainer.max_epochs=2"],
+        [
+            *("trainer.max_epochs=9", "callbacks=[default,early_stopping]"),
+            *("callbacks.early_stopping.patience=1", "optimizer.lr=0"),
+        ],
+    ],
+    ids=["all epochs", "early stopping"],
+)
+def test_a_run_that_was_killed_in_its_test_resumes_to_the_same(command, tmp_path, options):
+    command(*QUICK, *options)
+    folder = tmp_path / "run"
+    result, curves = json.loads((folder / "result.json").read_text()), folder / "logs/metrics.csv"
+    before = curves.read_text()
+    curves.write_text(before[: before.rindex("\n", 0, -1) + 1])  # without the test's row
+    (folder / "result.json").write_text(json.dumps(result | {"status": "failed"}))
+    command(*QUICK, *options, "resume=true")
+    assert json.loads((folder / "result.json").read_text())["metrics"] == result["metrics"]
+    assert curves.read_text() == before
 
 
 @pytest.mark.slow

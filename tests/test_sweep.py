@@ -9,7 +9,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from lightning_dist.cli.pruning import STUDY, open_storage
+from hydra_plugins.lightning_dist_optuna.sweeper import STUDY, open_storage
 
 QUICK = ["trainer=cpu", "trainer.max_epochs=1", "print_config=false", "callbacks.progress=null"]
 TINY = [*QUICK, "data.train_size=64", "test_teacher=false"]
@@ -127,6 +127,12 @@ def test_an_experiment_chooses_its_launcher_too_late_for_a_sweep(
     assert "experiment=late sets hydra." in message
     assert mend in message
     assert not list(tmp_path.rglob("result.json"))
+
+
+def test_the_papers_sweeps_are_launched(refused, tmp_path):
+    """Their configs set what is swept over, which is no choice of a sweeper."""
+    line = refused("train", "-m", "+sweep=imagenet", "distill=none", "print_config=false")
+    assert "2 of 2 jobs failed" in line, "for want of ImageNet"
 
 
 def test_a_sweep_over_experiments_that_leave_the_launcher_alone_is_launched(

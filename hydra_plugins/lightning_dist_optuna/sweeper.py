@@ -11,6 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
+from hydra.errors import HydraException
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
@@ -19,7 +20,12 @@ if TYPE_CHECKING:  # slow to import, and optional
     from optuna import Study
     from optuna.distributions import BaseDistribution
     from optuna.samplers import BaseSampler
+    from optuna.storages import JournalStorage
     from optuna.trial import FrozenTrial, Trial
+
+STUDY = "lightning-dist"
+_MISSING = object()
+PRUNED = "pruned"  # an attribute of the trials that ended early
 
 
 class OptunaSweeper(Sweeper):
@@ -61,14 +67,27 @@ class OptunaSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> None:
+        from optuna.trial import TrialState
+
         assert self.launcher is not None  # setup came first
         assert self.config is not None
         space, fixed = self._search_space(arguments)
+        for key in space:
+            if OmegaConf.select(self.config, key, default=_MISSING) is _MISSING:
+                raise HydraException(
+                    f"the search has {key}, which this config has not (distill=dist has those of "
+                    "the preset): fix it on the command line, or set hydra.sweeper.params"
+                )
         study = self._open_study(self.config)
         OmegaConf.save(self.config, self.storage.parent / "multirun.yaml")
         for batch in self._batches(study, space):
             jobs = [[*fixed, *map(_override, t.params, t.params.values())] for t in batch]
-            returns = self.launcher.launch(jobs, initial_job_idx=batch[0].number)
+            try:
+                returns = self.launcher.launch(jobs, initial_job_idx=batch[0].number)
+            except BaseException:
+                for trial in batch:  # so that resume=true does not begin with them
+                    study.tell(trial.number, state=TrialState.FAIL)
+                raise
             for trial, job in zip(batch, returns, strict=True):
                 _tell(study, trial.number, job)
 
@@ -84,8 +103,6 @@ class OptunaSweeper(Sweeper):
 
     def _open_study(self, config: DictConfig) -> "Study":
         import optuna
-
-        from lightning_dist.cli.pruning import STUDY, open_storage
 
         self.storage.parent.mkdir(parents=True, exist_ok=True)
         if not config.resume:
@@ -139,11 +156,17 @@ def _override(key: str, value: Any) -> str:
 def _tell(study: "Study", number: int, job: JobReturn) -> None:
     from optuna.trial import TrialState
 
-    from lightning_dist.cli.pruning import PRUNED
-
     value = job.return_value
     if value is not None and value == value:  # a run that did not complete returns nan
         study.tell(number, value)
     else:
         pruned = PRUNED in study.trials[number].user_attrs
         study.tell(number, state=TrialState.PRUNED if pruned else TrialState.FAIL)
+
+
+def open_storage(path: Path) -> "JournalStorage":
+    """The file in which the processes of a search write what happens."""
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    return JournalStorage(JournalFileBackend(str(path)))

@@ -12,7 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from lightning_dist.cli import UserError, user_environment
-from lightning_dist.cli.results import UNFINISHED, new_result, write_result
+from lightning_dist.cli.results import UNFINISHED, config_folders, new_result, write_result
 from lightning_dist.resume import SIGNALS
 
 
@@ -28,9 +28,7 @@ def run_apart(config: DictConfig) -> float | None:
     overrides = [*hydra.overrides.task, f"hydra.job.num={hydra.job.num}"]
     overrides += [x for x in hydra.overrides.hydra if not x.startswith("hydra.mode=")]
     overrides += [f'hydra.sweep.dir="{hydra.sweep.dir}"', f'hydra.run.dir="{folder}"']
-    for source in hydra.runtime.config_sources:
-        if source.provider == "command-line":
-            overrides.append(f"--config-dir={source.path}")
+    overrides += config_folders()
     path = folder / "result.json"
     path.unlink(missing_ok=True)  # of an attempt before
     status = _run_command(["train", *overrides], hydra.runtime.cwd)
@@ -53,18 +51,24 @@ def _run_command(arguments: list[str], folder: str) -> int:
         SystemExit: with the run's status, after a signal.
     """
     command = [sys.executable, "-m", "lightning_dist", *arguments]
-    process = subprocess.Popen(command, cwd=folder, env=user_environment(), start_new_session=True)
+    process: subprocess.Popen | None = None
     received = []
 
     def hand_on(number: int, frame: Any) -> None:
         received.append(number)
-        process.send_signal(number)
+        if process is not None:
+            process.send_signal(number)
 
     before = {number: signal.getsignal(number) for number in SIGNALS}
     on_main_thread = threading.current_thread() is threading.main_thread()
     try:
         for number in SIGNALS if on_main_thread else ():
             signal.signal(number, hand_on)
+        process = subprocess.Popen(
+            command, cwd=folder, env=user_environment(), start_new_session=True
+        )
+        if received:
+            process.send_signal(received[0])
         status = process.wait()
     finally:
         for number in SIGNALS if on_main_thread else ():

@@ -48,7 +48,7 @@ def _job(config: DictConfig) -> None:
             architecture=saved["module"]["student"],
             label_offset=getattr(module, "label_offset", None),
             dynamic_size=config.dynamic_size,
-            extra=_extra(module, data),
+            extra=_extra(module, data, config.format),
         )
     except ImportError as error:
         raise UserError(str(error)) from error
@@ -74,7 +74,7 @@ def _numbers(data: Any, name: str) -> list[float] | None:
     return None if values is None else [float(value) for value in values]
 
 
-def _extra(module: DistillModule, data: Any) -> Mapping[str, Any]:
+def _extra(module: DistillModule, data: Any, format: str) -> Mapping[str, Any]:
     """What else somebody needs to know who prepares images or reads the outputs."""
     channels = {1: "gray", 3: "bgr" if getattr(data, "bgr", False) else "rgb"}
     extra: dict[str, Any] = {"channels": channels.get(getattr(data, "in_channels", 3))}
@@ -86,5 +86,6 @@ def _extra(module: DistillModule, data: Any) -> Mapping[str, Any]:
     if isinstance(module, SegmentationModule):
         extra["align_corners"] = module.align_corners
     if isinstance(module, DetectionModule):
-        extra["label_offset"] = module.label_offset
+        # An ONNX graph has subtracted it.
+        extra["label_offset"] = 0 if format == "onnx" else module.label_offset
     return extra

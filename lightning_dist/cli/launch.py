@@ -35,15 +35,17 @@ def _swept_configs(config: DictConfig) -> Iterator[tuple[str, DictConfig]]:
     """Each config file that the sweep goes over, composed as its jobs will."""
     loader = GlobalHydra.instance().config_loader()
     params = config.hydra.sweeper.get("params") or {}
-    overrides = [*(f"{key}={value}" for key, value in params.items())]
-    overrides += config.hydra.overrides.task
-    for override in OverridesParser.create(config_loader=loader).parse_overrides(overrides):
+    parser = OverridesParser.create(config_loader=loader)
+    task = parser.parse_overrides(list(config.hydra.overrides.task))
+    fixed = [override.input_line or "" for override in task if not override.is_sweep_override()]
+    swept = parser.parse_overrides([f"{key}={value}" for key, value in params.items()])
+    for override in [*swept, *task]:
         if not override.is_discrete_sweep() or not loader.get_group_options(override.key_or_group):
             continue
         for value in override.sweep_string_iterator():
             choice = f"{override.get_key_element()}={value}"
             with suppress(HydraException):  # Hydra checks every job next, and says what is wrong
-                yield choice, loader.load_sweep_config(config, [choice])
+                yield choice, loader.load_sweep_config(config, [*fixed, choice])
 
 
 def _plain(config: DictConfig) -> Any:

@@ -1,19 +1,14 @@
 """What a trial of an Optuna search does in its own process: report validations, and give up."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from hydra_plugins.lightning_dist_optuna.sweeper import PRUNED, STUDY, open_storage
 from lightning_dist.cli import UserError
-
-if TYPE_CHECKING:  # optional
-    from optuna.storages import JournalStorage
-
-STUDY = "lightning-dist"
-PRUNED = "pruned"  # an attribute of the trials that ended early
 
 
 class Pruned(UserError):  # noqa: N818 - it is no error
@@ -30,6 +25,7 @@ class PruneTrial(Callback):
         pruner: of Optuna. Its steps are epochs.
 
     Raises:
+        UserError: before training, if there is no such file.
         Pruned: in validation, in all processes of the run.
     """
 
@@ -38,6 +34,10 @@ class PruneTrial(Callback):
         self.trial = trial
         self.monitor = monitor
         self.pruner = pruner
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if not self.storage.exists():
+            raise UserError(f"there is no study {self.storage}: hydra/sweeper=optuna needs -m")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
@@ -68,11 +68,3 @@ class PruneTrial(Callback):
         if prune:
             storage.set_trial_user_attr(trial_id, PRUNED, True)
         return prune
-
-
-def open_storage(path: Path) -> "JournalStorage":
-    """The file in which the processes of a search write what happens."""
-    from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
-
-    return JournalStorage(JournalFileBackend(str(path)))

@@ -30,6 +30,8 @@ class ReportAfterSweep(Callback):
     """Print the report of a multirun when its last job has ended; exit with 1 if one failed."""
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        if config.hydra.job.config_name != "train":  # the other verbs leave no results
+            return
         folder = Path(config.hydra.sweep.dir)
         _print([folder], None)
         runs = [json.loads(path.read_text()) for path in folder.rglob("result.json")]

@@ -1,6 +1,7 @@
 """What a run leaves in its folder: its result, and a checkpoint to go on from."""
 
 import json
+import logging
 import shlex
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from omegaconf import DictConfig
 from lightning_dist.cli import UserError
 from lightning_dist.cli.saved import CONFIG_KEY, to_save
 from lightning_dist.weights import read_checkpoint
+
+log = logging.getLogger(__name__)
 
 UNFINISHED = "has not ended: it was killed, or still runs"
 
@@ -42,7 +45,10 @@ def last_checkpoint(config: DictConfig) -> str | None:
     """
     path = Path(HydraConfig.get().runtime.output_dir) / "checkpoints" / "last.ckpt"
     if not path.exists():
+        log.warning("there is nothing to resume in %s: the run begins", path.parents[1])
         return None
+    if path.is_dir():  # DeepSpeed's, which holds pieces and is its own to read
+        return str(path)
     saved = read_checkpoint(path).get(CONFIG_KEY, {})
     if any(saved.get(key) != value for key, value in to_save(config).items()):
         raise UserError(
@@ -60,10 +66,16 @@ def new_result(config: DictConfig) -> dict[str, Any]:
         "status": "failed",
         "error": UNFINISHED,
         "overrides": overrides,
-        "command": shlex.join(["lightning-dist", "train", *overrides]),
+        "command": shlex.join(["lightning-dist", "train", *overrides, *config_folders()]),
         "metric": config.monitor.replace("val/", "test/", 1),
         "seconds": 0.0,
     }
+
+
+def config_folders() -> list[str]:
+    """The options of the command line that name folders of configs."""
+    sources = HydraConfig.get().runtime.config_sources
+    return [f"--config-dir={x.path}" for x in sources if x.provider == "command-line"]
 
 
 @rank_zero_only

@@ -124,7 +124,10 @@ def _run(config: DictConfig) -> float | None:
         raise
     finally:
         result["seconds"] = round(time.monotonic() - start, 2)
-        write_result(folder / "result.json", result)
+        try:
+            write_result(folder / "result.json", result)
+        except OSError as error:  # a full disk: what ended the run is to be told, not this
+            log.error("cannot write %s: %s", folder / "result.json", error)
     return result["metrics"].get(config.monitor)
 
 
@@ -170,9 +173,9 @@ def train(config: DictConfig) -> dict[str, Any]:
 def _fit_and_test(
     config: DictConfig, trainer: Trainer, module: LightningModule, datamodule: LightningDataModule
 ) -> dict[str, Any]:
-    resume = config.ckpt_path or (last_checkpoint(config) if config.resume else None)
-    if config.ckpt_path:
-        read_checkpoint(config.ckpt_path)  # its errors name the file and the mend
+    resume = (last_checkpoint(config) if config.resume else None) or config.ckpt_path
+    if resume and not Path(resume).is_dir():  # as DeepSpeed's is
+        read_checkpoint(resume)  # its errors name the file and the mend
     trainer.fit(module, datamodule=datamodule, ckpt_path=resume, weights_only=True)
     metrics = _numbers(trainer, "val/")
     if not metrics:  # a run that resumes where nothing is left to train, and has logged these
@@ -186,7 +189,10 @@ def _fit_and_test(
     if config.test_teacher and config.distill.teacher is not None:
         teacher = instantiate(config.distill.teacher).as_network()
         with without_loggers(trainer) as of_teacher:  # there, test/ is the student's
-            trainer.test(instantiate(config.module, student=teacher, teacher=None), datamodule)
+            changes = {"student": teacher, "teacher": None}
+            if "ema_decay" in config.module:  # the teacher has no average
+                changes["ema_decay"] = None
+            trainer.test(instantiate(config.module, **changes), datamodule)
             found = _numbers(trainer, "test/").items()
             of_teacher |= {name.replace("test/", "teacher/", 1): value for name, value in found}
         metrics |= of_teacher
@@ -227,12 +233,10 @@ def check(config: DictConfig) -> None:
 
 def _saved(saver: Any, which: str) -> str | None:
     """The path of the "last" or "best" checkpoint, if it was saved."""
-    path = str(getattr(saver, f"{which}_model_path", ""))
-    if not path and which == "last" and getattr(saver, "save_last", False):
-        # ddp_spawn saves in other processes, which hand back the best path alone
-        last = Path(saver.dirpath) / f"{saver.CHECKPOINT_NAME_LAST}{saver.FILE_EXTENSION}"
-        path = str(last) if last.exists() else ""
-    return path or None
+    if which == "best":
+        return str(getattr(saver, "best_model_path", "")) or None
+    last = Path(getattr(saver, "dirpath", None) or "") / "last.ckpt"
+    return str(last) if last.exists() else None
 
 
 def _numbers(trainer: Trainer, prefix: str) -> dict[str, float]:

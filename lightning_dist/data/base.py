@@ -1,5 +1,6 @@
 """What all data modules share: their settings, their loaders, and how they split."""
 
+import signal
 from collections.abc import Sequence, Sized
 from functools import cached_property
 from typing import Any, cast
@@ -60,6 +61,12 @@ def stratified_split(labels: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
     )
     rest, held_out = (torch.from_numpy(np.sort(part)) for part in parts)
     return rest, held_out
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    """A terminal and SLURM send them to the workers too, whom the run still needs to end well."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class ImageDataModule(LightningDataModule):
@@ -262,6 +269,7 @@ class ImageDataModule(LightningDataModule):
             "collate_fn": getattr(dataset, "collate", None),
             # A loader draws its workers' base seed: from the global stream, were this not given.
             "generator": torch.Generator().manual_seed(self.seed),
+            "worker_init_fn": _leave_signals_to_the_run,
         }
 
     def _dataset(self, split: str) -> Dataset:

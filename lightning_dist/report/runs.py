@@ -138,7 +138,7 @@ def optimized_metric(runs: Sequence[Run], metric: str | None = None) -> str:
     """
     named = {run.metric: run.folder for run in runs if run.metric}
     logged = names(run.metrics for run in runs if run.completed)
-    choose = f"choose with metric=, out of {', '.join(logged) or 'none'}"
+    choose = f"choose with metric= or --metric, out of {', '.join(logged) or 'none'}"
     if metric is None and len(named) > 1:
         who = ", ".join(f"{folder} optimises {name}" for name, folder in named.items())
         raise ValueError(f"runs disagree on the metric: {who}; {choose}")
