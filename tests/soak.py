@@ -49,11 +49,14 @@ def interrupt(
 ) -> int | None:
     """Send a signal once the run has logged so many rows; its exit status, None if it had ended."""
     log = folder / "logs" / "metrics.csv"
-    before = log.stat().st_mtime_ns if log.exists() else 0
+    before, known = log.stat().st_mtime_ns if log.exists() else 0, None
     while run.poll() is None:
-        # Until it trains, the rows are those of the attempt before.
-        trains = log.exists() and log.stat().st_mtime_ns > before
-        if trains and log.read_bytes().count(b"\n") > rows:
+        # At first the rows are those of the attempt before, then what a resume leaves of them.
+        changed = log.exists() and log.stat().st_mtime_ns > before
+        count = log.read_bytes().count(b"\n") if changed else 0
+        if count and known is None:
+            known = count if before else 0
+        if known is not None and count > max(rows, known):
             os.killpg(run.pid, number) if everyone else run.send_signal(number)
             return run.wait(timeout=120)
         time.sleep(0.002)
