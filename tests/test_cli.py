@@ -146,6 +146,23 @@ def test_resuming_in_another_runs_folder_is_refused(command, refused):
     assert "other data, networks or settings" in refused(*again, "optimizer.lr=0.02")
 
 
+def test_the_last_checkpoint_can_be_named_by_word(command, tmp_path):
+    command("train", *QUICK, "scheduler=constant", "hydra.run.dir=run", "ckpt_path=last")
+    assert "there is nothing to resume in" in (tmp_path / "run" / "train.log").read_text()
+    command(
+        "train",
+        *QUICK,
+        "scheduler=constant",
+        "hydra.run.dir=run",
+        "trainer.max_epochs=2",
+        "ckpt_path=last",
+    )
+    saved = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == 42
+    rows = (tmp_path / "run" / "logs" / "metrics.csv").read_text().splitlines()
+    assert sum(row.startswith("0,") for row in rows) > 1, "those of the first epoch are kept"
+
+
 def test_students_with_and_without_a_teacher_start_and_train_alike(command, tmp_path):
     command("train", "distill=none", *QUICK)
     command("train", "distill=dist", "distill.weight=0", "hydra.run.dir=outputs/2", *QUICK)

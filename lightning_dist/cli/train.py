@@ -173,7 +173,10 @@ def train(config: DictConfig) -> dict[str, Any]:
 def _fit_and_test(
     config: DictConfig, trainer: Trainer, module: LightningModule, datamodule: LightningDataModule
 ) -> dict[str, Any]:
-    resume = (last_checkpoint(config) if config.resume else None) or config.ckpt_path
+    last = config.resume or config.ckpt_path == "last"
+    resume = last_checkpoint(config) if last else None
+    if resume is None and config.ckpt_path != "last":
+        resume = config.ckpt_path
     if resume and not Path(resume).is_dir():  # as DeepSpeed's is
         read_checkpoint(resume)  # its errors name the file and the mend
     trainer.fit(module, datamodule=datamodule, ckpt_path=resume, weights_only=True)
