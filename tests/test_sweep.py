@@ -74,7 +74,7 @@ def test_resume_runs_what_is_missing_and_a_failing_job_ends_alone(
 
 
 # One callback ends the process as an error in C code does, and the other does nothing.
-DIES = "+callbacks.last._target_=os.abort,lightning.pytorch.callbacks.Timer"
+DIES = "+callbacks.broken._target_=os.abort,lightning.pytorch.callbacks.Timer"
 
 
 @pytest.mark.slow
