@@ -35,13 +35,13 @@ def closed_loggers(trainer: Trainer) -> Iterator[None]:
 
 @contextmanager
 def without_loggers(trainer: Trainer) -> Iterator[dict[str, float]]:
-    """Keep what happens here from the loggers; they get the metrics that are put in the dict."""
+    """Keep what happens here from the loggers; they get the metrics put in the dict, if any."""
     loggers, trainer.loggers = trainer.loggers, []
     metrics: dict[str, float] = {}
     try:
         yield metrics
     finally:
         trainer.loggers = loggers
-    for logger in loggers:
+    for logger in loggers if metrics else ():
         logger.log_metrics(metrics, step=trainer.global_step)
         logger.save()

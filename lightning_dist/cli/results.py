@@ -37,7 +37,24 @@ def completed(config: DictConfig) -> dict[str, Any] | None:
     return result if result["status"] == "completed" else None
 
 
-def last_checkpoint(config: DictConfig) -> str | None:
+def resume_from(config: DictConfig) -> str | None:
+    """The checkpoint with which a run begins: its own, or the one that the user names.
+
+    Raises:
+        UserError: if its own is another run's.
+        ValueError, FileNotFoundError: if the other is no checkpoint; they name it and the mend.
+    """
+    named = config.ckpt_path
+    if config.resume or named == "last":
+        own = _last_checkpoint(config)
+        if own is not None or named == "last":
+            return own
+    if named and not Path(named).is_dir():  # as DeepSpeed's is
+        read_checkpoint(named)
+    return named
+
+
+def _last_checkpoint(config: DictConfig) -> str | None:
     """Where a run that was interrupted continues, if it got so far.
 
     Raises:

@@ -29,14 +29,11 @@ from lightning_dist.checks import check_number
 from lightning_dist.cli import UserError, hydra_app, is_users, with_extra
 from lightning_dist.cli.apart import run_apart
 from lightning_dist.cli.loggers import LogConfig, closed_loggers, without_loggers
-from lightning_dist.cli.results import completed, last_checkpoint, new_result, write_result
+from lightning_dist.cli.results import completed, new_result, resume_from, write_result
 from lightning_dist.cli.saved import CONFIG_KEY, to_save
 from lightning_dist.module import DistillModule
-from lightning_dist.weights import read_checkpoint
 
 log = logging.getLogger(__name__)
-
-TESTED = ("last", "best")
 
 
 class SaveConfig(Callback):
@@ -173,18 +170,12 @@ def train(config: DictConfig) -> dict[str, Any]:
 def _fit_and_test(
     config: DictConfig, trainer: Trainer, module: LightningModule, datamodule: LightningDataModule
 ) -> dict[str, Any]:
-    last = config.resume or config.ckpt_path == "last"
-    resume = last_checkpoint(config) if last else None
-    if resume is None and config.ckpt_path != "last":
-        resume = config.ckpt_path
-    if resume and not Path(resume).is_dir():  # as DeepSpeed's is
-        read_checkpoint(resume)  # its errors name the file and the mend
-    trainer.fit(module, datamodule=datamodule, ckpt_path=resume, weights_only=True)
+    start = resume_from(config)
+    trainer.fit(module, datamodule=datamodule, ckpt_path=start, weights_only=True)
     metrics = _numbers(trainer, "val/")
     if not metrics:  # a run that resumes where nothing is left to train, and has logged these
-        loggers, trainer.loggers = trainer.loggers, []
-        trainer.validate(module, datamodule=datamodule, verbose=False)
-        trainer.loggers = loggers
+        with without_loggers(trainer):
+            trainer.validate(module, datamodule=datamodule, verbose=False)
         metrics = _numbers(trainer, "val/")
     tested = _saved(trainer.checkpoint_callback, config.test_checkpoint)
     trainer.test(module, datamodule=datamodule, ckpt_path=tested, weights_only=True)
@@ -228,7 +219,10 @@ def check(config: DictConfig) -> None:
     for key in ("max_epochs", "max_steps"):
         if config.trainer.get(key) is not None:
             check_number(f"trainer.{key}", config.trainer[key], int, least=-1)
-    choices = {"matmul_precision": ("highest", "high", "medium"), "test_checkpoint": TESTED}
+    choices = {
+        "matmul_precision": ("highest", "high", "medium"),
+        "test_checkpoint": ("last", "best"),
+    }
     for key, known in choices.items():
         if config[key] not in known:
             raise ValueError(f"{key} is {config[key]!r}: use {' or '.join(known)}")
