@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,8 +10,10 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
+import lightning_dist
 from hydra_plugins.lightning_dist_optuna.sweeper import STUDY, open_storage
 
+ASSETS = Path(lightning_dist.__file__).parent / "assets"
 QUICK = ["trainer=cpu", "trainer.max_epochs=1", "print_config=false", "callbacks.progress=null"]
 TINY = [*QUICK, "data.train_size=64", "test_teacher=false"]
 # Its workers outlive a sweep, and stay in the folder where they started: give them full paths.
@@ -205,3 +208,16 @@ def test_a_search_goes_on_where_it_was_interrupted(command, tmp_path):
     assert [trial.state for trial in trials] == [TrialState.COMPLETE] * len(runs)
     assert f"distill.loss.tau={trial.params['distill.loss.tau']:.4g}" in runs[2]["overrides"]
     assert trials[1].params.keys() == {"distill.loss.tau", "distill.loss.beta"}
+
+
+@pytest.mark.slow
+def test_trials_that_failed_are_run_again_in_their_folders(command, ends_badly, tmp_path):
+    options = [*SEARCH, "hydra.sweeper.n_trials=2", "teacher.weights=later.safetensors"]
+    assert "2 of 2 jobs failed" in ends_badly("train", "-m", *options)
+    before = [run["overrides"] for run in results(tmp_path / "sweep")]
+    shutil.copy(ASSETS / "digits_teacher.safetensors", tmp_path / "later.safetensors")
+    command("train", "-m", *options, "resume=true")
+    runs = results(tmp_path / "sweep")
+    assert [run["overrides"] for run in runs] == before
+    assert [run["status"] for run in runs] == ["completed"] * 2
+    assert [trial.state for trial in study(tmp_path / "sweep")] == [TrialState.COMPLETE] * 2

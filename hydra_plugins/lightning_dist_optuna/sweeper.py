@@ -32,11 +32,12 @@ class OptunaSweeper(Sweeper):
     """Search the values that Hydra's sweep syntax describes for the best ``monitor``.
 
     A trial's number is its job's. What Optuna knows lies in a file, in which
-    :class:`lightning_dist.cli.pruning.PruneTrial` reports the validations of the jobs. With
-    ``resume=true`` a search that was interrupted goes on from there; failed trials are replaced.
+    :class:`lightning_dist.cli.pruning.PruneTrial` reports the validations of the jobs. A trial
+    that fails, or is interrupted, stays open there: ``resume=true`` runs it again, in its folder,
+    and then what is missing.
 
     Args:
-        n_trials: how many trials shall end, well or pruned or failed.
+        n_trials: how many trials there shall be, those of a resumed search included.
         n_jobs: how many trials are given to the launcher at once.
         storage: the file.
         sampler: of Optuna.
@@ -67,8 +68,6 @@ class OptunaSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> None:
-        from optuna.trial import TrialState
-
         assert self.launcher is not None  # setup came first
         assert self.config is not None
         space, fixed = self._search_space(arguments)
@@ -82,12 +81,7 @@ class OptunaSweeper(Sweeper):
         OmegaConf.save(self.config, self.storage.parent / "multirun.yaml")
         for batch in self._batches(study, space):
             jobs = [[*fixed, *map(_override, t.params, t.params.values())] for t in batch]
-            try:
-                returns = self.launcher.launch(jobs, initial_job_idx=batch[0].number)
-            except BaseException:
-                for trial in batch:  # so that resume=true does not begin with them
-                    study.tell(trial.number, state=TrialState.FAIL)
-                raise
+            returns = self.launcher.launch(jobs, initial_job_idx=batch[0].number)
             for trial, job in zip(batch, returns, strict=True):
                 _tell(study, trial.number, job)
 
@@ -118,13 +112,12 @@ class OptunaSweeper(Sweeper):
     def _batches(
         self, study: "Study", space: dict[str, "BaseDistribution"]
     ) -> Iterator[Sequence["Trial | FrozenTrial"]]:
-        """Trials to run: those that an interruption left unfinished, then new ones."""
+        """Trials to run: those that have not ended well, then new ones."""
         from optuna.trial import TrialState
 
         for trial in study.get_trials(states=[TrialState.RUNNING]):
             yield [trial]
-        states = [TrialState.COMPLETE, TrialState.PRUNED]
-        missing = self.n_trials - len(study.get_trials(states=states))
+        missing = self.n_trials - len(study.trials)
         while missing > 0:
             yield [study.ask(space) for _ in range(min(self.n_jobs, missing))]
             missing -= self.n_jobs
@@ -159,9 +152,8 @@ def _tell(study: "Study", number: int, job: JobReturn) -> None:
     value = job.return_value
     if value is not None and value == value:  # a run that did not complete returns nan
         study.tell(number, value)
-    else:
-        pruned = PRUNED in study.trials[number].user_attrs
-        study.tell(number, state=TrialState.PRUNED if pruned else TrialState.FAIL)
+    elif PRUNED in study.trials[number].user_attrs:
+        study.tell(number, state=TrialState.PRUNED)
 
 
 def open_storage(path: Path) -> "JournalStorage":
