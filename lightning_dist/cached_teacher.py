@@ -78,6 +78,9 @@ class CachedTeacher(Teacher):
             raise ValueError(f"dtype is {dtype!r}: use 'float16' or 'float32'")
         self.teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
         super().__init__(self.teacher.network)
+        # Nothing here uses them: they say what the teacher is.
+        self.dtype, self.inputs = self.teacher.dtype, self.teacher.inputs
+        self.class_map = self.teacher.class_map
         self.root = Path(AUTO if str(path) == "auto" else path).expanduser()
         self.views = views
         self.stored = np.dtype(dtype)

@@ -61,10 +61,11 @@ class DistillationCallback(Callback):
 
     Args:
         teacher: the trained network, a :class:`lightning_dist.teacher.Teacher`, or a
-            :class:`lightning_dist.CachedTeacher`.
+            :class:`lightning_dist.CachedTeacher`. It is frozen in place, joins the student's device
+            for ``fit``, and lies on the CPU afterwards.
         student: dotted path of the student in the LightningModule; ``""`` is the module itself.
         loss: the loss of student and teacher logits, a :class:`lightning_dist.DISTLoss` by default.
-        weight: factor of ``loss``: a number or a function of the Trainer.
+        weight: factor of ``loss``, a number or a function of the Trainer; 2 by default.
         task_weight: factor of the loss that ``training_step`` returns.
         output: entry of outputs that are not tensors, as in :class:`Term`.
         terms: several named losses instead of ``loss``, ``weight`` and ``output``.
@@ -100,7 +101,7 @@ class DistillationCallback(Callback):
         teacher: nn.Module | Teacher,
         student: str = "net",
         loss: Callable[[Tensor, Tensor], Tensor] | None = None,
-        weight: Weight = 2.0,
+        weight: Weight | None = None,
         *,
         task_weight: float = 1.0,
         output: str | int | None = None,
@@ -112,7 +113,7 @@ class DistillationCallback(Callback):
         check_number("task_weight", task_weight)
         if nonfinite not in ("raise", "skip"):
             raise ValueError(f"nonfinite is {nonfinite!r}: use 'raise' or 'skip'")
-        if terms is not None and (loss is not None or output is not None):
+        if terms is not None and any(x is not None for x in (loss, weight, output)):
             raise ValueError("give either loss, weight and output, or terms")
         if terms is not None and not terms:
             raise ValueError("terms is empty: name at least one Term")
@@ -120,7 +121,14 @@ class DistillationCallback(Callback):
         self.student = student
         self.task_weight = task_weight
         self._named = terms is not None
-        self.terms = dict(terms or {"distill": Term(loss or DISTLoss(), weight, output=output)})
+        self.terms = dict(
+            terms
+            or {
+                "distill": Term(
+                    loss or DISTLoss(), 2.0 if weight is None else weight, output=output
+                )
+            }
+        )
         for name, term in self.terms.items():
             if not callable(term.weight):
                 check_number(f"the weight of term {name!r}", term.weight)
@@ -180,9 +188,9 @@ class DistillationCallback(Callback):
                 term.loss.to(pl_module.device)
         self._refuse_untrained_terms(trainer)
         self.teacher.freeze()
-        self.teacher.to(trainer.strategy.root_device)
         if isinstance(self.teacher, CachedTeacher):
             self.teacher.locate(trainer)
+        self.teacher.to(trainer.strategy.root_device)
 
         step = pl_module.training_step
         self._own_step = pl_module.__dict__.get("training_step")  # torch.compile sets one
@@ -391,9 +399,9 @@ class DistillationCallback(Callback):
             del pl_module.__dict__["training_step"]
             if self._own_step is not None:
                 pl_module.__dict__["training_step"] = self._own_step
+            self.teacher.to("cpu")
         self._own_step, self._wrapped = None, False
         pl_module._modules.pop(_TermParameters.name, None)
-        self.teacher.to("cpu")
         if isinstance(self.teacher, CachedTeacher):
             self.teacher.detach()
 

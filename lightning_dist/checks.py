@@ -35,3 +35,15 @@ def check_number(
     within = f" of {' and '.join(bounds)}" if bounds else ""
     what = "a whole number" if kind is int else "a number"
     raise ValueError(f"{name} is {value!r}: give {what}{within}")
+
+
+def check_logits_options(tau: float, activation: str = "softmax") -> None:
+    """Refuse a temperature or an activation with which no loss of logits is defined.
+
+    Raises:
+        ValueError: saying what to give.
+    """
+    if not tau > 0:
+        raise ValueError(f"tau is {tau}: the temperature must be above 0")
+    if activation not in ("softmax", "sigmoid", "identity"):
+        raise ValueError(f"activation is {activation!r}: use 'softmax', 'sigmoid' or 'identity'")

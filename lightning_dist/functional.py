@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_dist.checks import check_logits_options
 from lightning_dist.streaming import Activation, RelationLoss, compute_dtype
 
 
@@ -65,10 +66,7 @@ def dist_loss(
         Huang et al., Knowledge Distillation from A Stronger Teacher, NeurIPS 2022, equation 10.
     """
     _check_logits(student, teacher)
-    if not tau > 0:
-        raise ValueError(f"tau is {tau}: the temperature must be above 0")
-    if activation not in ("softmax", "sigmoid", "identity"):
-        raise ValueError(f"activation is {activation!r}: use 'softmax', 'sigmoid' or 'identity'")
+    check_logits_options(tau, activation)
     if mask is not None:
         rows = (student.shape[0], *student.shape[2:])
         if mask.dtype != torch.bool or mask.shape != rows:
@@ -164,8 +162,7 @@ def kd_loss(student: Tensor, teacher: Tensor, *, tau: float = 4.0) -> Tensor:
         Hinton et al., Distilling the Knowledge in a Neural Network, 2015.
     """
     _check_logits(student, teacher)
-    if not tau > 0:
-        raise ValueError(f"tau is {tau}: the temperature must be above 0")
+    check_logits_options(tau)
     dtype = compute_dtype(student, teacher)
     log_student = F.log_softmax(student.to(dtype) / tau, dim=1)
     log_teacher = F.log_softmax(teacher.detach().to(dtype) / tau, dim=1)

@@ -3,6 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_dist.checks import check_logits_options, check_number
 from lightning_dist.functional import Activation, dist_loss, kd_loss
 
 
@@ -22,7 +23,8 @@ class DISTLoss(nn.Module):
         student and teacher logits ``(N, C)`` or ``(N, C, *spatial)``; the loss is a scalar.
 
     Raises:
-        ValueError: when called, as :func:`lightning_dist.functional.dist_loss`.
+        ValueError: if an option is out of range; when called, as
+            :func:`lightning_dist.functional.dist_loss`.
 
     Example:
         >>> import torch
@@ -45,6 +47,10 @@ class DISTLoss(nn.Module):
         eps: float = 1e-8,
     ) -> None:
         super().__init__()
+        numbers = {"tau": tau, "beta": beta, "gamma": gamma, "eps": eps}
+        for name, value in numbers.items():
+            check_number(name, value)
+        check_logits_options(tau, activation)
         self.tau = tau
         self.beta = beta
         self.gamma = gamma
@@ -68,7 +74,7 @@ class DISTLoss(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"tau={self.tau}, beta={self.beta}, gamma={self.gamma}, "
-            f"activation={self.activation!r}, sync={self.sync}"
+            f"activation={self.activation!r}, sync={self.sync}, eps={self.eps}"
         )
 
 
@@ -82,7 +88,8 @@ class KDLoss(nn.Module):
         student and teacher logits ``(N, C)`` or ``(N, C, *spatial)``; the loss is a scalar.
 
     Raises:
-        ValueError: when called, as :func:`lightning_dist.functional.kd_loss`.
+        ValueError: if ``tau`` is not above 0; when called, as
+            :func:`lightning_dist.functional.kd_loss`.
 
     Example:
         >>> import torch
@@ -96,6 +103,8 @@ class KDLoss(nn.Module):
 
     def __init__(self, tau: float = 4.0) -> None:
         super().__init__()
+        check_number("tau", tau)
+        check_logits_options(tau)
         self.tau = tau
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:

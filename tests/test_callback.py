@@ -561,10 +561,26 @@ def test_two_callbacks_are_refused(make_trainer):
         fitted(make_trainer(callbacks=callbacks))
 
 
+def test_a_teacher_stays_where_it_is_unless_it_teaches(make_trainer):
+    class Teaching(Plain):
+        test_step = Plain.validation_step
+
+    teacher, moves = teacher_net(), []
+    teacher.to = moves.append
+    trainer = make_trainer(callbacks=[DistillationCallback(teacher)])
+    module = Teaching()
+    trainer.validate(module, data(), verbose=False)
+    trainer.test(module, data(), verbose=False)
+    assert not moves
+    trainer.fit(module, data())
+    assert [str(device) for device in moves] == ["cpu", "cpu"]  # to the student's, and back
+
+
 def test_conflicting_arguments_are_refused():
     terms = {"dist": Term(DISTLoss())}
-    with pytest.raises(ValueError, match="either loss"):
-        DistillationCallback(teacher_net(), loss=DISTLoss(), terms=terms)
+    for option in ({"loss": DISTLoss()}, {"weight": 5.0}, {"output": "logits"}):
+        with pytest.raises(ValueError, match="either loss, weight and output, or terms"):
+            DistillationCallback(teacher_net(), terms=terms, **option)
     with pytest.raises(ValueError, match="terms is empty"):
         DistillationCallback(teacher_net(), terms={})
     with pytest.raises(TypeError, match="the teacher is a str"):

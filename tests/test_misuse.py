@@ -145,12 +145,12 @@ MISUSES: dict[str, tuple[Callable[..., Any], type[Exception], str]] = {
         "tau is 0: the temperature must be above 0",
     ),
     "tau nan": (
-        lambda _: DISTLoss(tau=float("nan"))(LOGITS, LOGITS),
+        lambda _: DISTLoss(tau=float("nan")),
         ValueError,
         "tau is nan",
     ),
     "tau of KD below zero": (
-        lambda _: KDLoss(tau=-1)(LOGITS, LOGITS),
+        lambda _: KDLoss(tau=-1),
         ValueError,
         "tau is -1",
     ),
@@ -158,6 +158,16 @@ MISUSES: dict[str, tuple[Callable[..., Any], type[Exception], str]] = {
         lambda _: dist_loss(LOGITS, LOGITS, activation="relu"),
         ValueError,
         "activation is 'relu': use 'softmax', 'sigmoid' or 'identity'",
+    ),
+    "activation of the module": (
+        lambda _: DISTLoss(activation="relu"),
+        ValueError,
+        "activation is 'relu': use",
+    ),
+    "beta in words": (
+        lambda _: DISTLoss(beta="abc"),
+        ValueError,
+        "beta is 'abc': give a number",
     ),
     "mask of another shape": (
         lambda _: dist_loss(LOGITS, LOGITS, mask=torch.ones(7, dtype=torch.bool)),
