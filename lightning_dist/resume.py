@@ -176,7 +176,7 @@ class ExactResume(Callback):
         if self._resumes and not self._trains:
             # Lightning counts the last batch and epoch when it goes on, and logs the test by that.
             trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
-            if trainer.should_stop:
+            if trainer.should_stop or trainer.global_step == trainer.max_steps:
                 trainer.fit_loop.epoch_progress.increment_completed()
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -233,8 +233,9 @@ def test_an_interruption_and_the_end_of_an_epoch_save_under_one_name(make_traine
             *("trainer.max_epochs=9", "callbacks=[default,early_stopping]"),
             *("callbacks.early_stopping.patience=1", "optimizer.lr=0"),
         ],
+        ["trainer.max_epochs=3", "+trainer.max_steps=30"],
     ],
-    ids=["all epochs", "early stopping"],
+    ids=["all epochs", "early stopping", "ends in mid-epoch"],
 )
 def test_a_run_that_was_killed_in_its_test_resumes_to_the_same(command, tmp_path, options):
     command(*QUICK, *options)
@@ -250,7 +251,7 @@ def test_a_run_that_was_killed_in_its_test_resumes_to_the_same(command, tmp_path
 
 @pytest.mark.slow
 def test_interrupted_processes_resume_to_the_last_bit(tmp_path):
-    command = [sys.executable, "-m", "tests.soak", "--rounds=1", "--trainers=ddp_sim"]
+    command = [sys.executable, "-m", "tests.soak", "--rounds=1", "--variants=two-processes"]
     run = subprocess.run(
         [*command, "--folder", tmp_path],
         cwd=Path(__file__).parents[1],

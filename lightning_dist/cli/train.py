@@ -35,15 +35,19 @@ from lightning_dist.module import DistillModule
 
 log = logging.getLogger(__name__)
 
+VALIDATION_KEY = "lightning_dist_validation"
+
 
 class SaveConfig(Callback):
     """Put the composed config into every checkpoint, so that other verbs need nothing else.
 
-    The names and colours of the data's classes go with it: they may be known from files alone.
+    The names and colours of the data's classes go with it: they may be known from files alone. So
+    does the last validation, which a run that resumes after it may not repeat.
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.config = config
+        self.validation: dict[str, float] = {}
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -51,6 +55,12 @@ class SaveConfig(Callback):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         of_classes = {name: getattr(data, name, None) for name in ("class_names", "class_colors")}
         checkpoint[CONFIG_KEY] = self.config | of_classes
+        checkpoint[VALIDATION_KEY] = self.validation | _numbers(trainer, "val/")
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self.validation = checkpoint.get(VALIDATION_KEY, {})
 
 
 class CheckMonitor(Callback):
@@ -146,11 +156,12 @@ def train(config: DictConfig) -> dict[str, Any]:
     seed_everything(config.seed, workers=True)
     module = instantiate(config.module)
     datamodule = instantiate(config.data)
+    saver = SaveConfig(to_save(config))
     trainer = instantiate(
         config.trainer,
         callbacks=[
             *(instantiate(callback) for callback in config.callbacks.values() if callback),
-            SaveConfig(to_save(config)),
+            saver,
             CheckMonitor(config.monitor),
             LogConfig(config),
         ],
@@ -163,17 +174,21 @@ def train(config: DictConfig) -> dict[str, Any]:
     # The teacher drew random numbers too: students with and without one must train on the same.
     seed_everything(config.seed, workers=True)
     with closed_loggers(trainer):
-        outcome = _fit_and_test(config, trainer, module, datamodule)
+        outcome = _fit_and_test(config, trainer, module, datamodule, saver)
     return outcome | _networks(module, config)
 
 
 def _fit_and_test(
-    config: DictConfig, trainer: Trainer, module: LightningModule, datamodule: LightningDataModule
+    config: DictConfig,
+    trainer: Trainer,
+    module: LightningModule,
+    datamodule: LightningDataModule,
+    saver: SaveConfig,
 ) -> dict[str, Any]:
     start = resume_from(config)
     trainer.fit(module, datamodule=datamodule, ckpt_path=start, weights_only=True)
-    metrics = _numbers(trainer, "val/")
-    if not metrics:  # a run that resumes where nothing is left to train, and has logged these
+    metrics = saver.validation | _numbers(trainer, "val/")
+    if not metrics:  # resumed from another program's checkpoint with nothing left to train
         with without_loggers(trainer):
             trainer.validate(module, datamodule=datamodule, verbose=False)
         metrics = _numbers(trainer, "val/")
