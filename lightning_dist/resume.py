@@ -12,6 +12,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
@@ -111,6 +112,8 @@ class ExactResume(Callback):
                 "ReduceLROnPlateau misses a step wherever a run resumes (Lightning skips it): the "
                 "run then ends otherwise than without an interruption"
             )
+        if self._resumes:
+            _begin_new_epoch_after_a_whole_one(trainer)
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._listen(trainer)
@@ -282,6 +285,25 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 f"{'The one saved there before is intact' if before else 'None was there before'}: "
                 "make room or choose another folder, and resume"
             ) from error
+
+
+def _begin_new_epoch_after_a_whole_one(trainer: Trainer) -> None:
+    """Under ``max_steps`` Lightning would repeat the epoch whose end a checkpoint was taken at.
+
+    It resumes such runs as if in mid-epoch, whatever the checkpoint says. There is no hook between
+    the loading of the loops' state and its use, so the loop's own method is wrapped once.
+    """
+    loop = trainer.fit_loop
+    reset = loop.reset
+
+    def reset_once() -> None:
+        del loop.__dict__["reset"]
+        progress: Any = loop.epoch_progress.current
+        if progress.ready == progress.started == progress.processed:
+            _Loop.restarting.fset(loop, False)  # type: ignore[attr-defined]
+        reset()
+
+    loop.__dict__["reset"] = reset_once
 
 
 def _curves(trainer: Trainer) -> list[ResumableCSVLogger]:

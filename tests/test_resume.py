@@ -71,17 +71,20 @@ def fit(make_trainer: Callable[..., L.Trainer], tmp_path: Path) -> Callable[...,
 @pytest.mark.parametrize(
     ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"]
 )
+@pytest.mark.parametrize("limits", [{}, {"max_steps": 42}], ids=["epochs", "steps"])
 @pytest.mark.parametrize("batch", [0, 12, 20, 30, 41])
-def test_a_run_that_is_told_to_stop_resumes_to_the_last_bit(fit, tmp_path, number, status, batch):
-    whole = fit("whole")
+def test_a_run_that_is_told_to_stop_resumes_to_the_last_bit(
+    fit, tmp_path, number, status, batch, limits
+):
+    whole = fit("whole", **limits)
     before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
     with pytest.raises(Interrupted) as stopped:
-        fit("stopped", Send(number, batch))
+        fit("stopped", Send(number, batch), **limits)
     assert stopped.value.code == status
     assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == before
     saved = torch.load(tmp_path / "stopped" / "last.ckpt", weights_only=True)
     assert saved["global_step"] == batch + 1  # the batch that ran was not lost
-    resumed = fit("stopped", resume=True)
+    resumed = fit("stopped", resume=True, **limits)
     for name, value in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value)
     curves = [(tmp_path / name / "metrics.csv").read_text() for name in ("whole", "stopped")]
