@@ -27,10 +27,10 @@ from lightning_dist.bridge import InputBridge
 from lightning_dist.cached_teacher import cached
 from lightning_dist.data.digits import DigitsDataModule
 from lightning_dist.data.scenes import ScenesDataModule
+from lightning_dist.ensemble import EnsembleTeacher
 from lightning_dist.models.small import SmallCNN, SmallUNet
 from lightning_dist.tasks.classification import ClassificationModule
 from lightning_dist.tasks.segmentation import SegmentationModule
-from lightning_dist.teacher import EnsembleTeacher
 
 CACHING = Path(__file__).parent / "caching"
 TRAINED = "pkg://lightning_dist/assets/digits_teacher.safetensors"

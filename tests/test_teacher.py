@@ -18,8 +18,8 @@ from torchvision.transforms import v2
 
 from lightning_dist import DistillationCallback, DistillModule, KDLoss, Teacher, Term
 from lightning_dist.bridge import InputBridge, match_classes
+from lightning_dist.ensemble import EnsembleTeacher
 from lightning_dist.loading import load_teacher
-from lightning_dist.teacher import EnsembleTeacher
 
 OURS = {"student_mean": (0.5071, 0.4867, 0.4408), "student_std": (0.2675, 0.2565, 0.2761)}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -532,7 +532,7 @@ def test_hydra_builds_an_ensemble_with_bridges_and_class_names():
         mean: [0.5, 0.5, 0.5]
         std: [0.25, 0.25, 0.25]
         teacher:
-          _target_: lightning_dist.teacher.EnsembleTeacher
+          _target_: lightning_dist.ensemble.EnsembleTeacher
           teachers:
             - _target_: lightning_dist.loading.load_teacher
               source: timm/test_resnet.r160_in1k
