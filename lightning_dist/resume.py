@@ -16,6 +16,7 @@ from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lightning_dist.checkpoint_io import AtomicCheckpointIO, refuse_unwritable
 from lightning_dist.checks import check_number
 from lightning_dist.curves import ResumableCSVLogger
 from lightning_dist.data.order import derive_seeds
@@ -86,7 +87,7 @@ class ExactResume(Callback):
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         folder = _folder(trainer)
         if folder is not None and "://" not in folder and trainer.is_global_zero:
-            _refuse_unwritable(Path(folder))
+            refuse_unwritable(Path(folder))
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -238,55 +239,6 @@ class ExactResume(Callback):
         raise Interrupted(number, status=128 + number if trainer.is_global_zero else 0)
 
 
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its path and renames it once it is complete.
-
-    Whatever interrupts it, a file of this name is a whole checkpoint, the new one or the one
-    before. (Lightning's own passes through the system's temporary folder, which may be on another
-    disk.)
-    """
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
-    ) -> None:
-        """Write it.
-
-        Args:
-            checkpoint: what to save.
-            path: where.
-            storage_options: there are none.
-
-        Raises:
-            OSError: if it cannot be written; what was there before is intact.
-        """
-        if "://" in str(path) or storage_options is not None:
-            super().save_checkpoint(checkpoint, path, storage_options)
-            return
-        path = Path(path)
-        partial = path.with_name(f".{path.name}.partial")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(partial, "wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        except (OSError, RuntimeError) as error:
-            before = path.is_file()
-            if partial.parent.is_dir():
-                partial.unlink(missing_ok=True)
-            disk: BaseException = error  # torch closes its file, and raises what that raises
-            while disk.__context__ is not None and not isinstance(disk, OSError):
-                disk = disk.__context__
-            if not isinstance(disk, OSError):
-                raise
-            raise OSError(
-                f"cannot write the checkpoint {path}: {disk.strerror or disk}. "
-                f"{'The one saved there before is intact' if before else 'None was there before'}: "
-                "make room or choose another folder, and resume"
-            ) from error
-
-
 def _begin_new_epoch_after_a_whole_one(trainer: Trainer) -> None:
     """Under ``max_steps`` Lightning would repeat the epoch whose end a checkpoint was taken at.
 
@@ -316,15 +268,3 @@ def _folder(trainer: Trainer) -> str | None:
     if not isinstance(saver, ModelCheckpoint) or quick:
         return None
     return str(saver.dirpath or trainer.default_root_dir)
-
-
-def _refuse_unwritable(folder: Path) -> None:
-    trial = folder / ".writable"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        trial.write_bytes(b"?")
-        trial.unlink()
-    except OSError as error:
-        raise OSError(
-            f"cannot write checkpoints to {folder}: {error.strerror}. Choose another folder"
-        ) from error

@@ -9,8 +9,9 @@ from torch import nn
 
 from lightning_dist.bridge import InputBridge
 from lightning_dist.digest import digest
+from lightning_dist.ensemble import EnsembleTeacher
 from lightning_dist.models.small import SmallCNN
-from lightning_dist.teacher import EnsembleTeacher, Teacher
+from lightning_dist.teacher import Teacher
 
 
 class Scaled(nn.Module):

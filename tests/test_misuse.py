@@ -26,12 +26,12 @@ from lightning_dist import (
 from lightning_dist.bridge import InputBridge, match_classes
 from lightning_dist.data.digits import DigitsDataModule
 from lightning_dist.data.imagenet import ImageFolderDataModule
+from lightning_dist.ensemble import EnsembleTeacher
 from lightning_dist.functional import dist_loss, kd_loss
 from lightning_dist.loading import load_teacher
 from lightning_dist.losses import FeatureMimic
 from lightning_dist.resume import ExactResume
 from lightning_dist.tasks.classification import ClassificationModule
-from lightning_dist.teacher import EnsembleTeacher
 from lightning_dist.weights import load_weights
 
 LOGITS = torch.randn(8, 4)

@@ -19,9 +19,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from lightning_dist import DistillModule
+from lightning_dist.checkpoint_io import AtomicCheckpointIO
 from lightning_dist.curves import ResumableCSVLogger
 from lightning_dist.data.digits import DigitsDataModule
-from lightning_dist.resume import AtomicCheckpointIO, ExactResume, Interrupted
+from lightning_dist.resume import ExactResume, Interrupted
 
 QUICK = ["train", "experiment=digits", "trainer=cpu", "print_config=false"]
 QUICK += ["callbacks.progress=null", "test_teacher=false", "hydra.run.dir=run"]

@@ -27,8 +27,8 @@ from omegaconf import DictConfig, OmegaConf
 from hydra_plugins.lightning_dist_optuna.sweeper import OptunaSweeper
 from lightning_dist.checks import check_number
 from lightning_dist.cli import UserError, hydra_app, is_users, with_extra
-from lightning_dist.cli.apart import run_apart
 from lightning_dist.cli.loggers import LogConfig, closed_loggers, without_loggers
+from lightning_dist.cli.own_process import run_apart
 from lightning_dist.cli.results import completed, new_result, resume_from, write_result
 from lightning_dist.cli.saved import CONFIG_KEY, to_save
 from lightning_dist.module import DistillModule
