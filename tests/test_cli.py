@@ -343,6 +343,13 @@ def test_a_checkpoint_of_another_program_is_refused(refused, tmp_path):
         "torch.load",
         "torchvision.datasets.utils.download_url",
         "timm.nothing.at.all",
+        "timm.models.load_state_dict",
+        "timm.models.load_checkpoint",
+        "timm.task.DistillationTeacher",
+        "torchmetrics.text.BERTScore",
+        "lightning_dist.loading.load_teacher",
+        "lightning_dist.DistillModule.load_from_checkpoint",
+        "lightning_dist.__main__.main",
     ],
 )
 def test_a_checkpoint_that_names_other_code_is_refused(refused, tmp_path, target):
