@@ -212,6 +212,43 @@ def test_a_config_without_end_is_refused(refused, tmp_path):
     assert "wide.ckpt is damaged: its config has more" in refused("export", "ckpt=wide.ckpt")
 
 
+@pytest.mark.parametrize("options", [("ckpt_path=run/checkpoints/last.ckpt",), ("resume=true",)])
+def test_a_checkpoint_that_is_a_folder_is_refused(refused, tmp_path, options):
+    """Its strategy would unpickle the pieces."""
+    folder = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    folder.mkdir(parents=True)
+    (folder / ".metadata").write_bytes(pickle.dumps(Runs()))
+    line = refused("train", *QUICK, "hydra.run.dir=run", *options)
+    assert "last.ckpt is a folder" in line
+    assert "trust=true" in line
+    assert not (tmp_path / "trace").exists()
+
+
+BROKEN: dict[str, tuple[Callable[[dict], object], str]] = {
+    "no weights": (lambda c: c.pop("state_dict"), "has no weights"),
+    "text for weights": (lambda c: c["state_dict"].update(a="x"), "has no weights"),
+    "an empty config": (lambda c: c[CONFIG_KEY].clear(), "has no module or data or seed"),
+    "a list for a config": (lambda c: c.update({CONFIG_KEY: [1]}), "has no module"),
+    "a word for a seed": (lambda c: c[CONFIG_KEY].update(seed="abc"), "has no seed"),
+    "other shapes": (lambda c: None, "do not fit together"),
+    "other arguments": (
+        lambda c: c[CONFIG_KEY]["module"].update(foo=1),
+        "do not fit together",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_checkpoint_is_refused_by_name(refused, tmp_path, name):
+    contents = hostile_config()
+    change, message = BROKEN[name]
+    change(contents)
+    torch.save(contents, tmp_path / "broken.ckpt")
+    line = refused("export", "ckpt=broken.ckpt")
+    assert "broken.ckpt" in line
+    assert message in line
+
+
 def test_a_name_with_a_colon_is_no_path_out_of_the_archive(tmp_path):
     torch.save(weights(), tmp_path / "run_12:30:00.pth")
     load_weights(SmallCNN([32, 64, 128]), tmp_path / "run_12:30:00.pth")

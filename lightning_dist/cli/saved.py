@@ -3,9 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
+from lightning_dist.checks import check_flag
 from lightning_dist.cli import UserError
 from lightning_dist.module import DistillModule
 from lightning_dist.weights import read_checkpoint
@@ -34,6 +37,7 @@ def read_saved(path: str, trust: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
         UserError: no such file, damaged, not of ``lightning-dist train``, or naming other code.
     """
+    check_flag("trust", trust)
     try:
         checkpoint = read_checkpoint(path)
     except (FileNotFoundError, ValueError) as error:
@@ -41,6 +45,7 @@ def read_saved(path: str, trust: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     if CONFIG_KEY not in checkpoint:
         raise UserError(f"{path} holds no config: it was not written by 'lightning-dist train'")
     config = checkpoint[CONFIG_KEY]
+    _check_structure(checkpoint, config, path)
     if not trust:
         from lightning_dist.cli.harmless import check_harmless  # whose imports train can do without
 
@@ -48,8 +53,48 @@ def read_saved(path: str, trust: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     return checkpoint, config
 
 
-def build_module(checkpoint: Mapping[str, Any], config: Mapping[str, Any]) -> DistillModule:
-    """The module with the student of a checkpoint, without a teacher."""
-    module = instantiate(config["module"], teacher=None)
-    module.load_state_dict(checkpoint["state_dict"])
+def build_module(
+    checkpoint: Mapping[str, Any], config: Mapping[str, Any], path: str
+) -> DistillModule:
+    """The module with the student of a checkpoint, without a teacher.
+
+    Raises:
+        UserError: if the config describes no network, or one that the weights do not fit.
+    """
+    try:
+        module = instantiate(config["module"], teacher=None)
+        module.load_state_dict(checkpoint["state_dict"])
+    except (InstantiationException, RuntimeError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"{path} holds weights and a config that do not fit together, or not this version of "
+            f"lightning-dist: {error}"
+        ) from error
     return module
+
+
+def _check_structure(checkpoint: Mapping[str, Any], config: Any, path: str) -> None:
+    """Refuse a checkpoint without the parts that a run has saved.
+
+    Raises:
+        UserError: naming the part.
+    """
+    state, parts = checkpoint.get("state_dict"), config if isinstance(config, Mapping) else {}
+    missing = [
+        name
+        for name, whole in (
+            ("weights", isinstance(state, Mapping) and _all_tensors(state)),
+            ("module", isinstance(parts.get("module"), Mapping)),
+            ("data", isinstance(parts.get("data"), Mapping)),
+            ("seed", type(parts.get("seed")) is int),
+        )
+        if not whole
+    ]
+    if missing:
+        raise UserError(
+            f"{path} is damaged, it has no {' or '.join(missing)}: give a checkpoint as "
+            "'lightning-dist train' has written it"
+        )
+
+
+def _all_tensors(state: Mapping[Any, Any]) -> bool:
+    return all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
