@@ -14,6 +14,7 @@ import torch
 
 from lightning_dist.cli.saved import CONFIG_KEY
 from lightning_dist.models.small import SmallCNN
+from lightning_dist.view_files import ViewFiles
 from lightning_dist.weights import load_weights, read_checkpoint
 
 QUICK = ("trainer=cpu", "trainer.max_epochs=1", "print_config=false", "callbacks.progress=null")
@@ -247,6 +248,26 @@ def test_a_broken_checkpoint_is_refused_by_name(refused, tmp_path, name):
     line = refused("export", "ckpt=broken.ckpt")
     assert "broken.ckpt" in line
     assert message in line
+
+
+HEADER = "{{'descr': {}, 'fortran_order': False, 'shape': (4,), }}\n"
+VIEWS = {
+    "a header without end": "(" * 9000 + "\n",
+    "a header of other keys": "{[]: 1}\n",
+    "a column of text": HEADER.format("[('(images)', '<U2'), ('a', '<f2', (3,))]"),
+    "a huge column": HEADER.format("[('(images)', '<f8'), ('a', '<f2', (10**21,))]"),
+    "a column of no kind": HEADER.format("[('(images)', 3), 5]"),
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_a_hostile_view_of_a_cached_teacher_is_refused_by_name(tmp_path, name):
+    header = VIEWS[name].encode()
+    files = ViewFiles(tmp_path, rows=4)
+    start = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little")
+    files.path(0).write_bytes(start + header + b"\0" * 64)
+    with pytest.raises(ValueError, match=r"view-000.npy is .*delete it, to fill it anew"):
+        files.open(0, ["(images)", "a"])
 
 
 def test_a_name_with_a_colon_is_no_path_out_of_the_archive(tmp_path):

@@ -190,7 +190,7 @@ def _fit_and_test(
 ) -> dict[str, Any]:
     with _users_errors(checkpoint):
         trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
-    # Lightning counts none where none is allowed, nor where a run resumes at its end.
+    # Where the limit is 0 Lightning counts nothing: the number stays infinite.
     if trainer.num_training_batches == 0 or trainer.limit_train_batches == 0:
         raise UserError(
             "there is no training batch: give the data more images, a smaller "
