@@ -136,7 +136,7 @@ class BoxWriter(Writer):
 
 def _job(config: DictConfig) -> None:
     checkpoint, saved = read_saved(config.ckpt, config.trust)
-    module = build_module(checkpoint, saved)
+    module = build_module(checkpoint, saved, config.ckpt)
     writers: list[tuple[type, type[Writer]]] = [
         (SegmentationModule, MaskWriter),
         (ClassificationModule, ClassWriter),
