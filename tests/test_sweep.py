@@ -5,13 +5,15 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import optuna
 import pytest
-from optuna.trial import TrialState
+from omegaconf import OmegaConf
+from optuna.trial import FrozenTrial, TrialState
 
 import lightning_dist
-from hydra_plugins.lightning_dist_optuna.sweeper import STUDY, open_storage
+from hydra_plugins.lightning_dist_optuna.sweeper import STUDY, OptunaSweeper, open_storage
 
 ASSETS = Path(lightning_dist.__file__).parent / "assets"
 QUICK = ["trainer=cpu", "trainer.max_epochs=1", "print_config=false", "callbacks.progress=null"]
@@ -157,9 +159,42 @@ def test_what_is_not_installed_is_named_with_its_extra(refused, monkeypatch):
         assert f"pip install 'lightning-dist[{extra}]'" in message
 
 
-def study(folder: Path) -> list[optuna.trial.FrozenTrial]:
+def study(folder: Path) -> list[FrozenTrial]:
     storage = open_storage(folder / "optuna.journal")
     return optuna.load_study(study_name=STUDY, storage=storage).trials
+
+
+@pytest.fixture
+def search(tmp_path):
+    """Search without training: a job's result is its number, or what `results` has for it."""
+
+    class Launcher:
+        def __init__(self, results: dict[int, float]) -> None:
+            self.results = results
+
+        def launch(self, jobs, initial_job_idx):
+            numbers = range(initial_job_idx, initial_job_idx + len(jobs))
+            return [SimpleNamespace(return_value=self.results.get(x, float(x))) for x in numbers]
+
+    def run(*sweeps: str, resume: bool = False, results=None, **options) -> list[FrozenTrial]:
+        sampler = optuna.samplers.TPESampler(seed=0)
+        options = {"n_trials": 2, "n_jobs": 1, "sampler": sampler, **options}
+        sweeper = OptunaSweeper(storage=str(tmp_path / "optuna.journal"), **options)
+        sweep = {"dir": str(tmp_path), "subdir": "job${hydra.job.num}"}
+        hydra = {"sweep": sweep, "job": {"num": "???"}}
+        known = {"resume": resume, "monitor": "val/accuracy", "monitor_mode": "max"}
+        sweeper.config = OmegaConf.create({**known, "x": 0, "y": 0, "hydra": hydra})
+        sweeper.launcher = Launcher(results or {})
+        sweeper.sweep(list(sweeps))
+        return study(tmp_path)
+
+    return run
+
+
+def test_a_search_that_goes_on_does_not_draw_its_first_trials_again(search):
+    search("x=interval(0.0,1.0)", n_trials=3)
+    trials = search("x=interval(0.0,1.0)", n_trials=6, resume=True)
+    assert len({trial.params["x"] for trial in trials}) == 6
 
 
 SEARCH = ["hydra/sweeper=optuna", "hydra.sweep.dir=sweep", "callbacks.progress=null"]

@@ -101,13 +101,16 @@ class OptunaSweeper(Sweeper):
         self.storage.parent.mkdir(parents=True, exist_ok=True)
         if not config.resume:
             self.storage.unlink(missing_ok=True)
-        return optuna.create_study(
+        study = optuna.create_study(
             study_name=STUDY,
             storage=open_storage(self.storage),
             sampler=self.sampler,
             direction="maximize" if config.monitor_mode == "max" else "minimize",
             load_if_exists=True,
         )
+        if study.trials:  # with its seed the sampler would draw the first trials again
+            self.sampler.reseed_rng()
+        return study
 
     def _batches(
         self, study: "Study", space: dict[str, "BaseDistribution"]
