@@ -197,6 +197,19 @@ def test_a_search_that_goes_on_does_not_draw_its_first_trials_again(search):
     assert len({trial.params["x"] for trial in trials}) == 6
 
 
+def test_a_search_ends_with_its_best_trial(search, tmp_path, capsys):
+    results = {0: 0.5, 1: 0.75, 2: float("nan")}
+    trials = search("x=interval(0.0,1.0)", "y=1,2", n_trials=3, results=results)
+    chosen = f"x={trials[1].params['x']:.4g} y={trials[1].params['y']}"
+    line = f"best trial 1: val/accuracy 0.75, {chosen}, {tmp_path}/job1"
+    assert capsys.readouterr().out.splitlines() == [line]
+
+
+def test_a_search_without_a_completed_trial_has_no_best(search, capsys):
+    search("x=interval(0.0,1.0)", n_trials=1, results={0: float("nan")})
+    assert not capsys.readouterr().out
+
+
 SEARCH = ["hydra/sweeper=optuna", "hydra.sweep.dir=sweep", "callbacks.progress=null"]
 SEARCH += ["trainer=cpu", "test_teacher=false", "print_config=false", "trainer.max_epochs=2"]
 

@@ -3,6 +3,7 @@
 ``hydra-optuna-sweeper`` holds Optuna below version 3 and knows no pruning.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from hydra.core.utils import JobReturn
 from hydra.errors import HydraException
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 if TYPE_CHECKING:  # slow to import, and optional
     from optuna import Study
@@ -84,6 +85,7 @@ class OptunaSweeper(Sweeper):
             returns = self.launcher.launch(jobs, initial_job_idx=batch[0].number)
             for trial, job in zip(batch, returns, strict=True):
                 _tell(study, trial.number, job)
+        self._print_best(study, self.config)
 
     def _search_space(
         self, arguments: list[str]
@@ -124,6 +126,19 @@ class OptunaSweeper(Sweeper):
         while missing > 0:
             yield [study.ask(space) for _ in range(min(self.n_jobs, missing))]
             missing -= self.n_jobs
+
+    def _print_best(self, study: "Study", config: DictConfig) -> None:
+        from optuna.trial import TrialState
+
+        if not study.get_trials(states=[TrialState.COMPLETE]):
+            return
+        best = study.best_trial
+        job = copy.deepcopy(config)
+        with read_write(job), open_dict(job):
+            job.hydra.job.num = best.number
+        folder = Path(config.hydra.sweep.dir) / job.hydra.sweep.subdir
+        parameters = " ".join(map(_override, best.params, best.params.values()))
+        print(f"best trial {best.number}: {config.monitor} {best.value:.4g}, {parameters}, {folder}")
 
 
 def _distribution(override: Override) -> "BaseDistribution":
