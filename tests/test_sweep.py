@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import optuna
 import pytest
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from optuna.trial import FrozenTrial, TrialState
 
@@ -195,6 +196,27 @@ def test_a_search_that_goes_on_does_not_draw_its_first_trials_again(search):
     search("x=interval(0.0,1.0)", n_trials=3)
     trials = search("x=interval(0.0,1.0)", n_trials=6, resume=True)
     assert len({trial.params["x"] for trial in trials}) == 6
+
+
+@pytest.mark.parametrize("name", ["n_trials", "n_jobs"])
+def test_a_search_without_trials_or_jobs_is_refused(search, name):
+    with pytest.raises(ValueError, match=f"hydra.sweeper.{name} is 0: give a whole number of at l"):
+        search("x=1,2", **{name: 0})
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ("x=1,2", "x=1,2,3"),
+        ("x=1,2", "x=interval(1,2)"),
+        ("x=interval(1.0,2.0)", "x=tag(log,interval(1.0,2.0))"),
+    ],
+)
+def test_a_search_that_goes_on_in_another_space_is_refused(search, tmp_path, first, then):
+    before = search(first)
+    with pytest.raises(HydraException, match=r"has x in another space.*another hydra.sweep.dir"):
+        search(then, n_trials=4, resume=True)
+    assert study(tmp_path) == before
 
 
 def test_a_search_ends_with_its_best_trial(search, tmp_path, capsys):

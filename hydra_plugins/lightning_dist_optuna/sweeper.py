@@ -17,6 +17,8 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
+from lightning_dist.checks import check_number
+
 if TYPE_CHECKING:  # slow to import, and optional
     from optuna import Study
     from optuna.distributions import BaseDistribution
@@ -44,6 +46,9 @@ class OptunaSweeper(Sweeper):
         sampler: of Optuna.
         params: sweeps by key, such as ``{"distill.weight": "interval(0.1, 10.0)"}``; those of the
             command line come on top. An interval tagged ``log`` is searched by its logarithm.
+
+    Raises:
+        ValueError: if ``n_trials`` or ``n_jobs`` is below 1.
     """
 
     def __init__(
@@ -54,6 +59,8 @@ class OptunaSweeper(Sweeper):
         sampler: "BaseSampler",
         params: DictConfig | None = None,
     ) -> None:
+        check_number("hydra.sweeper.n_trials", n_trials, int, least=1)
+        check_number("hydra.sweeper.n_jobs", n_jobs, int, least=1)
         self.n_trials = n_trials
         self.n_jobs = n_jobs
         self.storage = Path(storage)
@@ -79,6 +86,7 @@ class OptunaSweeper(Sweeper):
                     "the preset): fix it on the command line, or set hydra.sweeper.params"
                 )
         study = self._open_study(self.config)
+        _check_space(study, space)
         OmegaConf.save(self.config, self.storage.parent / "multirun.yaml")
         for batch in self._batches(study, space):
             jobs = [[*fixed, *map(_override, t.params, t.params.values())] for t in batch]
@@ -139,6 +147,21 @@ class OptunaSweeper(Sweeper):
         folder = Path(config.hydra.sweep.dir) / job.hydra.sweep.subdir
         parameters = " ".join(map(_override, best.params, best.params.values()))
         print(f"best trial {best.number}: {config.monitor} {best.value:.4g}, {parameters}, {folder}")
+
+
+def _check_space(study: "Study", space: dict[str, "BaseDistribution"]) -> None:
+    """Refuse a space that Optuna would, in the middle of a trial that then stays half made."""
+    from optuna.distributions import check_distribution_compatibility
+
+    for trial in study.trials:
+        for key in space.keys() & trial.distributions.keys():
+            try:
+                check_distribution_compatibility(trial.distributions[key], space[key])
+            except ValueError as error:
+                raise HydraException(
+                    f"the search that goes on has {key} in another space ({error}): resume with "
+                    "the sweeps that it was started with, or choose another hydra.sweep.dir"
+                ) from error
 
 
 def _distribution(override: Override) -> "BaseDistribution":
