@@ -146,7 +146,9 @@ class OptunaSweeper(Sweeper):
             job.hydra.job.num = best.number
         folder = Path(config.hydra.sweep.dir) / job.hydra.sweep.subdir
         parameters = " ".join(map(_override, best.params, best.params.values()))
-        print(f"best trial {best.number}: {config.monitor} {best.value:.4g}, {parameters}, {folder}")
+        print(
+            f"best trial {best.number}: {config.monitor} {best.value:.4g}, {parameters}, {folder}"
+        )
 
 
 def _check_space(study: "Study", space: dict[str, "BaseDistribution"]) -> None:
