@@ -79,6 +79,30 @@ def test_resume_runs_what_is_missing_and_a_failing_job_ends_alone(
     assert found[0] == before
 
 
+def test_a_sweep_in_a_folder_with_runs_is_refused_before_its_first_job(refused, put_run, tmp_path):
+    put_run(tmp_path / "sweep" / "0", "seed=7", status="failed", error="an old one")
+    put_run(tmp_path / "sweep" / "5", "seed=8")
+    line = refused("train", "-m", "seed=0,1", *TINY, "hydra.sweep.dir=sweep")
+    assert "sweep holds 2 runs already: resume=true goes on with them, or choose another" in line
+    assert {path.name for path in (tmp_path / "sweep").iterdir()} == {"0", "5"}
+
+
+def test_a_sweep_whose_report_cannot_be_written_fails_and_counts_its_failures(
+    ends_badly, put_run, tmp_path
+):
+    """Its jobs disagree on the metric."""
+    other = put_run(tmp_path / "sweep" / "9", "seed=9", metric="test/miou")
+    monitors = "monitor=val/accuracy,val/nothing"
+    options = [*TINY, "resume=true", "hydra.sweep.dir=sweep"]
+    line = ends_badly("train", "-m", monitors, *options)
+    assert "there is no report: runs disagree on the metric" in line
+    assert line.endswith("; 1 of 3 jobs failed")
+    (other / "result.json").write_text("{")
+    line = ends_badly("train", "-m", monitors, *options)
+    assert "result.json is broken" in line
+    assert line.endswith("; 2 of 3 jobs failed")
+
+
 # One callback ends the process as an error in C code does, and the other does nothing.
 DIES = "+callbacks.broken._target_=os.abort,lightning.pytorch.callbacks.Timer"
 
