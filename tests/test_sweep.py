@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -101,6 +102,27 @@ def test_a_sweep_whose_report_cannot_be_written_fails_and_counts_its_failures(
     line = ends_badly("train", "-m", monitors, *options)
     assert "result.json is broken" in line
     assert line.endswith("; 2 of 3 jobs failed")
+
+
+def test_the_command_of_a_trial_runs_alone_without_the_pruning_of_its_search(command, tmp_path):
+    """Alone it has no callbacks.pruning to override."""
+    options = [*TINY, "hydra/sweeper=optuna", "hydra.sweeper.n_trials=1", "hydra.sweep.dir=sweep"]
+    pruning = ["callbacks.pruning.pruner.n_warmup_steps=1", "~callbacks.pruning.monitor"]
+    pruning += ["++callbacks.pruning.monitor=val/accuracy"]
+    command("train", "-m", *options, *pruning)
+    (trial,) = results(tmp_path / "sweep")
+    assert set(pruning) <= {*trial["overrides"]}
+    assert "pruning" not in trial["command"]
+    command(*shlex.split(trial["command"])[1:], "hydra.run.dir=single/0")
+    (single,) = results(tmp_path / "single")
+    assert single["metrics"] == trial["metrics"]
+
+
+def test_a_folder_of_another_run_says_how_to_merge(ends_badly, put_run, tmp_path):
+    put_run(tmp_path / "run", "seed=7")
+    line = ends_badly("train", *TINY, "resume=true", "hydra.run.dir=run")
+    assert "holds another run (seed=7)" in line
+    assert "or choose another hydra.sweep.dir and merge: lightning-dist report OLD NEW" in line
 
 
 # One callback ends the process as an error in C code does, and the other does nothing.
