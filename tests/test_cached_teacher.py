@@ -305,10 +305,17 @@ def test_another_teacher_or_other_data_have_another_cache(train, tmp_path, chang
 
 def test_off_is_the_teacher_itself():
     network = teacher()
-    for off in ("off", False, None):
+    for off in ("off", False):  # YAML reads off as False
         assert cached(network, off) is network
+    assert cached(network, True).root == Path("data/teacher_cache")
     assert cached(network, "auto").root == Path("data/teacher_cache")
     assert cached(network, "some/folder", views=3).views == 3
+
+
+@pytest.mark.parametrize("word", [None, "none", "None", "no", "on", "false", ""])
+def test_a_word_that_would_become_a_folder_is_refused(word):
+    with pytest.raises(ValueError, match=f"distill.cache is {word!r}: use auto, off or a folder"):
+        cached(teacher(), word)
 
 
 def test_the_command_keeps_its_caches_in_one_place(command, tmp_path):

@@ -36,7 +36,8 @@ def completed(config: DictConfig) -> dict[str, Any] | None:
     if result["overrides"] != new_result(config)["overrides"]:
         raise UserError(
             f"{path.parent} holds another run ({' '.join(map(str, result['overrides']))}): resume "
-            "with the overrides that it was started with, or choose another folder"
+            "with the overrides that it was started with, or choose another folder (two sweeps are "
+            "merged by lightning-dist report DIR DIR)"
         )
     return result if result["status"] == "completed" else None
 
@@ -148,11 +149,13 @@ def new_result(config: DictConfig) -> dict[str, Any]:
     """The result of a run that has not completed."""
     overrides = [str(override) for override in HydraConfig.get().overrides.task]
     overrides = [override for override in overrides if not override.startswith("resume=")]
+    # Only a search has pruning: the command of one of its trials runs alone.
+    alone = [x for x in overrides if not x.lstrip("+~").startswith("callbacks.pruning")]
     return {
         "status": "failed",
         "error": UNFINISHED,
         "overrides": overrides,
-        "command": shlex.join(["lightning-dist", "train", *overrides, *config_folders()]),
+        "command": shlex.join(["lightning-dist", "train", *alone, *config_folders()]),
         "metric": config.monitor.replace("val/", "test/", 1),
         "seconds": 0.0,
     }
