@@ -1,6 +1,7 @@
 """DistillationCallback: adds distillation losses to the training step of a LightningModule."""
 
 import functools
+import types
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -196,13 +197,17 @@ class DistillationCallback(Callback):
         self._own_step = pl_module.__dict__.get("training_step")  # torch.compile sets one
         self._wrapped = True
 
-        @functools.wraps(step)
-        def training_step(*args: Any, **kwargs: Any) -> Any:
+        @functools.wraps(getattr(step, "__func__", step))
+        def training_step(module: LightningModule, *args: Any, **kwargs: Any) -> Any:
+            if module is not pl_module:  # a copy made during fit
+                return type(module).training_step(module, *args, **kwargs)
             if not trainer.training:  # a validation_step that calls it
                 return step(*args, **kwargs)
             return self._distill(trainer, pl_module, step, args, kwargs)
 
-        pl_module.__dict__["training_step"] = training_step
+        # A method, for a copy binds it to itself, and a pickle holds no more than its name.
+        training_step.__name__ = "training_step"
+        pl_module.__dict__["training_step"] = types.MethodType(training_step, pl_module)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int

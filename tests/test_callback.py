@@ -160,6 +160,32 @@ def test_no_trace_is_left_when_fit_raises_and_fit_can_run_again(make_trainer):
     assert "train/distill" in trainer.callback_metrics
 
 
+@pytest.mark.parametrize("kind", ["copy", "pickle"])
+def test_a_copy_of_the_module_made_during_fit_trains_by_itself(make_trainer, kind):
+    class Keeping(L.Callback):
+        def on_train_end(self, trainer, pl_module):
+            if kind == "copy":
+                self.module = copy.deepcopy(pl_module)
+                return
+            file = io.BytesIO()
+            torch.save(pl_module.cpu(), file)
+            file.seek(0)
+            self.module = torch.load(file, weights_only=False)
+
+    teacher, keeping, calls = teacher_net(), Keeping(), []
+    module = fitted(make_trainer(callbacks=[DistillationCallback(teacher), keeping]))
+    teacher.register_forward_hook(lambda *_: calls.append(1))
+    inputs, target = next(iter(data()))
+    expected = F.cross_entropy(keeping.module.net(inputs), target)
+    before = copy.deepcopy(keeping.module.net.state_dict())
+    with torch.no_grad():
+        module.net[0].weight.zero_()
+    assert torch.equal(keeping.module.training_step((inputs, target), 0), expected)
+    fitted(make_trainer(), keeping.module)
+    assert not calls
+    assert not torch.equal(keeping.module.net[0].weight, before["0.weight"])
+
+
 def test_fit_twice_wraps_once(make_trainer):
     module, callback, calls = Plain(), DistillationCallback(teacher_net()), []
     callback.teacher.network.register_forward_hook(lambda *_: calls.append(1))
