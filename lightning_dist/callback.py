@@ -17,7 +17,7 @@ from lightning_dist.cached_teacher import CachedTeacher
 from lightning_dist.checks import check_number
 from lightning_dist.data.views import KeyedBatch
 from lightning_dist.losses import DISTLoss
-from lightning_dist.taps import find, record, refuse_shared_tensors, select
+from lightning_dist.taps import find, record, recorded, refuse_shared_tensors, select
 from lightning_dist.teacher import Teacher
 
 Weight = float | Callable[[Trainer], float]
@@ -309,7 +309,7 @@ class DistillationCallback(Callback):
             # activations are gone before the student's are kept.
             output = self.teacher.ask(part, args, kwargs)
             if not part and "" in outputs:
-                outputs[""].append(output)
+                outputs[""].append(recorded(output))
 
         for path, part in self.inputs.items():
             ask = functools.partial(ask_teacher, part)

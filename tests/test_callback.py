@@ -570,6 +570,44 @@ def test_an_output_without_the_entry_is_refused(make_trainer):
     refused(make_trainer, r"with \['out'\] and has no entry 'logits'", teacher=Dict(6, 4))
 
 
+def test_an_output_that_is_changed_in_place_is_refused(make_trainer):
+    class Scaling(Plain):
+        def training_step(self, batch, batch_idx):
+            logits = self.net(batch[0])
+            logits /= 0.1
+            return F.cross_entropy(logits, batch[1])
+
+    message = "term 'distill' of 'net'.*was changed in place after its part returned it"
+    refused(make_trainer, message, Scaling())
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_a_tap_before_a_relu_in_place_is_refused(make_trainer, side):
+    def net(inplace):
+        return nn.Sequential(nn.Linear(6, 12), nn.ReLU(inplace), nn.Linear(12, 4))
+
+    terms = {"hidden": Term(F.mse_loss, student="0", teacher="0")}
+    module, teacher = Plain(net(side == "student")), net(side == "teacher")
+    refused(make_trainer, "'hidden'.*changed in place", module, teacher=teacher, terms=terms)
+
+
+def test_what_a_term_does_not_take_may_change_in_place(make_trainer):
+    class Pair(nn.Sequential):
+        def forward(self, inputs):
+            logits = super().forward(inputs)
+            return {"logits": logits, "other": logits * 2}
+
+    class Changing(Plain):
+        def training_step(self, batch, batch_idx):
+            output = self.net(batch[0])
+            output["other"] /= 2
+            return F.cross_entropy(output["logits"], batch[1])
+
+    trainer = make_trainer(callbacks=[DistillationCallback(teacher_net())])
+    fitted(trainer, Changing(Pair(*Plain().net)))
+    assert trainer.callback_metrics["train/distill"] > 0
+
+
 def test_a_step_without_a_loss_is_refused(make_trainer):
     class Losing(Plain):
         def training_step(self, batch, batch_idx):
