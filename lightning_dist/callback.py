@@ -29,7 +29,8 @@ class Term:
     """One distillation loss between a part of the student and a part of the teacher.
 
     A part that is called several times in one call of its network (a head shared by the levels of a
-    pyramid) gives as many pairs, whose losses are summed.
+    pyramid) gives as many pairs, whose losses are summed. Calls of the student without a gradient,
+    as under ``torch.no_grad()``, do not count.
 
     Args:
         loss: takes the student's and the teacher's output, returns a scalar. If it is a module with
@@ -80,8 +81,8 @@ class DistillationCallback(Callback):
     Raises:
         MisconfigurationException: at the start of ``fit``: manual optimization, an unknown
             sub-module, a teacher that shares tensors with the module, a second callback. In the
-            first training step, before anything is updated: a student that is not called, or
-            outputs that do not pair.
+            first training step, before anything is updated: a student that is not called with a
+            gradient, outputs that do not pair, or one that is changed in place.
         FloatingPointError: in a training step whose distillation loss is not finite, unless
             ``nonfinite`` is ``"skip"``; it names the term, the step and the side.
 
@@ -339,6 +340,14 @@ class DistillationCallback(Callback):
                 (select(ours, term.output), select(theirs, term.output))
                 for ours, theirs in zip(student, teacher, strict=True)
             ]
+            # A call under no_grad, for pseudo-labels say, teaches nothing.
+            pairs = [(ours, theirs) for ours, theirs in pairs if ours.requires_grad]
+            if not pairs:
+                raise ValueError(
+                    "no call of the student's part has a gradient, so the term would teach "
+                    "nothing: call it outside of torch.no_grad(), with use_reentrant=False where "
+                    "it is checkpointed, and with parameters that require a gradient"
+                )
             self._refuse_single_rows(term, [ours for ours, _ in pairs], trainer)
             return torch.stack([term.loss(ours, theirs) for ours, theirs in pairs]).sum()
         except ValueError as error:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dist import DistillationCallback, DISTLoss, KDLoss, Teacher, Term, WeightSchedule
@@ -257,6 +258,19 @@ def test_a_student_called_several_times_gives_the_sum_of_its_losses(make_trainer
     net, inputs = Twice().net, next(iter(data()))[0]
     expected = sum(dist_loss(net(x), teacher.eval()(x)) for x in inputs.split(4))
     assert trainer.callback_metrics["train/distill"].item() == pytest.approx(expected.item(), 1e-5)
+
+
+def test_a_call_of_the_student_without_gradient_is_not_distilled(make_trainer):
+    class PseudoLabelling(Plain):
+        def training_step(self, batch, batch_idx):
+            with torch.no_grad():
+                self.net(-batch[0])
+            return super().training_step(batch, batch_idx)
+
+    teacher = teacher_net()
+    _, losses = plain_loop(teacher)
+    module = fitted(make_trainer(callbacks=[DistillationCallback(teacher)]), PseudoLabelling)
+    assert module.losses == pytest.approx(losses, rel=1e-6)
 
 
 class Returns(Plain):
@@ -606,6 +620,26 @@ def test_what_a_term_does_not_take_may_change_in_place(make_trainer):
     trainer = make_trainer(callbacks=[DistillationCallback(teacher_net())])
     fitted(trainer, Changing(Pair(*Plain().net)))
     assert trainer.callback_metrics["train/distill"] > 0
+
+
+def test_a_part_in_a_reentrant_checkpoint_is_refused(make_trainer):
+    class Checkpointing(nn.Sequential):
+        def forward(self, inputs):
+            return checkpoint(self[1:], self[0](inputs), use_reentrant=True)
+
+    terms = {"logits": Term(F.mse_loss, student="2", teacher="3")}
+    module = Plain(Checkpointing(*Plain().net))
+    refused(make_trainer, "'logits' of 'net.2'.*use_reentrant=False", module, terms=terms)
+
+
+def test_a_frozen_student_is_refused(make_trainer):
+    module = Plain()
+    module.net.requires_grad_(False)
+    module.own = nn.Parameter(torch.zeros(()))
+    module.training_step = lambda batch, _: module.net(batch[0]).sum() * module.own
+    message = "no call of the student's part has a gradient"
+    with pytest.raises(MisconfigurationException, match=message):
+        fitted(make_trainer(callbacks=[DistillationCallback(teacher_net())]), module)
 
 
 def test_a_step_without_a_loss_is_refused(make_trainer):
