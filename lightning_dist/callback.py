@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -168,6 +169,14 @@ class DistillationCallback(Callback):
             }
         )
         if len(parts):
+            callbacks = attached_callbacks(trainer)
+            before = callbacks[: callbacks.index(self)]
+            averaging = next((c for c in before if isinstance(c, WeightAveraging)), None)
+            if averaging is not None:  # it has copied the module without them
+                raise MisconfigurationException(
+                    f"{type(averaging).__name__} comes before a DistillationCallback whose terms "
+                    "have parameters, which it then cannot average: list DistillationCallback first"
+                )
             pl_module.add_module(_TermParameters.name, parts)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -501,6 +501,13 @@ def test_parameters_of_a_term_train_and_resume_but_are_not_the_modules(make_trai
     assert torch.equal(resumed.project.weight, loss.project.weight)
 
 
+def test_parameters_of_a_term_are_there_when_weights_are_averaged(make_trainer):
+    fitted(make_trainer(callbacks=[projecting()[0], EMAWeightAveraging()]))
+    message = "EMAWeightAveraging comes before.*list DistillationCallback first"
+    with pytest.raises(MisconfigurationException, match=message):
+        fitted(make_trainer(callbacks=[EMAWeightAveraging(), projecting()[0]]))
+
+
 def test_parameters_of_a_term_that_no_optimizer_holds_are_refused(make_trainer):
     class OnlyNet(Plain):
         def configure_optimizers(self):
@@ -625,21 +632,17 @@ def test_what_a_term_does_not_take_may_change_in_place(make_trainer):
 def test_a_part_in_a_reentrant_checkpoint_is_refused(make_trainer):
     class Checkpointing(nn.Sequential):
         def forward(self, inputs):
-            return checkpoint(self[1:], self[0](inputs), use_reentrant=True)
+            return checkpoint(nn.Sequential(*self[1:]), self[0](inputs), use_reentrant=True)
 
-    terms = {"logits": Term(F.mse_loss, student="2", teacher="3")}
+    terms = {"hidden": Term(F.mse_loss, student="1", teacher="2")}
     module = Plain(Checkpointing(*Plain().net))
-    refused(make_trainer, "'logits' of 'net.2'.*use_reentrant=False", module, terms=terms)
+    refused(make_trainer, "'hidden' of 'net.1'.*use_reentrant=False", module, terms=terms)
 
 
 def test_a_frozen_student_is_refused(make_trainer):
     module = Plain()
     module.net.requires_grad_(False)
-    module.own = nn.Parameter(torch.zeros(()))
-    module.training_step = lambda batch, _: module.net(batch[0]).sum() * module.own
-    message = "no call of the student's part has a gradient"
-    with pytest.raises(MisconfigurationException, match=message):
-        fitted(make_trainer(callbacks=[DistillationCallback(teacher_net())]), module)
+    refused(make_trainer, "no call of the student's part has a gradient", module)
 
 
 def test_a_step_without_a_loss_is_refused(make_trainer):
