@@ -1,6 +1,7 @@
 """DistillationCallback: adds distillation losses to the training step of a LightningModule."""
 
 import functools
+import types
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -16,7 +18,7 @@ from lightning_dist.cached_teacher import CachedTeacher
 from lightning_dist.checks import check_number
 from lightning_dist.data.views import KeyedBatch
 from lightning_dist.losses import DISTLoss
-from lightning_dist.taps import find, record, refuse_shared_tensors, select
+from lightning_dist.taps import find, record, recorded, refuse_shared_tensors, select
 from lightning_dist.teacher import Teacher
 
 Weight = float | Callable[[Trainer], float]
@@ -28,7 +30,8 @@ class Term:
     """One distillation loss between a part of the student and a part of the teacher.
 
     A part that is called several times in one call of its network (a head shared by the levels of a
-    pyramid) gives as many pairs, whose losses are summed.
+    pyramid) gives as many pairs, whose losses are summed. Calls of the student without a gradient,
+    as under ``torch.no_grad()``, do not count.
 
     Args:
         loss: takes the student's and the teacher's output, returns a scalar. If it is a module with
@@ -79,8 +82,8 @@ class DistillationCallback(Callback):
     Raises:
         MisconfigurationException: at the start of ``fit``: manual optimization, an unknown
             sub-module, a teacher that shares tensors with the module, a second callback. In the
-            first training step, before anything is updated: a student that is not called, or
-            outputs that do not pair.
+            first training step, before anything is updated: a student that is not called with a
+            gradient, outputs that do not pair, or one that is changed in place.
         FloatingPointError: in a training step whose distillation loss is not finite, unless
             ``nonfinite`` is ``"skip"``; it names the term, the step and the side.
 
@@ -166,6 +169,14 @@ class DistillationCallback(Callback):
             }
         )
         if len(parts):
+            callbacks = attached_callbacks(trainer)
+            before = callbacks[: callbacks.index(self)]
+            averaging = next((c for c in before if isinstance(c, WeightAveraging)), None)
+            if averaging is not None:  # it has copied the module without them
+                raise MisconfigurationException(
+                    f"{type(averaging).__name__} comes before a DistillationCallback whose terms "
+                    "have parameters, which it then cannot average: list DistillationCallback first"
+                )
             pl_module.add_module(_TermParameters.name, parts)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -196,13 +207,17 @@ class DistillationCallback(Callback):
         self._own_step = pl_module.__dict__.get("training_step")  # torch.compile sets one
         self._wrapped = True
 
-        @functools.wraps(step)
-        def training_step(*args: Any, **kwargs: Any) -> Any:
+        @functools.wraps(getattr(step, "__func__", step))
+        def training_step(module: LightningModule, *args: Any, **kwargs: Any) -> Any:
+            if module is not pl_module:  # a copy made during fit
+                return type(module).training_step(module, *args, **kwargs)
             if not trainer.training:  # a validation_step that calls it
                 return step(*args, **kwargs)
             return self._distill(trainer, pl_module, step, args, kwargs)
 
-        pl_module.__dict__["training_step"] = training_step
+        # A method, for a copy binds it to itself, and a pickle holds no more than its name.
+        training_step.__name__ = "training_step"
+        pl_module.__dict__["training_step"] = types.MethodType(training_step, pl_module)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -304,7 +319,7 @@ class DistillationCallback(Callback):
             # activations are gone before the student's are kept.
             output = self.teacher.ask(part, args, kwargs)
             if not part and "" in outputs:
-                outputs[""].append(output)
+                outputs[""].append(recorded(output))
 
         for path, part in self.inputs.items():
             ask = functools.partial(ask_teacher, part)
@@ -334,6 +349,14 @@ class DistillationCallback(Callback):
                 (select(ours, term.output), select(theirs, term.output))
                 for ours, theirs in zip(student, teacher, strict=True)
             ]
+            # A call under no_grad, for pseudo-labels say, teaches nothing.
+            pairs = [(ours, theirs) for ours, theirs in pairs if ours.requires_grad]
+            if not pairs:
+                raise ValueError(
+                    "no call of the student's part has a gradient, so the term would teach "
+                    "nothing: call it outside of torch.no_grad(), with use_reentrant=False where "
+                    "it is checkpointed, and with parameters that require a gradient"
+                )
             self._refuse_single_rows(term, [ours for ours, _ in pairs], trainer)
             return torch.stack([term.loss(ours, theirs) for ours, theirs in pairs]).sum()
         except ValueError as error:

@@ -216,9 +216,8 @@ class DistillModule(LightningModule):
         )
 
     def configure_callbacks(self) -> list[Callback]:
-        present = [
-            c for c in attached_callbacks(self.trainer) if isinstance(c, DistillationCallback)
-        ]
+        attached = attached_callbacks(self.trainer)
+        present = [c for c in attached if isinstance(c, DistillationCallback)]
         # A callback that another module brought to the same Trainer is that module's: replace it.
         if any(c.owner in (None, self) for c in present):
             return []
@@ -226,7 +225,11 @@ class DistillModule(LightningModule):
         if callback is None:
             return []
         callback.owner = self
-        return [callback]
+        # First, and not last as Lightning would have it: WeightAveraging must find the parameters
+        # of its terms when it copies the module.
+        others = [c for c in attached if c not in present]
+        self.trainer.callbacks = [callback, *others]  # type: ignore[attr-defined]
+        return []
 
     def configure_model(self) -> None:
         """Shard the student, and the teacher if asked to, where the strategy does that (FSDP2).

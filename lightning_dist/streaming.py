@@ -277,4 +277,6 @@ def _correlate(moments: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     # A constant row or column has norm 0 and rho 0: q is 0 there, whatever divides.
     tiny = torch.finfo(norms.dtype).tiny
     q = rho * reciprocal * norms[1:] / norms[:1].clamp(min=tiny)
-    return rho, torch.cat((q, -reciprocal))
+    # A constant teacher's deviations are 0 too, but not in float32's digits of the backward pass:
+    # times 1 / eps they would be noise.
+    return rho, torch.cat((q, torch.where(norms[1:] > 0, -reciprocal, 0)))

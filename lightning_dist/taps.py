@@ -2,24 +2,56 @@
 
 import difflib
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+
+@dataclass
+class Recorded:
+    """An output, and how often each of its tensors had been written to when it was returned."""
+
+    output: Any
+    versions: dict[int, int]  # by the tensor's id: the output keeps it alive
+
+
+def recorded(output: Any) -> Recorded:
+    """What :func:`record` keeps of an output."""
+    plain = not isinstance(output, Tensor) and hasattr(output, "__dict__")
+    leaves = [*tree_leaves(output), *(tree_leaves(vars(output)) if plain else ())]
+    return Recorded(output, {id(x): _version(x) for x in leaves if isinstance(x, Tensor)})
+
+
+def _version(tensor: Tensor) -> int:
+    # Neither an inference tensor nor a compiler's has a version.
+    unknown = torch.compiler.is_compiling() or tensor.is_inference()
+    return 0 if unknown else tensor._version
 
 
 def record(module: nn.Module, outputs: list[Any]) -> Callable[[], None]:
     """Append each output of a module to a list; returns the function that ends it."""
 
     def keep(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        outputs.append(output)
+        outputs.append(recorded(output))
 
     return module.register_forward_hook(keep).remove
 
 
 def select(output: Any, entry: str | int | None) -> Tensor:
-    """The tensor that a term compares."""
+    """The tensor that a term compares, of an output or of what was recorded of it."""
+    if isinstance(output, Recorded):
+        chosen = select(output.output, entry)
+        if output.versions.get(id(chosen), _version(chosen)) != _version(chosen):
+            raise ValueError(
+                "the output was changed in place after its part returned it: write it out of place "
+                "(z = z / t for z /= t, ReLU(inplace=False)), or tap the part that changes it"
+            )
+        return chosen
     if isinstance(output, Tensor):
         return output
     if entry is None and isinstance(output, (tuple, list)) and output:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dist import DistillationCallback, DISTLoss, KDLoss, Teacher, Term, WeightSchedule
@@ -160,6 +161,32 @@ def test_no_trace_is_left_when_fit_raises_and_fit_can_run_again(make_trainer):
     assert "train/distill" in trainer.callback_metrics
 
 
+@pytest.mark.parametrize("kind", ["copy", "pickle"])
+def test_a_copy_of_the_module_made_during_fit_trains_by_itself(make_trainer, kind):
+    class Keeping(L.Callback):
+        def on_train_end(self, trainer, pl_module):
+            if kind == "copy":
+                self.module = copy.deepcopy(pl_module)
+                return
+            file = io.BytesIO()
+            torch.save(pl_module.cpu(), file)
+            file.seek(0)
+            self.module = torch.load(file, weights_only=False)
+
+    teacher, keeping, calls = teacher_net(), Keeping(), []
+    module = fitted(make_trainer(callbacks=[DistillationCallback(teacher), keeping]))
+    teacher.register_forward_hook(lambda *_: calls.append(1))
+    inputs, target = next(iter(data()))
+    expected = F.cross_entropy(keeping.module.net(inputs), target)
+    before = copy.deepcopy(keeping.module.net.state_dict())
+    with torch.no_grad():
+        module.net[0].weight.zero_()
+    assert torch.equal(keeping.module.training_step((inputs, target), 0), expected)
+    fitted(make_trainer(), keeping.module)
+    assert not calls
+    assert not torch.equal(keeping.module.net[0].weight, before["0.weight"])
+
+
 def test_fit_twice_wraps_once(make_trainer):
     module, callback, calls = Plain(), DistillationCallback(teacher_net()), []
     callback.teacher.network.register_forward_hook(lambda *_: calls.append(1))
@@ -231,6 +258,19 @@ def test_a_student_called_several_times_gives_the_sum_of_its_losses(make_trainer
     net, inputs = Twice().net, next(iter(data()))[0]
     expected = sum(dist_loss(net(x), teacher.eval()(x)) for x in inputs.split(4))
     assert trainer.callback_metrics["train/distill"].item() == pytest.approx(expected.item(), 1e-5)
+
+
+def test_a_call_of_the_student_without_gradient_is_not_distilled(make_trainer):
+    class PseudoLabelling(Plain):
+        def training_step(self, batch, batch_idx):
+            with torch.no_grad():
+                self.net(-batch[0])
+            return super().training_step(batch, batch_idx)
+
+    teacher = teacher_net()
+    _, losses = plain_loop(teacher)
+    module = fitted(make_trainer(callbacks=[DistillationCallback(teacher)]), PseudoLabelling)
+    assert module.losses == pytest.approx(losses, rel=1e-6)
 
 
 class Returns(Plain):
@@ -461,6 +501,13 @@ def test_parameters_of_a_term_train_and_resume_but_are_not_the_modules(make_trai
     assert torch.equal(resumed.project.weight, loss.project.weight)
 
 
+def test_parameters_of_a_term_are_there_when_weights_are_averaged(make_trainer):
+    fitted(make_trainer(callbacks=[projecting()[0], EMAWeightAveraging()]))
+    message = "EMAWeightAveraging comes before.*list DistillationCallback first"
+    with pytest.raises(MisconfigurationException, match=message):
+        fitted(make_trainer(callbacks=[EMAWeightAveraging(), projecting()[0]]))
+
+
 def test_parameters_of_a_term_that_no_optimizer_holds_are_refused(make_trainer):
     class OnlyNet(Plain):
         def configure_optimizers(self):
@@ -542,6 +589,60 @@ def test_an_output_without_the_entry_is_refused(make_trainer):
             return {"out": super().forward(inputs)}
 
     refused(make_trainer, r"with \['out'\] and has no entry 'logits'", teacher=Dict(6, 4))
+
+
+def test_an_output_that_is_changed_in_place_is_refused(make_trainer):
+    class Scaling(Plain):
+        def training_step(self, batch, batch_idx):
+            logits = self.net(batch[0])
+            logits /= 0.1
+            return F.cross_entropy(logits, batch[1])
+
+    message = "term 'distill' of 'net'.*was changed in place after its part returned it"
+    refused(make_trainer, message, Scaling())
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_a_tap_before_a_relu_in_place_is_refused(make_trainer, side):
+    def net(inplace):
+        return nn.Sequential(nn.Linear(6, 12), nn.ReLU(inplace), nn.Linear(12, 4))
+
+    terms = {"hidden": Term(F.mse_loss, student="0", teacher="0")}
+    module, teacher = Plain(net(side == "student")), net(side == "teacher")
+    refused(make_trainer, "'hidden'.*changed in place", module, teacher=teacher, terms=terms)
+
+
+def test_what_a_term_does_not_take_may_change_in_place(make_trainer):
+    class Pair(nn.Sequential):
+        def forward(self, inputs):
+            logits = super().forward(inputs)
+            return {"logits": logits, "other": logits * 2}
+
+    class Changing(Plain):
+        def training_step(self, batch, batch_idx):
+            output = self.net(batch[0])
+            output["other"] /= 2
+            return F.cross_entropy(output["logits"], batch[1])
+
+    trainer = make_trainer(callbacks=[DistillationCallback(teacher_net())])
+    fitted(trainer, Changing(Pair(*Plain().net)))
+    assert trainer.callback_metrics["train/distill"] > 0
+
+
+def test_a_part_in_a_reentrant_checkpoint_is_refused(make_trainer):
+    class Checkpointing(nn.Sequential):
+        def forward(self, inputs):
+            return checkpoint(nn.Sequential(*self[1:]), self[0](inputs), use_reentrant=True)
+
+    terms = {"hidden": Term(F.mse_loss, student="1", teacher="2")}
+    module = Plain(Checkpointing(*Plain().net))
+    refused(make_trainer, "'hidden' of 'net.1'.*use_reentrant=False", module, terms=terms)
+
+
+def test_a_frozen_student_is_refused(make_trainer):
+    module = Plain()
+    module.net.requires_grad_(False)
+    refused(make_trainer, "no call of the student's part has a gradient", module)
 
 
 def test_a_step_without_a_loss_is_refused(make_trainer):

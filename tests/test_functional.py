@@ -176,6 +176,20 @@ def test_degenerate_logits_give_finite_value_and_gradient(loss, student, teacher
         assert grad.isfinite().all()
 
 
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("shape", [(1, 10), (16, 1), (1, 1)])
+def test_constant_rows_and_columns_add_no_noise_to_the_float32_gradient(
+    shape, activation, compiled
+):
+    student, teacher = (3 * torch.randn(2, *shape)).unbind()
+    loss = torch.compile(dist_loss) if compiled else dist_loss
+    options = {"activation": activation, "tau": 1.5}
+    _, grad = value_and_grad(loss, student, teacher, **options)
+    _, exact = value_and_grad(dist_loss, student.double(), teacher.double(), **options)
+    torch.testing.assert_close(grad.double(), exact, rtol=1e-4, atol=1e-6)
+
+
 def test_a_constant_column_has_correlation_zero():
     student = torch.tensor([[0.5, 0.1], [0.5, 0.9], [0.5, 0.3]]).double()
     teacher = torch.tensor([[0.1, 0.2], [0.4, 1.8], [0.2, 0.6]]).double()

@@ -8,12 +8,13 @@ import timm.optim
 import timm.scheduler
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from timm.data import Mixup
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_dist import DistillationCallback, DistillModule, DISTLoss, KDLoss, Teacher
+from lightning_dist import DistillationCallback, DistillModule, DISTLoss, KDLoss, Teacher, Term
 from lightning_dist.functional import dist_loss
 from lightning_dist.tasks.classification import ClassificationModule
 
@@ -77,6 +78,26 @@ def test_the_trainers_own_callback_wins(make_trainer):
     trainer.fit(module, data())
     assert [c for c in trainer.callbacks if isinstance(c, DistillationCallback)] == [mine]
     assert trainer.callback_metrics["train/distill"] == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*configure_model.*")
+def test_its_callback_comes_before_those_that_average_weights(make_trainer):
+    class Mimic(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.project = nn.Linear(8, 8)
+
+        def forward(self, student, teacher):
+            return F.mse_loss(self.project(student), teacher)
+
+    class Hinted(DistillModule):
+        def configure_distillation(self):
+            terms = {"hint": Term(Mimic(), student="0", teacher="0")}
+            return DistillationCallback(self.teacher, "student", terms=terms)
+
+    trainer = make_trainer(callbacks=[EMAWeightAveraging()])
+    trainer.fit(Hinted(network(), network(), optimizer=sgd), data())
+    assert trainer.callback_metrics["train/distill/hint"] > 0
 
 
 def test_one_trainer_fits_two_modules_each_with_its_own_teacher(make_trainer):
