@@ -61,7 +61,7 @@ def _feed(state: _State, value: Any, above: tuple[int, ...]) -> None:
     if isinstance(value, Tensor):
         rows = value.detach().cpu().contiguous().reshape(-1)
         _put(state, "tensor", str(value.dtype), str(tuple(value.shape)))
-        state.update(rows.view(torch.uint8).numpy())
+        state.update(rows.view(torch.uint8).numpy().data)
         return
     if isinstance(value, np.ndarray) and not value.dtype.hasobject:
         _put(state, "array", str(value.dtype), str(value.shape))

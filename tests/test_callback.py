@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
+from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -431,6 +432,34 @@ def test_weight_averaging_copies_no_teacher(make_trainer, averaging):
     alone = fitted(make_trainer(callbacks=[averaging(), DistillationCallback(teacher, weight=0.0)]))
     assert not copies
     assert_same_weights(alone, fitted(make_trainer(callbacks=[average])))
+
+
+class Tuned(Plain):
+    """What Lightning's tuners want: a rate and a batch size as attributes, and a loader."""
+
+    lr = 0.1
+    batch_size = 2
+
+    def train_dataloader(self):
+        return DataLoader(data().dataset, batch_size=self.batch_size)
+
+    def val_dataloader(self):
+        return data()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+
+@pytest.mark.parametrize("search", ["lr_find", "scale_batch_size"])
+def test_tuners_search_with_the_teacher(make_trainer, search):
+    teacher, calls = teacher_net(), []
+    teacher.register_forward_hook(lambda *_: calls.append(1))
+    trainer = make_trainer(callbacks=[DistillationCallback(teacher)], max_epochs=9)
+    module = Tuned()
+    options = {"lr_find": {"num_training": 6}, "scale_batch_size": {"max_trials": 2}}
+    getattr(Tuner(trainer), search)(module, **options[search])
+    assert len(calls) >= 6
+    assert "training_step" not in module.__dict__
 
 
 def test_validation_does_not_ask_the_teacher(make_trainer):

@@ -320,6 +320,7 @@ def test_a_rank_that_fails_ends_its_job_alone(start, tmp_path):
     assert "1 of 2 jobs failed" in sweep.stderr
     found = results(tmp_path / "sweep")
     assert [result["status"] for result in found] == ["failed", "completed"], sweep.stderr
+    assert found[0]["error"] == "RuntimeError: a rank broke"
 
 
 def test_help_lists_the_verbs(command, capsys):

@@ -267,6 +267,34 @@ def test_interrupted_processes_resume_to_the_last_bit(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "how", [["own_process=true"], ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]], ids=str
+)
+def test_runs_of_a_sweep_that_is_killed_save_and_end(tmp_path, how):
+    arguments = ["trainer=cpu", "trainer.max_epochs=5000", "print_config=false", *how]
+    sweep = subprocess.Popen(
+        [sys.executable, "-m", "lightning_dist", "train", "-m", *arguments, "hydra.sweep.dir=k"],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    run = tmp_path / "k" / "0"
+    wait_until(lambda: (run / "logs" / "metrics.csv").exists())
+    sweep.kill()
+    sweep.wait()
+    wait_until(lambda: "stopped by SIGTERM" in (run / "result.json").read_text())
+    assert (run / "checkpoints" / "last.ckpt").exists()
+    wait_until(lambda: subprocess.run(["pgrep", "-f", "trainer.max_epochs=5000"]).returncode == 1)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
 def test_a_sweep_that_is_told_to_stop_lets_its_processes_save(tmp_path):
     arguments = ["train", "-m", "trainer=ddp_sim", "trainer.max_epochs=500", "hydra.sweep.dir=s"]
     sweep = subprocess.Popen(
@@ -275,10 +303,7 @@ def test_a_sweep_that_is_told_to_stop_lets_its_processes_save(tmp_path):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    log = tmp_path / "s" / "0" / "logs" / "metrics.csv"
-    deadline = time.monotonic() + 120
-    while not log.exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_until((tmp_path / "s" / "0" / "logs" / "metrics.csv").exists)
     sweep.terminate()
     assert sweep.wait(timeout=60) == 143
     assert (tmp_path / "s" / "0" / "checkpoints" / "last.ckpt").exists()

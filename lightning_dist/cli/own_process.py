@@ -1,10 +1,12 @@
 """A run of a sweep as a command of its own."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,17 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from lightning_dist.cli import UserError, user_environment
-from lightning_dist.cli.results import UNFINISHED, config_folders, new_result, write_result
+from lightning_dist.cli.results import (
+    UNFINISHED,
+    config_folders,
+    first_error,
+    new_result,
+    write_result,
+)
 from lightning_dist.resume import SIGNALS
+
+_PARENT = "LIGHTNING_DIST_PARENT"
+_POLL_SECONDS = 0.5
 
 
 def run_apart(config: DictConfig) -> float | None:
@@ -34,11 +45,33 @@ def run_apart(config: DictConfig) -> float | None:
     status = _run_command(["train", *overrides], hydra.runtime.cwd)
     result = json.loads(path.read_text()) if path.is_file() else new_result(config)
     if result["error"] == UNFINISHED:  # killed, as Lightning does where another rank has failed
-        result["error"] = f"ended with exit status {status}"
+        result["error"] = first_error(folder) or f"ended with exit status {status}"
         write_result(path, result)
     if status or result["status"] == "failed":
         raise UserError(result["error"] or f"ended with exit status {status}")
     return result["metrics"].get(config.monitor)
+
+
+def end_with_parent(worker: bool) -> None:
+    """Stop this run as SIGTERM does, which saves it, once the process of its sweep is gone.
+
+    That may be killed, or go with its terminal; the run would otherwise train on, beside the one
+    with which the sweep is resumed.
+
+    Args:
+        worker: whether this is a launcher's worker; else the environment tells, where there is one.
+    """
+    told = os.environ.pop(_PARENT, None)  # not for the processes that this one starts
+    if told is None and not worker:
+        return
+    parent = os.getppid() if told is None else int(told)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_POLL_SECONDS)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _run_command(arguments: list[str], folder: str) -> int:
@@ -64,9 +97,8 @@ def _run_command(arguments: list[str], folder: str) -> int:
     try:
         for number in SIGNALS if on_main_thread else ():
             signal.signal(number, hand_on)
-        process = subprocess.Popen(
-            command, cwd=folder, env=user_environment(), start_new_session=True
-        )
+        environment = user_environment() | {_PARENT: str(os.getpid())}
+        process = subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True)
         if received:
             process.send_signal(received[0])
         status = process.wait()

@@ -4,10 +4,12 @@ import json
 import logging
 import shlex
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
@@ -18,6 +20,7 @@ from lightning_dist.weights import read_checkpoint
 
 log = logging.getLogger(__name__)
 
+_ERROR = "error.txt"
 UNFINISHED = "has not ended: it was killed, or still runs"
 
 
@@ -165,6 +168,38 @@ def config_folders() -> list[str]:
     """The options of the command line that name folders of configs."""
     sources = HydraConfig.get().runtime.config_sources
     return [f"--config-dir={x.path}" for x in sources if x.provider == "command-line"]
+
+
+class RecordError(Callback):
+    """Keep the first error among a run's processes: what the others raise then follows from it.
+
+    Args:
+        folder: of the run.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / _ERROR
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        # A file that is there is another process's; a full disk is told by the exception itself.
+        with suppress(OSError):
+            if trainer.world_size > 1:
+                with open(self.path, "x") as file:
+                    file.write(f"{type(exception).__name__}: {exception}")
+
+
+def first_error(folder: Path) -> str | None:
+    """The first error among the processes of a run, where there were several."""
+    path = folder / _ERROR
+    return path.read_text() if path.is_file() else None
+
+
+@rank_zero_only
+def forget_error(folder: Path) -> None:
+    """Before a run begins."""
+    (folder / _ERROR).unlink(missing_ok=True)
 
 
 @rank_zero_only

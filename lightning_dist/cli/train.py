@@ -31,9 +31,12 @@ from hydra_plugins.lightning_dist_optuna.sweeper import OptunaSweeper
 from lightning_dist.checks import check_flag, check_number
 from lightning_dist.cli import UserError, hydra_app, is_users, with_extra
 from lightning_dist.cli.loggers import LogConfig, closed_loggers, without_loggers
-from lightning_dist.cli.own_process import run_apart
+from lightning_dist.cli.own_process import end_with_parent, run_apart
 from lightning_dist.cli.results import (
+    RecordError,
     completed,
+    first_error,
+    forget_error,
     is_completed,
     new_result,
     resume_from,
@@ -108,9 +111,10 @@ def main() -> None:
 
 def _job(config: DictConfig) -> float | None:
     """One run, alone or in a sweep, which goes on where a run fails."""
-    if multiprocessing.get_start_method(allow_none=True) == "loky":
-        # In joblib's workers data loaders would start theirs as joblib does, which fails.
+    worker = multiprocessing.get_start_method(allow_none=True) == "loky"
+    if worker:  # in joblib's workers data loaders would start theirs as joblib does, which fails
         multiprocessing.set_start_method(None, force=True)
+    end_with_parent(worker)
     hydra = HydraConfig.get()
     done = completed(config) if config.resume else None
     if done is not None:
@@ -136,11 +140,13 @@ def _run(config: DictConfig) -> float | None:
         check(config)
         checkpoint = resume_from(config)
         keep = False
+        forget_error(folder)
         write_result(folder / "result.json", result)
         outcome = train(config, checkpoint)
         result |= {"status": "completed", "error": None, **outcome}
     except BaseException as error:
-        result |= {"error": with_extra(f"{type(error).__name__}: {error}")}
+        reason = first_error(folder) or f"{type(error).__name__}: {error}"
+        result |= {"error": with_extra(reason)}
         raise
     finally:
         result["seconds"] = round(time.monotonic() - start, 2)
@@ -178,6 +184,7 @@ def train(config: DictConfig, checkpoint: str | None) -> dict[str, Any]:
             saver,
             CheckMonitor(config.monitor),
             LogConfig(config),
+            RecordError(Path(HydraConfig.get().runtime.output_dir)),
         ],
         logger=[instantiate(logger) for logger in config.logger.values() if logger],
     )
