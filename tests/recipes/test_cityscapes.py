@@ -18,7 +18,7 @@ from torchvision.transforms import v2
 
 from lightning_dist.data.masks import RandomScale
 
-# shared/PAPER.md, section 4, written down apart from conf/.
+# The settings of the paper, written down apart from conf/.
 RECIPES = {  # student, teacher, by the names of golden/state_dict_shapes.json.gz
     "cityscapes/deeplabv3_r101_deeplabv3_r18": ("deeplabv3_resnet18", "deeplabv3_resnet101"),
     "cityscapes/deeplabv3_r101_pspnet_r18": ("psp_resnet18", "deeplabv3_resnet101"),
