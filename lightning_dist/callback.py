@@ -145,7 +145,7 @@ class DistillationCallback(Callback):
     # Hooks, in the order in which Lightning calls them
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check what can be checked, and let the terms' own parameters join the module."""
+        """Let the terms' own parameters join the module, place the teacher, wrap the step."""
         if stage != "fit" or self.owner not in (None, pl_module):
             return
         if not pl_module.automatic_optimization:
@@ -178,9 +178,19 @@ class DistillationCallback(Callback):
                     "have parameters, which it then cannot average: list DistillationCallback first"
                 )
             pl_module.add_module(_TermParameters.name, parts)
+        # Here, and not when fit starts: Lightning's tuners train before that hook is called.
+        device = trainer.strategy.root_device
+        for term in self.terms.values():
+            if isinstance(term.loss, nn.Module):
+                term.loss.to(device)
+        self.teacher.freeze()
+        if isinstance(self.teacher, CachedTeacher):
+            self.teacher.locate(trainer)
+        self.teacher.to(device)
+        self._wrap(trainer, pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Place the teacher and wrap the training step."""
+        """Check what needs the module's parts and the optimizers."""
         if self.owner not in (None, pl_module):
             return
         student = find(pl_module, self.student, "the LightningModule", "student")
@@ -195,29 +205,7 @@ class DistillationCallback(Callback):
                 "the teacher",
                 f"the teacher path of term {name!r}",
             )
-            if isinstance(term.loss, nn.Module):
-                term.loss.to(pl_module.device)
         self._refuse_untrained_terms(trainer)
-        self.teacher.freeze()
-        if isinstance(self.teacher, CachedTeacher):
-            self.teacher.locate(trainer)
-        self.teacher.to(trainer.strategy.root_device)
-
-        step = pl_module.training_step
-        self._own_step = pl_module.__dict__.get("training_step")  # torch.compile sets one
-        self._wrapped = True
-
-        @functools.wraps(getattr(step, "__func__", step))
-        def training_step(module: LightningModule, *args: Any, **kwargs: Any) -> Any:
-            if module is not pl_module:  # a copy made during fit
-                return type(module).training_step(module, *args, **kwargs)
-            if not trainer.training:  # a validation_step that calls it
-                return step(*args, **kwargs)
-            return self._distill(trainer, pl_module, step, args, kwargs)
-
-        # A method, for a copy binds it to itself, and a pickle holds no more than its name.
-        training_step.__name__ = "training_step"
-        pl_module.__dict__["training_step"] = types.MethodType(training_step, pl_module)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -267,12 +255,15 @@ class DistillationCallback(Callback):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        student = pl_module.get_submodule(self.student)
+        student = find(pl_module, self.student, "the LightningModule", "student")
         teacher_outputs: dict[str, list[Any]] = {t.teacher: [] for t in self.terms.values()}
         student_outputs: dict[str, list[Any]] = {t.student: [] for t in self.terms.values()}
         # Hooks live for the step only, so that a copy or a pickle of the module never holds one.
         with ExitStack() as hooks:
             if isinstance(self.teacher, CachedTeacher):
+                # A tuner trains without the Trainer's callbacks, and so without their hooks.
+                with torch.autocast(pl_module.device.type, enabled=False):
+                    self.teacher.provide(trainer, args[0])
                 teacher_outputs = self.teacher.recall(args[0])
                 hooks.callback(_refuse_other_images(student, args[0]))
             else:
@@ -401,6 +392,23 @@ class DistillationCallback(Callback):
             )
 
     # Helpers of the hooks
+
+    def _wrap(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        step = pl_module.training_step
+        self._own_step = pl_module.__dict__.get("training_step")  # torch.compile sets one
+        self._wrapped = True
+
+        @functools.wraps(getattr(step, "__func__", step))
+        def training_step(module: LightningModule, *args: Any, **kwargs: Any) -> Any:
+            if module is not pl_module:  # a copy made during fit
+                return type(module).training_step(module, *args, **kwargs)
+            if not trainer.training:  # a validation_step that calls it
+                return step(*args, **kwargs)
+            return self._distill(trainer, pl_module, step, args, kwargs)
+
+        # A method, for a copy binds it to itself, and a pickle holds no more than its name.
+        training_step.__name__ = "training_step"
+        pl_module.__dict__["training_step"] = types.MethodType(training_step, pl_module)
 
     def _refuse_untrained_terms(self, trainer: Trainer) -> None:
         trained = {

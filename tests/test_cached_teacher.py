@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -157,6 +158,15 @@ def test_the_callback_on_a_module_of_the_users(train, tmp_path):
         train(None, module=Plain(), callbacks=[DistillationCallback(t)]) for t in (teacher(), kept)
     )
     assert same_weights(live, warm)
+
+
+def test_a_tuner_searches_with_the_answers(make_trainer, tmp_path):
+    kept = CachedTeacher(teacher(), tmp_path, views=1)
+    module = ClassificationModule(SmallCNN([4, 8]), kept, num_classes=10)
+    trainer = make_trainer(max_epochs=9)
+    Tuner(trainer).lr_find(module, datamodule=digits(), num_training=4, update_attr=False)
+    assert_rows_are_fresh_answers(tmp_path, digits())
+    assert len(files(tmp_path)) == 1
 
 
 def test_an_ensemble_with_bridge_and_class_map(train, tmp_path):
