@@ -157,7 +157,11 @@ class DistillationCallback(Callback):
             raise MisconfigurationException(
                 "the Trainer has several DistillationCallbacks: give one of them several terms"
             )
-        refuse_shared_tensors(self.teacher.network, pl_module)
+        try:
+            refuse_shared_tensors(self.teacher.network, pl_module)
+        except MisconfigurationException:
+            self.teacher.release()  # what it shares is the student's, which would stay frozen
+            raise
         if isinstance(self.teacher, CachedTeacher):
             taps = [(term.teacher, term.output) for term in self.terms.values()]
             self.teacher.attach(trainer, taps, self.inputs)

@@ -9,13 +9,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
+from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_dist import DistillationCallback, DISTLoss, KDLoss, Teacher, Term, WeightSchedule
+from lightning_dist import (
+    CachedTeacher,
+    DistillationCallback,
+    DISTLoss,
+    KDLoss,
+    Teacher,
+    Term,
+    WeightSchedule,
+)
 from lightning_dist.functional import dist_loss
+from lightning_dist.teacher import EnsembleTeacher
 
 BATCH = 8
 
@@ -433,6 +443,35 @@ def test_weight_averaging_copies_no_teacher(make_trainer, averaging):
     assert_same_weights(alone, fitted(make_trainer(callbacks=[average])))
 
 
+class Tuned(Plain):
+    """What Lightning's tuners want: a rate and a batch size as attributes, and a loader."""
+
+    lr = 0.1
+    batch_size = 2
+
+    def train_dataloader(self):
+        return DataLoader(data().dataset, batch_size=self.batch_size)
+
+    val_dataloader = train_dataloader
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+
+@pytest.mark.parametrize("search", ["lr_find", "scale_batch_size"])
+def test_tuners_search_with_the_teacher(make_trainer, search):
+    teacher, calls = teacher_net(), []
+    teacher.register_forward_hook(lambda *_: calls.append(1))
+    trainer = make_trainer(callbacks=[DistillationCallback(teacher)], max_epochs=9)
+    module, options = (
+        Tuned(),
+        {"lr_find": {"num_training": 6}, "scale_batch_size": {"max_trials": 2}},
+    )
+    getattr(Tuner(trainer), search)(module, **options[search])
+    assert len(calls) >= 6
+    assert "training_step" not in module.__dict__
+
+
 def test_validation_does_not_ask_the_teacher(make_trainer):
     teacher, calls = teacher_net(), []
     teacher.register_forward_hook(lambda *_: calls.append(1))
@@ -563,6 +602,14 @@ def test_a_teacher_that_shares_parameters_is_refused(make_trainer):
     view = nn.Linear(6, 12)
     view.weight = nn.Parameter(module.net[0].weight.data.view(12, 6))
     refused(make_trainer, "shares its 'weight'", module, teacher=view)
+
+
+@pytest.mark.parametrize("kind", [Teacher, lambda net: EnsembleTeacher([net]), CachedTeacher])
+def test_a_student_refused_as_its_own_teacher_is_not_left_frozen(make_trainer, kind):
+    module = Plain()
+    refused(make_trainer, "shares its", module, teacher=kind(module.net))
+    assert all(parameter.requires_grad for parameter in module.net.parameters())
+    assert all(part.training for part in module.net.modules())
 
 
 def test_different_class_counts_are_refused(make_trainer):
