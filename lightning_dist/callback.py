@@ -44,7 +44,7 @@ class Term:
             By default ``logits`` where there is one, or the first item of a tuple or list.
     """
 
-    loss: Callable[[Tensor, Tensor], Tensor]
+    loss: nn.Module | Callable[[Tensor, Tensor], Tensor]
     weight: Weight = 1.0
     student: str = ""
     teacher: str = ""
@@ -103,7 +103,7 @@ class DistillationCallback(Callback):
         self,
         teacher: nn.Module | Teacher,
         student: str = "net",
-        loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+        loss: nn.Module | Callable[[Tensor, Tensor], Tensor] | None = None,
         weight: Weight | None = None,
         *,
         task_weight: float = 1.0,
