@@ -540,6 +540,40 @@ def test_parameters_of_a_term_train_and_resume_but_are_not_the_modules(make_trai
     assert torch.equal(resumed.project.weight, loss.project.weight)
 
 
+def test_a_checkpoint_of_other_terms_is_refused_in_fit_and_no_matter_in_test(
+    make_trainer, tmp_path
+):
+    class Testing(Plain):
+        test_step = Plain.validation_step
+
+    trainer = make_trainer(callbacks=[projecting()[0]])
+    fitted(trainer)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    for terms in (None, {"mimic": Term(F.mse_loss)}):
+        resuming, testing = (
+            make_trainer(callbacks=[DistillationCallback(teacher_net(), terms=terms)], max_epochs=2)
+            for _ in range(2)
+        )
+        with pytest.raises(
+            MisconfigurationException, match="does not fit the loss of term 'mimic'"
+        ):
+            resuming.fit(Plain(), data(), ckpt_path=tmp_path / "last.ckpt")
+        testing.test(Testing(), data(), ckpt_path=tmp_path / "last.ckpt", verbose=False)
+
+
+@pytest.mark.filterwarnings("ignore:.*dataloader_iter.*")
+def test_a_step_that_draws_its_batches_itself(make_trainer):
+    class Drawing(Plain):
+        def training_step(self, dataloader_iter):
+            batch, *_ = next(dataloader_iter)
+            return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    teacher = teacher_net()
+    trainer = make_trainer(callbacks=[DistillationCallback(teacher)])
+    module = fitted(trainer, Drawing)
+    torch.testing.assert_close(module.net.state_dict(), plain_loop(teacher)[0].state_dict())
+
+
 def test_parameters_of_a_term_are_there_when_weights_are_averaged(make_trainer):
     fitted(make_trainer(callbacks=[projecting()[0], EMAWeightAveraging()]))
     message = "EMAWeightAveraging comes before.*list DistillationCallback first"
@@ -591,7 +625,12 @@ def test_an_unknown_sub_module_is_refused_with_near_names(make_trainer):
 
 
 def test_manual_optimization_is_refused(make_trainer):
+    class Late(Plain):
+        def setup(self, stage):
+            self.automatic_optimization = False
+
     refused(make_trainer, "Manual optimizes manually", module=Manual())
+    refused(make_trainer, "Late optimizes manually", module=Late())
 
 
 def test_a_teacher_that_shares_parameters_is_refused(make_trainer):
