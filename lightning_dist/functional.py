@@ -68,7 +68,7 @@ def dist_loss(
         Huang et al., Knowledge Distillation from A Stronger Teacher, NeurIPS 2022, equation 10.
     """
     _check_logits(student, teacher)
-    check_logits_options(tau, activation)
+    check_logits_options(tau, activation, beta=beta, gamma=gamma, eps=eps)
     if mask is not None:
         rows = (student.shape[0], *student.shape[2:])
         if mask.dtype != torch.bool or mask.shape != rows:
