@@ -153,7 +153,7 @@ def table_of(results: list[Row]) -> Table:
 
 
 def verdict(results: list[Row]) -> list[str]:
-    """Means and extremes beside the bars of issue 3."""
+    """Means and extremes beside their bars."""
     lines = []
     for name, least in ((OURS, 1.8), (COMPILED, 3.0)):
         speeds = [row.speed(THEIRS, name) for row in results]

@@ -27,6 +27,7 @@ AUTO = "data/teacher_cache"
 FORMAT = 1
 SAMPLES = 16  # of which the pixels are part of the cache's key
 POLL_SECONDS = 30.0
+_NO_FOLDERS = ("", "false", "no", "none", "null", "on", "true", "yes")
 _DRAWN_BY = ("lightning-dist", "numpy", "pillow", "timm", "torch", "torchvision")
 
 
@@ -259,7 +260,7 @@ class CachedTeacher(Teacher):
 
 def cached(
     teacher: nn.Module | Teacher,
-    cache: str | Path | bool | None = "auto",
+    cache: str | Path | bool = "auto",
     views: int = 8,
     dtype: Literal["float16", "float32"] = "float16",
 ) -> nn.Module | Teacher:
@@ -267,10 +268,16 @@ def cached(
 
     Args:
         teacher: the network, or any Teacher.
-        cache: ``"off"``, ``"auto"`` or a folder.
+        cache: ``"off"``, ``"auto"`` or a folder; False and True, as which YAML reads ``off`` and
+            ``on``, are ``"off"`` and ``"auto"``.
         views: see :class:`CachedTeacher`.
         dtype: likewise.
+
+    Raises:
+        ValueError: if ``cache`` is a word for yes or no that would become a folder's name.
     """
-    if cache in ("off", False, None):
+    if not isinstance(cache, bool) and str(cache).lower() in _NO_FOLDERS:
+        raise ValueError(f"distill.cache is {cache!r}: use auto, off or a folder")
+    if cache in ("off", False):
         return teacher
     return CachedTeacher(teacher, "auto" if cache is True else str(cache), views=views, dtype=dtype)

@@ -37,6 +37,21 @@ def check_number(
     raise ValueError(f"{name} is {value!r}: give {what}{within}")
 
 
+def check_flag(name: str, value: Any) -> None:
+    """Refuse what is neither true nor false: any other word would count as true.
+
+    Raises:
+        ValueError: saying what to give.
+
+    Example:
+        >>> check_flag("resume", "maybe")
+        Traceback (most recent call last):
+        ValueError: resume is 'maybe': give true or false
+    """
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}: give true or false")
+
+
 def check_logits_options(
     tau: float,
     activation: str = "softmax",

@@ -100,7 +100,7 @@ def export_student(
 
     Raises:
         ValueError: if there is no such format, it cannot hold this network, or what it holds
-            computes something else.
+            computes something else; if weights are not finite, or the facts do not fit.
         ImportError: if ``onnx`` needs packages that are not installed.
         OSError: if the file cannot be written.
 
@@ -116,9 +116,17 @@ def export_student(
     """
     if format not in FORMATS:
         raise ValueError(f"there is no format {format!r}: use {_one_of(FORMATS)}")
+    student = getattr(student, "_orig_mod", student)  # of torch.compile
     network = copy.deepcopy(student).cpu().eval().requires_grad_(False)
     network.to(memory_format=torch.contiguous_format)
+    _refuse_nonfinite(network)
     shape = None if input_size is None else _image_shape(input_size)
+    for name, values in {"mean": mean, "std": std}.items():
+        if shape is not None and values is not None and len(values) not in (1, shape[0]):
+            raise ValueError(
+                f"{name} has {len(values)} entries and input_size {shape[0]} channels: give one "
+                "for each, or one for all"
+            )
     facts = {
         "architecture": architecture,
         "input_size": shape,
@@ -178,7 +186,10 @@ def _saver(
 
 def _save_safetensors(network: nn.Module, path: Path, facts: Mapping[str, Any]) -> None:
     header = {name: json.dumps(value) for name, value in facts.items()}
+    path.touch()
+    mode = path.stat().st_mode
     safetensors.torch.save_model(network, str(path), metadata=header)
+    path.chmod(mode)  # for its owner alone, as safetensors leaves it
 
 
 def _save_timm(network: Any, path: Path, facts: Mapping[str, Any], mend: str) -> None:
@@ -205,7 +216,7 @@ def _save_timm(network: Any, path: Path, facts: Mapping[str, Any], mend: str) ->
     shape = facts.get("input_size") or timm.data.resolve_model_data_config(network)["input_size"]
     with refusing("timm", mend), torch.random.fork_rng(devices=[]):  # a new network draws weights
         again = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
-        compare(again, network, [(2, *shape)])
+        compare(again, network, [torch.randn(2, *shape)])
 
 
 @contextmanager
@@ -228,6 +239,15 @@ def _staged(path: Path) -> Iterator[Path]:
                 os.replace(temporary, path)
     except (OSError, safetensors.SafetensorError) as error:
         raise OSError(f"{path} cannot be written ({error}): choose another place") from error
+
+
+def _refuse_nonfinite(network: nn.Module) -> None:
+    for name, value in network.state_dict().items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(
+                f"the student's {name!r} is not finite: its training diverged; export another "
+                "checkpoint"
+            )
 
 
 def _image_shape(size: Sequence[int]) -> Shape:

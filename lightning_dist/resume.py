@@ -12,9 +12,11 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lightning_dist.checkpoint_io import AtomicCheckpointIO, refuse_unwritable
 from lightning_dist.checks import check_number
 from lightning_dist.curves import ResumableCSVLogger
 from lightning_dist.data.order import derive_seeds
@@ -85,7 +87,7 @@ class ExactResume(Callback):
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         folder = _folder(trainer)
         if folder is not None and "://" not in folder and trainer.is_global_zero:
-            _refuse_unwritable(Path(folder))
+            refuse_unwritable(Path(folder))
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -111,6 +113,8 @@ class ExactResume(Callback):
                 "ReduceLROnPlateau misses a step wherever a run resumes (Lightning skips it): the "
                 "run then ends otherwise than without an interruption"
             )
+        if self._resumes:
+            _begin_new_epoch_after_a_whole_one(trainer)
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._listen(trainer)
@@ -176,7 +180,7 @@ class ExactResume(Callback):
         if self._resumes and not self._trains:
             # Lightning counts the last batch and epoch when it goes on, and logs the test by that.
             trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
-            if trainer.should_stop:
+            if trainer.should_stop or trainer.global_step == trainer.max_steps:
                 trainer.fit_loop.epoch_progress.increment_completed()
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -235,53 +239,23 @@ class ExactResume(Callback):
         raise Interrupted(number, status=128 + number if trainer.is_global_zero else 0)
 
 
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its path and renames it once it is complete.
+def _begin_new_epoch_after_a_whole_one(trainer: Trainer) -> None:
+    """Under ``max_steps`` Lightning would repeat the epoch whose end a checkpoint was taken at.
 
-    Whatever interrupts it, a file of this name is a whole checkpoint, the new one or the one
-    before. (Lightning's own passes through the system's temporary folder, which may be on another
-    disk.)
+    It resumes such runs as if in mid-epoch, whatever the checkpoint says. There is no hook between
+    the loading of the loops' state and its use, so the loop's own method is wrapped once.
     """
+    loop = trainer.fit_loop
+    reset = loop.reset
 
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
-    ) -> None:
-        """Write it.
+    def reset_once() -> None:
+        del loop.__dict__["reset"]
+        progress: Any = loop.epoch_progress.current
+        if progress.ready == progress.started == progress.processed:
+            _Loop.restarting.fset(loop, False)  # type: ignore[attr-defined]
+        reset()
 
-        Args:
-            checkpoint: what to save.
-            path: where.
-            storage_options: there are none.
-
-        Raises:
-            OSError: if it cannot be written; what was there before is intact.
-        """
-        if "://" in str(path) or storage_options is not None:
-            super().save_checkpoint(checkpoint, path, storage_options)
-            return
-        path = Path(path)
-        partial = path.with_name(f".{path.name}.partial")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(partial, "wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        except (OSError, RuntimeError) as error:
-            before = path.is_file()
-            if partial.parent.is_dir():
-                partial.unlink(missing_ok=True)
-            disk: BaseException = error  # torch closes its file, and raises what that raises
-            while disk.__context__ is not None and not isinstance(disk, OSError):
-                disk = disk.__context__
-            if not isinstance(disk, OSError):
-                raise
-            raise OSError(
-                f"cannot write the checkpoint {path}: {disk.strerror or disk}. "
-                f"{'The one saved there before is intact' if before else 'None was there before'}: "
-                "make room or choose another folder, and resume"
-            ) from error
+    loop.__dict__["reset"] = reset_once
 
 
 def _curves(trainer: Trainer) -> list[ResumableCSVLogger]:
@@ -294,15 +268,3 @@ def _folder(trainer: Trainer) -> str | None:
     if not isinstance(saver, ModelCheckpoint) or quick:
         return None
     return str(saver.dirpath or trainer.default_root_dir)
-
-
-def _refuse_unwritable(folder: Path) -> None:
-    trial = folder / ".writable"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        trial.write_bytes(b"?")
-        trial.unlink()
-    except OSError as error:
-        raise OSError(
-            f"cannot write checkpoints to {folder}: {error.strerror}. Choose another folder"
-        ) from error

@@ -1,10 +1,9 @@
 """The teacher: a frozen network that no module tree, optimizer or checkpoint ever holds."""
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +76,7 @@ class Teacher:
         if channels_last:
             network.to(memory_format=torch.channels_last)
         self.network = network
-        self._shards: list[FSDPModule] = []
+        self.shards: list[FSDPModule] = []  # what is gathered for a call
         self.dtype = dtype
         self.inputs = inputs
         self.compile = compile
@@ -101,7 +100,7 @@ class Teacher:
 
     def to(self, device: torch.device | str) -> "Teacher":
         """Move the network, unless it is sharded: then its mesh says where it is."""
-        if not self._shards:
+        if not self.shards:
             self.network.to(device)
         return self
 
@@ -113,18 +112,18 @@ class Teacher:
         Args:
             mesh: one-dimensional, over the processes that train on different batches.
         """
-        if not self._shards:
-            self._shards = [fully_shard(self.network, mesh=mesh)]
+        if not self.shards:
+            self.shards = [fully_shard(self.network, mesh=mesh)]
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
         # Not left to FSDP's own hooks: a term may call a part of the network.
-        for shard in self._shards:
+        for shard in self.shards:
             shard.unshard()
         try:
             yield
         finally:
-            for shard in self._shards:
+            for shard in self.shards:
                 shard.reshard()
 
     @torch.no_grad()
@@ -141,6 +140,11 @@ class Teacher:
         Raises:
             ValueError: if there is no image for ``inputs``, or ``class_map`` does not fit.
         """
+        self._stay_frozen()
+        return self._answer(args, kwargs)
+
+    def _answer(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """What a call returns, once the network is frozen; an ensemble has its own."""
         if self.inputs is not None:
             args, kwargs = self.inputs((args, kwargs))
         parameter = next((p for p in self.network.parameters() if p.is_floating_point()), None)
@@ -169,12 +173,15 @@ class Teacher:
         """
         if not part:
             return self(*args, **kwargs)
+        self._stay_frozen()
         return self._run(self.network.get_submodule(part), args, kwargs)
 
-    def _run(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """Call the network or a part of it in eval mode, without autocast where it has a dtype."""
+    def _stay_frozen(self) -> None:
         if self.network.training:
             self.freeze()
+
+    def _run(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Call the network or a part of it, without autocast where it has a dtype."""
         parameter = next(self.network.parameters(), None)
         context: Any = nullcontext()
         if parameter is not None and self.dtype is not None:
@@ -186,7 +193,7 @@ class Teacher:
         """The teacher as any network: itself, or a module that calls it with its own view."""
         if self.inputs is None and self.class_map is None and self.dtype is None:
             return self.network
-        return _TeacherNetwork(self)
+        return TeacherNetwork(self)
 
     def _prepare(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         if not x.is_floating_point():
@@ -224,7 +231,7 @@ class Teacher:
         return f"Teacher({type(self.network).__name__})"
 
 
-class _TeacherNetwork(nn.Module):
+class TeacherNetwork(nn.Module):
     """A teacher whose inputs or outputs are not its network's."""
 
     def __init__(self, teacher: Teacher) -> None:
@@ -234,99 +241,3 @@ class _TeacherNetwork(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.teacher(*args, **kwargs)
-
-
-class EnsembleTeacher(Teacher):
-    """Several teachers whose mean is the teacher.
-
-    The mean of probabilities is returned as its logarithm, so that the softmax of the output is the
-    mean; a loss with a temperature then softens that mean, not each teacher. The mean of logits is
-    a (normalised) geometric mean of probabilities, at any temperature.
-
-    Each teacher has its own bridge, class map and dtype. A distillation term finds the sub-modules
-    of the first one under ``"0."``, and so on.
-
-    Args:
-        teachers: networks or Teachers, in a list or under names. All give logits of one shape.
-        mean: ``"probabilities"`` or ``"logits"``.
-
-    Raises:
-        ValueError: if there is no teacher, or ``mean`` is neither.
-
-    Example:
-        >>> ensemble = EnsembleTeacher([nn.Linear(4, 3), nn.Linear(4, 3)])
-        >>> torch.allclose(ensemble(torch.ones(2, 4)).exp().sum(1), torch.ones(2))
-        True
-    """
-
-    def __init__(
-        self,
-        teachers: Sequence[nn.Module | Teacher] | Mapping[str, nn.Module | Teacher],
-        mean: Literal["probabilities", "logits"] = "probabilities",
-    ) -> None:
-        members = list(teachers.values() if isinstance(teachers, Mapping) else teachers)
-        if not members:
-            raise ValueError("the ensemble has no teachers: give at least one")
-        if mean not in ("probabilities", "logits"):
-            raise ValueError(f"mean is {mean!r}: use 'probabilities' or 'logits'")
-        self.teachers = [m if isinstance(m, Teacher) else Teacher(m) for m in members]
-        self.mean = mean
-        super().__init__(nn.ModuleList([teacher.network for teacher in self.teachers]))
-
-    def release(self) -> None:
-        """Give every network back as it was given."""
-        for teacher in self.teachers:
-            teacher.release()
-
-    def shard(self, mesh: DeviceMesh) -> None:
-        """Divide each teacher among the processes of a mesh."""
-        for teacher in self.teachers:
-            teacher.shard(mesh)
-        self._shards = [shard for teacher in self.teachers for shard in teacher._shards]
-
-    @torch.no_grad()
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Call every teacher on the inputs.
-
-        Args:
-            args: what the student's call was given, in any nesting of containers.
-            kwargs: the same.
-
-        Returns:
-            The mean, ``(N, C)`` or ``(N, C, *spatial)`` in float32 or wider.
-
-        Raises:
-            ValueError: if the teachers' logits differ in shape.
-        """
-        if self.network.training:
-            self.freeze()
-        total: Tensor | None = None
-        for index, teacher in enumerate(self.teachers):
-            logits = logits_of(teacher(*args, **kwargs))
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            if self.mean == "probabilities":
-                logits = logits.log_softmax(1)
-            if total is None:
-                total = logits
-            elif total.shape != logits.shape:
-                raise ValueError(
-                    f"teacher {index} of the ensemble ({teacher}) has logits {tuple(logits.shape)} "
-                    f"and teacher 0 {tuple(total.shape)}: give each a class_map to the student's "
-                    "classes"
-                )
-            else:
-                total = (
-                    torch.logaddexp(total, logits)
-                    if self.mean == "probabilities"
-                    else total + logits
-                )
-        assert total is not None
-        n = len(self.teachers)
-        return total - math.log(n) if self.mean == "probabilities" else total / n
-
-    def as_network(self) -> nn.Module:
-        """The teachers as any network, whose output is their mean."""
-        return _TeacherNetwork(self)
-
-    def __repr__(self) -> str:
-        return f"EnsembleTeacher({', '.join(map(repr, self.teachers))})"

@@ -45,10 +45,12 @@ class ViewFiles:
         path = self.path(view)
         try:
             found = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError, SyntaxError) as error:
+        except OSError:
+            raise
+        except Exception as error:  # whatever a reader meets in bytes that are no array
             raise ValueError(f"{path} is damaged ({error}): delete it, to fill it anew") from error
         shape, names = getattr(found, "shape", None), getattr(found, "dtype", np.dtype("V")).names
-        if shape != (self.rows,) or names != tuple(fields):
+        if shape != (self.rows,) or names != tuple(fields) or not _all_floats(found.dtype):
             raise ValueError(
                 f"{path} is no view of {self.rows} rows of {', '.join(fields)}: delete it, to fill "
                 "it anew"
@@ -133,3 +135,7 @@ class ViewFiles:
 
     def _part(self, view: int) -> Path:
         return self.path(view).with_suffix(".part")
+
+
+def _all_floats(row: np.dtype) -> bool:
+    return all(row[name].base.kind == "f" for name in row.names or ())

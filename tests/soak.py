@@ -33,6 +33,16 @@ OVERRIDES = (
     "print_config=false",
     "callbacks.progress=null",
 )
+VARIANTS = {
+    "one-process": ["trainer=cpu"],
+    # It ends in mid-epoch, and not with a validation.
+    "rare-validation": [
+        "trainer=cpu",
+        "+trainer.check_val_every_n_epoch=3",
+        "+trainer.max_steps=35",
+    ],
+    "two-processes": ["trainer=ddp_sim"],
+}
 
 
 def start(folder: Path, *overrides: str) -> subprocess.Popen:
@@ -120,23 +130,23 @@ def soak(folder: Path, rounds: int, *overrides: str, draw: random.Random) -> lis
 
 
 def main() -> None:
-    """Soak with one process and with two."""
+    """Soak every variant."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0, help="of the places and signals")
     parser.add_argument("--folder", type=Path, help="keep the runs here")
     parser.add_argument(
-        "--trainers", nargs="+", default=["cpu", "ddp_sim"], help="share the rounds"
+        "--variants", nargs="+", default=[*VARIANTS], choices=VARIANTS, help="share the rounds"
     )
     options = parser.parse_args()
     draw = random.Random(options.seed)
     folder = options.folder or Path(tempfile.mkdtemp())
     mismatches = []
-    for index, trainer in enumerate(options.trainers):
-        rounds = len(range(index, options.rounds, len(options.trainers)))
-        print(f"{rounds} rounds with trainer={trainer}")
-        (folder / trainer).mkdir(parents=True)
-        mismatches += soak(folder / trainer, rounds, f"trainer={trainer}", draw=draw)
+    for index, variant in enumerate(options.variants):
+        rounds = len(range(index, options.rounds, len(options.variants)))
+        print(f"{rounds} rounds of {variant}: {' '.join(VARIANTS[variant])}")
+        (folder / variant).mkdir(parents=True)
+        mismatches += soak(folder / variant, rounds, *VARIANTS[variant], draw=draw)
     for mismatch in mismatches:
         print(mismatch)
     print(f"{options.rounds} rounds, {len(mismatches)} mismatches")

@@ -1,6 +1,5 @@
 """CachedTeacher: what it trains, what it keeps in files, who shares them, and what it refuses."""
 
-import importlib
 import json
 import logging
 import multiprocessing
@@ -23,17 +22,18 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from counted import CountedCNN
 from lightning_dist import CachedTeacher, DistillationCallback, DistillModule, Teacher, Term
 from lightning_dist.bridge import InputBridge
 from lightning_dist.cached_teacher import cached
 from lightning_dist.data.digits import DigitsDataModule
 from lightning_dist.data.scenes import ScenesDataModule
+from lightning_dist.ensemble import EnsembleTeacher
 from lightning_dist.models.small import SmallCNN, SmallUNet
 from lightning_dist.tasks.classification import ClassificationModule
 from lightning_dist.tasks.segmentation import SegmentationModule
-from lightning_dist.teacher import EnsembleTeacher
 
-CACHING = Path(__file__).parent / "caching"
+HELPERS = Path(__file__).parent / "helpers"
 TRAINED = "pkg://lightning_dist/assets/digits_teacher.safetensors"
 SIZE = 150
 
@@ -315,10 +315,17 @@ def test_another_teacher_or_other_data_have_another_cache(train, tmp_path, chang
 
 def test_off_is_the_teacher_itself():
     network = teacher()
-    for off in ("off", False, None):
+    for off in ("off", False):  # YAML reads off as False
         assert cached(network, off) is network
+    assert cached(network, True).root == Path("data/teacher_cache")
     assert cached(network, "auto").root == Path("data/teacher_cache")
     assert cached(network, "some/folder", views=3).views == 3
+
+
+@pytest.mark.parametrize("word", [None, "none", "None", "no", "on", "false", ""])
+def test_a_word_that_would_become_a_folder_is_refused(word):
+    with pytest.raises(ValueError, match=f"distill.cache is {word!r}: use auto, off or a folder"):
+        cached(teacher(), word)
 
 
 def test_the_command_keeps_its_caches_in_one_place(command, tmp_path):
@@ -486,16 +493,14 @@ def test_settings_out_of_range_are_refused(settings):
 def counted(tmp_path, monkeypatch):
     """A teacher of any process that writes down what it is asked, and what was written."""
     monkeypatch.setenv("COUNTED", str(tmp_path / "counted.txt"))
-    monkeypatch.setenv("PYTHONPATH", str(CACHING))
-    monkeypatch.syspath_prepend(CACHING)
-    kind = importlib.import_module("counted").CountedCNN
+    monkeypatch.setenv("PYTHONPATH", str(HELPERS))
 
     def batches() -> list[int]:
         path = tmp_path / "counted.txt"
         return [int(line) for line in path.read_text().split()] if path.exists() else []
 
     def new() -> CachedTeacher:
-        network = Teacher(kind([32, 64, 128]), TRAINED)
+        network = Teacher(CountedCNN([32, 64, 128]), TRAINED)
         return CachedTeacher(network, tmp_path / "cache", views=2)
 
     return SimpleNamespace(teacher=new, batches=batches)

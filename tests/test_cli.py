@@ -149,6 +149,28 @@ def test_resuming_in_another_runs_folder_is_refused(command, refused):
     assert "other data, networks or settings" in refused(*again, "optimizer.lr=0.02")
 
 
+def test_a_refused_attempt_leaves_the_result_of_a_completed_run(command, refused, tmp_path):
+    command("train", *QUICK, "hydra.run.dir=run")
+    result = tmp_path / "run" / "result.json"
+    before = result.read_text()
+    again = ["train", *QUICK, "hydra.run.dir=run"]
+    assert "seed is 'abc'" in refused(*again, "seed=abc")
+    assert "none.ckpt" in refused(*again, "ckpt_path=none.ckpt")
+    assert result.read_text() == before
+    (tmp_path / "run" / "checkpoints" / "last.ckpt").rename(tmp_path / "other.ckpt")
+    line = refused(*again, "student.channels=[8,16]", "ckpt_path=other.ckpt")
+    assert "other.ckpt does not fit" in line
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"status": "completed"}'])
+def test_a_damaged_result_counts_as_none(command, tmp_path, text):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "result.json").write_text(text)
+    command("train", *QUICK, "data.train_size=64", "hydra.run.dir=run", "resume=true")
+    (result,) = results(tmp_path / "run")
+    assert result["status"] == "completed"
+
+
 def test_the_last_checkpoint_can_be_named_by_word(command, tmp_path):
     command("train", *QUICK, "scheduler=constant", "hydra.run.dir=run", "ckpt_path=last")
     assert "there is nothing to resume in" in (tmp_path / "run" / "train.log").read_text()
@@ -343,6 +365,13 @@ def test_a_checkpoint_of_another_program_is_refused(refused, tmp_path):
         "torch.load",
         "torchvision.datasets.utils.download_url",
         "timm.nothing.at.all",
+        "timm.models.load_state_dict",
+        "timm.models.load_checkpoint",
+        "timm.task.DistillationTeacher",
+        "torchmetrics.text.BERTScore",
+        "lightning_dist.loading.load_teacher",
+        "lightning_dist.DistillModule.load_from_checkpoint",
+        "lightning_dist.__main__.main",
     ],
 )
 def test_a_checkpoint_that_names_other_code_is_refused(refused, tmp_path, target):

@@ -2,6 +2,11 @@
 
 import copy
 import functools
+import importlib
+import linecache
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,8 +14,9 @@ from torch import nn
 
 from lightning_dist.bridge import InputBridge
 from lightning_dist.digest import digest
+from lightning_dist.ensemble import EnsembleTeacher
 from lightning_dist.models.small import SmallCNN
-from lightning_dist.teacher import EnsembleTeacher, Teacher
+from lightning_dist.teacher import Teacher
 
 
 class Scaled(nn.Module):
@@ -90,3 +96,116 @@ def test_a_circle_ends():
     other: list = [2]
     other.append(other)
     assert digest(one) != digest(other)
+
+
+HELPERS = """
+SCALES = {"gain": 2.0}
+
+def norm(x, power=2):
+    return [v**power for v in x]
+
+def unrelated():
+    return 1
+"""
+NETWORK = """
+import functools
+import helpers
+import torch
+from helpers import SCALES
+from torch import nn
+
+SHIFT = 1.0
+KINDS = {"a", "b", "c", "d"}
+
+def twice(x):
+    return 2 * shifted(x)
+
+@functools.cache
+def shifted(x):
+    return x + SHIFT if x not in KINDS else x
+
+def unrelated():
+    return [x for x in KINDS]
+
+class Net(nn.Module):
+    @torch.no_grad()
+    def forward(self, x):
+        return self.scaled(helpers.norm(x))
+
+    @staticmethod
+    def scaled(x):
+        return [twice(v) * SCALES["gain"] for v in x]
+"""
+
+
+@pytest.fixture
+def of_files(tmp_path, monkeypatch):
+    """The digest of a network whose code is in two files, with some of their text replaced."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # it knows a file by its second
+
+    def run(old: str = "", new: str = "") -> str:
+        for name, text in [("helpers", HELPERS), ("network", NETWORK)]:
+            (tmp_path / f"{name}.py").write_text(text.replace(old, new) if old else text)
+            monkeypatch.delitem(sys.modules, name, raising=False)
+        importlib.invalidate_caches()
+        linecache.checkcache()
+        return digest(importlib.import_module("network").Net())
+
+    yield run
+    for name in ("helpers", "network"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("2 * shifted(x)", "3 * shifted(x)"),
+        ("x + SHIFT", "x - SHIFT"),
+        ("SHIFT = 1.0", "SHIFT = 1.5"),
+        ('"gain": 2.0', '"gain": 2.5'),
+        ("v**power", "v + power"),
+        ("power=2", "power=3"),
+        ('"d"}', '"e"}'),
+    ],
+)
+def test_code_and_values_outside_the_class_that_it_uses_count(of_files, old, new):
+    assert of_files(old, new) != of_files()
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("return 1", "return 2"),
+        ("[x for x in KINDS]", "{x for x in KINDS}"),
+        ("\ndef twice", "\nTHERE = 1\n\ndef unrelated_too():\n    return 2\n\ndef twice"),
+    ],
+)
+def test_code_that_it_does_not_use_does_not_count(of_files, old, new):
+    assert of_files(old, new) == of_files()
+
+
+def test_a_value_that_changes_after_its_first_digest_counts(of_files):
+    before = of_files()
+    network = sys.modules["network"]
+    assert digest(network.Net()) == before
+    network.SHIFT = 3.0
+    assert digest(network.Net()) != before
+
+
+def test_every_process_has_the_same_digest_of_code(of_files, tmp_path):
+    """Sets of strings have an order of their own in each process."""
+    code = "import lightning_dist.digest, network; print(lightning_dist.digest.digest(network.Net))"
+    of_files()
+    folders = os.pathsep.join([str(tmp_path), *sys.path])
+    digests = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | {"PYTHONPATH": folders, "PYTHONHASHSEED": str(seed)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in range(3)
+    }
+    assert len(digests) == 1

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import nn
 from torch.utils.data import DataLoader
+from torchvision.models.detection import RetinaNet
 
 from lightning_dist import DistillModule
 from lightning_dist.cli.saved import CONFIG_KEY
@@ -170,6 +171,37 @@ def test_timm_reads_its_folder(tmp_path):
     assert again.num_classes == 2
 
 
+class Counting(RetinaNet):
+    """Moves its boxes by how often it was called, which a trace cannot know."""
+
+    calls = 0
+
+    def postprocess_detections(self, *args):
+        self.calls += 1
+        found = super().postprocess_detections(*args)
+        return [each | {"boxes": each["boxes"] + self.calls} for each in found]
+
+
+def test_boxes_are_compared_also_of_a_detector_that_finds_none_in_noise(tmp_path):
+    student = small_retinanet([8, 16, 24], 16, 3, 48)
+    (found,) = student.eval()([torch.rand(3, 48, 48)])
+    assert not len(found["boxes"])
+    export_student(student, tmp_path / "student.onnx", "onnx")
+    run, _ = open_onnx(tmp_path / "student.onnx")
+    assert not len(run(torch.rand(3, 48, 48))[0])
+    student.__class__ = Counting
+    with pytest.raises(ValueError, match="it gives other outputs on images of the shape"):
+        export_student(student, tmp_path / "student.onnx", "onnx")
+
+
+def test_a_compiled_student_is_exported_as_itself_for_all_to_read(tmp_path):
+    student = torch.compile(SmallCNN([4]))
+    path = export_student(student, tmp_path / "student.safetensors", input_size=(1, 8, 8))
+    assert safetensors.torch.load_file(path).keys() == SmallCNN([4]).state_dict().keys()
+    (tmp_path / "other").touch()
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_safetensors_hold_the_weights_and_the_facts(channels_last, tmp_path):
     student = SmallCNN([4, 8])
@@ -221,6 +253,11 @@ class Several(nn.Module):
         return images, images
 
 
+def diverged(network: SmallCNN) -> SmallCNN:
+    network.head.weight.data[0, 0] = float("nan")
+    return network
+
+
 RETINANET = ([8, 16, 24], 16, 3)
 REFUSED = {
     "an unknown format": (
@@ -258,6 +295,16 @@ REFUSED = {
         lambda: SmallCNN([4, 8]),
         {"format": "torch_export", "input_size": (3, 8, 8)},
         "does not run on images of 3 x 8 x 8 .*: set input_size",
+    ),
+    "weights of a run that diverged": (
+        lambda: diverged(SmallCNN([4, 8])),
+        {"format": "safetensors"},
+        "'head.weight' is not finite: its training diverged",
+    ),
+    "a mean of other channels": (
+        lambda: SmallCNN([4, 8]),
+        {"format": "torch_export", "mean": [0.1, 0.2]},
+        "mean has 2 entries and input_size 1 channels: give one for each, or one for all",
     ),
     "several outputs": (
         Several,

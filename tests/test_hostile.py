@@ -12,7 +12,9 @@ import pytest
 import safetensors.torch
 import torch
 
+from lightning_dist.cli.saved import CONFIG_KEY
 from lightning_dist.models.small import SmallCNN
+from lightning_dist.view_files import ViewFiles
 from lightning_dist.weights import load_weights, read_checkpoint
 
 QUICK = ("trainer=cpu", "trainer.max_epochs=1", "print_config=false", "callbacks.progress=null")
@@ -134,6 +136,138 @@ def test_a_hostile_checkpoint_in_the_folder_of_a_run_is_refused(refused, tmp_pat
     line = refused("train", *QUICK, "hydra.run.dir=run", "resume=true")
     assert "last.ckpt" in line
     assert not (tmp_path / "trace").exists()
+
+
+def hostile_config(**student: object) -> dict:
+    """The contents of a checkpoint whose student is built so."""
+    module = {
+        "_target_": "lightning_dist.DistillModule",
+        "student": {"_target_": "timm.create_model", "model_name": "resnet18"} | student,
+    }
+    data = {"_target_": "lightning_dist.data.digits.DigitsDataModule"}
+    config = {"module": module, "data": data, "seed": 0}
+    return {CONFIG_KEY: config, "state_dict": {"student.a": torch.zeros(1)}}
+
+
+RESOLVES = "${oc.create:{_target_: os.mkdir, path: trace}}"
+CONFIGS: dict[str, tuple[dict[str, object], str]] = {
+    "a resolver": ({"mean": RESOLVES}, "would resolve"),
+    "a resolver within": ({"options": [{"deep": RESOLVES}]}, "would resolve"),
+    "a resolver in a key": ({RESOLVES: 1}, "would resolve"),
+    "a pickle": ({"checkpoint_path": "w.pth"}, "would load checkpoint_path='w.pth'"),
+    "a pickle by position": (
+        {"_args_": ["resnet18", False, None, None, "w.pth"]},
+        "arguments that it does not name",
+    ),
+    "a pickle for pretrained weights": (
+        {"pretrained": True, "pretrained_cfg_overlay": {"file": "w.pth"}},
+        "would load pretrained_cfg_overlay",
+    ),
+    "a folder of timm's": ({"model_name": "local-dir:w"}, "would load 'local-dir:w'"),
+    "a backbone of the hub": (
+        {"_target_": "lightning_dist.models.segmentation.pspnet", "backbone": "hf-hub:a/b"},
+        "would load 'hf-hub:a/b'",
+    ),
+    "a pickle of timm's": (
+        {
+            "_target_": "timm.models.load_state_dict",
+            "path": "w.pth",
+            "weights_only": False,
+        },
+        "would run 'timm.models.load_state_dict'",
+    ),
+    "a partial of other code": (
+        {"loss": {"_target_": "os.mkdir", "_partial_": True}},
+        "would run 'os.mkdir'",
+    ),
+    "a function by its name": (
+        {"f": {"_target_": "hydra.utils.get_method", "path": "os.mkdir"}},
+        "would run 'hydra.utils.get_method'",
+    ),
+    "a number for a target": ({"_target_": 3}, "would run 3"),
+}
+
+
+@pytest.mark.parametrize("verb", ["eval", "export"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_that_runs_or_loads_something_is_refused(refused, tmp_path, verb, name):
+    student, message = CONFIGS[name]
+    (tmp_path / "w.pth").write_bytes(saved({"a": Runs()}))
+    torch.save(hostile_config(**student), tmp_path / "x.ckpt")
+    line = refused(verb, "ckpt=x.ckpt")
+    assert "x.ckpt" in line
+    assert message in line
+    assert "trust=true" in line
+    assert not (tmp_path / "trace").exists()
+
+
+def test_a_config_without_end_is_refused(refused, tmp_path):
+    loop = hostile_config()
+    loop[CONFIG_KEY]["module"]["student"]["self"] = loop[CONFIG_KEY]["module"]
+    torch.save(loop, tmp_path / "loop.ckpt")
+    assert "loop.ckpt is damaged: its config is nested" in refused("export", "ckpt=loop.ckpt")
+    wide: list = []
+    for _ in range(20):
+        wide = [wide, wide]
+    torch.save(hostile_config(options=wide), tmp_path / "wide.ckpt")
+    assert "wide.ckpt is damaged: its config has more" in refused("export", "ckpt=wide.ckpt")
+
+
+@pytest.mark.parametrize("options", [("ckpt_path=run/checkpoints/last.ckpt",), ("resume=true",)])
+def test_a_checkpoint_that_is_a_folder_is_refused(refused, tmp_path, options):
+    """Its strategy would unpickle the pieces."""
+    folder = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    folder.mkdir(parents=True)
+    (folder / ".metadata").write_bytes(pickle.dumps(Runs()))
+    line = refused("train", *QUICK, "hydra.run.dir=run", *options)
+    assert "last.ckpt is a folder" in line
+    assert "trust=true" in line
+    assert not (tmp_path / "trace").exists()
+
+
+BROKEN: dict[str, tuple[Callable[[dict], object], str]] = {
+    "no weights": (lambda c: c.pop("state_dict"), "has no weights"),
+    "text for weights": (lambda c: c["state_dict"].update(a="x"), "has no weights"),
+    "an empty config": (lambda c: c[CONFIG_KEY].clear(), "has no module or data or seed"),
+    "a list for a config": (lambda c: c.update({CONFIG_KEY: [1]}), "has no module"),
+    "a word for a seed": (lambda c: c[CONFIG_KEY].update(seed="abc"), "has no seed"),
+    "other shapes": (lambda c: None, "do not fit together"),
+    "other arguments": (
+        lambda c: c[CONFIG_KEY]["module"].update(foo=1),
+        "do not fit together",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_checkpoint_is_refused_by_name(refused, tmp_path, name):
+    contents = hostile_config()
+    change, message = BROKEN[name]
+    change(contents)
+    torch.save(contents, tmp_path / "broken.ckpt")
+    line = refused("export", "ckpt=broken.ckpt")
+    assert "broken.ckpt" in line
+    assert message in line
+
+
+HEADER = "{{'descr': {}, 'fortran_order': False, 'shape': (4,), }}\n"
+VIEWS = {
+    "a header without end": "(" * 9000 + "\n",
+    "a header of other keys": "{[]: 1}\n",
+    "a column of text": HEADER.format("[('(images)', '<U2'), ('a', '<f2', (3,))]"),
+    "a huge column": HEADER.format("[('(images)', '<f8'), ('a', '<f2', (10**21,))]"),
+    "a column of no kind": HEADER.format("[('(images)', 3), 5]"),
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_a_hostile_view_of_a_cached_teacher_is_refused_by_name(tmp_path, name):
+    header = VIEWS[name].encode()
+    files = ViewFiles(tmp_path, rows=4)
+    start = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little")
+    files.path(0).write_bytes(start + header + b"\0" * 64)
+    with pytest.raises(ValueError, match=r"view-000.npy is .*delete it, to fill it anew"):
+        files.open(0, ["(images)", "a"])
 
 
 def test_a_name_with_a_colon_is_no_path_out_of_the_archive(tmp_path):

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -26,12 +27,12 @@ from lightning_dist import (
 from lightning_dist.bridge import InputBridge, match_classes
 from lightning_dist.data.digits import DigitsDataModule
 from lightning_dist.data.imagenet import ImageFolderDataModule
+from lightning_dist.ensemble import EnsembleTeacher
 from lightning_dist.functional import dist_loss, kd_loss
 from lightning_dist.loading import load_teacher
 from lightning_dist.losses import FeatureMimic
 from lightning_dist.resume import ExactResume
 from lightning_dist.tasks.classification import ClassificationModule
-from lightning_dist.teacher import EnsembleTeacher
 from lightning_dist.weights import load_weights
 
 LOGITS = torch.randn(8, 4)
@@ -534,12 +535,34 @@ COMMANDS = {
     "teacher's weights": ("train teacher.weights=w.pth", "there is no weight file w.pth"),
     "teacher's name": ("train teacher=timm", "Missing mandatory value: module.teacher.*source"),
     "train_size": ("train data.train_size=5000", "digits leave 1293 images"),
+    "train_size in words": ("train data.train_size=abc", "train_size is 'abc': give a whole"),
+    "half an image": ("train data.train_size=10.5", "train_size is 10.5: give a whole number"),
+    "no batch": ("train +trainer.limit_train_batches=0", "there is no training batch"),
+    "batch that is dropped": (
+        "train data.train_size=10 +data.drop_last=true",
+        "has 10 images, and drop_last drops",
+    ),
+    "deviation of zero": ("train +data.std=[0]", "std has 0: give deviations above 0"),
+    "accumulation": (
+        "train +trainer.accumulate_grad_batches=0",
+        "trainer.accumulate_grad_batches is 0: give a whole number of at least 1",
+    ),
+    "validation": (
+        "train +trainer.val_check_interval=700",
+        "trainer.val_check_interval does not fit the data",
+    ),
     "fraction": ("train data.val_fraction=1.5", "val_fraction is 1.5: give a number"),
     "batch of one": ("train data.global_batch_size=1", "the batch has one sample"),
     "workers": ("train data.num_workers=-1", "num_workers is -1: give a whole number"),
     "seed": ("train seed=abc", "seed is 'abc': give a whole number"),
     "learning rate": ("train optimizer.lr=-1", "Invalid learning rate: -1"),
     "monitor": ("train monitor=val/foo", "monitor is 'val/foo'.*use val/loss or val/accuracy"),
+    "monitor of the test": ("train monitor=test/accuracy", "'test/accuracy', which validation"),
+    "monitor of training": ("train monitor=train/loss", "'train/loss', which validation"),
+    "test of the teacher": ("train test_teacher=maybe", "test_teacher is 'maybe': give true or"),
+    "resume": ("train resume=maybe", "resume is 'maybe': give true or false"),
+    "trust": ("export ckpt=text trust=maybe", "trust is 'maybe': give true or false"),
+    "sizes": ("export ckpt=text dynamic_size=maybe", "dynamic_size is 'maybe': give true"),
     "precision of products": ("train matmul_precision=foo", "use highest or high or medium"),
     "tested checkpoint": ("train test_checkpoint=foo", "use last or best"),
     "treatment of NaN": ("train distill.nonfinite=foo", "nonfinite is 'foo'"),
@@ -547,6 +570,8 @@ COMMANDS = {
     "data that are missing": ("train data=imagenet", "data/imagenet/train is missing"),
     "run to resume": ("train ckpt_path=foo.ckpt", "there is no weight file foo.ckpt"),
     "run to resume of another kind": ("train ckpt_path=text", "text is damaged or holds code"),
+    "weights to resume": ("train ckpt_path=weights.pth", "weights.pth is no checkpoint that a run"),
+    "safetensors to resume": ("train ckpt_path=w.safetensors", "w.safetensors is no checkpoint"),
     "no checkpoint": ("eval", "Missing mandatory value: ckpt"),
     "checkpoint that is missing": ("eval ckpt=foo", "there is no weight file foo"),
     "text for a checkpoint": ("export ckpt=text", "text is damaged or holds code"),
@@ -560,6 +585,7 @@ def test_a_misused_command_prints_one_line(refused, tmp_path, name):
     arguments, message = COMMANDS[name]
     (tmp_path / "text").write_text("no weights")
     torch.save({"a": torch.zeros(1)}, tmp_path / "weights.pth")
+    save_file({"a": torch.zeros(1)}, tmp_path / "w.safetensors")
     verb, *options = arguments.split()
     if verb == "train":
         options = ["trainer=auto", "print_config=false", "callbacks.progress=null", *options]

@@ -132,6 +132,9 @@ def test_overlapping_folders_count_a_run_once(sweep: Path) -> None:
         ("lr=0.1", "lr", "0.1"),
         ("+lr=0.1", "lr", "0.1"),
         ("++model.lr=0.1", "model.lr", "0.1"),
+        ("data.augment=False", "data.augment", "false"),
+        ("data.augment='False'", "data.augment", "False"),
+        ("limit=Null", "limit", "null"),
         ("~callbacks", "callbacks", "(removed)"),
         ("~callbacks=ema", "callbacks", "(removed)"),
         ("name='it\\'s, a b'", "name", "it's, a b"),
@@ -148,6 +151,22 @@ def test_overrides_are_read_as_hydra_writes_them(
     overrides = read_runs(tmp_path)[0].overrides
     assert overrides[key] == value
     assert set(overrides) == {"lr", key}
+
+
+def test_how_a_run_is_launched_and_shown_is_no_setting(tmp_path: Path, put_run: PutRun) -> None:
+    put_run(tmp_path / "0", "seed=0", "own_process=true", "print_config=false")
+    put_run(tmp_path / "1", "seed=1")
+    assert rows(report_table(read_runs(tmp_path))) == [["2", "0.9 ± 0"]]
+
+
+def test_the_command_writes_a_merged_report_where_it_is_told(
+    tmp_path: Path, put_run: PutRun, command: Callable[..., None]
+) -> None:
+    put_run(tmp_path / "old" / "0", "seed=0")
+    put_run(tmp_path / "new" / "0", "seed=1")
+    command("report", "old", "new", "--out", "both")
+    assert sorted(os.listdir(tmp_path / "both")) == ["report.csv", "report.html", "report.png"]
+    assert os.listdir(tmp_path / "old") == ["0"]
 
 
 def test_key_that_some_runs_leave_alone_is_shown_as_default(
@@ -327,7 +346,13 @@ def test_broken_result_is_an_error_that_names_the_file(sweep: Path, text: str, r
 
 @pytest.mark.parametrize(
     "fields",
-    [{"metrics": {"a": None}}, {"metrics": [1]}, {"overrides": ["nonsense"]}, {"overrides": [1]}],
+    [
+        {"seconds": "x"},
+        {"metrics": {"a": None}},
+        {"metrics": [1]},
+        {"overrides": ["nonsense"]},
+        {"overrides": [1]},
+    ],
 )
 def test_wrong_field_is_an_error_that_names_the_file(
     tmp_path: Path, fields: dict, put_run: PutRun

@@ -19,9 +19,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from lightning_dist import DistillModule
+from lightning_dist.checkpoint_io import AtomicCheckpointIO
 from lightning_dist.curves import ResumableCSVLogger
 from lightning_dist.data.digits import DigitsDataModule
-from lightning_dist.resume import AtomicCheckpointIO, ExactResume, Interrupted
+from lightning_dist.resume import ExactResume, Interrupted
 
 QUICK = ["train", "experiment=digits", "trainer=cpu", "print_config=false"]
 QUICK += ["callbacks.progress=null", "test_teacher=false", "hydra.run.dir=run"]
@@ -71,17 +72,20 @@ def fit(make_trainer: Callable[..., L.Trainer], tmp_path: Path) -> Callable[...,
 @pytest.mark.parametrize(
     ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"]
 )
+@pytest.mark.parametrize("limits", [{}, {"max_steps": 42}], ids=["epochs", "steps"])
 @pytest.mark.parametrize("batch", [0, 12, 20, 30, 41])
-def test_a_run_that_is_told_to_stop_resumes_to_the_last_bit(fit, tmp_path, number, status, batch):
-    whole = fit("whole")
+def test_a_run_that_is_told_to_stop_resumes_to_the_last_bit(
+    fit, tmp_path, number, status, batch, limits
+):
+    whole = fit("whole", **limits)
     before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
     with pytest.raises(Interrupted) as stopped:
-        fit("stopped", Send(number, batch))
+        fit("stopped", Send(number, batch), **limits)
     assert stopped.value.code == status
     assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == before
     saved = torch.load(tmp_path / "stopped" / "last.ckpt", weights_only=True)
     assert saved["global_step"] == batch + 1  # the batch that ran was not lost
-    resumed = fit("stopped", resume=True)
+    resumed = fit("stopped", resume=True, **limits)
     for name, value in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value)
     curves = [(tmp_path / name / "metrics.csv").read_text() for name in ("whole", "stopped")]
@@ -233,8 +237,9 @@ def test_an_interruption_and_the_end_of_an_epoch_save_under_one_name(make_traine
             *("trainer.max_epochs=9", "callbacks=[default,early_stopping]"),
             *("callbacks.early_stopping.patience=1", "optimizer.lr=0"),
         ],
+        ["trainer.max_epochs=3", "+trainer.max_steps=30"],
     ],
-    ids=["all epochs", "early stopping"],
+    ids=["all epochs", "early stopping", "ends in mid-epoch"],
 )
 def test_a_run_that_was_killed_in_its_test_resumes_to_the_same(command, tmp_path, options):
     command(*QUICK, *options)
@@ -250,7 +255,7 @@ def test_a_run_that_was_killed_in_its_test_resumes_to_the_same(command, tmp_path
 
 @pytest.mark.slow
 def test_interrupted_processes_resume_to_the_last_bit(tmp_path):
-    command = [sys.executable, "-m", "tests.soak", "--rounds=1", "--trainers=ddp_sim"]
+    command = [sys.executable, "-m", "tests.soak", "--rounds=1", "--variants=two-processes"]
     run = subprocess.run(
         [*command, "--folder", tmp_path],
         cwd=Path(__file__).parents[1],

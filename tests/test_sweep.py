@@ -2,16 +2,20 @@
 
 import csv
 import json
+import shlex
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import optuna
 import pytest
-from optuna.trial import TrialState
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from optuna.trial import FrozenTrial, TrialState
 
 import lightning_dist
-from hydra_plugins.lightning_dist_optuna.sweeper import STUDY, open_storage
+from hydra_plugins.lightning_dist_optuna.sweeper import STUDY, OptunaSweeper, open_storage
 
 ASSETS = Path(lightning_dist.__file__).parent / "assets"
 QUICK = ["trainer=cpu", "trainer.max_epochs=1", "print_config=false", "callbacks.progress=null"]
@@ -74,6 +78,51 @@ def test_resume_runs_what_is_missing_and_a_failing_job_ends_alone(
     found = results(tmp_path / "sweep")
     assert "train_size=100000" in found[1]["error"]
     assert found[0] == before
+
+
+def test_a_sweep_in_a_folder_with_runs_is_refused_before_its_first_job(refused, put_run, tmp_path):
+    put_run(tmp_path / "sweep" / "0", "seed=7", status="failed", error="an old one")
+    put_run(tmp_path / "sweep" / "5", "seed=8")
+    line = refused("train", "-m", "seed=0,1", *TINY, "hydra.sweep.dir=sweep")
+    assert "sweep holds 2 runs already: resume=true goes on with them, or choose another" in line
+    assert {path.name for path in (tmp_path / "sweep").iterdir()} == {"0", "5"}
+
+
+def test_a_sweep_whose_report_cannot_be_written_fails_and_counts_its_failures(
+    ends_badly, put_run, tmp_path
+):
+    """Its jobs disagree on the metric."""
+    other = put_run(tmp_path / "sweep" / "9", "seed=9", metric="test/miou")
+    monitors = "monitor=val/accuracy,val/nothing"
+    options = [*TINY, "resume=true", "hydra.sweep.dir=sweep"]
+    line = ends_badly("train", "-m", monitors, *options)
+    assert "there is no report: runs disagree on the metric" in line
+    assert line.endswith("; 1 of 3 jobs failed")
+    (other / "result.json").write_text("{")
+    line = ends_badly("train", "-m", monitors, *options)
+    assert "result.json is broken" in line
+    assert line.endswith("; 2 of 3 jobs failed")
+
+
+def test_the_command_of_a_trial_runs_alone_without_the_pruning_of_its_search(command, tmp_path):
+    """Alone it has no callbacks.pruning to override."""
+    options = [*TINY, "hydra/sweeper=optuna", "hydra.sweeper.n_trials=1", "hydra.sweep.dir=sweep"]
+    pruning = ["callbacks.pruning.pruner.n_warmup_steps=1", "~callbacks.pruning.monitor"]
+    pruning += ["++callbacks.pruning.monitor=val/accuracy"]
+    command("train", "-m", *options, *pruning)
+    (trial,) = results(tmp_path / "sweep")
+    assert set(pruning) <= {*trial["overrides"]}
+    assert "pruning" not in trial["command"]
+    command(*shlex.split(trial["command"])[1:], "hydra.run.dir=single/0")
+    (single,) = results(tmp_path / "single")
+    assert single["metrics"] == trial["metrics"]
+
+
+def test_a_folder_of_another_run_says_how_to_merge(ends_badly, put_run, tmp_path):
+    put_run(tmp_path / "run", "seed=7")
+    line = ends_badly("train", *TINY, "resume=true", "hydra.run.dir=run")
+    assert "holds another run (seed=7)" in line
+    assert "or choose another hydra.sweep.dir and merge: lightning-dist report OLD NEW" in line
 
 
 # One callback ends the process as an error in C code does, and the other does nothing.
@@ -157,9 +206,76 @@ def test_what_is_not_installed_is_named_with_its_extra(refused, monkeypatch):
         assert f"pip install 'lightning-dist[{extra}]'" in message
 
 
-def study(folder: Path) -> list[optuna.trial.FrozenTrial]:
+def study(folder: Path) -> list[FrozenTrial]:
     storage = open_storage(folder / "optuna.journal")
     return optuna.load_study(study_name=STUDY, storage=storage).trials
+
+
+@pytest.fixture
+def search(tmp_path):
+    """Search without training: a job's result is its number, or what `results` has for it."""
+
+    class Launcher:
+        def __init__(self, results: dict[int, float]) -> None:
+            self.results = results
+
+        def launch(self, jobs, initial_job_idx):
+            numbers = range(initial_job_idx, initial_job_idx + len(jobs))
+            return [SimpleNamespace(return_value=self.results.get(x, float(x))) for x in numbers]
+
+    def run(*sweeps: str, resume: bool = False, results=None, **options) -> list[FrozenTrial]:
+        sampler = optuna.samplers.TPESampler(seed=0)
+        options = {"n_trials": 2, "n_jobs": 1, "sampler": sampler, **options}
+        sweeper = OptunaSweeper(storage=str(tmp_path / "optuna.journal"), **options)
+        sweep = {"dir": str(tmp_path), "subdir": "job${hydra.job.num}"}
+        hydra = {"sweep": sweep, "job": {"num": "???"}}
+        known = {"resume": resume, "monitor": "val/accuracy", "monitor_mode": "max"}
+        sweeper.config = OmegaConf.create({**known, "x": 0, "y": 0, "hydra": hydra})
+        sweeper.launcher = Launcher(results or {})
+        sweeper.sweep(list(sweeps))
+        return study(tmp_path)
+
+    return run
+
+
+def test_a_search_that_goes_on_does_not_draw_its_first_trials_again(search):
+    search("x=interval(0.0,1.0)", n_trials=3)
+    trials = search("x=interval(0.0,1.0)", n_trials=6, resume=True)
+    assert len({trial.params["x"] for trial in trials}) == 6
+
+
+@pytest.mark.parametrize("name", ["n_trials", "n_jobs"])
+def test_a_search_without_trials_or_jobs_is_refused(search, name):
+    with pytest.raises(ValueError, match=f"hydra.sweeper.{name} is 0: give a whole number of at l"):
+        search("x=1,2", **{name: 0})
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ("x=1,2", "x=1,2,3"),
+        ("x=1,2", "x=interval(1,2)"),
+        ("x=interval(1.0,2.0)", "x=tag(log,interval(1.0,2.0))"),
+    ],
+)
+def test_a_search_that_goes_on_in_another_space_is_refused(search, tmp_path, first, then):
+    before = search(first)
+    with pytest.raises(HydraException, match=r"has x in another space.*another hydra.sweep.dir"):
+        search(then, n_trials=4, resume=True)
+    assert study(tmp_path) == before
+
+
+def test_a_search_ends_with_its_best_trial(search, tmp_path, capsys):
+    results = {0: 0.5, 1: 0.75, 2: float("nan")}
+    trials = search("x=interval(0.0,1.0)", "y=1,2", n_trials=3, results=results)
+    chosen = f"x={trials[1].params['x']:.4g} y={trials[1].params['y']}"
+    line = f"best trial 1: val/accuracy 0.75, {chosen}, {tmp_path}/job1"
+    assert capsys.readouterr().out.splitlines() == [line]
+
+
+def test_a_search_without_a_completed_trial_has_no_best(search, capsys):
+    search("x=interval(0.0,1.0)", n_trials=1, results={0: float("nan")})
+    assert not capsys.readouterr().out
 
 
 SEARCH = ["hydra/sweeper=optuna", "hydra.sweep.dir=sweep", "callbacks.progress=null"]

@@ -3,6 +3,7 @@
 ``hydra-optuna-sweeper`` holds Optuna below version 3 and knows no pruning.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,9 @@ from hydra.core.utils import JobReturn
 from hydra.errors import HydraException
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+
+from lightning_dist.checks import check_number
 
 if TYPE_CHECKING:  # slow to import, and optional
     from optuna import Study
@@ -43,6 +46,9 @@ class OptunaSweeper(Sweeper):
         sampler: of Optuna.
         params: sweeps by key, such as ``{"distill.weight": "interval(0.1, 10.0)"}``; those of the
             command line come on top. An interval tagged ``log`` is searched by its logarithm.
+
+    Raises:
+        ValueError: if ``n_trials`` or ``n_jobs`` is below 1.
     """
 
     def __init__(
@@ -53,6 +59,8 @@ class OptunaSweeper(Sweeper):
         sampler: "BaseSampler",
         params: DictConfig | None = None,
     ) -> None:
+        check_number("hydra.sweeper.n_trials", n_trials, int, least=1)
+        check_number("hydra.sweeper.n_jobs", n_jobs, int, least=1)
         self.n_trials = n_trials
         self.n_jobs = n_jobs
         self.storage = Path(storage)
@@ -78,12 +86,14 @@ class OptunaSweeper(Sweeper):
                     "the preset): fix it on the command line, or set hydra.sweeper.params"
                 )
         study = self._open_study(self.config)
+        _check_space(study, space)
         OmegaConf.save(self.config, self.storage.parent / "multirun.yaml")
         for batch in self._batches(study, space):
             jobs = [[*fixed, *map(_override, t.params, t.params.values())] for t in batch]
             returns = self.launcher.launch(jobs, initial_job_idx=batch[0].number)
             for trial, job in zip(batch, returns, strict=True):
                 _tell(study, trial.number, job)
+        self._print_best(study, self.config)
 
     def _search_space(
         self, arguments: list[str]
@@ -101,13 +111,16 @@ class OptunaSweeper(Sweeper):
         self.storage.parent.mkdir(parents=True, exist_ok=True)
         if not config.resume:
             self.storage.unlink(missing_ok=True)
-        return optuna.create_study(
+        study = optuna.create_study(
             study_name=STUDY,
             storage=open_storage(self.storage),
             sampler=self.sampler,
             direction="maximize" if config.monitor_mode == "max" else "minimize",
             load_if_exists=True,
         )
+        if study.trials:  # with its seed the sampler would draw the first trials again
+            self.sampler.reseed_rng()
+        return study
 
     def _batches(
         self, study: "Study", space: dict[str, "BaseDistribution"]
@@ -121,6 +134,36 @@ class OptunaSweeper(Sweeper):
         while missing > 0:
             yield [study.ask(space) for _ in range(min(self.n_jobs, missing))]
             missing -= self.n_jobs
+
+    def _print_best(self, study: "Study", config: DictConfig) -> None:
+        from optuna.trial import TrialState
+
+        if not study.get_trials(states=[TrialState.COMPLETE]):
+            return
+        best = study.best_trial
+        job = copy.deepcopy(config)
+        with read_write(job), open_dict(job):
+            job.hydra.job.num = best.number
+        folder = Path(config.hydra.sweep.dir) / job.hydra.sweep.subdir
+        parameters = " ".join(map(_override, best.params, best.params.values()))
+        print(
+            f"best trial {best.number}: {config.monitor} {best.value:.4g}, {parameters}, {folder}"
+        )
+
+
+def _check_space(study: "Study", space: dict[str, "BaseDistribution"]) -> None:
+    """Refuse a space that Optuna would, in the middle of a trial that then stays half made."""
+    from optuna.distributions import check_distribution_compatibility
+
+    for trial in study.trials:
+        for key in space.keys() & trial.distributions.keys():
+            try:
+                check_distribution_compatibility(trial.distributions[key], space[key])
+            except ValueError as error:
+                raise HydraException(
+                    f"the search that goes on has {key} in another space ({error}): resume with "
+                    "the sweeps that it was started with, or choose another hydra.sweep.dir"
+                ) from error
 
 
 def _distribution(override: Override) -> "BaseDistribution":

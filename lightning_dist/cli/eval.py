@@ -18,4 +18,4 @@ def _job(config: DictConfig) -> None:
     seed_everything(saved["seed"], workers=True)
     datamodule = instantiate(OmegaConf.merge(saved["data"], config.data))
     trainer = instantiate(config.trainer, logger=False)
-    trainer.test(build_module(checkpoint, saved), datamodule=datamodule)
+    trainer.test(build_module(checkpoint, saved, config.ckpt), datamodule=datamodule)

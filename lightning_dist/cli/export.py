@@ -8,6 +8,7 @@ import rich
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from lightning_dist.checks import check_flag
 from lightning_dist.cli import UserError, hydra_app
 from lightning_dist.cli.saved import build_module, read_saved
 from lightning_dist.export import export_student
@@ -25,8 +26,10 @@ def main() -> None:
 def _job(config: DictConfig) -> None:
     for chatty in ("onnx_ir", "onnxscript", "timm"):  # Hydra lets everybody speak at INFO
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    check_flag("ema", config.ema)
+    check_flag("dynamic_size", config.dynamic_size)
     checkpoint, saved = read_saved(config.ckpt, config.trust)
-    module = build_module(checkpoint, saved)
+    module = build_module(checkpoint, saved, config.ckpt)
     student = module.student
     if config.ema:
         if module.student_ema is None:

@@ -19,7 +19,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from lightning_dist.cli import UserError, hydra_app
 from lightning_dist.cli.saved import build_module, read_saved
-from lightning_dist.data.imagenet import load_image
+from lightning_dist.data.image_files import load_image
 from lightning_dist.drawing import box_image, class_palette, mask_image
 from lightning_dist.tasks.classification import ClassificationModule
 from lightning_dist.tasks.detection import DetectionModule
@@ -136,7 +136,7 @@ class BoxWriter(Writer):
 
 def _job(config: DictConfig) -> None:
     checkpoint, saved = read_saved(config.ckpt, config.trust)
-    module = build_module(checkpoint, saved)
+    module = build_module(checkpoint, saved, config.ckpt)
     writers: list[tuple[type, type[Writer]]] = [
         (SegmentationModule, MaskWriter),
         (ClassificationModule, ClassWriter),

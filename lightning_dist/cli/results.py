@@ -3,6 +3,7 @@
 import json
 import logging
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
+from lightning_dist.checks import check_flag
 from lightning_dist.cli import UserError
 from lightning_dist.cli.saved import CONFIG_KEY, to_save
 from lightning_dist.weights import read_checkpoint
@@ -24,24 +26,48 @@ def completed(config: DictConfig) -> dict[str, Any] | None:
 
     Raises:
         UserError: if it is another run's.
+        ValueError: if ``resume`` is neither true nor false.
     """
+    check_flag("resume", config.resume)
     path = Path(HydraConfig.get().runtime.output_dir) / "result.json"
-    if not path.is_file():
+    result = _read_result(path)
+    if result is None:
         return None
-    result = json.loads(path.read_text())
     if result["overrides"] != new_result(config)["overrides"]:
         raise UserError(
-            f"{path.parent} holds another run ({' '.join(result['overrides'])}): resume with the "
-            "overrides that it was started with, or choose another folder"
+            f"{path.parent} holds another run ({' '.join(map(str, result['overrides']))}): resume "
+            "with the overrides that it was started with, or choose another folder (two sweeps are "
+            "merged by lightning-dist report DIR DIR)"
         )
     return result if result["status"] == "completed" else None
+
+
+def is_completed(path: Path) -> bool:
+    """Whether a result is that of a run, this one or another, that has completed."""
+    result = _read_result(path)
+    return result is not None and result["status"] == "completed"
+
+
+def _read_result(path: Path) -> dict[str, Any] | None:
+    """A result, or None where there is none that can be read: the run then begins again."""
+    if not path.is_file():
+        return None
+    try:
+        result = json.loads(path.read_text())
+        known = isinstance(result["overrides"], list) and isinstance(result["metrics"], dict)
+        if known and isinstance(result["status"], str):
+            return result
+    except (ValueError, TypeError, KeyError, RecursionError):
+        pass
+    log.warning("%s is damaged: it counts as none", path)
+    return None
 
 
 def resume_from(config: DictConfig) -> str | None:
     """The checkpoint with which a run begins: its own, or the one that the user names.
 
     Raises:
-        UserError: if its own is another run's.
+        UserError: if its own is another run's, or if it is nothing that a run can begin with.
         ValueError, FileNotFoundError: if the other is no checkpoint; they name it and the mend.
     """
     named = config.ckpt_path
@@ -49,8 +75,9 @@ def resume_from(config: DictConfig) -> str | None:
         own = _last_checkpoint(config)
         if own is not None or named == "last":
             return own
-    if named and not Path(named).is_dir():  # as DeepSpeed's is
-        read_checkpoint(named)
+    if named is not None:
+        named = str(named)
+        _read_resumable(named, config)
     return named
 
 
@@ -64,9 +91,11 @@ def _last_checkpoint(config: DictConfig) -> str | None:
     if not path.exists():
         log.warning("there is nothing to resume in %s: the run begins", path.parents[1])
         return None
-    if path.is_dir():  # DeepSpeed's, which holds pieces and is its own to read
+    checkpoint = _read_resumable(str(path), config)
+    if checkpoint is None:
         return str(path)
-    saved = read_checkpoint(path).get(CONFIG_KEY, {})
+    saved = checkpoint.get(CONFIG_KEY)
+    saved = saved if isinstance(saved, Mapping) else {}
     if any(saved.get(key) != value for key, value in to_save(config).items()):
         raise UserError(
             f"{path} is of a run with other data, networks or settings: resume with the overrides "
@@ -75,15 +104,58 @@ def _last_checkpoint(config: DictConfig) -> str | None:
     return str(path)
 
 
+# What Lightning reads of a checkpoint without asking whether it is there.
+_PARTS: dict[str, type] = {
+    "pytorch-lightning_version": str,
+    "state_dict": Mapping,
+    "epoch": int,
+    "global_step": int,
+    "loops": Mapping,
+    "callbacks": Mapping,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+}
+
+
+def _read_resumable(path: str, config: DictConfig) -> dict[str, Any] | None:
+    """The checkpoint, or None for a folder, which its strategy alone can read.
+
+    A folder's pieces are pickles, which run what they hold while they are read.
+
+    Raises:
+        UserError: if it is a folder without ``trust=true``, or no whole checkpoint.
+    """
+    if Path(path).expanduser().is_dir():
+        if not config.trust:
+            raise UserError(
+                f"{path} is a folder, whose pieces can run code when they are read: if you trust "
+                "it, add trust=true; otherwise give a checkpoint that is one file"
+            )
+        return None
+    checkpoint = read_checkpoint(path)
+    missing = [key for key, kind in _PARTS.items() if not isinstance(checkpoint.get(key), kind)]
+    if not missing and not checkpoint["loops"].get("fit_loop"):
+        missing = ["loops"]
+    if missing:
+        raise UserError(
+            f"{path} is no checkpoint that a run can go on from, it has no {', '.join(missing)}: "
+            "give one that 'lightning-dist train' has written; weights alone are for "
+            "teacher.weights"
+        )
+    return checkpoint
+
+
 def new_result(config: DictConfig) -> dict[str, Any]:
     """The result of a run that has not completed."""
     overrides = [str(override) for override in HydraConfig.get().overrides.task]
     overrides = [override for override in overrides if not override.startswith("resume=")]
+    # Only a search has pruning: the command of one of its trials runs alone.
+    alone = [x for x in overrides if not x.lstrip("+~").startswith("callbacks.pruning")]
     return {
         "status": "failed",
         "error": UNFINISHED,
         "overrides": overrides,
-        "command": shlex.join(["lightning-dist", "train", *overrides, *config_folders()]),
+        "command": shlex.join(["lightning-dist", "train", *alone, *config_folders()]),
         "metric": config.monitor.replace("val/", "test/", 1),
         "seconds": 0.0,
     }

@@ -1,36 +1,19 @@
 """The config inside a checkpoint: what is saved, and how it is built again without trust."""
 
-import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from lightning.pytorch import LightningDataModule
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch import Tensor
 
+from lightning_dist.checks import check_flag
 from lightning_dist.cli import UserError
 from lightning_dist.module import DistillModule
 from lightning_dist.weights import read_checkpoint
 
 CONFIG_KEY = "lightning_dist_config"
-
-# A config names code by `_target_`, and a checkpoint may come from anywhere. What it names must be
-# a class of one of these kinds from one of these packages, or come from a module that builds
-# networks, optimizers and schedules and does nothing else.
-_KINDS = (nn.Module, LightningDataModule, Optimizer, LRScheduler)
-_PACKAGES = ("lightning_dist", "timm", "torch", "torchmetrics", "torchvision")
-_BUILDERS = (
-    "lightning_dist.models",
-    "lightning_dist.schedule",
-    "timm.data.mixup",
-    "timm.models",
-    "timm.optim",
-    "timm.scheduler",
-    "torchvision.models",
-)
 
 
 def to_save(config: DictConfig) -> dict[str, Any]:
@@ -54,6 +37,7 @@ def read_saved(path: str, trust: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
         UserError: no such file, damaged, not of ``lightning-dist train``, or naming other code.
     """
+    check_flag("trust", trust)
     try:
         checkpoint = read_checkpoint(path)
     except (FileNotFoundError, ValueError) as error:
@@ -61,56 +45,56 @@ def read_saved(path: str, trust: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     if CONFIG_KEY not in checkpoint:
         raise UserError(f"{path} holds no config: it was not written by 'lightning-dist train'")
     config = checkpoint[CONFIG_KEY]
+    _check_structure(checkpoint, config, path)
     if not trust:
-        for target in _targets(config):
-            _check_target(target, path)
+        from lightning_dist.cli.harmless import check_harmless  # whose imports train can do without
+
+        check_harmless({"module": config["module"], "data": config["data"]}, path)
     return checkpoint, config
 
 
-def build_module(checkpoint: Mapping[str, Any], config: Mapping[str, Any]) -> DistillModule:
-    """The module with the student of a checkpoint, without a teacher."""
-    module = instantiate(config["module"], teacher=None)
-    module.load_state_dict(checkpoint["state_dict"])
+def build_module(
+    checkpoint: Mapping[str, Any], config: Mapping[str, Any], path: str
+) -> DistillModule:
+    """The module with the student of a checkpoint, without a teacher.
+
+    Raises:
+        UserError: if the config describes no network, or one that the weights do not fit.
+    """
+    try:
+        module = instantiate(config["module"], teacher=None)
+        module.load_state_dict(checkpoint["state_dict"])
+    except (InstantiationException, RuntimeError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"{path} holds weights and a config that do not fit together, or not this version of "
+            f"lightning-dist: {error}"
+        ) from error
     return module
 
 
-def _targets(config: Any) -> Iterator[str]:
-    if isinstance(config, Mapping):
-        for key, value in config.items():
-            if key == "_target_":
-                yield str(value)
-            yield from _targets(value)
-    elif isinstance(config, (list, tuple)):
-        for value in config:
-            yield from _targets(value)
+def _check_structure(checkpoint: Mapping[str, Any], config: Any, path: str) -> None:
+    """Refuse a checkpoint without the parts that a run has saved.
+
+    Raises:
+        UserError: naming the part.
+    """
+    state, parts = checkpoint.get("state_dict"), config if isinstance(config, Mapping) else {}
+    missing = [
+        name
+        for name, whole in (
+            ("weights", isinstance(state, Mapping) and _all_tensors(state)),
+            ("module", isinstance(parts.get("module"), Mapping)),
+            ("data", isinstance(parts.get("data"), Mapping)),
+            ("seed", type(parts.get("seed")) is int),
+        )
+        if not whole
+    ]
+    if missing:
+        raise UserError(
+            f"{path} is damaged, it has no {' or '.join(missing)}: give a checkpoint as "
+            "'lightning-dist train' has written it"
+        )
 
 
-def _check_target(target: str, path: str) -> None:
-    """Refuse a target that is not known to be harmless, without importing any other package."""
-    if target.partition(".")[0] in _PACKAGES:
-        found = _locate(target)
-        home = getattr(found, "__module__", None) or ""
-        kind = isinstance(found, type) and issubclass(found, _KINDS)
-        if (kind and _within(home, _PACKAGES)) or (callable(found) and _within(home, _BUILDERS)):
-            return
-    raise UserError(
-        f"{path} would run {target!r}, which is no network, data module, metric, optimizer or "
-        f"scheduler of {', '.join(_PACKAGES)}: if you trust the file, add trust=true"
-    )
-
-
-def _locate(target: str) -> Any:
-    parts = target.split(".")
-    found: Any = importlib.import_module(parts[0])
-    for i, part in enumerate(parts[1:], start=2):
-        if not hasattr(found, part):
-            try:
-                importlib.import_module(".".join(parts[:i]))
-            except ImportError:
-                return None
-        found = getattr(found, part, None)
-    return found
-
-
-def _within(module: str, packages: tuple[str, ...]) -> bool:
-    return any(module == package or module.startswith(f"{package}.") for package in packages)
+def _all_tensors(state: Mapping[Any, Any]) -> bool:
+    return all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())

@@ -3,7 +3,10 @@
 import logging
 import math
 import multiprocessing
+import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +28,35 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from hydra_plugins.lightning_dist_optuna.sweeper import OptunaSweeper
-from lightning_dist.checks import check_number
+from lightning_dist.checks import check_flag, check_number
 from lightning_dist.cli import UserError, hydra_app, is_users, with_extra
-from lightning_dist.cli.apart import run_apart
 from lightning_dist.cli.loggers import LogConfig, closed_loggers, without_loggers
-from lightning_dist.cli.results import completed, new_result, resume_from, write_result
+from lightning_dist.cli.own_process import run_apart
+from lightning_dist.cli.results import (
+    completed,
+    is_completed,
+    new_result,
+    resume_from,
+    write_result,
+)
 from lightning_dist.cli.saved import CONFIG_KEY, to_save
 from lightning_dist.module import DistillModule
 
 log = logging.getLogger(__name__)
 
+VALIDATION_KEY = "lightning_dist_validation"
+
 
 class SaveConfig(Callback):
     """Put the composed config into every checkpoint, so that other verbs need nothing else.
 
-    The names and colours of the data's classes go with it: they may be known from files alone.
+    The names and colours of the data's classes go with it: they may be known from files alone. So
+    does the last validation, which a run that resumes after it may not repeat.
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.config = config
+        self.validation: dict[str, float] = {}
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -51,6 +64,12 @@ class SaveConfig(Callback):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         of_classes = {name: getattr(data, name, None) for name in ("class_names", "class_colors")}
         checkpoint[CONFIG_KEY] = self.config | of_classes
+        checkpoint[VALIDATION_KEY] = self.validation | _numbers(trainer, "val/")
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self.validation = checkpoint.get(VALIDATION_KEY, {})
 
 
 class CheckMonitor(Callback):
@@ -60,8 +79,8 @@ class CheckMonitor(Callback):
         self.metric = metric
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        logged = [name for name in trainer.callback_metrics if name.startswith("val/")]
-        if self.metric.startswith("val/") and self.metric not in logged:
+        logged = list(trainer.callback_metrics)
+        if self.metric not in logged:
             raise UserError(
                 f"monitor is {self.metric!r}, which validation does not log: use "
                 f"{' or '.join(logged)}"
@@ -111,10 +130,14 @@ def _run(config: DictConfig) -> float | None:
     """One run; its result is written whether it succeeds or fails."""
     folder = Path(HydraConfig.get().runtime.output_dir)
     result = new_result(config)
-    write_result(folder / "result.json", result)
+    keep = is_completed(folder / "result.json")  # until this run is known to begin
     start = time.monotonic()
     try:
-        outcome = train(config)
+        check(config)
+        checkpoint = resume_from(config)
+        keep = False
+        write_result(folder / "result.json", result)
+        outcome = train(config, checkpoint)
         result |= {"status": "completed", "error": None, **outcome}
     except BaseException as error:
         result |= {"error": with_extra(f"{type(error).__name__}: {error}")}
@@ -122,35 +145,37 @@ def _run(config: DictConfig) -> float | None:
     finally:
         result["seconds"] = round(time.monotonic() - start, 2)
         try:
-            write_result(folder / "result.json", result)
+            if not keep:
+                write_result(folder / "result.json", result)
         except OSError as error:  # a full disk: what ended the run is to be told, not this
             log.error("cannot write %s: %s", folder / "result.json", error)
     return result["metrics"].get(config.monitor)
 
 
-def train(config: DictConfig) -> dict[str, Any]:
+def train(config: DictConfig, checkpoint: str | None) -> dict[str, Any]:
     """Fit and test what a composed config describes.
 
     Args:
-        config: the config ``train``, composed.
+        config: the config ``train``, composed and checked.
+        checkpoint: what the run begins with, if it goes on.
 
     Returns:
         ``metrics``, the last value of every ``val/`` and ``test/`` metric, with ``test_teacher``
         also the teacher's as ``teacher/``; ``checkpoint``, the path of the one that was tested, or
         ``None``; and what :func:`_networks` says.
     """
-    check(config)
     if config.print_config:
         _print_config(config)
     torch.set_float32_matmul_precision(config.matmul_precision)
     seed_everything(config.seed, workers=True)
     module = instantiate(config.module)
     datamodule = instantiate(config.data)
+    saver = SaveConfig(to_save(config))
     trainer = instantiate(
         config.trainer,
         callbacks=[
             *(instantiate(callback) for callback in config.callbacks.values() if callback),
-            SaveConfig(to_save(config)),
+            saver,
             CheckMonitor(config.monitor),
             LogConfig(config),
         ],
@@ -163,17 +188,29 @@ def train(config: DictConfig) -> dict[str, Any]:
     # The teacher drew random numbers too: students with and without one must train on the same.
     seed_everything(config.seed, workers=True)
     with closed_loggers(trainer):
-        outcome = _fit_and_test(config, trainer, module, datamodule)
+        outcome = _fit_and_test(config, checkpoint, trainer, module, datamodule, saver)
     return outcome | _networks(module, config)
 
 
 def _fit_and_test(
-    config: DictConfig, trainer: Trainer, module: LightningModule, datamodule: LightningDataModule
+    config: DictConfig,
+    checkpoint: str | None,
+    trainer: Trainer,
+    module: LightningModule,
+    datamodule: LightningDataModule,
+    saver: SaveConfig,
 ) -> dict[str, Any]:
-    start = resume_from(config)
-    trainer.fit(module, datamodule=datamodule, ckpt_path=start, weights_only=True)
-    metrics = _numbers(trainer, "val/")
-    if not metrics:  # a run that resumes where nothing is left to train, and has logged these
+    with _users_errors(checkpoint):
+        trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
+    # Where the limit is 0 Lightning counts nothing: the number stays infinite.
+    if trainer.num_training_batches == 0 or trainer.limit_train_batches == 0:
+        raise UserError(
+            "there is no training batch: give the data more images, a smaller "
+            "data.global_batch_size where drop_last drops the only batch, or a "
+            "trainer.limit_train_batches above 0"
+        )
+    metrics = saver.validation | _numbers(trainer, "val/")
+    if not metrics:  # resumed from another program's checkpoint with nothing left to train
         with without_loggers(trainer):
             trainer.validate(module, datamodule=datamodule, verbose=False)
         metrics = _numbers(trainer, "val/")
@@ -193,6 +230,23 @@ def _fit_and_test(
     if trainer.is_global_zero:
         rich.print(f"[bold]checkpoint[/bold] {tested or 'none was saved'}")
     return {"metrics": metrics, "checkpoint": tested}
+
+
+@contextmanager
+def _users_errors(checkpoint: str | None) -> Iterator[None]:
+    """Tell what Lightning and torch find wrong with settings and checkpoint as the user's error."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        text = str(error)
+        if checkpoint is not None and re.search("loading state_dict|loaded state dict", text):
+            raise UserError(
+                f"{checkpoint} does not fit this run's networks and optimizer: resume with the "
+                f"settings that it was trained with ({text})"
+            ) from error
+        if "val_check_interval" in text:
+            raise UserError(f"trainer.val_check_interval does not fit the data: {text}") from error
+        raise
 
 
 def _networks(module: LightningModule, config: DictConfig) -> dict[str, Any]:
@@ -219,6 +273,11 @@ def check(config: DictConfig) -> None:
     for key in ("max_epochs", "max_steps"):
         if config.trainer.get(key) is not None:
             check_number(f"trainer.{key}", config.trainer[key], int, least=-1)
+    if config.trainer.get("accumulate_grad_batches") is not None:
+        accumulated = config.trainer.accumulate_grad_batches
+        check_number("trainer.accumulate_grad_batches", accumulated, int, least=1)
+    for key in ("test_teacher", "resume", "own_process", "print_config", "trust", "distributed"):
+        check_flag(key, config[key])
     choices = {
         "matmul_precision": ("highest", "high", "medium"),
         "test_checkpoint": ("last", "best"),

@@ -1,1 +1,1 @@
-"""LightningDataModules: digits, CIFAR, image folders, Tiny-ImageNet and Hugging Face data sets."""
+"""LightningDataModules for classification, detection and segmentation, and what they share."""

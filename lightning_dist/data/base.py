@@ -142,6 +142,9 @@ class ImageDataModule(LightningDataModule):
                 )
             if values is not None:
                 setattr(self, name, tuple(values))
+        for value in std or ():
+            if not value > 0:
+                raise ValueError(f"std has {value}: give deviations above 0")
         self.global_batch_size = global_batch_size
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
@@ -205,6 +208,12 @@ class ImageDataModule(LightningDataModule):
         """Shuffled, augmented batches of the training set."""
         dataset = self._dataset("train")
         sampler = EpochSampler(dataset, self.seed, drop_last=self.drop_last, **self._share())
+        if self.drop_last and len(sampler) < self.batch_size:
+            raise ValueError(
+                f"the training set of {self.location} has {len(cast(Sized, dataset))} images, and "
+                f"drop_last drops a batch of less than global_batch_size={self.global_batch_size}: "
+                "set that to less, or drop_last=False"
+            )
         settings = self._loader_settings(dataset)
         if self.views is not None:
             dataset = self.train_views()

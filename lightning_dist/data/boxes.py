@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
 from lightning_dist.data.base import ImageDataModule, list_collate
-from lightning_dist.data.imagenet import few, load_image
+from lightning_dist.data.image_files import few, load_image
 
 log = logging.getLogger(__name__)
 

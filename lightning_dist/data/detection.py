@@ -11,7 +11,7 @@ from torchvision.datasets import VOCDetection
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from lightning_dist.data.boxes import Annotated, DetectionDataModule
-from lightning_dist.data.imagenet import few
+from lightning_dist.data.image_files import few
 from lightning_dist.data.voc import VOC_CLASSES
 
 

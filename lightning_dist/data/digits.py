@@ -55,6 +55,8 @@ class DigitsDataModule(ImageDataModule):
     ) -> None:
         super().__init__(**settings)
         check_number("val_fraction", val_fraction, least=0, most=0.9)
+        if train_size is not None:
+            check_number("train_size", train_size, int, least=1)
         self.val_fraction = val_fraction
         self.train_size = train_size
         self.augment = augment
@@ -64,7 +66,7 @@ class DigitsDataModule(ImageDataModule):
         """The training images that validation leaves, or the first `train_size` of them."""
         train, _, _ = self._splits
         if self.train_size is not None:
-            if not 0 < self.train_size <= len(train):
+            if self.train_size > len(train):
                 raise ValueError(
                     f"train_size={self.train_size}: {self.location} leave {len(train)} images to "
                     f"train on with val_fraction={self.val_fraction}"

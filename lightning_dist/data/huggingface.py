@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_dist.data.imagenet import TimmTransformDataModule, Transform
+from lightning_dist.data.image_files import Transform
+from lightning_dist.data.timm_transform import TimmTransformDataModule
 
 
 class HuggingFaceDataModule(TimmTransformDataModule):

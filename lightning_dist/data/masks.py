@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
 from lightning_dist.data.base import ImageDataModule
-from lightning_dist.data.imagenet import few, load_image
+from lightning_dist.data.image_files import few, load_image
 
 IGNORED = 255  # the label of pixels that count nowhere
 

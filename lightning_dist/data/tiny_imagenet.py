@@ -12,7 +12,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from lightning_dist.data.base import ImageDataModule
-from lightning_dist.data.imagenet import few, load_image, open_folder
+from lightning_dist.data.image_files import few, load_image, open_folder
 
 LAYOUT = (
     "expected Tiny-ImageNet-200's own layout: wnids.txt, words.txt, train/CLASS/images/*.JPEG, "

@@ -13,6 +13,7 @@ import numpy as np
 PathLike = str | os.PathLike[str]
 Folders = PathLike | Sequence[PathLike]
 RESULT_FILE = "result.json"
+_NO_SETTING = ("seed", "print_config", "own_process")  # they make no group of runs
 _LATER_FIELDS = {"student_parameters": int, "teacher": str, "teacher_parameters": int}
 
 
@@ -121,8 +122,8 @@ def read_runs(folders: Folders) -> list[Run]:
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
-    """Group runs, failed ones too, by the overridden keys that vary, except the seed."""
-    keys = [key for key in names(run.overrides for run in runs) if key != "seed"]
+    """Group runs, failed ones too, by the overridden settings that vary; the seed is none."""
+    keys = [key for key in names(run.overrides for run in runs) if key not in _NO_SETTING]
     keys = [key for key in keys if len({run.overrides.get(key) for run in runs}) > 1]
     groups: dict[tuple[str | None, ...], list[Run]] = {}
     for run in runs:
@@ -179,6 +180,7 @@ def _read_run(folder: Path) -> Run:
             raise ValueError(f"status is {content['status']!r}")
         content["overrides"] = dict(map(_parse_override, content["overrides"]))
         content["metrics"] = {name: float(x) for name, x in content["metrics"].items()}
+        content["seconds"] = float(content["seconds"])
         for name, kind in _LATER_FIELDS.items():
             if not isinstance(content.get(name), kind | None):
                 raise ValueError(f"{name} is {content[name]!r}")
@@ -198,6 +200,8 @@ def _parse_override(text: str) -> tuple[str, str]:
         raise ValueError(f"{text!r} is no override like key=value")
     if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
         value = value[1:-1].replace("\\" + value[0], value[0])
+    elif value.lower() in ("true", "false", "null"):  # a sweep writes True where a user does true
+        value = value.lower()
     return key.lstrip("+"), value
 
 

@@ -12,8 +12,8 @@ from torchmetrics.detection import MeanAveragePrecision
 
 from lightning_dist.bridge import InputBridge
 from lightning_dist.callback import DistillationCallback, Term
+from lightning_dist.detection_heads import OneStageClassifier, TwoStageClassifier
 from lightning_dist.losses import DISTLoss, FeatureMimic
-from lightning_dist.models.detection import OneStageTeacher, TwoStageTeacher
 from lightning_dist.module import DistillModule
 from lightning_dist.taps import find
 from lightning_dist.teacher import Teacher
@@ -200,8 +200,8 @@ def _adapt(
             "not: give it as DetectionModule's class_map"
         )
     two_stage = hasattr(student, "roi_heads")
-    kind, part = (TwoStageTeacher, "roi_heads") if two_stage else (OneStageTeacher, "head")
-    if isinstance(detector, (OneStageTeacher, TwoStageTeacher)):
+    kind, part = (TwoStageClassifier, "roi_heads") if two_stage else (OneStageClassifier, "head")
+    if isinstance(detector, (OneStageClassifier, TwoStageClassifier)):
         if not isinstance(detector, kind):
             raise ValueError(
                 f"the student, a {type(student).__name__}, needs a {kind.__name__} and the teacher "

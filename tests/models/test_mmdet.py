@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
-from lightning_dist.models.detection import OneStageTeacher, TwoStageTeacher
+from lightning_dist.detection_heads import OneStageClassifier, TwoStageClassifier
 from lightning_dist.models.mmdet import cascade_rcnn, convert_mmdetection, retinanet
 from lightning_dist.teacher import Teacher
 
@@ -133,7 +133,7 @@ def test_the_first_stage_classifies_boxes_as_an_independent_computation_does(tmp
     torch.save({"meta": {"epoch": 20}, "state_dict": state}, tmp_path / "cascade.pth")
     network = cascade_rcnn("resnet50", num_classes=5, width=32)
     teacher = Teacher(network, tmp_path / "cascade.pth")
-    asked = TwoStageTeacher(teacher.network).eval()
+    asked = TwoStageClassifier(teacher.network).eval()
     images = torch.randn(2, 3, 128, 192)
     boxes = [
         torch.tensor([[3.0, 5.0, 40.0, 50.0], [0.0, 0.0, 190.0, 127.0]]),
@@ -163,7 +163,7 @@ def test_retinanets_class_maps_are_those_of_an_independent_computation(tmp_path)
     state = published_retinanet("resnet50", classes=3)
     torch.save({"state_dict": state}, tmp_path / "retinanet.pth")
     teacher = Teacher(retinanet("resnet50", num_classes=3), tmp_path / "retinanet.pth")
-    asked, found = OneStageTeacher(teacher.network).eval(), []
+    asked, found = OneStageClassifier(teacher.network).eval(), []
     asked.logits.register_forward_hook(lambda _, args, output: found.append(output))
     images = torch.randn(1, 3, 128, 128)
     with torch.no_grad():

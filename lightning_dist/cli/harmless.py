@@ -1,0 +1,167 @@
+"""What the config inside a checkpoint may name and hold, where nobody vouches for the file."""
+
+import importlib
+import re
+from collections.abc import Iterator, Mapping
+from types import FunctionType
+from typing import Any
+
+import timm
+import timm.data
+import timm.optim
+import timm.scheduler
+import torchvision
+from lightning.pytorch import LightningDataModule
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from lightning_dist.cli import UserError
+from lightning_dist.schedule import warmup_multistep
+
+# Classes of these kinds, from where their constructors do nothing but build. Whole packages would
+# be too much: torchmetrics.text and timm.task load files by name, torch.distributed writes code.
+_CLASSES: tuple[tuple[type, tuple[str, ...]], ...] = (
+    (
+        nn.Module,
+        (
+            "lightning_dist",
+            "timm.layers",
+            "timm.loss",
+            "timm.models",
+            "torch.nn",
+            "torchmetrics.aggregation",
+            "torchmetrics.classification",
+            "torchmetrics.collections",
+            "torchmetrics.detection",
+            "torchmetrics.regression",
+            "torchmetrics.segmentation",
+            "torchvision.models",
+            "torchvision.ops",
+            "torchvision.transforms",
+        ),
+    ),
+    (LightningDataModule, ("lightning_dist.data",)),
+    (Optimizer, ("timm.optim", "torch.optim")),
+    (LRScheduler, ("torch.optim.lr_scheduler",)),
+    (Scheduler, ("timm.scheduler",)),
+    (timm.data.Mixup, ("timm.data.mixup",)),
+)
+_FUNCTIONS = (
+    timm.create_model,
+    timm.optim.create_optimizer_v2,
+    timm.scheduler.create_scheduler_v2,
+    torchvision.models.get_model,
+    warmup_multistep,
+)
+_PACKAGES = ("lightning_dist", "timm", "torch", "torchmetrics", "torchvision")
+
+# With these timm reads a file or asks a hub; this package hands them on to it as they are.
+_TIMM_LOADS = re.compile("checkpoint_path|cache_dir|pretrained_.*")
+_TIMM_SOURCE = re.compile("(hf|local)[-_](hub|dir):", re.IGNORECASE)
+
+_DEEPEST, _MOST = 32, 100_000  # levels and values; no genuine config comes near
+
+
+def check_harmless(config: Any, path: str) -> None:
+    """Refuse a config that can do more than build networks, data, optimizers and schedules.
+
+    Args:
+        config: what is to be instantiated.
+        path: the file that holds it, for the message.
+
+    Raises:
+        UserError: saying what it holds.
+    """
+    for count, node in enumerate(_nodes(config, path)):
+        if count > _MOST:  # what a few levels hold in common is many values, once each is built
+            raise UserError(f"{path} is damaged: its config has more than {_MOST} values")
+        if isinstance(node, Mapping):
+            for key in node:
+                _check_text(key, path)
+                if isinstance(key, str) and _TIMM_LOADS.fullmatch(key) and node[key] is not None:
+                    raise _refusal(path, f"would load {key}={node[key]!r:.100}")
+            if "_target_" in node:
+                _check_call(node, path)
+        else:
+            _check_text(node, path)
+
+
+def _nodes(config: Any, path: str, depth: int = 0) -> Iterator[Any]:
+    """Every value within, mappings before what they hold."""
+    if depth > _DEEPEST:
+        raise UserError(f"{path} is damaged: its config is nested without end")
+    yield config
+    if isinstance(config, (Mapping, list, tuple)):
+        for value in config.values() if isinstance(config, Mapping) else config:
+            yield from _nodes(value, path, depth + 1)
+
+
+def _check_text(value: Any, path: str) -> None:
+    """Refuse what is resolved when a config is read: resolvers call functions, before any check.
+
+    A config is saved resolved, so that a genuine one has none.
+    """
+    if isinstance(value, str) and "${" in value:
+        raise _refusal(path, f"would resolve {value!r:.100}")
+    if isinstance(value, str) and _TIMM_SOURCE.match(value):
+        raise _refusal(path, f"would load {value!r:.100}")
+
+
+def _check_call(node: Mapping[str, Any], path: str) -> None:
+    target = node["_target_"]
+    found = _locate(target) if isinstance(target, str) else None
+    if not (_is_known_class(found) or _is_known_function(found)):
+        raise _refusal(
+            path,
+            f"would run {target!r:.100}, which is no network, data module, metric, optimizer or "
+            f"scheduler of {', '.join(_PACKAGES)}",
+        )
+    # By position an argument would have no name to know it by.
+    if node.get("_args_") and not _is_known_class(found):
+        raise _refusal(path, f"would run {target!r} with arguments that it does not name")
+    if found is timm.create_model and not timm.is_model(str(node.get("model_name"))):
+        raise _refusal(path, f"would load {node.get('model_name')!r:.100}, no network of timm")
+
+
+def _is_known_class(found: Any) -> bool:
+    return isinstance(found, type) and any(
+        issubclass(found, kind) and _within(found.__module__, homes) for kind, homes in _CLASSES
+    )
+
+
+def _is_known_function(found: Any) -> bool:
+    if not isinstance(found, FunctionType):
+        return False
+    if found in _FUNCTIONS or _within(found.__module__, ("lightning_dist.models",)):
+        return True
+    name = found.__name__
+    if timm.is_model(name) and timm.models.model_entrypoint(name) is found:
+        return True
+    models = torchvision.models
+    return any(models.get_model_builder(name) is found for name in models.list_models())
+
+
+def _locate(target: str) -> Any:
+    """What Hydra would call, without importing any other package; private names are nobody's."""
+    parts = target.split(".")
+    if parts[0] not in _PACKAGES or any(part.startswith("_") or not part for part in parts):
+        return None
+    found: Any = importlib.import_module(parts[0])
+    for i, part in enumerate(parts[1:], start=2):
+        if not hasattr(found, part):
+            try:
+                importlib.import_module(".".join(parts[:i]))
+            except Exception:  # whatever an import raises: it is not there to be called
+                return None
+        found = getattr(found, part, None)
+    return found
+
+
+def _within(module: str, packages: tuple[str, ...]) -> bool:
+    return any(module == package or module.startswith(f"{package}.") for package in packages)
+
+
+def _refusal(path: str, what: str) -> UserError:
+    return UserError(f"{path} {what}: if you trust the file, add trust=true")

@@ -1,0 +1,95 @@
+"""Several teachers that teach as one, by their mean."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from lightning_dist.bridge import logits_of
+from lightning_dist.teacher import Teacher, TeacherNetwork
+
+
+class EnsembleTeacher(Teacher):
+    """Several teachers whose mean is the teacher.
+
+    The mean of probabilities is returned as its logarithm, so that the softmax of the output is the
+    mean; a loss with a temperature then softens that mean, not each teacher. The mean of logits is
+    a (normalised) geometric mean of probabilities, at any temperature.
+
+    Each teacher has its own bridge, class map and dtype. A distillation term finds the sub-modules
+    of the first one under ``"0."``, and so on. A call returns the mean, ``(N, C)`` or
+    ``(N, C, *spatial)``, in float32 or wider.
+
+    Args:
+        teachers: networks or Teachers, in a list or under names. All give logits of one shape.
+        mean: ``"probabilities"`` or ``"logits"``.
+
+    Raises:
+        ValueError: if there is no teacher, or ``mean`` is neither; in a call, if the teachers'
+            logits differ in shape.
+
+    Example:
+        >>> ensemble = EnsembleTeacher([nn.Linear(4, 3), nn.Linear(4, 3)])
+        >>> torch.allclose(ensemble(torch.ones(2, 4)).exp().sum(1), torch.ones(2))
+        True
+    """
+
+    def __init__(
+        self,
+        teachers: Sequence[nn.Module | Teacher] | Mapping[str, nn.Module | Teacher],
+        mean: Literal["probabilities", "logits"] = "probabilities",
+    ) -> None:
+        members = list(teachers.values() if isinstance(teachers, Mapping) else teachers)
+        if not members:
+            raise ValueError("the ensemble has no teachers: give at least one")
+        if mean not in ("probabilities", "logits"):
+            raise ValueError(f"mean is {mean!r}: use 'probabilities' or 'logits'")
+        self.teachers = [m if isinstance(m, Teacher) else Teacher(m) for m in members]
+        self.mean = mean
+        super().__init__(nn.ModuleList([teacher.network for teacher in self.teachers]))
+
+    def release(self) -> None:
+        """Give every network back as it was given."""
+        for teacher in self.teachers:
+            teacher.release()
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Divide each teacher among the processes of a mesh."""
+        for teacher in self.teachers:
+            teacher.shard(mesh)
+        self.shards = [shard for teacher in self.teachers for shard in teacher.shards]
+
+    def _answer(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+        total: Tensor | None = None
+        for index, teacher in enumerate(self.teachers):
+            logits = logits_of(teacher(*args, **kwargs))
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            if self.mean == "probabilities":
+                logits = logits.log_softmax(1)
+            if total is None:
+                total = logits
+            elif total.shape != logits.shape:
+                raise ValueError(
+                    f"teacher {index} of the ensemble ({teacher}) has logits {tuple(logits.shape)} "
+                    f"and teacher 0 {tuple(total.shape)}: give each a class_map to the student's "
+                    "classes"
+                )
+            else:
+                total = (
+                    torch.logaddexp(total, logits)
+                    if self.mean == "probabilities"
+                    else total + logits
+                )
+        assert total is not None
+        n = len(self.teachers)
+        return total - math.log(n) if self.mean == "probabilities" else total / n
+
+    def as_network(self) -> nn.Module:
+        """The teachers as any network, whose output is their mean."""
+        return TeacherNetwork(self)
+
+    def __repr__(self) -> str:
+        return f"EnsembleTeacher({', '.join(map(repr, self.teachers))})"
