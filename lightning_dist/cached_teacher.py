@@ -103,6 +103,10 @@ class CachedTeacher(Teacher):
         """Stay where it is: the network moves when a view is computed, and back."""
         return self
 
+    def release(self) -> None:
+        """Give the network back as it was given."""
+        self.teacher.release()
+
     def shard(self, mesh: DeviceMesh) -> None:
         """Refuse: a network that is hardly ever asked is whole, and on the CPU.
 

@@ -5,6 +5,7 @@ import types
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -44,7 +45,7 @@ class Term:
             By default ``logits`` where there is one, or the first item of a tuple or list.
     """
 
-    loss: Callable[[Tensor, Tensor], Tensor]
+    loss: nn.Module | Callable[[Tensor, Tensor], Tensor]
     weight: Weight = 1.0
     student: str = ""
     teacher: str = ""
@@ -103,7 +104,7 @@ class DistillationCallback(Callback):
         self,
         teacher: nn.Module | Teacher,
         student: str = "net",
-        loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+        loss: nn.Module | Callable[[Tensor, Tensor], Tensor] | None = None,
         weight: Weight | None = None,
         *,
         task_weight: float = 1.0,
@@ -120,6 +121,10 @@ class DistillationCallback(Callback):
             raise ValueError("give either loss, weight and output, or terms")
         if terms is not None and not terms:
             raise ValueError("terms is empty: name at least one Term")
+        if terms is not None and not isinstance(terms, Mapping):
+            raise TypeError(f"terms is a {type(terms).__name__}: give a dict of names and Terms")
+        if not isinstance(student, str):
+            raise TypeError(f"student is a {type(student).__name__}: give its dotted path, a str")
         self.teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
         self.student = student
         self.task_weight = task_weight
@@ -133,6 +138,10 @@ class DistillationCallback(Callback):
             }
         )
         for name, term in self.terms.items():
+            if not isinstance(term, Term):
+                raise TypeError(f"term {name!r} is a {type(term).__name__}: give a Term")
+            if not callable(term.loss) or isinstance(term.loss, type):
+                raise TypeError(f"the loss of term {name!r} is {term.loss!r}: give a function")
             if not callable(term.weight):
                 check_number(f"the weight of term {name!r}", term.weight)
         self.inputs = dict(inputs or {"": ""})
@@ -148,16 +157,16 @@ class DistillationCallback(Callback):
         """Let the terms' own parameters join the module, place the teacher, wrap the step."""
         if stage != "fit" or self.owner not in (None, pl_module):
             return
-        if not pl_module.automatic_optimization:
-            raise MisconfigurationException(
-                f"{type(pl_module).__name__} optimizes manually: DistillationCallback adds to the "
-                "loss that training_step returns, which needs automatic_optimization=True"
-            )
+        _refuse_manual_optimization(pl_module)
         if sum(isinstance(c, DistillationCallback) for c in attached_callbacks(trainer)) > 1:
             raise MisconfigurationException(
                 "the Trainer has several DistillationCallbacks: give one of them several terms"
             )
-        refuse_shared_tensors(self.teacher.network, pl_module)
+        try:
+            refuse_shared_tensors(self.teacher.network, pl_module)
+        except MisconfigurationException:
+            self.teacher.release()  # what it shares is the student's, which would stay frozen
+            raise
         if isinstance(self.teacher, CachedTeacher):
             taps = [(term.teacher, term.output) for term in self.terms.values()]
             self.teacher.attach(trainer, taps, self.inputs)
@@ -193,6 +202,7 @@ class DistillationCallback(Callback):
         """Check what needs the module's parts and the optimizers."""
         if self.owner not in (None, pl_module):
             return
+        _refuse_manual_optimization(pl_module)  # its own setup may have changed it
         student = find(pl_module, self.student, "the LightningModule", "student")
         for path, part in self.inputs.items():
             find(student, path, "the student", "inputs")
@@ -239,11 +249,28 @@ class DistillationCallback(Callback):
         return {"terms": terms, "skipped": self.skipped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the terms' parameters; outside of ``fit`` only those that fit, as none is used.
+
+        Raises:
+            MisconfigurationException: in ``fit``, if the checkpoint is of other terms.
+        """
         self.skipped = state_dict.get("skipped", 0)
-        for name, state in state_dict["terms"].items():
-            loss = self.terms[name].loss
-            assert isinstance(loss, nn.Module)
-            loss.load_state_dict(state)
+        saved, own = state_dict["terms"], self.state_dict()["terms"]
+        for name in sorted({*saved, *own}):
+            shapes = [
+                {k: x.shape for k, x in terms.get(name, {}).items()} for terms in (saved, own)
+            ]
+            if shapes[0] == shapes[1]:
+                loss = self.terms[name].loss
+                assert isinstance(loss, nn.Module)
+                loss.load_state_dict(saved[name])
+            elif self._wrapped:
+                raise MisconfigurationException(
+                    f"the checkpoint does not fit the loss of term {name!r}: it has "
+                    f"{sorted(shapes[0]) or 'no parameters'} and the loss "
+                    f"{sorted(shapes[1]) or 'none'}, or of other shapes. Resume with the terms of "
+                    "the run that wrote it"
+                )
 
     # One training step
 
@@ -280,17 +307,25 @@ class DistillationCallback(Callback):
             pair = student_outputs[term.student], teacher_outputs[term.teacher]
             values[name] = self._value(name, term, *pair, trainer)
             weight = term.weight(trainer) if callable(term.weight) else term.weight
+            if not isinstance(weight, (Real, Tensor)):
+                raise MisconfigurationException(
+                    f"the weight of term {name!r} gave {weight!r} at step {trainer.global_step}: "
+                    "a function of the Trainer must return a number"
+                )
             weighted = weight * values[name]
             if not weighted.isfinite():
                 weighted = values[name] = self._without(name, term, *pair, trainer)
             distill = distill + weighted
         assert isinstance(distill, Tensor)
         if not trainer.barebones:
-            pl_module.log("train/distill", distill.detach())
+            # Of a step: no mean is taken, and the batch may not be there to be measured.
+            log = functools.partial(pl_module.log, batch_size=1)
+            log("train/distill", distill.detach())
             if self._named:
-                pl_module.log_dict({f"train/distill/{n}": x.detach() for n, x in values.items()})
+                for name, value in values.items():
+                    log(f"train/distill/{name}", value.detach())
             if self.nonfinite == "skip":
-                pl_module.log("train/distill_skipped", float(self.skipped))
+                log("train/distill_skipped", float(self.skipped))
         if isinstance(result, Tensor):
             return self.task_weight * result + distill
         if not isinstance(result, Mapping) or "loss" not in result:
@@ -349,7 +384,12 @@ class DistillationCallback(Callback):
                     "it is checkpointed, and with parameters that require a gradient"
                 )
             self._refuse_single_rows(term, [ours for ours, _ in pairs], trainer)
-            return torch.stack([term.loss(ours, theirs) for ours, theirs in pairs]).sum()
+            values = [term.loss(ours, theirs) for ours, theirs in pairs]
+            for value in values:
+                if not isinstance(value, Tensor) or value.dim():
+                    got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                    raise ValueError(f"the loss returns {got}: it must return a tensor of shape ()")
+            return torch.stack(values).sum()
         except ValueError as error:
             raise MisconfigurationException(
                 f"term {name!r} of {place!r} and {self.teacher}: {error}"
@@ -440,6 +480,14 @@ class DistillationCallback(Callback):
 def attached_callbacks(trainer: Trainer) -> list[Callback]:
     """The Trainer's callbacks, which Lightning sets without declaring them."""
     return trainer.callbacks  # type: ignore[attr-defined]
+
+
+def _refuse_manual_optimization(pl_module: LightningModule) -> None:
+    if not pl_module.automatic_optimization:
+        raise MisconfigurationException(
+            f"{type(pl_module).__name__} optimizes manually: DistillationCallback adds to the "
+            "loss that training_step returns, which needs automatic_optimization=True"
+        )
 
 
 def _refuse_other_images(student: nn.Module, batch: KeyedBatch) -> Callable[[], None]:

@@ -52,13 +52,27 @@ def check_flag(name: str, value: Any) -> None:
         raise ValueError(f"{name} is {value!r}: give true or false")
 
 
-def check_logits_options(tau: float, activation: str = "softmax") -> None:
-    """Refuse a temperature or an activation with which no loss of logits is defined.
+def check_logits_options(
+    tau: float,
+    activation: str = "softmax",
+    *,
+    beta: float = 1.0,
+    gamma: float = 1.0,
+    eps: float = 1e-8,
+) -> None:
+    """Refuse options with which no loss of logits is defined.
 
     Raises:
         ValueError: saying what to give.
     """
     if not tau > 0:
         raise ValueError(f"tau is {tau}: the temperature must be above 0")
+    if tau == math.inf:
+        raise ValueError("tau is inf: the temperature must be finite")
+    for name, value in (("beta", beta), ("gamma", gamma)):
+        if not -math.inf < value < math.inf:
+            raise ValueError(f"{name} is {value}: give a finite weight")
+    if not 0 < eps < math.inf:
+        raise ValueError(f"eps is {eps}: give a small number above 0")
     if activation not in ("softmax", "sigmoid", "identity"):
         raise ValueError(f"activation is {activation!r}: use 'softmax', 'sigmoid' or 'identity'")

@@ -51,6 +51,11 @@ class EnsembleTeacher(Teacher):
         self.mean = mean
         super().__init__(nn.ModuleList([teacher.network for teacher in self.teachers]))
 
+    def release(self) -> None:
+        """Give every network back as it was given."""
+        for teacher in self.teachers:
+            teacher.release()
+
     def shard(self, mesh: DeviceMesh) -> None:
         """Divide each teacher among the processes of a mesh."""
         for teacher in self.teachers:

@@ -1,5 +1,7 @@
 """Distillation losses as pure functions of student and teacher logits."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -66,7 +68,7 @@ def dist_loss(
         Huang et al., Knowledge Distillation from A Stronger Teacher, NeurIPS 2022, equation 10.
     """
     _check_logits(student, teacher)
-    check_logits_options(tau, activation)
+    check_logits_options(tau, activation, beta=beta, gamma=gamma, eps=eps)
     if mask is not None:
         rows = (student.shape[0], *student.shape[2:])
         if mask.dtype != torch.bool or mask.shape != rows:
@@ -167,6 +169,9 @@ def kd_loss(student: Tensor, teacher: Tensor, *, tau: float = 4.0) -> Tensor:
     log_student = F.log_softmax(student.to(dtype) / tau, dim=1)
     log_teacher = F.log_softmax(teacher.detach().to(dtype) / tau, dim=1)
     rows = max(student.numel() // student.shape[1], 1)
+    # A class that the teacher rules out (-inf) adds 0, and not 0 * inf.
+    ruled_out = log_teacher == -math.inf
+    log_student, log_teacher = (x.masked_fill(ruled_out, 0) for x in (log_student, log_teacher))
     return F.kl_div(log_student, log_teacher, reduction="sum", log_target=True) * (tau**2 / rows)
 
 

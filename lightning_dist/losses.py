@@ -50,7 +50,7 @@ class DISTLoss(nn.Module):
         numbers = {"tau": tau, "beta": beta, "gamma": gamma, "eps": eps}
         for name, value in numbers.items():
             check_number(name, value)
-        check_logits_options(tau, activation)
+        check_logits_options(tau, activation, eps=eps)
         self.tau = tau
         self.beta = beta
         self.gamma = gamma

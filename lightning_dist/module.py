@@ -59,6 +59,7 @@ class DistillModule(LightningModule):
             itself and saved with it; 0.9999 is usual. ``None`` keeps none.
 
     Raises:
+        TypeError: if ``student`` is not a module.
         ValueError: if an option is out of range.
 
     Example:
@@ -88,6 +89,8 @@ class DistillModule(LightningModule):
         ema_decay: float | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(student, nn.Module):
+            raise TypeError(f"the student is a {type(student).__name__}: give a torch.nn.Module")
         if scheduler_interval not in ("epoch", "step"):
             raise ValueError(f"scheduler_interval is {scheduler_interval!r}: use 'epoch' or 'step'")
         if ema_decay is not None:

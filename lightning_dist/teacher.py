@@ -83,7 +83,16 @@ class Teacher:
         self._compiled: Callable[..., Any] | None = None
         self.class_map = None if class_map is None else list(class_map)
         self._columns = None if class_map is None else torch.tensor(self.class_map)
+        self._found = [(m, m.training) for m in network.modules()]
+        self._trained = [p for p in network.parameters() if p.requires_grad]
         self.freeze()
+
+    def release(self) -> None:
+        """Give the network back as it was given: with its gradients and modes."""
+        for parameter in self._trained:
+            parameter.requires_grad_(True)
+        for module, training in self._found:
+            module.training = training
 
     def freeze(self) -> None:
         """Put every part of the network in eval mode, without gradients."""
@@ -213,7 +222,7 @@ class Teacher:
         return logits.index_select(1, self._columns)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_compiled": None}
+        return self.__dict__ | {"_compiled": None, "_found": [], "_trained": []}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Teacher":
         return self  # an averaged copy of the module needs no second teacher

@@ -15,7 +15,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_dist import DistillationCallback, DISTLoss, KDLoss, Teacher, Term, WeightSchedule
+from lightning_dist import (
+    CachedTeacher,
+    DistillationCallback,
+    DISTLoss,
+    KDLoss,
+    Teacher,
+    Term,
+    WeightSchedule,
+)
+from lightning_dist.ensemble import EnsembleTeacher
 from lightning_dist.functional import dist_loss
 
 BATCH = 8
@@ -443,8 +452,7 @@ class Tuned(Plain):
     def train_dataloader(self):
         return DataLoader(data().dataset, batch_size=self.batch_size)
 
-    def val_dataloader(self):
-        return data()
+    val_dataloader = train_dataloader
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=self.lr)
@@ -530,6 +538,40 @@ def test_parameters_of_a_term_train_and_resume_but_are_not_the_modules(make_trai
     assert torch.equal(resumed.project.weight, loss.project.weight)
 
 
+def test_a_checkpoint_of_other_terms_is_refused_in_fit_and_no_matter_in_test(
+    make_trainer, tmp_path
+):
+    class Testing(Plain):
+        test_step = Plain.validation_step
+
+    trainer = make_trainer(callbacks=[projecting()[0]])
+    fitted(trainer)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    for terms in (None, {"mimic": Term(F.mse_loss)}):
+        resuming, testing = (
+            make_trainer(callbacks=[DistillationCallback(teacher_net(), terms=terms)], max_epochs=2)
+            for _ in range(2)
+        )
+        with pytest.raises(
+            MisconfigurationException, match="does not fit the loss of term 'mimic'"
+        ):
+            resuming.fit(Plain(), data(), ckpt_path=tmp_path / "last.ckpt")
+        testing.test(Testing(), data(), ckpt_path=tmp_path / "last.ckpt", verbose=False)
+
+
+@pytest.mark.filterwarnings("ignore:.*dataloader_iter.*")
+def test_a_step_that_draws_its_batches_itself(make_trainer):
+    class Drawing(Plain):
+        def training_step(self, dataloader_iter):
+            batch, *_ = next(dataloader_iter)
+            return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    teacher = teacher_net()
+    trainer = make_trainer(callbacks=[DistillationCallback(teacher)])
+    module = fitted(trainer, Drawing)
+    torch.testing.assert_close(module.net.state_dict(), plain_loop(teacher)[0].state_dict())
+
+
 def test_parameters_of_a_term_are_there_when_weights_are_averaged(make_trainer):
     fitted(make_trainer(callbacks=[projecting()[0], EMAWeightAveraging()]))
     message = "EMAWeightAveraging comes before.*list DistillationCallback first"
@@ -581,7 +623,12 @@ def test_an_unknown_sub_module_is_refused_with_near_names(make_trainer):
 
 
 def test_manual_optimization_is_refused(make_trainer):
+    class Late(Plain):
+        def setup(self, stage):
+            self.automatic_optimization = False
+
     refused(make_trainer, "Manual optimizes manually", module=Manual())
+    refused(make_trainer, "Late optimizes manually", module=Late())
 
 
 def test_a_teacher_that_shares_parameters_is_refused(make_trainer):
@@ -592,6 +639,14 @@ def test_a_teacher_that_shares_parameters_is_refused(make_trainer):
     view = nn.Linear(6, 12)
     view.weight = nn.Parameter(module.net[0].weight.data.view(12, 6))
     refused(make_trainer, "shares its 'weight'", module, teacher=view)
+
+
+@pytest.mark.parametrize("kind", [Teacher, lambda net: EnsembleTeacher([net]), CachedTeacher])
+def test_a_student_refused_as_its_own_teacher_is_not_left_frozen(make_trainer, kind):
+    module = Plain()
+    refused(make_trainer, "shares its", module, teacher=kind(module.net))
+    assert all(parameter.requires_grad for parameter in module.net.parameters())
+    assert all(part.training for part in module.net.modules())
 
 
 def test_different_class_counts_are_refused(make_trainer):

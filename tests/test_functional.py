@@ -77,6 +77,21 @@ def test_kd_loss_equals_the_authors_code(golden_losses):
     assert relative_error(grad, torch.from_numpy(case["grad"])) < 1e-12
 
 
+@pytest.mark.parametrize("both", [False, True])
+def test_classes_that_the_teacher_rules_out_add_nothing_to_kd_loss(both):
+    student, teacher = torch.randn(2, 8, 5).double().unbind()
+    teacher[:, 3] = -torch.inf
+    if both:
+        student[:, 3] = -torch.inf
+    value, grad = value_and_grad(kd_loss, student, teacher)
+    probability = (teacher / 4).softmax(1)
+    kept = [0, 1, 2, 4]
+    expected = probability.log()[:, kept] - (student / 4).log_softmax(1)[:, kept]
+    expected = 16 * (probability[:, kept] * expected).sum() / 8
+    assert value.item() == pytest.approx(expected.item(), rel=1e-12)
+    torch.testing.assert_close(grad, 4 * ((student / 4).softmax(1) - probability) / 8)
+
+
 def test_kd_loss_of_dense_logits_is_the_mean_over_pixels():
     student, teacher = torch.randn(2, 2, 5, 3, 4).double().unbind()
     rows = [x.movedim(1, -1).reshape(-1, 5) for x in (student, teacher)]

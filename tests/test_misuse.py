@@ -155,6 +155,26 @@ MISUSES: dict[str, tuple[Callable[..., Any], type[Exception], str]] = {
         ValueError,
         "tau is -1",
     ),
+    "tau without end": (
+        lambda _: dist_loss(LOGITS, LOGITS, tau=float("inf")),
+        ValueError,
+        "tau is inf",
+    ),
+    "beta of no number": (
+        lambda _: dist_loss(LOGITS, LOGITS, beta=float("nan")),
+        ValueError,
+        "beta is nan: give a finite weight",
+    ),
+    "eps of zero": (
+        lambda _: dist_loss(LOGITS, LOGITS, eps=0),
+        ValueError,
+        "eps is 0: give a small number above 0",
+    ),
+    "eps of the module": (
+        lambda _: DISTLoss(eps=-1.0),
+        ValueError,
+        "eps is -1.0: give a small number above 0",
+    ),
     "activation": (
         lambda _: dist_loss(LOGITS, LOGITS, activation="relu"),
         ValueError,
@@ -294,6 +314,56 @@ MISUSES: dict[str, tuple[Callable[..., Any], type[Exception], str]] = {
         lambda _: distil(loss=DISTLoss(), terms={"a": Term(DISTLoss())}),
         ValueError,
         "give either loss, weight and output, or terms",
+    ),
+    "terms in a list": (
+        lambda _: distil(terms=[Term(DISTLoss())]),
+        TypeError,
+        "terms is a list: give a dict",
+    ),
+    "loss for a term": (
+        lambda _: distil(terms={"a": DISTLoss()}),
+        TypeError,
+        "term 'a' is a DISTLoss: give a Term",
+    ),
+    "class for a loss": (
+        lambda _: distil(loss=DISTLoss),
+        TypeError,
+        "the loss of term 'distill' is .*: give a function",
+    ),
+    "name for a loss": (
+        lambda _: distil(loss="dist"),
+        TypeError,
+        "the loss of term 'distill' is 'dist': give a function",
+    ),
+    "student for its path": (
+        lambda _: distil(student=nn.Linear(6, 4)),
+        TypeError,
+        "student is a Linear: give its dotted path",
+    ),
+    "student of no kind": (
+        lambda _: DistillModule("resnet18"),
+        TypeError,
+        "the student is a str: give a torch.nn.Module",
+    ),
+    "loss of a vector": (
+        fit(User(), distil(loss=lambda s, t: s.mean(1))),
+        MisconfigurationException,
+        "'distill'.*the loss returns \\(8,\\)",
+    ),
+    "loss of a float": (
+        fit(User(), distil(loss=lambda s, t: 1.0)),
+        MisconfigurationException,
+        "'distill'.*the loss returns float",
+    ),
+    "loss of nothing": (
+        fit(User(), distil(loss=lambda s, t: None)),
+        MisconfigurationException,
+        "'distill'.*the loss returns NoneType",
+    ),
+    "weight function of no number": (
+        fit(User(), distil(weight=lambda _: None)),
+        MisconfigurationException,
+        "the weight of term 'distill' gave None",
     ),
     "no terms": (lambda _: distil(terms={}), ValueError, "terms is empty"),
     "weight of no number": (
