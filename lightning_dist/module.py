@@ -43,7 +43,8 @@ class DistillModule(LightningModule):
         optimizer: called with the student's parameters if it is an optimizer class (or a partial of
             one), otherwise with the student itself, as ``timm.optim.create_optimizer_v2`` wants it.
             AdamW by default.
-        scheduler: called with the optimizer; a torch or timm scheduler, or what timm's
+        scheduler: called with the optimizer; a torch or timm scheduler (for ReduceLROnPlateau
+            override ``configure_optimizers``, to name what it monitors), or what timm's
             ``create_scheduler_v2`` returns. Where it takes ``updates_per_epoch``, as that does, it
             is given how many optimizer updates an epoch of this Trainer has.
         scheduler_interval: ``"epoch"`` or ``"step"``, when the scheduler is stepped.

@@ -99,7 +99,7 @@ class ImageDataModule(LightningDataModule):
         mean: of each channel, which the loaders have subtracted from pixels scaled to 0..1.
         std: of each channel, by which they have then divided.
         class_colors: a colour (red, green, blue) of each, in 0..255, or None to choose some.
-        image_size: height and width in pixels, where all images have one size.
+        image_size: side in pixels, where all images are squares of one size.
         in_channels: channels of an image.
         views: train on so many fixed augmentations of each sample, which are the same in every run,
             in turn; the batches are then KeyedBatches. None draws another one each epoch.

@@ -47,6 +47,12 @@ def write_report(folders: Folders, out: PathLike | None = None, metric: str | No
         folders: a folder, or several whose runs are merged; the files go to the first.
         out: another folder for the files.
         metric: metric to compare by, by default the one that all runs optimise.
+
+    Returns:
+        The table, for ``rich.print``.
+
+    Raises:
+        ValueError: if a folder holds no run or a broken one, or the runs share no metric.
     """
     runs = read_runs(folders)
     table, figure = report_table(runs, metric), plot_runs(runs, metric)

@@ -18,6 +18,7 @@ class ClassificationModule(DistillModule):
     """Classify ``(images, labels)`` batches.
 
     ``val/loss`` and ``test/loss`` are the plain cross-entropy, whatever the training loss.
+    ``METRIC`` is ``accuracy`` and, with more than ten classes, ``accuracy_top5``.
 
     Args:
         student: network with ``num_classes`` outputs.
