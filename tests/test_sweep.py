@@ -122,7 +122,7 @@ def test_a_folder_of_another_run_says_how_to_merge(ends_badly, put_run, tmp_path
     put_run(tmp_path / "run", "seed=7")
     line = ends_badly("train", *TINY, "resume=true", "hydra.run.dir=run")
     assert "holds another run (seed=7)" in line
-    assert "or choose another hydra.sweep.dir and merge: lightning-dist report OLD NEW" in line
+    assert "another folder (two sweeps are merged by lightning-dist report DIR DIR)" in line
 
 
 # One callback ends the process as an error in C code does, and the other does nothing.
