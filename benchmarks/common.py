@@ -9,6 +9,7 @@ from typing import Any
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler reports each start and stop
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -59,7 +60,15 @@ def ratios(times: Times, slower: str, *faster: str) -> list[float]:
 
 
 def peak_bytes(call: Callable[[], object]) -> int:
-    """The most memory that a call holds at once, beyond what was there before."""
+    """The most memory that a call holds at once, beyond what was there before.
+
+    Of the GPU, once one is in use.
+    """
+    if torch.cuda.is_initialized():
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
     events = profiler.profiler.kineto_results.events()
@@ -122,7 +131,14 @@ def _correlation(a: Tensor, b: Tensor, eps: float) -> Tensor:
 
 
 def _seconds(call: Callable[[], Any], repeats: int) -> float:
+    _wait_for_gpu()
     start = time.perf_counter()
     for _ in range(repeats):
         call()
+    _wait_for_gpu()
     return (time.perf_counter() - start) / repeats
+
+
+def _wait_for_gpu() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()

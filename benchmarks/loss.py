@@ -84,12 +84,12 @@ def gradient(loss: Loss, student: Tensor, teacher: Tensor) -> Tensor:
     return torch.autograd.grad(loss(student, teacher), student)[0]
 
 
-def measure(shape: tuple[int, ...], theirs: Loss, seconds: float) -> Row:
+def measure(shape: tuple[int, ...], theirs: Loss, seconds: float, device: str) -> Row:
     """All numbers of one shape."""
     torch._dynamo.reset()  # a graph for this shape, not one for any shape
     generator = torch.Generator().manual_seed(0)
-    student = (3 * torch.randn(shape, generator=generator)).requires_grad_()
-    teacher = 3 * torch.randn(shape, generator=generator)
+    student, teacher = (3 * torch.randn(shape, generator=generator).to(device) for _ in range(2))
+    student.requires_grad_()
     losses: dict[str, Loss] = {
         OURS: DISTLoss(),
         COMPILED: torch.compile(DISTLoss(), fullgraph=True),
@@ -174,19 +174,23 @@ def verdict(results: list[Row]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a few small shapes, as a smoke test")
-    quick = parser.parse_args().quick
+    parser.add_argument("--device", default="cpu", help="such as cuda")
+    options = parser.parse_args()
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # no CUDA: no matter
     theirs = torchdistill_loss()
-    known = torch.randn(1000, 1000)
+    known = torch.randn(1000, 1000, device=options.device)
     meter = peak_bytes(known.exp) / (4 * known.numel())
-    shapes = QUICK if quick else SHAPES
+    shapes = QUICK if options.quick else SHAPES
     results = [
-        measure(shape, theirs, 1.0 if quick else SECONDS)
+        measure(shape, theirs, 1.0 if options.quick else SECONDS, options.device)
         for shape in track(shapes, "measuring", transient=True)
     ]
+    where = f"{torch.get_num_threads()} threads"
+    if options.device != "cpu":
+        where = torch.cuda.get_device_name(options.device)
     show(
         table_of(results),
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}; the memory meter reads "
+        f"{where}, torch {torch.__version__}; the memory meter reads "
         f"{meter:.2f} tensors for y = x.exp()",
         *verdict(results),
     )

@@ -72,7 +72,8 @@ class RelationLoss(torch.autograd.Function):
         rows = _at_least_one(total.rows)
         rho, column_coefficients = _correlate(total.moments, eps)
         correlation = total.inter * (beta / rows) + rho.sum() * (gamma / rho.numel())
-        loss = (beta + gamma - correlation) * tau**2
+        # The conversion is not last: torch 2.11 compiles one that does nothing to a gradient of 0.
+        loss = (beta + gamma - correlation).to(dtype) * tau**2
         if isinstance(total.rows, Tensor) or total.rows == 0:
             loss = loss * (total.rows > 0)
 
@@ -89,7 +90,7 @@ class RelationLoss(torch.autograd.Function):
             *(offset * row_weight for offset in row_offsets),
         )
         ctx.options = (tau, activation, dtype, len(row_coefficients))
-        return loss.to(dtype)
+        return loss
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:

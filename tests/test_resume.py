@@ -18,6 +18,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
+from interruption import Send
 from lightning_dist import DistillModule
 from lightning_dist.checkpoint_io import AtomicCheckpointIO
 from lightning_dist.curves import ResumableCSVLogger
@@ -26,18 +27,6 @@ from lightning_dist.resume import ExactResume, Interrupted
 
 QUICK = ["train", "experiment=digits", "trainer=cpu", "print_config=false"]
 QUICK += ["callbacks.progress=null", "test_teacher=false", "hydra.run.dir=run"]
-
-
-class Send(Callback):
-    """Send this process a signal once so many batches have begun."""
-
-    def __init__(self, number: signal.Signals, batch: int) -> None:
-        self.number = number
-        self.batch = batch
-
-    def on_before_backward(self, trainer, pl_module, loss) -> None:
-        if trainer.fit_loop.total_batch_idx == self.batch:
-            os.kill(os.getpid(), self.number)
 
 
 def dropout_module() -> DistillModule:
