@@ -12,6 +12,8 @@ For each shape of logits, float32 and 3 * randn, forward + backward to the stude
   is compared with the authors' plain formulation, torchdistill with itself in float64, since it
   treats eps otherwise.
 
+The bars are for the CPU. On a GPU (``--device cuda``) a block is larger, and counts in the memory.
+
 "Compiled" is ``torch.compile(DISTLoss(), fullgraph=True)``, each shape for itself.
 """
 
@@ -54,7 +56,7 @@ SHAPES: list[tuple[int, ...]] = [
 ]
 QUICK: list[tuple[int, ...]] = [(64, 10), (256, 100), (2, 19, 16, 32)]
 LEAN = {(200000, 100), (2, 720, 100, 152)}  # the shapes whose memory has a bar
-SECONDS = 6.0  # of timing a shape
+SECONDS = 6.0
 OURS, COMPILED = "ours", "ours compiled"
 THEIRS, THEIRS_COMPILED, KL = "torchdistill", "torchdistill compiled", "KL"
 
@@ -152,21 +154,25 @@ def table_of(results: list[Row]) -> Table:
     return table
 
 
-def verdict(results: list[Row]) -> list[str]:
-    """Means and extremes beside their bars."""
+def verdict(results: list[Row], device: str) -> list[str]:
+    """Means and extremes, beside their bars where they have one."""
+
+    def judged(value: float, limit: str, met: bool) -> str:
+        return bar(value, limit, met) if device == "cpu" else f"{value:.3g}"
+
     lines = []
     for name, least in ((OURS, 1.8), (COMPILED, 3.0)):
         speeds = [row.speed(THEIRS, name) for row in results]
         mean = statistics.geometric_mean(speeds)
         error = max(row.error[name] for row in results)
         line = [
-            f"{name}: speed over torchdistill, mean {bar(mean, f'>= {least}', mean >= least)}",
-            f"least {bar(min(speeds), '>= 1.0', min(speeds) >= 1)}",
-            f"gradient error {bar(error, '<= 1e-6', error <= 1e-6)}",
+            f"{name}: speed over torchdistill, mean {judged(mean, f'>= {least}', mean >= least)}",
+            f"least {judged(min(speeds), '>= 1.0', min(speeds) >= 1)}",
+            f"gradient error {judged(error, '<= 1e-6', error <= 1e-6)}",
         ]
         lean = [row.memory[name] for row in results if row.shape in LEAN]
         if lean and name == OURS:
-            line.append(f"memory {bar(max(lean), '<= 1.3', max(lean) <= 1.3)}")
+            line.append(f"memory {judged(max(lean), '<= 1.3', max(lean) <= 1.3)}")
         lines.append(", ".join(line))
     return lines
 
@@ -175,6 +181,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a few small shapes, as a smoke test")
     parser.add_argument("--device", default="cpu", help="such as cuda")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="of timing a shape")
     options = parser.parse_args()
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # no CUDA: no matter
     theirs = torchdistill_loss()
@@ -182,7 +189,7 @@ def main() -> None:
     meter = peak_bytes(known.exp) / (4 * known.numel())
     shapes = QUICK if options.quick else SHAPES
     results = [
-        measure(shape, theirs, 1.0 if options.quick else SECONDS, options.device)
+        measure(shape, theirs, 1.0 if options.quick else options.seconds, options.device)
         for shape in track(shapes, "measuring", transient=True)
     ]
     where = f"{torch.get_num_threads()} threads"
@@ -192,7 +199,7 @@ def main() -> None:
         table_of(results),
         f"{where}, torch {torch.__version__}; the memory meter reads "
         f"{meter:.2f} tensors for y = x.exp()",
-        *verdict(results),
+        *verdict(results, options.device),
     )
 
 

@@ -31,8 +31,9 @@ def dist_loss(
 
     The first mean runs over samples *i* (inter-class), the second over classes *j* (intra-class).
     Of dense logits every pixel is a sample. The logits are read in blocks, twice: peak memory is
-    the gradient plus O(N + C) statistics. The computation runs in float32 or wider. The teacher is
-    a constant: no gradient flows to it. A constant row or column has correlation 0.
+    the gradient plus O(N + C) statistics and a block (on a GPU up to 0.4 GB). The computation runs
+    in float32 or wider. The teacher is a constant: no gradient flows to it. A constant row or
+    column has correlation 0.
 
     Args:
         student: logits of shape ``(N, C)`` or ``(N, C, *spatial)``, any floating dtype and layout.

@@ -10,9 +10,13 @@ from torch import Tensor
 Activation = Literal["softmax", "sigmoid", "identity"]
 
 # Logits a block of the streaming pass holds, per side. On CPU a block and its temporaries stay in
-# the cache; on an accelerator a block is large enough that kernel launches do not count.
+# the cache; on an accelerator a block is large enough that kernel launches do not count, and its
+# temporaries take 0.4 GB.
 _BLOCK_CPU = 2**17
-_BLOCK_ACCELERATOR = 2**22
+_BLOCK_ACCELERATOR = 2**24
+# An accelerator's softmax over a dimension that is not the last is slow where there are more
+# classes: it is worth a transposed copy of the block.
+_MOST_STRIDED_CLASSES = 256
 
 
 def compute_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
@@ -105,7 +109,8 @@ class RelationLoss(torch.autograd.Function):
             x * grad_output for x in (column_coefficients, column_offset, *kept)
         )
         row_coefficients, row_offsets = kept[:n_blocks], kept[n_blocks:]
-        gradient = torch.empty_like(student) if n_blocks != 1 else None
+        as_rows = _as_rows(student)
+        gradient = torch.empty_like(student) if n_blocks != 1 or as_rows else None
         for index, block in enumerate(_blocks(student)):
             ours, theirs, keep = _activate(student, teacher, mask, block, tau, activation, dtype)
             columns, offset = column_coefficients, column_offset
@@ -123,6 +128,9 @@ class RelationLoss(torch.autograd.Function):
                 slope.mul_(ours * (1 - ours))
             if gradient is None:  # the only block
                 gradient = slope.to(student.dtype)
+            elif as_rows:
+                part = gradient[block].transpose(1, 2)
+                part.copy_(slope.view_as(part))
             else:
                 gradient[block] = slope
         return gradient, *[None] * 8
@@ -217,6 +225,12 @@ def _blocks(x: Tensor) -> Iterator[Any]:
             yield part, slice(None), pixels
 
 
+def _as_rows(x: Tensor) -> bool:
+    """Whether blocks of ``(N, C, S)`` are computed as matrices ``(R, C)``."""
+    eager = x.device.type != "cpu" and not torch.compiler.is_compiling()
+    return eager and x.dim() == 3 and x.shape[1] > _MOST_STRIDED_CLASSES
+
+
 def _slices(length: int, most: int) -> Iterator[slice]:
     parts = -(-length // most)
     for i in range(parts):
@@ -233,10 +247,16 @@ def _activate(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Student and teacher of a block after the activation, and the block's mask as numbers."""
-    keep = None if mask is None else mask[block]
+
+    def part_of(x: Tensor) -> Tensor:
+        x = x[block]
+        return x.transpose(1, 2).flatten(0, 1) if as_rows else x
+
+    as_rows = _as_rows(student)
+    keep = None if mask is None else part_of(mask)
 
     def activated(logits: Tensor) -> Tensor:
-        x = logits[block].to(dtype)
+        x = part_of(logits).to(dtype)
         if tau != 1:
             x = x / tau
         if keep is not None:  # what is left out may be anything, NaN included

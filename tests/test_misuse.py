@@ -527,6 +527,10 @@ COMMANDS = {
     "unknown optimizer": ("train optimizer=foo", "Could not find 'optimizer/foo'.*adamw sgd"),
     "epochs": ("train trainer.max_epochs=abc", "trainer.max_epochs is 'abc'"),
     "accelerator": ("train trainer.accelerator=foo", "accelerator='foo'"),
+    "stage 3": (
+        "train trainer=deepspeed trainer.strategy.stage=3",
+        "use stage 2, or trainer=fsdp2",
+    ),
     "no GPU": ("train trainer=gpu", "No supported gpu backend found"),
     "tau": ("train distill.loss.tau=0", "tau is 0: the temperature must be above 0"),
     "weight": ("train distill.weight=abc", "distill_weight is 'abc': give a number"),

@@ -283,6 +283,12 @@ def check(config: DictConfig) -> None:
     if config.trainer.get("accumulate_grad_batches") is not None:
         accumulated = config.trainer.accumulate_grad_batches
         check_number("trainer.accumulate_grad_batches", accumulated, int, least=1)
+    strategy = config.trainer.get("strategy")
+    if OmegaConf.is_config(strategy) and strategy.get("stage") == 3:
+        raise ValueError(
+            "trainer.strategy.stage is 3, and DeepSpeed loads its checkpoints to train on, not for "
+            "the test of a run: use stage 2, or trainer=fsdp2 to shard the parameters"
+        )
     for key in ("test_teacher", "resume", "own_process", "print_config", "trust", "distributed"):
         check_flag(key, config[key])
     choices = {
