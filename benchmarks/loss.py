@@ -54,7 +54,7 @@ SHAPES: list[tuple[int, ...]] = [
     (2, 720, 100, 152),
     (200000, 100),
 ]
-QUICK: list[tuple[int, ...]] = [(64, 10), (256, 100), (2, 19, 16, 32)]
+QUICK: list[tuple[int, ...]] = [(256, 100), (2, 19, 16, 32)]
 LEAN = {(200000, 100), (2, 720, 100, 152)}  # the shapes whose memory has a bar
 SECONDS = 6.0
 OURS, COMPILED = "ours", "ours compiled"

@@ -1,0 +1,75 @@
+"""Every Python example of the README and of docs/ runs as it is written."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchvision.models import WeightsEnum
+
+from lightning_dist import DistillModule
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+EXAMPLES = [
+    pytest.param(code, id=f"{page.name}-{number}")
+    for page in PAGES
+    for number, code in enumerate(
+        re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S)
+    )
+]
+
+
+class Classifier(LightningModule):
+    """What a reader has already."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(6, 4)
+
+    def training_step(self, batch, batch_idx):
+        inputs, target = batch
+        return F.cross_entropy(self.net(inputs), target)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.net.parameters(), lr=0.1)
+
+
+class Download(dict):
+    """Published weights, which cannot be had here: the network keeps its own."""
+
+
+@pytest.fixture
+def _no_downloads(monkeypatch):
+    load = nn.Module.load_state_dict
+
+    def load_what_is_here(network, state, *args, **kwargs):
+        return None if isinstance(state, Download) else load(network, state, *args, **kwargs)
+
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda *_, **__: Download())
+    monkeypatch.setattr(nn.Module, "load_state_dict", load_what_is_here)
+
+
+@pytest.mark.usefixtures("_no_downloads")
+@pytest.mark.parametrize("code", EXAMPLES)
+def test_an_example_runs(tmp_path, monkeypatch, code):
+    monkeypatch.chdir(tmp_path)
+    batches = DataLoader(TensorDataset(torch.randn(16, 6), torch.arange(16) % 4), batch_size=8)
+    names = {
+        "student": nn.Linear(6, 4),
+        "teacher": nn.Linear(6, 4),
+        "my_module": Classifier(),
+        "my_datamodule": batches,
+        "module": DistillModule(nn.Linear(6, 4), nn.Linear(6, 4)),
+        "datamodule": batches,
+    }
+    code = code.replace('ckpt_path="run/last.ckpt"', "ckpt_path=None")  # the first time
+    exec(compile(code, "example", "exec"), names)
+
+
+def test_there_are_examples():
+    assert len(EXAMPLES) >= 5
