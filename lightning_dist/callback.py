@@ -4,8 +4,6 @@ import functools
 import types
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
-from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -19,37 +17,11 @@ from lightning_dist.cached_teacher import CachedTeacher
 from lightning_dist.checks import check_number
 from lightning_dist.data.views import KeyedBatch
 from lightning_dist.losses import DISTLoss
-from lightning_dist.taps import find, record, recorded, refuse_shared_tensors, select
+from lightning_dist.taps import find, record, recorded, refuse_shared_tensors
 from lightning_dist.teacher import Teacher
+from lightning_dist.terms import Term, TermParameters, Weight
 
-Weight = float | Callable[[Trainer], float]
 Nonfinite = Literal["raise", "skip"]
-
-
-@dataclass
-class Term:
-    """One distillation loss between a part of the student and a part of the teacher.
-
-    A part that is called several times in one call of its network (a head shared by the levels of a
-    pyramid) gives as many pairs, whose losses are summed. Calls of the student without a gradient,
-    as under ``torch.no_grad()``, do not count.
-
-    Args:
-        loss: takes the student's and the teacher's output, returns a scalar. If it is a module with
-            parameters (a projection), they train along and stay out of the student's state_dict.
-        weight: factor in the total loss, or a function of the Trainer such as
-            :class:`lightning_dist.schedule.WeightSchedule`.
-        student: dotted path inside the student; ``""`` is the student's own output.
-        teacher: dotted path inside the teacher; ``""`` is the teacher's own output.
-        output: entry to take from an output that is not a tensor: a key, an attribute or an index.
-            By default ``logits`` where there is one, or the first item of a tuple or list.
-    """
-
-    loss: nn.Module | Callable[[Tensor, Tensor], Tensor]
-    weight: Weight = 1.0
-    student: str = ""
-    teacher: str = ""
-    output: str | int | None = None
 
 
 class DistillationCallback(Callback):
@@ -140,10 +112,7 @@ class DistillationCallback(Callback):
         for name, term in self.terms.items():
             if not isinstance(term, Term):
                 raise TypeError(f"term {name!r} is a {type(term).__name__}: give a Term")
-            if not callable(term.loss) or isinstance(term.loss, type):
-                raise TypeError(f"the loss of term {name!r} is {term.loss!r}: give a function")
-            if not callable(term.weight):
-                check_number(f"the weight of term {name!r}", term.weight)
+            term.check(name)
         self.inputs = dict(inputs or {"": ""})
         self.nonfinite = nonfinite
         self.skipped = 0
@@ -170,11 +139,11 @@ class DistillationCallback(Callback):
         if isinstance(self.teacher, CachedTeacher):
             taps = [(term.teacher, term.output) for term in self.terms.values()]
             self.teacher.attach(trainer, taps, self.inputs)
-        parts = _TermParameters(
+        parts = TermParameters(
             {
                 name: term.loss
                 for name, term in self.terms.items()
-                if isinstance(term.loss, nn.Module) and any(True for _ in term.loss.parameters())
+                if isinstance(term.loss, nn.Module) and term.parameters()
             }
         )
         if len(parts):
@@ -186,7 +155,7 @@ class DistillationCallback(Callback):
                     f"{type(averaging).__name__} comes before a DistillationCallback whose terms "
                     "have parameters, which it then cannot average: list DistillationCallback first"
                 )
-            pl_module.add_module(_TermParameters.name, parts)
+            pl_module.add_module(TermParameters.name, parts)
         # Here, and not when fit starts: Lightning's tuners train before that hook is called.
         device = trainer.strategy.root_device
         for term in self.terms.values():
@@ -304,17 +273,24 @@ class DistillationCallback(Callback):
         values: dict[str, Tensor] = {}
         distill: Tensor | float = 0.0
         for name, term in self.terms.items():
-            pair = student_outputs[term.student], teacher_outputs[term.teacher]
-            values[name] = self._value(name, term, *pair, trainer)
-            weight = term.weight(trainer) if callable(term.weight) else term.weight
-            if not isinstance(weight, (Real, Tensor)):
+            ours, theirs = student_outputs[term.student], teacher_outputs[term.teacher]
+            place = f"{self.student}.{term.student}".strip(".") or "the module itself"
+            if not ours:
                 raise MisconfigurationException(
-                    f"the weight of term {name!r} gave {weight!r} at step {trainer.global_step}: "
-                    "a function of the Trainer must return a number"
+                    f"term {name!r}: {place!r} was not called in training_step, so there is "
+                    "nothing to distil: set student to the sub-module that training_step calls"
                 )
-            weighted = weight * values[name]
+            try:
+                values[name] = term.value(ours, theirs, trainer)
+                weighted = term.current_weight(trainer) * values[name]
+            except ValueError as error:
+                raise MisconfigurationException(
+                    f"term {name!r} of {place!r} and {self.teacher}: {error}"
+                ) from error
             if not weighted.isfinite():
-                weighted = values[name] = self._without(name, term, *pair, trainer)
+                self._refuse_nonfinite(name, term, ours, theirs, trainer)
+                self.skipped += 1
+                weighted = values[name] = term.zero(ours[0])
             distill = distill + weighted
         assert isinstance(distill, Tensor)
         if not trainer.barebones:
@@ -355,81 +331,20 @@ class DistillationCallback(Callback):
             if path:
                 hooks.callback(record(self.teacher.network.get_submodule(path), found))
 
-    def _value(
+    def _refuse_nonfinite(
         self, name: str, term: Term, student: list[Any], teacher: list[Any], trainer: Trainer
-    ) -> Tensor:
-        """The loss of one term, summed over the calls of its parts."""
-        place = f"{self.student}.{term.student}".strip(".") or "the module itself"
-        if not student:
-            raise MisconfigurationException(
-                f"term {name!r}: {place!r} was not called in training_step, so there is nothing to "
-                "distil: set student to the sub-module that training_step calls"
-            )
-        if len(student) != len(teacher):
-            raise MisconfigurationException(
-                f"term {name!r}: the student's {place!r} was called {len(student)} times and the "
-                f"teacher's {term.teacher!r} {len(teacher)} times: choose parts that correspond"
-            )
-        try:
-            pairs = [
-                (select(ours, term.output), select(theirs, term.output))
-                for ours, theirs in zip(student, teacher, strict=True)
-            ]
-            # A call under no_grad, for pseudo-labels say, teaches nothing.
-            pairs = [(ours, theirs) for ours, theirs in pairs if ours.requires_grad]
-            if not pairs:
-                raise ValueError(
-                    "no call of the student's part has a gradient, so the term would teach "
-                    "nothing: call it outside of torch.no_grad(), with use_reentrant=False where "
-                    "it is checkpointed, and with parameters that require a gradient"
-                )
-            self._refuse_single_rows(term, [ours for ours, _ in pairs], trainer)
-            values = [term.loss(ours, theirs) for ours, theirs in pairs]
-            for value in values:
-                if not isinstance(value, Tensor) or value.dim():
-                    got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                    raise ValueError(f"the loss returns {got}: it must return a tensor of shape ()")
-            return torch.stack(values).sum()
-        except ValueError as error:
-            raise MisconfigurationException(
-                f"term {name!r} of {place!r} and {self.teacher}: {error}"
-            ) from error
-
-    def _without(
-        self, name: str, term: Term, student: list[Any], teacher: list[Any], trainer: Trainer
-    ) -> Tensor:
-        """Zero in the place of a value that is not finite, or the error that says so."""
-        if self.nonfinite == "raise":
-            finite = {
-                side: all(bool(select(x, term.output).isfinite().all()) for x in outputs)
-                for side, outputs in (("student", student), ("teacher", teacher))
-            }
-            wrong = " and ".join(f"the {side}'s output" for side in finite if not finite[side])
-            raise FloatingPointError(
-                f"the distillation loss of term {name!r} is not finite at step "
-                f"{trainer.global_step} (epoch {trainer.current_epoch}): NaN or infinity is in "
-                f"{wrong or 'neither output, so the loss or its weight makes it'}. Lower the "
-                "learning rate or the weight, give the teacher a wider dtype, or leave such steps "
-                "out with nonfinite='skip'"
-            )
-        self.skipped += 1
-        device = select(student[0], term.output).device
-        own = term.loss.parameters() if isinstance(term.loss, nn.Module) else ()
-        # The term's own parameters keep their place in the graph, where DDP looks for them.
-        return torch.stack([torch.zeros((), device=device), *(0 * p.sum() for p in own)]).sum()
-
-    def _refuse_single_rows(self, term: Term, logits: list[Tensor], trainer: Trainer) -> None:
-        """In a run's first batch: the last one of an epoch may well be of one sample."""
-        loss = term.loss
-        if not isinstance(loss, DISTLoss) or not loss.gamma or loss.sync:
+    ) -> None:
+        if self.nonfinite == "skip":
             return
-        if trainer.fit_loop.total_batch_idx or trainer.is_last_batch:
-            return
-        if all(x.dim() > 1 and x.numel() == x.shape[1] for x in logits):
-            raise ValueError(
-                "the batch has one sample, which no intra-class relation can be of: use larger "
-                "batches, sync=True over several processes, or gamma=0"
-            )
+        sides = {"student": student, "teacher": teacher}
+        wrong = [f"the {side}'s output" for side in sides if not term.is_finite(sides[side])]
+        raise FloatingPointError(
+            f"the distillation loss of term {name!r} is not finite at step {trainer.global_step} "
+            f"(epoch {trainer.current_epoch}): NaN or infinity is in "
+            f"{' and '.join(wrong) or 'neither output, so the loss or its weight makes it'}. Lower "
+            "the learning rate or the weight, give the teacher a wider dtype, or leave such steps "
+            "out with nonfinite='skip'"
+        )
 
     # Helpers of the hooks
 
@@ -458,8 +373,7 @@ class DistillationCallback(Callback):
             for parameter in group["params"]
         }
         for name, term in self.terms.items():
-            own = term.loss.parameters() if isinstance(term.loss, nn.Module) else ()
-            if any(p.requires_grad and id(p) not in trained for p in own):
+            if any(p.requires_grad and id(p) not in trained for p in term.parameters()):
                 raise MisconfigurationException(
                     f"the loss of term {name!r} has parameters that no optimizer holds: build the "
                     "optimizer from self.parameters() in configure_optimizers"
@@ -472,7 +386,7 @@ class DistillationCallback(Callback):
                 pl_module.__dict__["training_step"] = self._own_step
             self.teacher.to("cpu")
         self._own_step, self._wrapped = None, False
-        pl_module._modules.pop(_TermParameters.name, None)
+        pl_module._modules.pop(TermParameters.name, None)
         if isinstance(self.teacher, CachedTeacher):
             self.teacher.detach()
 
@@ -508,21 +422,3 @@ def _refuse_other_images(student: nn.Module, batch: KeyedBatch) -> Callable[[], 
             )
 
     return student.register_forward_pre_hook(check, with_kwargs=True).remove
-
-
-class _TermParameters(nn.ModuleDict):
-    """Losses with parameters: seen by optimizers and DDP, absent from the module's state_dict."""
-
-    name = "_distillation"
-
-    def __init__(self, losses: Mapping[str, nn.Module]) -> None:
-        super().__init__(losses)
-        self.register_load_state_dict_post_hook(_forget_missing_keys)
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        return kwargs.get("destination", {})
-
-
-def _forget_missing_keys(module: nn.Module, incompatible: Any) -> None:
-    keys = incompatible.missing_keys
-    keys[:] = [key for key in keys if f"{_TermParameters.name}." not in key]

@@ -17,9 +17,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DistributedSampler
 from torchmetrics import MeanMetric, Metric, MetricCollection
 
-from lightning_dist.callback import DistillationCallback, Nonfinite, Weight, attached_callbacks
+from lightning_dist.callback import DistillationCallback, Nonfinite, attached_callbacks
 from lightning_dist.checks import check_number
 from lightning_dist.teacher import Teacher
+from lightning_dist.terms import Weight
 
 
 class DistillModule(LightningModule):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import uuid
 from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 
 import psutil
@@ -322,6 +323,13 @@ def test_a_rank_that_fails_ends_its_job_alone(start, tmp_path):
     found = results(tmp_path / "sweep")
     assert [result["status"] for result in found] == ["failed", "completed"], sweep.stderr
     assert found[0]["error"] == "RuntimeError: a rank broke"
+
+
+def test_the_version_is_that_of_the_package(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        command("--version")
+    assert caught.value.code is None
+    assert capsys.readouterr().out == f"lightning-dist {metadata.version('lightning-dist')}\n"
 
 
 def test_help_lists_the_verbs(command, capsys):

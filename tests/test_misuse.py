@@ -363,7 +363,7 @@ MISUSES: dict[str, tuple[Callable[..., Any], type[Exception], str]] = {
     "weight function of no number": (
         fit(User(), distil(weight=lambda _: None)),
         MisconfigurationException,
-        "the weight of term 'distill' gave None",
+        "term 'distill' of .*: the weight gave None at step 0",
     ),
     "no terms": (lambda _: distil(terms={}), ValueError, "terms is empty"),
     "weight of no number": (

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
+from lightning_dist import __version__
+
 VERBS = {
     "train": "train a student, distilled or not; -m sweeps",
     "eval": "test the student of a checkpoint",
@@ -22,7 +24,7 @@ _USAGE = """usage: lightning-dist VERB [key=value ...]
 
 {verbs}
 
-lightning-dist VERB --help shows the options of a verb."""
+lightning-dist VERB --help shows the options of a verb, lightning-dist --version the version."""
 
 
 def main() -> None:
@@ -32,6 +34,9 @@ def main() -> None:
         verbs = "\n".join(f"  {verb:<8} {what}" for verb, what in VERBS.items())
         print(_USAGE.format(verbs=verbs))
         sys.exit(0 if arguments else 2)
+    if arguments[0] == "--version":
+        print(f"lightning-dist {__version__}")
+        sys.exit()
     verb = arguments[0]
     if verb not in VERBS:
         near = difflib.get_close_matches(verb, VERBS, n=1) or list(VERBS)

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
-from lightning_dist.callback import DistillationCallback, Term, Weight
+from lightning_dist.callback import DistillationCallback
 from lightning_dist.losses import DISTLoss
 from lightning_dist.module import DistillModule
 from lightning_dist.taps import find
 from lightning_dist.teacher import Teacher
+from lightning_dist.terms import Term, Weight
 
 SLIDE_OVERLAP = 1 / 3
 
