@@ -101,14 +101,11 @@ class DistillationCallback(Callback):
         self.student = student
         self.task_weight = task_weight
         self._named = terms is not None
-        self.terms = dict(
-            terms
-            or {
-                "distill": Term(
-                    loss or DISTLoss(), 2.0 if weight is None else weight, output=output
-                )
-            }
-        )
+        if terms is None:
+            # Not "loss or": a compiled module has no truth value.
+            loss = DISTLoss() if loss is None else loss
+            terms = {"distill": Term(loss, 2.0 if weight is None else weight, output=output)}
+        self.terms = dict(terms)
         for name, term in self.terms.items():
             if not isinstance(term, Term):
                 raise TypeError(f"term {name!r} is a {type(term).__name__}: give a Term")

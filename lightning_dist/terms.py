@@ -118,7 +118,7 @@ class Term:
 
     def _refuse_single_rows(self, logits: list[Tensor], trainer: Trainer) -> None:
         """In a run's first batch: the last one of an epoch may well be of one sample."""
-        loss = self.loss
+        loss = getattr(self.loss, "_orig_mod", self.loss)  # of a compiled one
         if not isinstance(loss, DISTLoss) or not loss.gamma or loss.sync:
             return
         if trainer.fit_loop.total_batch_idx or trainer.is_last_batch:

@@ -773,8 +773,8 @@ def test_conflicting_arguments_are_refused():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["student", "module"])
-def test_compiled_students_and_modules(make_trainer, what):
+@pytest.mark.parametrize("what", ["student", "module", "loss"])
+def test_compiled_students_modules_and_losses(make_trainer, what):
     teacher = teacher_net()
     _, losses = plain_loop(teacher)
     torch.manual_seed(3)
@@ -782,7 +782,8 @@ def test_compiled_students_and_modules(make_trainer, what):
     if what == "student":
         module.net = torch.compile(module.net, backend="aot_eager")
     compiled = torch.compile(module, backend="aot_eager") if what == "module" else module
-    make_trainer(callbacks=[DistillationCallback(teacher)]).fit(compiled, data())
+    loss = torch.compile(DISTLoss(), backend="aot_eager") if what == "loss" else None
+    make_trainer(callbacks=[DistillationCallback(teacher, loss=loss)]).fit(compiled, data())
     assert module.losses == pytest.approx(losses, rel=1e-5)
     assert ("training_step" in module.__dict__) == (what == "module")  # torch.compile's own
 

@@ -360,6 +360,11 @@ MISUSES: dict[str, tuple[Callable[..., Any], type[Exception], str]] = {
         MisconfigurationException,
         "'distill'.*the loss returns NoneType",
     ),
+    "batch of one, compiled": (
+        fit(User(), distil(loss=torch.compile(DISTLoss(), backend="eager")), data=loader(1)),
+        MisconfigurationException,
+        "the batch has one sample",
+    ),
     "weight function of no number": (
         fit(User(), distil(weight=lambda _: None)),
         MisconfigurationException,

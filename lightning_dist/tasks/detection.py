@@ -157,13 +157,14 @@ class DetectionModule(DistillModule):
         if self.teacher is None:
             return None
         inputs = {"backbone": ""}
+        loss = self.distill_loss
+        if loss is None:
+            loss = DISTLoss(activation="softmax" if self.two_stage else "sigmoid")
+        parts = _MAPS, "logits"
         if self.two_stage:
             inputs["roi_heads.box_roi_pool"] = "roi"
-            loss = self.distill_loss or DISTLoss()
-            terms = {"class": Term(loss, self.distill_weight, "roi_heads.box_predictor", "roi")}
-        else:
-            loss = self.distill_loss or DISTLoss(activation="sigmoid")
-            terms = {"class": Term(loss, self.distill_weight, _MAPS, "logits")}
+            parts = "roi_heads.box_predictor", "roi"
+        terms = {"class": Term(loss, self.distill_weight, *parts)}
         for level in self.mimic:
             widths = [
                 int(network.get_submodule("backbone").out_channels)  # type: ignore[arg-type]

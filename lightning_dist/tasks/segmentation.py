@@ -113,7 +113,7 @@ class SegmentationModule(DistillModule):
         """One term on the main logits, ``main``, and one on the auxiliary ones, ``aux``."""
         if self.teacher is None:
             return None
-        loss = self.distill_loss or DISTLoss()
+        loss = DISTLoss() if self.distill_loss is None else self.distill_loss
         terms = {"main": Term(loss, self.distill_weight, self.head, self.teacher_head)}
         if self.aux_weight and all(
             _has(network, self.aux_head) for network in (self.student, self.teacher.network)
