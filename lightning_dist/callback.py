@@ -285,7 +285,8 @@ class DistillationCallback(Callback):
                     f"term {name!r} of {place!r} and {self.teacher}: {error}"
                 ) from error
             if not weighted.isfinite():
-                self._refuse_nonfinite(name, term, ours, theirs, trainer)
+                if self.nonfinite == "raise":
+                    raise _nonfinite_error(name, term, ours, theirs, trainer)
                 self.skipped += 1
                 weighted = values[name] = term.zero(ours[0])
             distill = distill + weighted
@@ -327,21 +328,6 @@ class DistillationCallback(Callback):
         for path, found in outputs.items():
             if path:
                 hooks.callback(record(self.teacher.network.get_submodule(path), found))
-
-    def _refuse_nonfinite(
-        self, name: str, term: Term, student: list[Any], teacher: list[Any], trainer: Trainer
-    ) -> None:
-        if self.nonfinite == "skip":
-            return
-        sides = {"student": student, "teacher": teacher}
-        wrong = [f"the {side}'s output" for side in sides if not term.is_finite(sides[side])]
-        raise FloatingPointError(
-            f"the distillation loss of term {name!r} is not finite at step {trainer.global_step} "
-            f"(epoch {trainer.current_epoch}): NaN or infinity is in "
-            f"{' and '.join(wrong) or 'neither output, so the loss or its weight makes it'}. Lower "
-            "the learning rate or the weight, give the teacher a wider dtype, or leave such steps "
-            "out with nonfinite='skip'"
-        )
 
     # Helpers of the hooks
 
@@ -399,6 +385,20 @@ def _refuse_manual_optimization(pl_module: LightningModule) -> None:
             f"{type(pl_module).__name__} optimizes manually: DistillationCallback adds to the "
             "loss that training_step returns, which needs automatic_optimization=True"
         )
+
+
+def _nonfinite_error(
+    name: str, term: Term, student: list[Any], teacher: list[Any], trainer: Trainer
+) -> FloatingPointError:
+    sides = {"student": student, "teacher": teacher}
+    wrong = [f"the {side}'s output" for side in sides if not term.is_finite(sides[side])]
+    return FloatingPointError(
+        f"the distillation loss of term {name!r} is not finite at step {trainer.global_step} "
+        f"(epoch {trainer.current_epoch}): NaN or infinity is in "
+        f"{' and '.join(wrong) or 'neither output, so the loss or its weight makes it'}. Lower "
+        "the learning rate or the weight, give the teacher a wider dtype, or leave such steps "
+        "out with nonfinite='skip'"
+    )
 
 
 def _refuse_other_images(student: nn.Module, batch: KeyedBatch) -> Callable[[], None]:

@@ -12,10 +12,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import lightning as L
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from interruption import Send
@@ -169,7 +169,7 @@ def test_an_interrupted_run_resumes_to_the_last_bit(make_trainer, tmp_path):
             enable_checkpointing=True,
             default_root_dir=tmp_path / name,
             callbacks=[
-                L.pytorch.callbacks.ModelCheckpoint(tmp_path / name, save_last=True),
+                ModelCheckpoint(tmp_path / name, save_last=True),
                 ExactResume(seed=3),
                 *callbacks,
             ],
