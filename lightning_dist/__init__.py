@@ -1,12 +1,15 @@
 """Knowledge distillation from stronger teachers (DIST) for PyTorch Lightning."""
 
-from lightning_dist.cached_teacher import CachedTeacher
-from lightning_dist.callback import DistillationCallback
-from lightning_dist.losses import DISTLoss, KDLoss
-from lightning_dist.module import DistillModule
-from lightning_dist.schedule import WeightSchedule
-from lightning_dist.teacher import Teacher
-from lightning_dist.terms import Term
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # for editors and mypy, which do not follow __getattr__
+    from lightning_dist.cache import CachedTeacher
+    from lightning_dist.callback import DistillationCallback
+    from lightning_dist.losses import DISTLoss, KDLoss
+    from lightning_dist.module import DistillModule
+    from lightning_dist.teacher import Teacher
+    from lightning_dist.terms import Term, WeightSchedule
 
 __version__ = "0.1.0"
 
@@ -20,3 +23,27 @@ __all__ = [
     "Term",
     "WeightSchedule",
 ]
+
+_HOMES = {
+    "CachedTeacher": "cache",
+    "DISTLoss": "losses",
+    "DistillModule": "module",
+    "DistillationCallback": "callback",
+    "KDLoss": "losses",
+    "Teacher": "teacher",
+    "Term": "terms",
+    "WeightSchedule": "terms",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use (PEP 562), so that the command starts without torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value  # the next use finds it without a call
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

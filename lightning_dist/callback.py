@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lightning_dist.cached_teacher import CachedTeacher
+from lightning_dist.cache import CachedTeacher
 from lightning_dist.checks import check_number
 from lightning_dist.data.views import KeyedBatch
 from lightning_dist.losses import DISTLoss

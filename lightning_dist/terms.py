@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Trainer
@@ -14,6 +14,49 @@ from lightning_dist.losses import DISTLoss
 from lightning_dist.taps import select
 
 Weight = float | Callable[[Trainer], float]
+
+
+class WeightSchedule:
+    """A weight that moves linearly between points, and stays at the last one.
+
+    Args:
+        points: weight at an epoch or step, from 0 on: ``{0: 0.0, 5: 2.0}`` warms up over five
+            epochs; ``{0: 2.0, 80: 2.0, 100: 0.0}`` fades out in the last twenty of a hundred.
+        unit: ``"epoch"`` (changes at each epoch's start) or ``"step"`` (optimizer steps).
+
+    Raises:
+        ValueError: if there is no point, or one lies before 0.
+
+    Example:
+        >>> WeightSchedule({0: 0.0, 10: 2.0}).at(5)
+        1.0
+    """
+
+    def __init__(
+        self, points: Mapping[int, float], unit: Literal["epoch", "step"] = "epoch"
+    ) -> None:
+        if not points or min(points) < 0:
+            raise ValueError(f"points is {dict(points)}: give at least one point, none before 0")
+        if unit not in ("epoch", "step"):
+            raise ValueError(f"unit is {unit!r}: use 'epoch' or 'step'")
+        self.points = sorted((int(when), float(weight)) for when, weight in points.items())
+        self.unit = unit
+
+    def at(self, when: float) -> float:
+        """The weight at an epoch or step."""
+        earlier = [point for point in self.points if point[0] <= when]
+        later = [point for point in self.points if point[0] > when]
+        if not earlier or not later:
+            return (earlier[-1] if earlier else later[0])[1]
+        (start, first), (end, last) = earlier[-1], later[0]
+        return first + (last - first) * (when - start) / (end - start)
+
+    def __call__(self, trainer: Trainer) -> float:
+        """The weight now."""
+        return self.at(trainer.current_epoch if self.unit == "epoch" else trainer.global_step)
+
+    def __repr__(self) -> str:
+        return f"WeightSchedule({dict(self.points)}, unit={self.unit!r})"
 
 
 @dataclass
@@ -28,7 +71,7 @@ class Term:
         loss: takes the student's and the teacher's output, returns a scalar. If it is a module with
             parameters (a projection), they train along and stay out of the student's state_dict.
         weight: factor in the total loss, or a function of the Trainer such as
-            :class:`lightning_dist.schedule.WeightSchedule`.
+            :class:`WeightSchedule`.
         student: dotted path inside the student; ``""`` is the student's own output.
         teacher: dotted path inside the teacher; ``""`` is the teacher's own output.
         output: entry to take from an output that is not a tensor: a key, an attribute or an index.

@@ -24,8 +24,8 @@ from lightning_dist import (
     Term,
     WeightSchedule,
 )
-from lightning_dist.ensemble import EnsembleTeacher
 from lightning_dist.functional import dist_loss
+from lightning_dist.teacher import EnsembleTeacher
 
 BATCH = 8
 

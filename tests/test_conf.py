@@ -7,7 +7,7 @@ from hydra.utils import get_method, instantiate
 from omegaconf import OmegaConf
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
-from lightning_dist.cli.saved import CONFIG_KEY, read_saved, to_save
+from lightning_dist.cli.run.saved_config import CONFIG_KEY, read_saved, to_save
 
 CONF = "lightning_dist.conf"
 

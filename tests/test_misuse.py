@@ -24,15 +24,14 @@ from lightning_dist import (
     Term,
     WeightSchedule,
 )
-from lightning_dist.bridge import InputBridge, match_classes
 from lightning_dist.data.digits import DigitsDataModule
-from lightning_dist.data.imagenet import ImageFolderDataModule
-from lightning_dist.ensemble import EnsembleTeacher
+from lightning_dist.data.image_folder import ImageFolderDataModule
 from lightning_dist.functional import dist_loss, kd_loss
-from lightning_dist.loading import load_teacher
 from lightning_dist.losses import FeatureMimic
 from lightning_dist.resume import ExactResume
 from lightning_dist.tasks.classification import ClassificationModule
+from lightning_dist.teacher import EnsembleTeacher, InputBridge, match_classes
+from lightning_dist.teacher.loading import load_teacher
 from lightning_dist.weights import load_weights
 
 LOGITS = torch.randn(8, 4)

@@ -35,9 +35,9 @@ class OptunaSweeper(Sweeper):
     """Search the values that Hydra's sweep syntax describes for the best ``monitor``.
 
     A trial's number is its job's. What Optuna knows lies in a file, in which
-    :class:`lightning_dist.cli.pruning.PruneTrial` reports the validations of the jobs. A trial
-    that fails, or is interrupted, stays open there: ``resume=true`` runs it again, in its folder,
-    and then what is missing.
+    :class:`lightning_dist.cli.sweep.pruning.PruneTrial` reports the validations of the jobs. A
+    trial that fails, or is interrupted, stays open there: ``resume=true`` runs it again, in its
+    folder, and then what is missing.
 
     Args:
         n_trials: how many trials there shall be, those of a resumed search included.

@@ -13,12 +13,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from lightning_dist.cache.digest import digest
+from lightning_dist.cache.files import ViewFiles
+from lightning_dist.cache.filling import PRINTS, Answers, Tap, fill, name_of
 from lightning_dist.data.views import VIEW_SEED, KeyedBatch, Views
-from lightning_dist.digest import digest
 from lightning_dist.taps import find
 from lightning_dist.teacher import Teacher
-from lightning_dist.view_files import ViewFiles
-from lightning_dist.view_filling import PRINTS, Answers, Tap, fill, name_of
 
 if TYPE_CHECKING:  # imported where it is needed: it brings scikit-learn and torchvision along
     from lightning_dist.data.base import ImageDataModule

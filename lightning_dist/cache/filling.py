@@ -13,10 +13,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from lightning_dist.cache.files import ViewFiles
 from lightning_dist.data.views import KeyedBatch
 from lightning_dist.taps import record, select
 from lightning_dist.teacher import Teacher
-from lightning_dist.view_files import ViewFiles
 
 if TYPE_CHECKING:
     from lightning_dist.data.base import ImageDataModule

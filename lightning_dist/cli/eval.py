@@ -5,7 +5,7 @@ from lightning.pytorch import seed_everything
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_dist.cli import hydra_app
-from lightning_dist.cli.saved import build_module, read_saved
+from lightning_dist.cli.run.saved_config import build_module, read_saved
 
 
 def main() -> None:

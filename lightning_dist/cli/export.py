@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lightning_dist.checks import check_flag
 from lightning_dist.cli import UserError, hydra_app
-from lightning_dist.cli.saved import build_module, read_saved
+from lightning_dist.cli.run.saved_config import build_module, read_saved
 from lightning_dist.export import export_student
 from lightning_dist.module import DistillModule
 from lightning_dist.tasks.classification import ClassificationModule

@@ -18,11 +18,11 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from lightning_dist.cli import UserError, hydra_app
-from lightning_dist.cli.saved import build_module, read_saved
+from lightning_dist.cli.run.saved_config import build_module, read_saved
 from lightning_dist.data.image_files import load_image
-from lightning_dist.drawing import box_image, class_palette, mask_image
 from lightning_dist.tasks.classification import ClassificationModule
 from lightning_dist.tasks.detection import DetectionModule
+from lightning_dist.tasks.drawing import box_image, class_palette, mask_image
 from lightning_dist.tasks.segmentation import SegmentationModule
 
 

@@ -30,9 +30,8 @@ from omegaconf import DictConfig, OmegaConf
 from hydra_plugins.lightning_dist_optuna.sweeper import OptunaSweeper
 from lightning_dist.checks import check_flag, check_number
 from lightning_dist.cli import UserError, hydra_app, is_users, with_extra
-from lightning_dist.cli.loggers import LogConfig, closed_loggers, without_loggers
-from lightning_dist.cli.own_process import end_with_parent, run_apart
-from lightning_dist.cli.results import (
+from lightning_dist.cli.run.logger_hooks import LogConfig, closed_loggers, without_loggers
+from lightning_dist.cli.run.result import (
     RecordError,
     completed,
     first_error,
@@ -42,7 +41,8 @@ from lightning_dist.cli.results import (
     resume_from,
     write_result,
 )
-from lightning_dist.cli.saved import CONFIG_KEY, to_save
+from lightning_dist.cli.run.saved_config import CONFIG_KEY, to_save
+from lightning_dist.cli.sweep.own_process import end_with_parent, run_apart
 from lightning_dist.module import DistillModule
 
 log = logging.getLogger(__name__)

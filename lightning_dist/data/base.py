@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
 from lightning_dist.checks import check_number
-from lightning_dist.data.order import EpochSampler, ResumableLoader, SeededDataset
+from lightning_dist.data.seeding import EpochSampler, ResumableLoader, SeededDataset
 from lightning_dist.data.tensor_images import TensorImages, of_channels
 from lightning_dist.data.views import Views
 

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 from torchvision.datasets import VOCDetection
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from lightning_dist.data.boxes import Annotated, DetectionDataModule
+from lightning_dist.data.detection_base import Annotated, DetectionDataModule
 from lightning_dist.data.image_files import few
 from lightning_dist.data.voc import VOC_CLASSES
 

@@ -8,7 +8,7 @@ from torchvision.datasets import Cityscapes, VOCSegmentation
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from lightning_dist.data.image_files import few
-from lightning_dist.data.masks import IGNORED, Pair, SegmentationDataModule
+from lightning_dist.data.segmentation_base import IGNORED, Pair, SegmentationDataModule
 from lightning_dist.data.voc import VOC_CLASSES
 
 

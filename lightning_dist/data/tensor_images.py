@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from lightning_dist.data.order import Key, derive_seeds
+from lightning_dist.data.seeding import Key, derive_seeds
 
 
 class TensorImages(Dataset):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from lightning_dist.data.order import Key, SeededDataset
+from lightning_dist.data.seeding import Key, SeededDataset
 from lightning_dist.data.tensor_images import TensorImages
 
 VIEW_SEED = 0  # of the views' augmentation, whatever the run's: runs of all seeds share them

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
-from lightning_dist.graphs import (
+from lightning_dist.export.graphs import (
     compare,
     detections_graph,
     logits_graph,

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_dist.checks import check_logits_options
-from lightning_dist.streaming import Activation, RelationLoss, compute_dtype
+from lightning_dist.losses.streaming import Activation, RelationLoss, compute_dtype
 
 
 def dist_loss(

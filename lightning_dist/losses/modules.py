@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_dist.checks import check_logits_options, check_number
-from lightning_dist.functional import Activation, dist_loss, kd_loss
+from lightning_dist.losses.functional import Activation, dist_loss, kd_loss
 
 
 class DISTLoss(nn.Module):

@@ -16,10 +16,10 @@ from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_dist.checkpoint_io import AtomicCheckpointIO, refuse_unwritable
 from lightning_dist.checks import check_number
-from lightning_dist.curves import ResumableCSVLogger
-from lightning_dist.data.order import derive_seeds
+from lightning_dist.data.seeding import derive_seeds
+from lightning_dist.resume.checkpoint_io import AtomicCheckpointIO, refuse_unwritable
+from lightning_dist.resume.csv_logger import ResumableCSVLogger
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _STOPPED = "lightning_dist_stopped"  # in a checkpoint: whether a callback had ended the training
@@ -46,7 +46,7 @@ class ExactResume(Callback):
     - Whatever a training step draws (dropout, mixup) depends on seed, epoch, batch and process
       alone, so that no state of a generator has to be saved.
     - Checkpoints are written beside the old file, which they replace once they are complete.
-    - A :class:`lightning_dist.curves.ResumableCSVLogger` continues its file at the checkpoint.
+    - A :class:`lightning_dist.resume.ResumableCSVLogger` continues its file at the checkpoint.
 
     Resume with ``trainer.fit(..., ckpt_path="last")``, or ``resume=true`` of ``lightning-dist
     train``. The result is the same to the last bit on a CPU, on a GPU as far as its kernels are

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_dist.cached_teacher import CachedTeacher
+from lightning_dist.cache import CachedTeacher
 from lightning_dist.checks import check_number
 from lightning_dist.module import DistillModule
 from lightning_dist.teacher import Teacher

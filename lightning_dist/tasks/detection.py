@@ -10,13 +10,12 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.detection import MeanAveragePrecision
 
-from lightning_dist.bridge import InputBridge
 from lightning_dist.callback import DistillationCallback
-from lightning_dist.detection_heads import OneStageClassifier, TwoStageClassifier
 from lightning_dist.losses import DISTLoss, FeatureMimic
 from lightning_dist.module import DistillModule
 from lightning_dist.taps import find
-from lightning_dist.teacher import Teacher
+from lightning_dist.tasks.detection_heads import OneStageClassifier, TwoStageClassifier
+from lightning_dist.teacher import InputBridge, Teacher
 from lightning_dist.terms import Term
 
 _MAPS = "head.classification_head.cls_logits"

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from lightning_dist.bridge import logits_of
-from lightning_dist.teacher import Teacher, TeacherNetwork
+from lightning_dist.teacher.bridge import logits_of
+from lightning_dist.teacher.teacher import Teacher, TeacherNetwork
 
 
 class EnsembleTeacher(Teacher):

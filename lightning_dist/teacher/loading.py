@@ -15,8 +15,8 @@ import timm.models
 import torchvision.models
 from torch import nn
 
-from lightning_dist.bridge import InputBridge
-from lightning_dist.teacher import Teacher
+from lightning_dist.teacher.bridge import InputBridge
+from lightning_dist.teacher.teacher import Teacher
 
 
 def load_teacher(
@@ -44,8 +44,8 @@ def load_teacher(
         num_classes: classes of the network; by default as many as the library's weights have, or as
             the function makes.
         student_mean: of each channel of the student's images. With ``student_std`` the teacher gets
-            an :class:`lightning_dist.bridge.InputBridge` to the normalisation and size that timm or
-            torchvision tell of the network.
+            an :class:`lightning_dist.teacher.InputBridge` to the normalisation and size that timm
+            or torchvision tell of the network.
         student_std: of each channel of the student's images.
         arguments: further arguments of the function that builds the network.
         options: of :class:`lightning_dist.Teacher`: ``inputs``, ``class_map``, ``dtype``,

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils._pytree import tree_map_only
 
-from lightning_dist.bridge import InputBridge, logits_of, with_logits
+from lightning_dist.teacher.bridge import InputBridge, logits_of, with_logits
 from lightning_dist.weights import load_weights
 
 
@@ -29,7 +29,7 @@ class Teacher:
         inputs: what makes the network's inputs from the student's, where the two were trained on
             images of other normalisation, size or channel order.
         class_map: the network's class for each of the student's, as indices; the logits are
-            gathered along dimension 1. See :func:`lightning_dist.bridge.match_classes` for names.
+            gathered along dimension 1. See :func:`lightning_dist.teacher.match_classes` for names.
             Of an output that is not a tensor, the logits are ``logits`` or the first entry.
         compile: run the network through ``torch.compile``; while one of its parts has a hook, as
             when a distillation term taps it, it runs as it is.

@@ -24,16 +24,15 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from counted import CountedCNN
 from lightning_dist import CachedTeacher, DistillationCallback, DistillModule, Teacher, Term
-from lightning_dist.bridge import InputBridge
-from lightning_dist.cached_teacher import cached
+from lightning_dist.cache import cached
 from lightning_dist.data.digits import DigitsDataModule
 from lightning_dist.data.scenes import ScenesDataModule
-from lightning_dist.ensemble import EnsembleTeacher
 from lightning_dist.models.small import SmallCNN, SmallUNet
 from lightning_dist.tasks.classification import ClassificationModule
 from lightning_dist.tasks.segmentation import SegmentationModule
+from lightning_dist.teacher import EnsembleTeacher, InputBridge
 
-HELPERS = Path(__file__).parent / "helpers"
+HELPERS = Path(__file__).parents[1] / "helpers"
 TRAINED = "pkg://lightning_dist/assets/digits_teacher.safetensors"
 SIZE = 150
 

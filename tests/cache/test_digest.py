@@ -12,11 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_dist.bridge import InputBridge
-from lightning_dist.digest import digest
-from lightning_dist.ensemble import EnsembleTeacher
+from lightning_dist.cache.digest import digest
 from lightning_dist.models.small import SmallCNN
-from lightning_dist.teacher import Teacher
+from lightning_dist.teacher import EnsembleTeacher, InputBridge, Teacher
 
 
 class Scaled(nn.Module):
@@ -195,7 +193,9 @@ def test_a_value_that_changes_after_its_first_digest_counts(of_files):
 
 def test_every_process_has_the_same_digest_of_code(of_files, tmp_path):
     """Sets of strings have an order of their own in each process."""
-    code = "import lightning_dist.digest, network; print(lightning_dist.digest.digest(network.Net))"
+    code = (
+        "import network; from lightning_dist.cache.digest import digest; print(digest(network.Net))"
+    )
     of_files()
     folders = os.pathsep.join([str(tmp_path), *sys.path])
     digests = {

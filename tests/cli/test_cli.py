@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 
 from lightning_dist import cli
-from lightning_dist.cli.saved import CONFIG_KEY
+from lightning_dist.cli.run.saved_config import CONFIG_KEY
 
 QUICK = ["trainer=cpu", "trainer.max_epochs=1", "print_config=false", "callbacks.progress=null"]
 
@@ -76,7 +76,7 @@ def test_eval_and_export_need_the_checkpoint_alone(command, tmp_path, capsys):
 
 
 def test_the_teacher_is_tested_in_its_own_view_of_the_images(command, tmp_path):
-    bridge = "{_target_: lightning_dist.bridge.InputBridge, mean: [0.5], std: [0.5]"
+    bridge = "{_target_: lightning_dist.teacher.InputBridge, mean: [0.5], std: [0.5]"
     mean, std = "student_mean: ${data.mean}", "student_std: ${data.std}}"
     command("train", *QUICK, "hydra.run.dir=outputs/1")
     command("train", *QUICK, "hydra.run.dir=outputs/2", f"+teacher.inputs={bridge}, {mean}, {std}")
@@ -378,7 +378,7 @@ def test_a_checkpoint_of_another_program_is_refused(refused, tmp_path):
         "timm.models.load_checkpoint",
         "timm.task.DistillationTeacher",
         "torchmetrics.text.BERTScore",
-        "lightning_dist.loading.load_teacher",
+        "lightning_dist.teacher.loading.load_teacher",
         "lightning_dist.DistillModule.load_from_checkpoint",
         "lightning_dist.__main__.main",
     ],

@@ -12,9 +12,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from lightning_dist.cli.saved import CONFIG_KEY
+from lightning_dist.cache.files import ViewFiles
+from lightning_dist.cli.run.saved_config import CONFIG_KEY
 from lightning_dist.models.small import SmallCNN
-from lightning_dist.view_files import ViewFiles
 from lightning_dist.weights import load_weights, read_checkpoint
 
 QUICK = ("trainer=cpu", "trainer.max_epochs=1", "print_config=false", "callbacks.progress=null")

@@ -11,9 +11,9 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from PIL import Image
 
 from lightning_dist.data.scenes import ScenesDataModule
-from lightning_dist.drawing import LogSegmentations, box_image, class_palette, mask_image
 from lightning_dist.models.detection import small_retinanet
 from lightning_dist.models.small import SmallUNet
+from lightning_dist.tasks.drawing import LogSegmentations, box_image, class_palette, mask_image
 from lightning_dist.tasks.segmentation import SegmentationModule
 from lightning_dist.weights import load_weights
 

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from lightning_dist.data.base import ImageDataModule
 from lightning_dist.data.digits import DigitsDataModule
-from lightning_dist.data.order import EpochSampler
+from lightning_dist.data.seeding import EpochSampler
 from lightning_dist.data.tensor_images import TensorImages
 
 SAMPLES = 24

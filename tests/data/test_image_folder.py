@@ -9,7 +9,7 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms.functional import InterpolationMode
 
-from lightning_dist.data.imagenet import ImageFolderDataModule
+from lightning_dist.data.image_folder import ImageFolderDataModule
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLASSES = ["n01440764", "n01443537", "n02102040"]

@@ -8,11 +8,16 @@ import pytest
 import torch
 from PIL import Image
 
-from lightning_dist.data.masks import MaskedImages, Pair, RandomScale, SegmentationDataModule
 from lightning_dist.data.segmentation import (
     CityscapesDataModule,
     MaskFolderDataModule,
     VOC2012DataModule,
+)
+from lightning_dist.data.segmentation_base import (
+    MaskedImages,
+    Pair,
+    RandomScale,
+    SegmentationDataModule,
 )
 
 TRAINED = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]  # PAPER.md

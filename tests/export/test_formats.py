@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader
 from torchvision.models.detection import RetinaNet
 
 from lightning_dist import DistillModule
-from lightning_dist.cli.saved import CONFIG_KEY
+from lightning_dist.cli.run.saved_config import CONFIG_KEY
 from lightning_dist.export import FORMATS, export_student
-from lightning_dist.graphs import METADATA
+from lightning_dist.export.graphs import METADATA
 from lightning_dist.models.cifar import resnet8
 from lightning_dist.models.detection import small_faster_rcnn, small_retinanet
 from lightning_dist.models.segmentation import deeplabv3

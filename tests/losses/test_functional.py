@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torchdistill.losses.mid_level import DISTLoss as TorchdistillDISTLoss
 
-from lightning_dist import streaming
 from lightning_dist.functional import (
     dist_loss,
     inter_class_correlation,
     intra_class_correlation,
     kd_loss,
 )
+from lightning_dist.losses import streaming
 
 DIST_CASES = [
     "classification_n16_c10_tau1",

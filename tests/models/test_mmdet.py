@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
-from lightning_dist.detection_heads import OneStageClassifier, TwoStageClassifier
 from lightning_dist.models.mmdet import cascade_rcnn, convert_mmdetection, retinanet
+from lightning_dist.tasks.detection_heads import OneStageClassifier, TwoStageClassifier
 from lightning_dist.teacher import Teacher
 
 

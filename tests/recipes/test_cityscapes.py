@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from PIL import Image
 from torchvision.transforms import v2
 
-from lightning_dist.data.masks import RandomScale
+from lightning_dist.data.segmentation_base import RandomScale
 
 # The settings of the paper, written down apart from conf/.
 RECIPES = {  # student, teacher, by the names of golden/state_dict_shapes.json.gz

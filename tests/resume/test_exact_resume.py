@@ -20,10 +20,9 @@ from torch import nn
 
 from interruption import Send
 from lightning_dist import DistillModule
-from lightning_dist.checkpoint_io import AtomicCheckpointIO
-from lightning_dist.curves import ResumableCSVLogger
 from lightning_dist.data.digits import DigitsDataModule
-from lightning_dist.resume import ExactResume, Interrupted
+from lightning_dist.resume import ExactResume, Interrupted, ResumableCSVLogger
+from lightning_dist.resume.checkpoint_io import AtomicCheckpointIO
 
 QUICK = ["train", "experiment=digits", "trainer=cpu", "print_config=false"]
 QUICK += ["callbacks.progress=null", "test_teacher=false", "hydra.run.dir=run"]
@@ -247,7 +246,7 @@ def test_interrupted_processes_resume_to_the_last_bit(tmp_path):
     command = [sys.executable, "-m", "tests.soak", "--rounds=1", "--variants=two-processes"]
     run = subprocess.run(
         [*command, "--folder", tmp_path],
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
         timeout=600,

@@ -6,7 +6,7 @@ from torch import nn
 from torchvision.transforms import v2
 
 from lightning_dist import Teacher
-from lightning_dist.bridge import InputBridge, match_classes
+from lightning_dist.teacher import InputBridge, match_classes
 from normalisation import MEAN, OURS, STD, as_student, raw_images
 
 

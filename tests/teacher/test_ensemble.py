@@ -13,8 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms import v2
 
 from lightning_dist import DistillationCallback, KDLoss, Teacher, Term
-from lightning_dist.bridge import InputBridge
-from lightning_dist.ensemble import EnsembleTeacher
+from lightning_dist.teacher import EnsembleTeacher, InputBridge
 from normalisation import MEAN, OURS, STD, as_student, raw_images
 
 
@@ -69,16 +68,16 @@ def test_hydra_builds_an_ensemble_with_bridges_and_class_names():
         mean: [0.5, 0.5, 0.5]
         std: [0.25, 0.25, 0.25]
         teacher:
-          _target_: lightning_dist.ensemble.EnsembleTeacher
+          _target_: lightning_dist.teacher.EnsembleTeacher
           teachers:
-            - _target_: lightning_dist.loading.load_teacher
+            - _target_: lightning_dist.teacher.loading.load_teacher
               source: timm/test_resnet.r160_in1k
               pretrained: false
               num_classes: 3
               student_mean: ${mean}
               student_std: ${std}
               class_map:
-                _target_: lightning_dist.bridge.match_classes
+                _target_: lightning_dist.teacher.match_classes
                 student_names: [dog, cat]
                 teacher_names: [cat, cow, dog]
             - _target_: lightning_dist.teacher.Teacher
@@ -87,7 +86,7 @@ def test_hydra_builds_an_ensemble_with_bridges_and_class_names():
                 model_name: test_resnet
                 num_classes: 2
               inputs:
-                _target_: lightning_dist.bridge.InputBridge
+                _target_: lightning_dist.teacher.InputBridge
                 mean: [0.485, 0.456, 0.406]
                 std: [0.229, 0.224, 0.225]
                 student_mean: ${mean}

@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dist import DistillModule, Teacher
-from lightning_dist.ensemble import EnsembleTeacher
+from lightning_dist.teacher import EnsembleTeacher
 
 
 @pytest.fixture

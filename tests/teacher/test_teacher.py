@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from lightning_dist import DistillModule, Teacher
-from lightning_dist.bridge import InputBridge
-from lightning_dist.ensemble import EnsembleTeacher
+from lightning_dist.teacher import EnsembleTeacher, InputBridge
 from normalisation import MEAN, OURS, STD, as_student, raw_images
 
 Output = namedtuple("Output", ["aux", "logits"])

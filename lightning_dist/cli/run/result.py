@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from lightning_dist.checks import check_flag
 from lightning_dist.cli import UserError
-from lightning_dist.cli.saved import CONFIG_KEY, to_save
+from lightning_dist.cli.run.saved_config import CONFIG_KEY, to_save
 from lightning_dist.weights import read_checkpoint
 
 log = logging.getLogger(__name__)

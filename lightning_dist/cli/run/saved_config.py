@@ -47,7 +47,9 @@ def read_saved(path: str, trust: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     config = checkpoint[CONFIG_KEY]
     _check_structure(checkpoint, config, path)
     if not trust:
-        from lightning_dist.cli.harmless import check_harmless  # whose imports train can do without
+        from lightning_dist.cli.run.allowlist import (
+            check_harmless,
+        )  # whose imports train can do without
 
         check_harmless({"module": config["module"], "data": config["data"]}, path)
     return checkpoint, config

@@ -14,7 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from lightning_dist.cli import UserError, user_environment
-from lightning_dist.cli.results import (
+from lightning_dist.cli.run.result import (
     UNFINISHED,
     config_folders,
     first_error,

@@ -1,0 +1,1 @@
+"""What one run of ``lightning-dist train`` reads and writes in its folder."""

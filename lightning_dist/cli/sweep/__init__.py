@@ -1,0 +1,1 @@
+"""What a sweep of runs needs beside them: launching, checks, pruning, its report."""

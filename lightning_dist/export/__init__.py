@@ -1,0 +1,5 @@
+"""Export of a trained student: safetensors, timm folder, torch.export or ONNX."""
+
+from lightning_dist.export.formats import FORMATS, export_student
+
+__all__ = ["FORMATS", "export_student"]

@@ -1,0 +1,10 @@
+"""The public pure functions of ``lightning_dist.losses``, under the name that users import."""
+
+from lightning_dist.losses.functional import (
+    dist_loss,
+    inter_class_correlation,
+    intra_class_correlation,
+    kd_loss,
+)
+
+__all__ = ["dist_loss", "inter_class_correlation", "intra_class_correlation", "kd_loss"]

@@ -1,0 +1,10 @@
+"""Teachers: frozen networks, what they see of the student's inputs, and where they come from.
+
+``lightning_dist.teacher.loading`` is imported by name: it brings timm and torchvision along.
+"""
+
+from lightning_dist.teacher.bridge import InputBridge, match_classes
+from lightning_dist.teacher.ensemble import EnsembleTeacher
+from lightning_dist.teacher.teacher import Teacher
+
+__all__ = ["EnsembleTeacher", "InputBridge", "Teacher", "match_classes"]
