@@ -1,0 +1,80 @@
+"""TeacherBase: what the callback asks of a teacher, whatever kind of teacher it is."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+
+Tap = tuple[str, str | int | None]  # a part of the teacher, and the entry of its output
+
+
+class TeacherBase(ABC):
+    """A teacher as :class:`lightning_dist.DistillationCallback` uses it.
+
+    ``fit`` attaches it, asks for its answers in every training step, and detaches it. A teacher
+    refuses what it cannot serve in :meth:`attach`, before training starts.
+
+    Attributes:
+        network: the trained network, frozen. The paths of the distillation terms are its
+            sub-modules.
+    """
+
+    network: nn.Module
+
+    @abstractmethod
+    def attach(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        taps: Sequence[Tap],
+        inputs: Mapping[str, str],
+    ) -> None:
+        """Prepare for training: freeze the network and make it ready on the Trainer's device.
+
+        Args:
+            trainer: the Trainer, before it has made its data loaders.
+            pl_module: the module that is trained.
+            taps: the part of the teacher and the entry of its output that each term compares.
+            inputs: which sub-modules of the student hand what they are called with to which ones of
+                the teacher, as in :class:`lightning_dist.DistillationCallback`.
+
+        Raises:
+            MisconfigurationException: if the teacher cannot serve this module, data or terms.
+        """
+
+    @abstractmethod
+    def answers(
+        self, student: nn.Module, batch: Any, parts: Sequence[str], inputs: Mapping[str, str]
+    ) -> AbstractContextManager[dict[str, list[Any]]]:
+        """While the student runs, collect what the parts of the teacher return.
+
+        Args:
+            student: the student, which is called within the context.
+            batch: the training batch.
+            parts: dotted paths of the teacher's parts; ``""`` is the teacher itself.
+            inputs: as in :meth:`attach`.
+
+        Returns:
+            A context manager. It gives a dict that holds, when the context ends, the outputs of
+            each part in the order of its calls.
+        """
+
+    @abstractmethod
+    def detach(self) -> None:
+        """Leave the Trainer: undo what :meth:`attach` did, and free the device."""
+
+    @abstractmethod
+    def as_network(self) -> nn.Module:
+        """Return the teacher as an ordinary network, for evaluation and export."""
+
+    @abstractmethod
+    def with_network(self, network: nn.Module, **changes: Any) -> "TeacherBase":
+        """Return a teacher with the same settings and another network.
+
+        Args:
+            network: the network of the new teacher.
+            changes: options of :class:`lightning_dist.Teacher` to set otherwise.
+        """
