@@ -10,6 +10,7 @@ if TYPE_CHECKING:  # for editors and mypy, which do not follow __getattr__
     from lightning_dist.module import DistillModule
     from lightning_dist.teacher import Teacher
     from lightning_dist.terms import Term, WeightSchedule
+    from lightning_dist.training import StudentEMA
 
 __version__ = "0.1.0"
 
@@ -19,6 +20,7 @@ __all__ = [
     "DistillModule",
     "DistillationCallback",
     "KDLoss",
+    "StudentEMA",
     "Teacher",
     "Term",
     "WeightSchedule",
@@ -30,6 +32,7 @@ _HOMES = {
     "DistillModule": "module",
     "DistillationCallback": "callback",
     "KDLoss": "losses",
+    "StudentEMA": "training",
     "Teacher": "teacher",
     "Term": "terms",
     "WeightSchedule": "terms",

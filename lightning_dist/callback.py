@@ -1,27 +1,30 @@
 """DistillationCallback: adds distillation losses to the training step of a LightningModule."""
 
 import functools
-import types
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from lightning_dist.cache import CachedTeacher
 from lightning_dist.checks import check_number
-from lightning_dist.data.views import KeyedBatch
 from lightning_dist.losses import DISTLoss
-from lightning_dist.taps import find, record, recorded, refuse_shared_tensors
-from lightning_dist.teacher import Teacher
-from lightning_dist.terms import Term, TermParameters, Weight
+from lightning_dist.taps import find_submodule, recording
+from lightning_dist.teacher import TeacherBase, as_teacher
+from lightning_dist.terms import (
+    Nonfinite,
+    Term,
+    TermParameters,
+    TermsSum,
+    Weight,
+    refuse_untrained,
+    sum_terms,
+)
+from lightning_dist.training.joining import Step, WrappedStep, add_to_loss
 
-Nonfinite = Literal["raise", "skip"]
+ONLY = "distill"  # the name of a term that has none of its own
 
 
 class DistillationCallback(Callback):
@@ -32,13 +35,19 @@ class DistillationCallback(Callback):
     Precision, accumulation, clipping and DDP therefore work as ever. Nothing stays on the module
     when ``fit`` ends, normally or not. Validation and testing are untouched.
 
-    Logs ``train/distill``, the weighted sum of the terms, and, where ``terms`` are given,
-    ``train/distill/NAME``, each term without its weight.
+    Each step lines up four parts: the student's outputs are recorded
+    (:func:`lightning_dist.taps.recording`), the teacher answers
+    (:meth:`lightning_dist.teacher.TeacherBase.answers`), the terms are summed
+    (:func:`lightning_dist.terms.sum_terms`), and the sum joins the step's loss
+    (:mod:`lightning_dist.training.joining`).
+
+    Logs ``train/distill``, the weighted sum of the terms, and ``train/distill/NAME``, each term
+    without its weight, unless the only term is the one of ``loss``.
 
     Args:
-        teacher: the trained network, a :class:`lightning_dist.teacher.Teacher`, or a
-            :class:`lightning_dist.CachedTeacher`. It is frozen in place, joins the student's device
-            for ``fit``, and lies on the CPU afterwards.
+        teacher: the trained network, or a teacher of any kind, such as
+            :class:`lightning_dist.Teacher` or :class:`lightning_dist.CachedTeacher`. It is frozen
+            in place, moves to the student's device for ``fit`` and to the CPU afterwards.
         student: dotted path of the student in the LightningModule; ``""`` is the module itself.
         loss: the loss of student and teacher logits, a :class:`lightning_dist.DISTLoss` by default.
         weight: factor of ``loss``, a number or a function of the Trainer; 2 by default.
@@ -74,7 +83,7 @@ class DistillationCallback(Callback):
 
     def __init__(
         self,
-        teacher: nn.Module | Teacher,
+        teacher: nn.Module | TeacherBase,
         student: str = "net",
         loss: nn.Module | Callable[[Tensor, Tensor], Tensor] | None = None,
         weight: Weight | None = None,
@@ -89,106 +98,64 @@ class DistillationCallback(Callback):
         check_number("task_weight", task_weight)
         if nonfinite not in ("raise", "skip"):
             raise ValueError(f"nonfinite is {nonfinite!r}: use 'raise' or 'skip'")
-        if terms is not None and any(x is not None for x in (loss, weight, output)):
-            raise ValueError("give either loss, weight and output, or terms")
-        if terms is not None and not terms:
-            raise ValueError("terms is empty: name at least one Term")
-        if terms is not None and not isinstance(terms, Mapping):
-            raise TypeError(f"terms is a {type(terms).__name__}: give a dict of names and Terms")
         if not isinstance(student, str):
             raise TypeError(f"student is a {type(student).__name__}: give its dotted path, a str")
-        self.teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
+        if terms is not None and any(x is not None for x in (loss, weight, output)):
+            raise ValueError("give either loss, weight and output, or terms")
+        self.teacher = as_teacher(teacher)
         self.student = student
         self.task_weight = task_weight
-        self._named = terms is not None
         if terms is None:
-            # Not "loss or": a compiled module has no truth value.
+            # Not "loss or DISTLoss()": a compiled module has no truth value.
             loss = DISTLoss() if loss is None else loss
-            terms = {"distill": Term(loss, 2.0 if weight is None else weight, output=output)}
-        self.terms = dict(terms)
-        for name, term in self.terms.items():
-            if not isinstance(term, Term):
-                raise TypeError(f"term {name!r} is a {type(term).__name__}: give a Term")
-            term.check(name)
+            terms = {ONLY: Term(loss, 2.0 if weight is None else weight, output=output)}
+        self.terms = _checked(terms)
         self.inputs = dict(inputs or {"": ""})
         self.nonfinite = nonfinite
         self.skipped = 0
         self.owner: LightningModule | None = None  # the module that brought it, if one did
-        self._own_step: Callable[..., Any] | None = None
-        self._wrapped = False
+        self._attached = False
+        self._step: WrappedStep | None = None
 
     # Hooks, in the order in which Lightning calls them
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let the terms' own parameters join the module, place the teacher, wrap the step."""
+        """Attach the teacher, let the terms' parameters join the module, wrap the step.
+
+        All of it happens here, and not when fit starts, because Lightning's tuners train before
+        ``on_fit_start`` is called.
+        """
         if stage != "fit" or self.owner not in (None, pl_module):
             return
         _refuse_manual_optimization(pl_module)
-        if sum(isinstance(c, DistillationCallback) for c in attached_callbacks(trainer)) > 1:
-            raise MisconfigurationException(
-                "the Trainer has several DistillationCallbacks: give one of them several terms"
-            )
-        try:
-            refuse_shared_tensors(self.teacher.network, pl_module)
-        except MisconfigurationException:
-            self.teacher.release()  # what it shares is the student's, which would stay frozen
-            raise
-        if isinstance(self.teacher, CachedTeacher):
-            taps = [(term.teacher, term.output) for term in self.terms.values()]
-            self.teacher.attach(trainer, taps, self.inputs)
-        parts = TermParameters(
-            {
-                name: term.loss
-                for name, term in self.terms.items()
-                if isinstance(term.loss, nn.Module) and term.parameters()
-            }
-        )
-        if len(parts):
-            callbacks = attached_callbacks(trainer)
-            before = callbacks[: callbacks.index(self)]
-            averaging = next((c for c in before if isinstance(c, WeightAveraging)), None)
-            if averaging is not None:  # it has copied the module without them
-                raise MisconfigurationException(
-                    f"{type(averaging).__name__} comes before a DistillationCallback whose terms "
-                    "have parameters, which it then cannot average: list DistillationCallback first"
-                )
-            pl_module.add_module(TermParameters.name, parts)
-        # Here, and not when fit starts: Lightning's tuners train before that hook is called.
-        device = trainer.strategy.root_device
+        self._refuse_second_callback(trainer)
+        taps = [(term.teacher, term.output) for term in self.terms.values()]
+        self._attached = True
+        self.teacher.attach(trainer, pl_module, taps, self.inputs)
+        if TermParameters.join(self.terms, pl_module):
+            self._refuse_earlier_averaging(trainer)
         for term in self.terms.values():
             if isinstance(term.loss, nn.Module):
-                term.loss.to(device)
-        self.teacher.freeze()
-        if isinstance(self.teacher, CachedTeacher):
-            self.teacher.locate(trainer)
-        self.teacher.to(device)
-        self._wrap(trainer, pl_module)
+                term.loss.to(trainer.strategy.root_device)
+        self._step = WrappedStep(
+            trainer, pl_module, functools.partial(self._distill, trainer, pl_module)
+        )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check what needs the module's parts and the optimizers."""
+        """Check everything that needs the module's parts and the optimizers."""
         if self.owner not in (None, pl_module):
             return
-        _refuse_manual_optimization(pl_module)  # its own setup may have changed it
-        student = find(pl_module, self.student, "the LightningModule", "student")
+        _refuse_manual_optimization(pl_module)  # the module's own setup may have changed it
+        student = find_submodule(pl_module, self.student, "the LightningModule", "student")
+        network = self.teacher.network
         for path, part in self.inputs.items():
-            find(student, path, "the student", "inputs")
-            find(self.teacher.network, part, "the teacher", "inputs")
+            find_submodule(student, path, "the student", "inputs")
+            find_submodule(network, part, "the teacher", "inputs")
         for name, term in self.terms.items():
-            find(student, term.student, "the student", f"the student path of term {name!r}")
-            find(
-                self.teacher.network,
-                term.teacher,
-                "the teacher",
-                f"the teacher path of term {name!r}",
-            )
-        self._refuse_untrained_terms(trainer)
-
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Have a cached teacher's answers at hand, outside of autocast and DDP's forward."""
-        if self._wrapped and isinstance(self.teacher, CachedTeacher):
-            self.teacher.provide(trainer, batch)
+            of = f"path of term {name!r}"
+            find_submodule(student, term.student, "the student", f"the student {of}")
+            find_submodule(network, term.teacher, "the teacher", f"the teacher {of}")
+        refuse_untrained(self.terms, trainer.optimizers)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -205,7 +172,7 @@ class DistillationCallback(Callback):
         return self._generate_state_key(student=self.student)
 
     def state_dict(self) -> dict[str, Any]:
-        """The terms' own parameters, which the module's state_dict leaves out, and the count."""
+        """Return the terms' own parameters, which the module's state_dict leaves out."""
         states = {
             name: term.loss.state_dict()
             for name, term in self.terms.items()
@@ -230,7 +197,7 @@ class DistillationCallback(Callback):
                 loss = self.terms[name].loss
                 assert isinstance(loss, nn.Module)
                 loss.load_state_dict(saved[name])
-            elif self._wrapped:
+            elif self._step is not None:
                 raise MisconfigurationException(
                     f"the checkpoint does not fit the loss of term {name!r}: it has "
                     f"{sorted(shapes[0]) or 'no parameters'} and the loss "
@@ -244,139 +211,88 @@ class DistillationCallback(Callback):
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        step: Callable[..., Any],
+        step: Step,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        student = find(pl_module, self.student, "the LightningModule", "student")
-        teacher_outputs: dict[str, list[Any]] = {t.teacher: [] for t in self.terms.values()}
-        student_outputs: dict[str, list[Any]] = {t.student: [] for t in self.terms.values()}
-        # Hooks live for the step only, so that a copy or a pickle of the module never holds one.
-        with ExitStack() as hooks:
-            if isinstance(self.teacher, CachedTeacher):
-                # A tuner trains without the Trainer's callbacks, and so without their hooks.
-                with torch.autocast(pl_module.device.type, enabled=False):
-                    self.teacher.provide(trainer, args[0])
-                teacher_outputs = self.teacher.recall(args[0])
-                hooks.callback(_refuse_other_images(student, args[0]))
-            else:
-                self._ask(student, teacher_outputs, hooks)
-            for path, outputs in student_outputs.items():
-                hooks.callback(record(student.get_submodule(path), outputs))
+        student = find_submodule(pl_module, self.student, "the LightningModule", "student")
+        teacher_parts = {term.teacher: None for term in self.terms.values()}
+        student_parts = {term.student: None for term in self.terms.values()}
+        with (
+            self.teacher.answers(student, args[0], [*teacher_parts], self.inputs) as of_teacher,
+            recording(student, [*student_parts]) as of_student,
+        ):
             result = step(*args, **kwargs)
         if result is None:  # the module skips this batch
             return None
-
-        values: dict[str, Tensor] = {}
-        distill: Tensor | float = 0.0
-        for name, term in self.terms.items():
-            ours, theirs = student_outputs[term.student], teacher_outputs[term.teacher]
-            place = f"{self.student}.{term.student}".strip(".") or "the module itself"
-            if not ours:
-                raise MisconfigurationException(
-                    f"term {name!r}: {place!r} was not called in training_step, so there is "
-                    "nothing to distil: set student to the sub-module that training_step calls"
-                )
-            try:
-                values[name] = term.value(ours, theirs, trainer)
-                weighted = term.current_weight(trainer) * values[name]
-            except ValueError as error:
-                raise MisconfigurationException(
-                    f"term {name!r} of {place!r} and {self.teacher}: {error}"
-                ) from error
-            if not weighted.isfinite():
-                if self.nonfinite == "raise":
-                    raise _nonfinite_error(name, term, ours, theirs, trainer)
-                self.skipped += 1
-                weighted = values[name] = term.zero(ours[0])
-            distill = distill + weighted
-        assert isinstance(distill, Tensor)
+        found = sum_terms(
+            self.terms,
+            of_student,
+            of_teacher,
+            trainer,
+            place=self.student,
+            nonfinite=self.nonfinite,
+        )
+        self.skipped += found.skipped
         if not trainer.barebones:
-            # Of a step: no mean is taken, and the batch may not be there to be measured.
-            log = functools.partial(pl_module.log, batch_size=1)
-            log("train/distill", distill.detach())
-            if self._named:
-                for name, value in values.items():
-                    log(f"train/distill/{name}", value.detach())
-            if self.nonfinite == "skip":
-                log("train/distill_skipped", float(self.skipped))
-        if isinstance(result, Tensor):
-            return self.task_weight * result + distill
-        if not isinstance(result, Mapping) or "loss" not in result:
-            raise MisconfigurationException(
-                f"training_step of {type(pl_module).__name__} returned {type(result).__name__} "
-                "without a loss: return a tensor, a dict with 'loss', or None to skip the batch"
-            )
-        return {**result, "loss": self.task_weight * result["loss"] + distill}
+            self._log(pl_module, found)
+        return add_to_loss(result, found.total, self.task_weight, pl_module)
 
-    def _ask(self, student: nn.Module, outputs: dict[str, list[Any]], hooks: ExitStack) -> None:
-        """Have the student's calls go to the teacher too, and record what its parts return."""
-
-        def ask_teacher(
-            part: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-        ) -> None:
-            # Before the student runs: it may change its inputs in place, and the teacher's
-            # activations are gone before the student's are kept.
-            output = self.teacher.ask(part, args, kwargs)
-            if not part and "" in outputs:
-                outputs[""].append(recorded(output))
-
-        for path, part in self.inputs.items():
-            ask = functools.partial(ask_teacher, part)
-            asking = student.get_submodule(path)
-            hooks.callback(asking.register_forward_pre_hook(ask, with_kwargs=True).remove)
-        for path, found in outputs.items():
-            if path:
-                hooks.callback(record(self.teacher.network.get_submodule(path), found))
+    def _log(self, pl_module: LightningModule, found: TermsSum) -> None:
+        # Logged per step, so that the batch size never weighs a mean. Without it Lightning would
+        # try to infer it, which fails when training_step takes a dataloader_iter.
+        log = functools.partial(pl_module.log, batch_size=1)
+        log("train/distill", found.total.detach())
+        if [*self.terms] != [ONLY]:
+            for name, value in found.values.items():
+                log(f"train/distill/{name}", value.detach())
+        if self.nonfinite == "skip":
+            log("train/distill_skipped", float(self.skipped))
 
     # Helpers of the hooks
 
-    def _wrap(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        step = pl_module.training_step
-        self._own_step = pl_module.__dict__.get("training_step")  # torch.compile sets one
-        self._wrapped = True
+    def _refuse_second_callback(self, trainer: Trainer) -> None:
+        if sum(isinstance(c, DistillationCallback) for c in attached_callbacks(trainer)) > 1:
+            raise MisconfigurationException(
+                "the Trainer has several DistillationCallbacks: give one of them several terms"
+            )
 
-        @functools.wraps(getattr(step, "__func__", step))
-        def training_step(module: LightningModule, *args: Any, **kwargs: Any) -> Any:
-            if module is not pl_module:  # a copy made during fit
-                return type(module).training_step(module, *args, **kwargs)
-            if not trainer.training:  # a validation_step that calls it
-                return step(*args, **kwargs)
-            return self._distill(trainer, pl_module, step, args, kwargs)
-
-        # A method, for a copy binds it to itself, and a pickle holds no more than its name.
-        training_step.__name__ = "training_step"
-        pl_module.__dict__["training_step"] = types.MethodType(training_step, pl_module)
-
-    def _refuse_untrained_terms(self, trainer: Trainer) -> None:
-        trained = {
-            id(parameter)
-            for optimizer in trainer.optimizers
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-        }
-        for name, term in self.terms.items():
-            if any(p.requires_grad and id(p) not in trained for p in term.parameters()):
-                raise MisconfigurationException(
-                    f"the loss of term {name!r} has parameters that no optimizer holds: build the "
-                    "optimizer from self.parameters() in configure_optimizers"
-                )
+    def _refuse_earlier_averaging(self, trainer: Trainer) -> None:
+        # WeightAveraging.setup has deep-copied the module before the terms joined it.
+        callbacks = attached_callbacks(trainer)
+        before = callbacks[: callbacks.index(self)]
+        averaging = next((c for c in before if isinstance(c, WeightAveraging)), None)
+        if averaging is not None:
+            raise MisconfigurationException(
+                f"{type(averaging).__name__} comes before a DistillationCallback whose terms "
+                "have parameters, which it then cannot average: list DistillationCallback first"
+            )
 
     def _detach(self, pl_module: LightningModule) -> None:
-        if self._wrapped:
-            del pl_module.__dict__["training_step"]
-            if self._own_step is not None:
-                pl_module.__dict__["training_step"] = self._own_step
-            self.teacher.to("cpu")
-        self._own_step, self._wrapped = None, False
-        pl_module._modules.pop(TermParameters.name, None)
-        if isinstance(self.teacher, CachedTeacher):
+        if self._step is not None:
+            self._step.remove()
+        if self._attached:
             self.teacher.detach()
+        self._step, self._attached = None, False
+        TermParameters.leave(pl_module)
 
 
 def attached_callbacks(trainer: Trainer) -> list[Callback]:
-    """The Trainer's callbacks, which Lightning sets without declaring them."""
+    """Return the Trainer's callbacks, an attribute that Lightning sets without declaring it."""
     return trainer.callbacks  # type: ignore[attr-defined]
+
+
+def _checked(terms: Mapping[str, Term]) -> dict[str, Term]:
+    """Return the terms as a dict, or refuse what is not a mapping of names to Terms."""
+    if not terms:
+        raise ValueError("terms is empty: name at least one Term")
+    if not isinstance(terms, Mapping):
+        raise TypeError(f"terms is a {type(terms).__name__}: give a dict of names and Terms")
+    for name, term in terms.items():
+        if not isinstance(term, Term):
+            raise TypeError(f"term {name!r} is a {type(term).__name__}: give a Term")
+        term.check(name)
+    return dict(terms)
 
 
 def _refuse_manual_optimization(pl_module: LightningModule) -> None:
@@ -385,37 +301,3 @@ def _refuse_manual_optimization(pl_module: LightningModule) -> None:
             f"{type(pl_module).__name__} optimizes manually: DistillationCallback adds to the "
             "loss that training_step returns, which needs automatic_optimization=True"
         )
-
-
-def _nonfinite_error(
-    name: str, term: Term, student: list[Any], teacher: list[Any], trainer: Trainer
-) -> FloatingPointError:
-    sides = {"student": student, "teacher": teacher}
-    wrong = [f"the {side}'s output" for side in sides if not term.is_finite(sides[side])]
-    return FloatingPointError(
-        f"the distillation loss of term {name!r} is not finite at step {trainer.global_step} "
-        f"(epoch {trainer.current_epoch}): NaN or infinity is in "
-        f"{' and '.join(wrong) or 'neither output, so the loss or its weight makes it'}. Lower "
-        "the learning rate or the weight, give the teacher a wider dtype, or leave such steps "
-        "out with nonfinite='skip'"
-    )
-
-
-def _refuse_other_images(student: nn.Module, batch: KeyedBatch) -> Callable[[], None]:
-    """Raise where the student is called with other than the batch's images; returns what ends it.
-
-    A cached teacher saw those, so they must be the same tensor, which nothing has written to.
-    """
-    version = batch.inputs._version
-
-    def check(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        if len(tensors) != 1 or tensors[0] is not batch.inputs or tensors[0]._version != version:
-            raise MisconfigurationException(
-                f"the student, a {type(student).__name__}, is called with other than the batch's "
-                "images, about which a CachedTeacher was asked: hand them over as they are, "
-                "without Mixup, CutMix or normalisation in training_step, or give the teacher "
-                "itself (distill.cache=off)"
-            )
-
-    return student.register_forward_pre_hook(check, with_kwargs=True).remove

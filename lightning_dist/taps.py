@@ -1,7 +1,9 @@
-"""Taps: finding sub-modules by path, recording their outputs, choosing the tensor in an output."""
+"""Taps: find a sub-module by path, record its outputs, and take the logits from an output."""
 
+import copy
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,41 +13,93 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+# Where networks keep their logits: Hugging Face's outputs, and torchvision's segmentation networks.
+_LOGITS = ("logits", "out")
+
 
 @dataclass
-class Recorded:
-    """An output, and how often each of its tensors had been written to when it was returned."""
+class Snapshot:
+    """An output, and how often each of its tensors had been written to when it was returned.
+
+    Attributes:
+        output: what a module returned.
+        versions: version counter of each tensor in it, by the tensor's id. The output keeps its
+            tensors alive, so that no other tensor gets one of these ids.
+    """
 
     output: Any
-    versions: dict[int, int]  # by the tensor's id: the output keeps it alive
+    versions: dict[int, int]
+
+    @classmethod
+    def of(cls, output: Any) -> "Snapshot":
+        """Take a snapshot of an output that a module has just returned."""
+        plain = not isinstance(output, Tensor) and hasattr(output, "__dict__")
+        leaves = [*tree_leaves(output), *(tree_leaves(vars(output)) if plain else ())]
+        return cls(output, {id(x): _version(x) for x in leaves if isinstance(x, Tensor)})
 
 
-def recorded(output: Any) -> Recorded:
-    """What :func:`record` keeps of an output."""
-    plain = not isinstance(output, Tensor) and hasattr(output, "__dict__")
-    leaves = [*tree_leaves(output), *(tree_leaves(vars(output)) if plain else ())]
-    return Recorded(output, {id(x): _version(x) for x in leaves if isinstance(x, Tensor)})
+def record_outputs(module: nn.Module, outputs: list[Any]) -> Callable[[], None]:
+    """Append a snapshot of each output of a module to a list.
 
+    Args:
+        module: the module to watch.
+        outputs: the list that grows.
 
-def _version(tensor: Tensor) -> int:
-    # Neither an inference tensor nor a compiler's has a version.
-    unknown = torch.compiler.is_compiling() or tensor.is_inference()
-    return 0 if unknown else tensor._version
-
-
-def record(module: nn.Module, outputs: list[Any]) -> Callable[[], None]:
-    """Append each output of a module to a list; returns the function that ends it."""
+    Returns:
+        A function that ends the recording.
+    """
 
     def keep(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        outputs.append(recorded(output))
+        outputs.append(Snapshot.of(output))
 
     return module.register_forward_hook(keep).remove
 
 
-def select(output: Any, entry: str | int | None) -> Tensor:
-    """The tensor that a term compares, of an output or of what was recorded of it."""
-    if isinstance(output, Recorded):
-        chosen = select(output.output, entry)
+@contextmanager
+def recording(root: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, list[Any]]]:
+    """Record what sub-modules return while the context lasts.
+
+    The hooks live no longer than that, so that a copy or a pickle of the module never holds one.
+
+    Args:
+        root: the network.
+        paths: dotted paths of its sub-modules; ``""`` is the network itself.
+
+    Returns:
+        A context manager that gives a dict: for each path, the snapshots in the order of the calls.
+    """
+    outputs: dict[str, list[Any]] = {path: [] for path in paths}
+    ends = [record_outputs(root.get_submodule(path), found) for path, found in outputs.items()]
+    try:
+        yield outputs
+    finally:
+        for end in ends:
+            end()
+
+
+def logits_of(output: Any, entry: str | int | None = None) -> Tensor:
+    """Return the logits in the output of a network or of one of its parts.
+
+    This is the one rule for terms, class maps, ensembles, evaluation and export.
+
+    Args:
+        output: a tensor, or any container of tensors, or a :class:`Snapshot` of one.
+        entry: the key, attribute or index to take. By default ``logits``, then ``out``, as a key or
+            an attribute, then the first item of a tuple or list.
+
+    Returns:
+        The tensor.
+
+    Raises:
+        ValueError: if there is no such entry, if it is no tensor, or if the output was changed in
+            place after the snapshot was taken.
+
+    Example:
+        >>> logits_of({"out": torch.zeros(2, 3), "aux": torch.ones(2, 3)}).sum().item()
+        0.0
+    """
+    if isinstance(output, Snapshot):
+        chosen = logits_of(output.output, entry)
         if output.versions.get(id(chosen), _version(chosen)) != _version(chosen):
             raise ValueError(
                 "the output was changed in place after its part returned it: write it out of place "
@@ -54,28 +108,61 @@ def select(output: Any, entry: str | int | None) -> Tensor:
         return chosen
     if isinstance(output, Tensor):
         return output
-    if entry is None and isinstance(output, (tuple, list)) and output:
-        entry = 0
-    elif entry is None:
-        entry = "logits"
-    if isinstance(entry, str) and hasattr(output, entry):
-        chosen = getattr(output, entry)
-    else:
-        try:
-            chosen = output[entry]
-        except (KeyError, IndexError, TypeError):
-            has = f" with {sorted(map(str, output))}" if isinstance(output, Mapping) else ""
-            raise ValueError(
-                f"the output is a {type(output).__name__}{has} and has no entry {entry!r}: set the "
-                "term's output"
-            ) from None
+    found = _default_entry(output) if entry is None else entry
+    try:
+        chosen = output[found] if _is_item(output, found) else getattr(output, str(found))
+    except (AttributeError, KeyError, IndexError, TypeError):
+        has = f" with {sorted(map(str, output))}" if isinstance(output, Mapping) else ""
+        wanted = "none of 'logits' and 'out'" if entry is None else f"no entry {entry!r}"
+        raise ValueError(
+            f"the output is a {type(output).__name__}{has} and has {wanted}: set the term's "
+            "output, or let the network return a tensor or one of these"
+        ) from None
     if not isinstance(chosen, Tensor):
-        raise ValueError(f"entry {entry!r} of the output is a {type(chosen).__name__}, no tensor")
+        raise ValueError(f"entry {found!r} of the output is a {type(chosen).__name__}, no tensor")
     return chosen
 
 
-def find(root: nn.Module, path: str, where: str, what: str) -> nn.Module:
-    """The sub-module at a dotted path, or an error that names ``where`` and ``what`` to set."""
+def with_logits(output: Any, logits: Tensor) -> Any:
+    """Return a copy of an output with other logits in the place where :func:`logits_of` finds them.
+
+    Args:
+        output: what a network returned.
+        logits: the tensor to put there.
+
+    Returns:
+        The changed output; the given one stays as it is.
+    """
+    if isinstance(output, Tensor):
+        return logits
+    entry = _default_entry(output)
+    if hasattr(output, "_fields"):  # a named tuple
+        return output._replace(**{entry if isinstance(entry, str) else output._fields[0]: logits})
+    if isinstance(output, (tuple, list)):
+        return type(output)([logits, *output[1:]])
+    changed = copy.copy(output)
+    if _is_item(changed, entry):
+        changed[entry] = logits
+    else:
+        setattr(changed, str(entry), logits)
+    return changed
+
+
+def find_submodule(root: nn.Module, path: str, where: str, what: str) -> nn.Module:
+    """Return the sub-module at a dotted path.
+
+    Args:
+        root: the network.
+        path: dotted path; ``""`` is the network itself.
+        where: what the network is, for the message, such as ``"the student"``.
+        what: the option that named the path, for the message.
+
+    Returns:
+        The sub-module.
+
+    Raises:
+        MisconfigurationException: if there is none; near names are listed.
+    """
     try:
         return root.get_submodule(path)
     except AttributeError:
@@ -88,17 +175,43 @@ def find(root: nn.Module, path: str, where: str, what: str) -> nn.Module:
 
 
 def refuse_shared_tensors(teacher: nn.Module, module: LightningModule) -> None:
-    """Raise where a parameter or buffer of the teacher is one of the module's, or a view of it."""
+    """Refuse a teacher of which a parameter or buffer belongs to the module, or is a view of it.
+
+    Args:
+        teacher: the teacher's network.
+        module: the module that is trained.
+
+    Raises:
+        MisconfigurationException: naming both tensors.
+    """
 
     def storage(tensor: Tensor) -> int:
         plain = type(tensor) in (Tensor, nn.Parameter)
         return (tensor.untyped_storage().data_ptr() if plain else 0) or id(tensor)
 
-    theirs = {storage(t): n for n, t in [*teacher.named_parameters(), *teacher.named_buffers()]}
+    frozen = {storage(t): n for n, t in [*teacher.named_parameters(), *teacher.named_buffers()]}
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        if tensor.numel() and storage(tensor) in theirs:
+        if tensor.numel() and storage(tensor) in frozen:
             raise MisconfigurationException(
-                f"the teacher shares its {theirs[storage(tensor)]!r} with {name!r} of "
+                f"the teacher shares its {frozen[storage(tensor)]!r} with {name!r} of "
                 f"{type(module).__name__}: the teacher must be a network of its own, outside the "
                 "LightningModule (copy.deepcopy it, and do not assign it as a sub-module)"
             )
+
+
+def _default_entry(output: Any) -> str | int:
+    """Return where logits are by default; an entry that is missing if they are nowhere."""
+    for name in _LOGITS:
+        if hasattr(output, name) or (isinstance(output, Mapping) and name in output):
+            return name
+    return 0 if isinstance(output, (tuple, list)) else _LOGITS[0]
+
+
+def _is_item(output: Any, entry: str | int) -> bool:
+    return not (isinstance(entry, str) and hasattr(output, entry))
+
+
+def _version(tensor: Tensor) -> int:
+    # An inference tensor has no version counter, and neither has a tensor of torch.compile.
+    unknown = torch.compiler.is_compiling() or tensor.is_inference()
+    return 0 if unknown else tensor._version

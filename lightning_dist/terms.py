@@ -1,23 +1,26 @@
-"""Terms of a distillation loss: what is compared with what, by which loss, at which weight."""
+"""Terms of the distillation loss: two parts to compare, a loss and a weight each; and their sum."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_dist.checks import check_number
 from lightning_dist.losses import DISTLoss
-from lightning_dist.taps import select
+from lightning_dist.taps import logits_of
 
 Weight = float | Callable[[Trainer], float]
+Nonfinite = Literal["raise", "skip"]
 
 
 class WeightSchedule:
-    """A weight that moves linearly between points, and stays at the last one.
+    """A loss weight that moves linearly between points and stays at the last one.
 
     Args:
         points: weight at an epoch or step, from 0 on: ``{0: 0.0, 5: 2.0}`` warms up over five
@@ -25,7 +28,7 @@ class WeightSchedule:
         unit: ``"epoch"`` (changes at each epoch's start) or ``"step"`` (optimizer steps).
 
     Raises:
-        ValueError: if there is no point, or one lies before 0.
+        ValueError: if there is no point, or one lies before 0, or ``unit`` is another word.
 
     Example:
         >>> WeightSchedule({0: 0.0, 10: 2.0}).at(5)
@@ -43,7 +46,7 @@ class WeightSchedule:
         self.unit = unit
 
     def at(self, when: float) -> float:
-        """The weight at an epoch or step."""
+        """Return the weight at an epoch or step."""
         earlier = [point for point in self.points if point[0] <= when]
         later = [point for point in self.points if point[0] > when]
         if not earlier or not later:
@@ -52,7 +55,7 @@ class WeightSchedule:
         return first + (last - first) * (when - start) / (end - start)
 
     def __call__(self, trainer: Trainer) -> float:
-        """The weight now."""
+        """Return the weight of this epoch or step of the Trainer."""
         return self.at(trainer.current_epoch if self.unit == "epoch" else trainer.global_step)
 
     def __repr__(self) -> str:
@@ -75,7 +78,8 @@ class Term:
         student: dotted path inside the student; ``""`` is the student's own output.
         teacher: dotted path inside the teacher; ``""`` is the teacher's own output.
         output: entry to take from an output that is not a tensor: a key, an attribute or an index.
-            By default ``logits`` where there is one, or the first item of a tuple or list.
+            By default ``logits`` or ``out`` where there is one, or the first item of a tuple or
+            list, see :func:`lightning_dist.taps.logits_of`.
     """
 
     loss: nn.Module | Callable[[Tensor, Tensor], Tensor]
@@ -87,9 +91,12 @@ class Term:
     def check(self, name: str) -> None:
         """Refuse a loss or a weight of the wrong kind.
 
+        Args:
+            name: of the term, for the message.
+
         Raises:
-            TypeError: if the loss is no function.
-            ValueError: if the weight is no finite number.
+            TypeError: if the loss is not a function.
+            ValueError: if the weight is not a finite number.
         """
         if not callable(self.loss) or isinstance(self.loss, type):
             raise TypeError(f"the loss of term {name!r} is {self.loss!r}: give a function")
@@ -97,14 +104,14 @@ class Term:
             check_number(f"the weight of term {name!r}", self.weight)
 
     def parameters(self) -> list[nn.Parameter]:
-        """The loss's own parameters."""
+        """Return the loss's own parameters."""
         return list(self.loss.parameters()) if isinstance(self.loss, nn.Module) else []
 
     def current_weight(self, trainer: Trainer) -> float:
-        """The weight in this step.
+        """Return the weight in this step.
 
         Raises:
-            ValueError: if a function gave no number.
+            ValueError: if a function returned something else than a number.
         """
         weight = self.weight(trainer) if callable(self.weight) else self.weight
         if not isinstance(weight, (Real, Tensor)):
@@ -115,12 +122,12 @@ class Term:
         return weight
 
     def value(self, student: list[Any], teacher: list[Any], trainer: Trainer) -> Tensor:
-        """The loss, summed over the calls of the parts.
+        """Return the loss, a tensor of shape (), summed over the calls of the parts.
 
         Args:
-            student: what each call of the student's part returned.
-            teacher: the same of the teacher's.
-            trainer: says which batch this is.
+            student: the output of each call of the student's part.
+            teacher: the output of each call of the teacher's part.
+            trainer: the Trainer, at this batch.
 
         Raises:
             ValueError: if the outputs do not pair, or the loss is not defined for them.
@@ -131,19 +138,19 @@ class Term:
                 f"{self.teacher!r} {len(teacher)} times: choose parts that correspond"
             )
         pairs = [
-            (select(ours, self.output), select(theirs, self.output))
-            for ours, theirs in zip(student, teacher, strict=True)
+            (logits_of(of_student, self.output), logits_of(of_teacher, self.output))
+            for of_student, of_teacher in zip(student, teacher, strict=True)
         ]
-        # A call under no_grad, for pseudo-labels say, teaches nothing.
-        pairs = [(ours, theirs) for ours, theirs in pairs if ours.requires_grad]
+        # A call under no_grad, such as one that makes pseudo-labels, has nothing to train.
+        pairs = [pair for pair in pairs if pair[0].requires_grad]
         if not pairs:
             raise ValueError(
                 "no call of the student's part has a gradient, so the term would teach nothing: "
                 "call it outside of torch.no_grad(), with use_reentrant=False where it is "
                 "checkpointed, and with parameters that require a gradient"
             )
-        self._refuse_single_rows([ours for ours, _ in pairs], trainer)
-        values = [self.loss(ours, theirs) for ours, theirs in pairs]
+        self._refuse_single_rows([logits for logits, _ in pairs], trainer)
+        values = [self.loss(*pair) for pair in pairs]
         for value in values:
             if not isinstance(value, Tensor) or value.dim():
                 got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
@@ -151,18 +158,20 @@ class Term:
         return torch.stack(values).sum()
 
     def zero(self, like: Any) -> Tensor:
-        """A 0 that keeps the loss's own parameters in the graph, where DDP looks for them."""
-        zero = torch.zeros((), device=select(like, self.output).device)
+        """Return a 0 that keeps the loss's own parameters in the graph, where DDP needs them."""
+        zero = torch.zeros((), device=logits_of(like, self.output).device)
         return torch.stack([zero, *(0 * p.sum() for p in self.parameters())]).sum()
 
     def is_finite(self, outputs: list[Any]) -> bool:
-        """Whether what the term compares of some outputs is finite."""
-        return all(bool(select(x, self.output).isfinite().all()) for x in outputs)
+        """Return whether the tensors that the term compares are finite in some outputs."""
+        return all(bool(logits_of(x, self.output).isfinite().all()) for x in outputs)
 
     def _refuse_single_rows(self, logits: list[Tensor], trainer: Trainer) -> None:
-        """In a run's first batch: the last one of an epoch may well be of one sample."""
+        """Refuse a run of one-sample batches; the last batch of an epoch may have one sample."""
         loss = getattr(self.loss, "_orig_mod", self.loss)  # of a compiled one
-        if not isinstance(loss, DISTLoss) or not loss.gamma or loss.sync:
+        if not isinstance(loss, DISTLoss) or not loss.gamma:
+            return
+        if loss.sync and trainer.world_size > 1:
             return
         if trainer.fit_loop.total_batch_idx or trainer.is_last_batch:
             return
@@ -173,8 +182,78 @@ class Term:
             )
 
 
+@dataclass
+class TermsSum:
+    """The terms of one step.
+
+    Attributes:
+        total: the weighted sum, a tensor of shape ().
+        values: each term without its weight, by name.
+        skipped: how many terms were left out because they were not finite.
+    """
+
+    total: Tensor
+    values: dict[str, Tensor]
+    skipped: int
+
+
+def sum_terms(
+    terms: Mapping[str, Term],
+    student: Mapping[str, list[Any]],
+    teacher: Mapping[str, list[Any]],
+    trainer: Trainer,
+    *,
+    place: str,
+    nonfinite: Nonfinite,
+) -> TermsSum:
+    """Compute every term from the recorded outputs, and their weighted sum.
+
+    Args:
+        terms: by name, at least one.
+        student: outputs of each part of the student, by its path, in the order of the calls.
+        teacher: the same of the teacher.
+        trainer: the Trainer, at this batch.
+        place: dotted path of the student in its module, for messages.
+        nonfinite: what to do where a term is NaN or infinite: ``"raise"`` or ``"skip"``.
+
+    Raises:
+        MisconfigurationException: if outputs do not pair, or a loss is not defined for them; the
+            message names the term.
+        FloatingPointError: if a term is not finite and ``nonfinite`` is ``"raise"``.
+    """
+    values, products, skipped = {}, [], 0
+    for name, term in terms.items():
+        of_student, of_teacher = student[term.student], teacher[term.teacher]
+        part = f"{place}.{term.student}".strip(".") or "the module itself"
+        if not of_student:
+            raise MisconfigurationException(
+                f"term {name!r}: {part!r} was not called in training_step, so there is nothing to "
+                "distil: set student to the sub-module that training_step calls"
+            )
+        try:
+            value = term.value(of_student, of_teacher, trainer)
+            product = term.current_weight(trainer) * value
+        except ValueError as error:
+            against = f"the teacher's {term.teacher!r}" if term.teacher else "the teacher"
+            raise MisconfigurationException(
+                f"term {name!r} of {part!r} and {against}: {error}"
+            ) from error
+        if not product.isfinite():
+            if nonfinite == "raise":
+                raise _nonfinite_error(name, term, of_student, of_teacher, trainer)
+            skipped += 1
+            product = value = term.zero(of_student[0])
+        values[name] = value
+        products.append(product)
+    return TermsSum(sum(products[1:], start=products[0]), values, skipped)
+
+
 class TermParameters(nn.ModuleDict):
-    """Losses with parameters: seen by optimizers and DDP, absent from the module's state_dict."""
+    """The losses with parameters: seen by optimizers and DDP, absent from the state_dict.
+
+    Args:
+        losses: the losses, by the names of their terms.
+    """
 
     name = "_distillation"
 
@@ -182,10 +261,58 @@ class TermParameters(nn.ModuleDict):
         super().__init__(losses)
         self.register_load_state_dict_post_hook(_forget_missing_keys)
 
+    @classmethod
+    def join(cls, terms: Mapping[str, Term], pl_module: LightningModule) -> bool:
+        """Register the terms' parameters on a module; return whether there are any."""
+        losses = {name: x.loss for name, x in terms.items() if isinstance(x.loss, nn.Module)}
+        parts = cls({name: loss for name, loss in losses.items() if terms[name].parameters()})
+        if len(parts):
+            pl_module.add_module(cls.name, parts)
+        return bool(len(parts))
+
+    @classmethod
+    def leave(cls, pl_module: LightningModule) -> None:
+        """Take the terms' parameters from a module, if it has any."""
+        pl_module._modules.pop(cls.name, None)
+
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         return kwargs.get("destination", {})
+
+
+def refuse_untrained(terms: Mapping[str, Term], optimizers: Iterable[Optimizer]) -> None:
+    """Refuse terms with parameters that no optimizer holds.
+
+    Args:
+        terms: by name.
+        optimizers: all of the Trainer's.
+
+    Raises:
+        MisconfigurationException: naming the term.
+    """
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    trained = {id(parameter) for group in groups for parameter in group["params"]}
+    for name, term in terms.items():
+        if any(p.requires_grad and id(p) not in trained for p in term.parameters()):
+            raise MisconfigurationException(
+                f"the loss of term {name!r} has parameters that no optimizer holds: build the "
+                "optimizer from self.parameters() in configure_optimizers"
+            )
 
 
 def _forget_missing_keys(module: nn.Module, incompatible: Any) -> None:
     keys = incompatible.missing_keys
     keys[:] = [key for key in keys if f"{TermParameters.name}." not in key]
+
+
+def _nonfinite_error(
+    name: str, term: Term, student: list[Any], teacher: list[Any], trainer: Trainer
+) -> FloatingPointError:
+    sides = {"student": student, "teacher": teacher}
+    wrong = [f"the {side}'s output" for side in sides if not term.is_finite(sides[side])]
+    return FloatingPointError(
+        f"the distillation loss of term {name!r} is not finite at step {trainer.global_step} "
+        f"(epoch {trainer.current_epoch}): NaN or infinity is in "
+        f"{' and '.join(wrong) or 'neither output, so the loss or its weight makes it'}. Lower "
+        "the learning rate or the weight, give the teacher a wider dtype, or leave such steps "
+        "out with nonfinite='skip'"
+    )

@@ -670,9 +670,10 @@ def test_parts_called_unequally_often_are_refused(make_trainer):
 def test_an_output_without_the_entry_is_refused(make_trainer):
     class Dict(nn.Linear):
         def forward(self, inputs):
-            return {"out": super().forward(inputs)}
+            return {"scores": super().forward(inputs)}
 
-    refused(make_trainer, r"with \['out'\] and has no entry 'logits'", teacher=Dict(6, 4))
+    message = r"with \['scores'\] and has none of 'logits' and 'out': set the term's output"
+    refused(make_trainer, message, teacher=Dict(6, 4))
 
 
 def test_an_output_that_is_changed_in_place_is_refused(make_trainer):

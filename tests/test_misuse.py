@@ -20,6 +20,7 @@ from lightning_dist import (
     DistillModule,
     DISTLoss,
     KDLoss,
+    StudentEMA,
     Teacher,
     Term,
     WeightSchedule,
@@ -463,9 +464,9 @@ MISUSES: dict[str, tuple[Callable[..., Any], type[Exception], str]] = {
         "scheduler_interval is 'batch': use 'epoch' or 'step'",
     ),
     "decay above 1": (
-        lambda _: DistillModule(nn.Linear(6, 4), ema_decay=99),
+        lambda _: StudentEMA(99),
         ValueError,
-        "ema_decay is 99: give a number of at least 0 and at most 1",
+        "decay is 99: give a number of at least 0 and at most 1",
     ),
     "no classes to learn": (
         lambda _: ClassificationModule(nn.Linear(6, 4), num_classes=0),

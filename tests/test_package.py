@@ -38,6 +38,7 @@ def test_the_public_names():
         "DistillModule",
         "DistillationCallback",
         "KDLoss",
+        "StudentEMA",
         "Teacher",
         "Term",
         "WeightSchedule",

@@ -17,7 +17,7 @@ from lightning_dist.cache.digest import digest
 from lightning_dist.cache.files import ViewFiles
 from lightning_dist.cache.filling import PRINTS, Answers, Tap, fill, name_of
 from lightning_dist.data.views import VIEW_SEED, KeyedBatch, Views
-from lightning_dist.taps import find
+from lightning_dist.taps import find_submodule as find
 from lightning_dist.teacher import Teacher
 
 if TYPE_CHECKING:  # imported where it is needed: it brings scikit-learn and torchvision along

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from lightning_dist.cache.files import ViewFiles
 from lightning_dist.data.views import KeyedBatch
-from lightning_dist.taps import record, select
+from lightning_dist.taps import logits_of as select
+from lightning_dist.taps import record_outputs as record
 from lightning_dist.teacher import Teacher
 
 if TYPE_CHECKING:

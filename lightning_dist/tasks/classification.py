@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_dist.cache import CachedTeacher
 from lightning_dist.checks import check_number
 from lightning_dist.module import DistillModule
-from lightning_dist.teacher import Teacher
+from lightning_dist.taps import logits_of
+from lightning_dist.teacher import TeacherBase
 
 
 class ClassificationModule(DistillModule):
@@ -29,8 +29,7 @@ class ClassificationModule(DistillModule):
         kwargs: as in :class:`lightning_dist.DistillModule`.
 
     Raises:
-        ValueError: if an option is out of range, or there is ``mixup`` and the teacher is cached;
-            in a step, if a label is no class.
+        ValueError: if an option is out of range; in a step, if a label is no class.
 
     Example:
         >>> module = ClassificationModule(nn.Linear(4, 3), num_classes=3)
@@ -41,7 +40,7 @@ class ClassificationModule(DistillModule):
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module | Teacher | None = None,
+        teacher: nn.Module | TeacherBase | None = None,
         *,
         num_classes: int,
         label_smoothing: float = 0.0,
@@ -50,11 +49,6 @@ class ClassificationModule(DistillModule):
     ) -> None:
         check_number("num_classes", num_classes, int, least=1)
         check_number("label_smoothing", label_smoothing, least=0, most=1)
-        if mixup is not None and isinstance(teacher, CachedTeacher):
-            raise ValueError(
-                "mixup mixes the images of a batch, about which a CachedTeacher was never asked: "
-                "set module.mixup=null, or give the teacher itself (distill.cache=off)"
-            )
         accuracy: dict[str, Metric | MetricCollection] = {
             "accuracy": MulticlassAccuracy(num_classes, average="micro")
         }
@@ -68,17 +62,24 @@ class ClassificationModule(DistillModule):
         self.num_classes = num_classes
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """The task loss of a batch, mixed up if so configured."""
+        """Return the task loss of a batch, mixed up if so configured."""
         self._check_labels(batch, batch_idx)
-        return super().training_step(self.mixup(*batch) if self.mixup else batch, batch_idx)
+        inputs, target = self.mixup(*batch) if self.mixup else batch
+        loss = self.task_loss(logits_of(self.student(inputs)), target)
+        self.log("train/task", loss.detach())
+        return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Update ``val/*``; also before the first epoch, so that wrong labels end a run early."""
+        """Update ``val/*``; Lightning's check before the first epoch finds wrong labels early."""
         self._check_labels(batch, batch_idx)
         super().validation_step(batch, batch_idx)
 
+    def infer(self, network: nn.Module, inputs: Any) -> Tensor:
+        """Return the logits ``(N, C)`` of a network, see :func:`lightning_dist.taps.logits_of`."""
+        return logits_of(network(inputs))
+
     def _check_labels(self, batch: Any, batch_idx: int) -> None:
-        """Refuse labels that are no classes. On a GPU, which would wait, once an epoch."""
+        """Refuse labels that are no classes; on a GPU only once an epoch, since it must wait."""
         _, labels = batch
         if labels.dtype != torch.int64 or not labels.numel():
             return

@@ -1,22 +1,20 @@
 """Object detection: torchvision's detectors as they are, DIST on their class logits, COCO's mAP."""
 
-import copy
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import MetricCollection
 from torchmetrics.detection import MeanAveragePrecision
 
-from lightning_dist.callback import DistillationCallback
 from lightning_dist.losses import DISTLoss, FeatureMimic
 from lightning_dist.module import DistillModule
-from lightning_dist.taps import find
+from lightning_dist.taps import find_submodule
 from lightning_dist.tasks.detection_heads import OneStageClassifier, TwoStageClassifier
-from lightning_dist.teacher import InputBridge, Teacher
+from lightning_dist.teacher import InputBridge, TeacherBase, as_teacher
 from lightning_dist.terms import Term
+from lightning_dist.training.evaluation import EvaluationMetrics
 
 _MAPS = "head.classification_head.cls_logits"
 # The metric prints its table at each epoch where somebody configures logging, as Hydra does.
@@ -66,7 +64,7 @@ class DetectionModule(DistillModule):
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module | Teacher | None = None,
+        teacher: nn.Module | TeacherBase | None = None,
         *,
         class_map: Sequence[int] | None = None,
         label_offset: int | None = None,
@@ -78,19 +76,22 @@ class DetectionModule(DistillModule):
     ) -> None:
         two_stage = hasattr(student, "roi_heads")
         needed = "roi_heads.box_predictor" if two_stage else _MAPS
-        find(student, needed, "the student", "a detector's head")
+        find_submodule(student, needed, "the student", "a detector's head")
         if teacher is not None:
             teacher = _adapt(teacher, student, class_map)
         kwargs.setdefault("metrics", MeanAveragePrecision(backend="faster_coco_eval"))
         kwargs.setdefault("distill_weight", 1.0)
         super().__init__(student, teacher, **kwargs)
         self.two_stage = two_stage
+        self.teacher_inputs = {"backbone": ""}
+        if two_stage:
+            self.teacher_inputs["roi_heads.box_roi_pool"] = "roi"
         self.label_offset = int(two_stage) if label_offset is None else label_offset
         self.mimic = list(mimic)
         self.mimic_weight = mimic_weight
         self.norm_eval = norm_eval
         for path in frozen:
-            find(student, path, "the student", "frozen").requires_grad_(False)
+            find_submodule(student, path, "the student", "frozen").requires_grad_(False)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The sum of the detector's losses, each logged as ``train/NAME``."""
@@ -114,13 +115,12 @@ class DetectionModule(DistillModule):
         found = network(list(inputs))
         return [{**one, "labels": one["labels"] - self.label_offset} for one in found]
 
-    def _evaluate(
-        self, batch: Batch, network: nn.Module, prefix: str, metrics: MetricCollection
-    ) -> None:
+    def _update(self, batch: Batch, network: nn.Module, metrics: EvaluationMetrics) -> None:
         images, targets = batch
         found = self.infer(network, images) if len(images) else []
         blank = len(targets) - len(found)
-        metrics.update([*found, *[_nothing(self.device) for _ in range(blank)]], list(targets))
+        found = [*found, *[_nothing(self.device) for _ in range(blank)]]
+        metrics.collection.update(found, list(targets))
 
     def _without_repeats(self, batch: Batch, batch_idx: int, loaders: Any) -> Batch:
         """The batch, where a copy is no image and nothing to find.
@@ -133,36 +133,30 @@ class DetectionModule(DistillModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log ``val/*``."""
-        self._log_metrics("val/", self.val_metrics)
-        if self.student_ema is not None:
-            self._log_metrics("val/ema_", self.val_ema_metrics)
+        self._log_metrics("val/")
 
     def on_test_epoch_end(self) -> None:
         """Log ``test/*``."""
-        self._log_metrics("test/", self.test_metrics)
-        if self.student_ema is not None:
-            self._log_metrics("test/ema_", self.test_ema_metrics)
+        self._log_metrics("test/")
 
-    def _log_metrics(self, prefix: str, metrics: MetricCollection) -> None:
-        values = metrics.compute()
-        metrics.reset()
-        for name in ("map", "map_50", "map_75", *(f"map_{size}" for size in SIZES)):
-            value = values[f"{prefix}{name}"]
-            if name == "map" or value >= 0:  # -1: there is nothing to find
-                self.log(f"{prefix}{name}", value.clamp(min=0), prog_bar=name == "map")
+    def _log_metrics(self, split: str) -> None:
+        for prefix, metrics in self.metrics.items():
+            if prefix.startswith(split):
+                collection = cast(EvaluationMetrics, metrics).collection
+                values = collection.compute()
+                collection.reset()
+                for name in ("map", "map_50", "map_75", *(f"map_{size}" for size in SIZES)):
+                    value = values[f"{prefix}{name}"]
+                    if name == "map" or value >= 0:  # -1: the set has no such boxes
+                        self.log(f"{prefix}{name}", value.clamp(min=0), prog_bar=name == "map")
 
-    def configure_distillation(self) -> DistillationCallback | None:
-        """One term on the class logits, ``class``, and one on each level of ``mimic``."""
-        if self.teacher is None:
-            return None
-        inputs = {"backbone": ""}
+    def configure_terms(self) -> dict[str, Term]:
+        """Return a term on the class logits, ``class``, and one on each level of ``mimic``."""
+        assert self.teacher is not None
         loss = self.distill_loss
         if loss is None:
             loss = DISTLoss(activation="softmax" if self.two_stage else "sigmoid")
-        parts = _MAPS, "logits"
-        if self.two_stage:
-            inputs["roi_heads.box_roi_pool"] = "roi"
-            parts = "roi_heads.box_predictor", "roi"
+        parts = ("roi_heads.box_predictor", "roi") if self.two_stage else (_MAPS, "logits")
         terms = {"class": Term(loss, self.distill_weight, *parts)}
         for level in self.mimic:
             widths = [
@@ -172,14 +166,7 @@ class DetectionModule(DistillModule):
             terms[f"mimic_{level}"] = Term(
                 FeatureMimic(*widths), self.mimic_weight, "backbone", "backbone", output=level
             )
-        return DistillationCallback(
-            self.teacher,
-            student="student",
-            terms=terms,
-            inputs=inputs,
-            task_weight=self.task_weight,
-            nonfinite=self.nonfinite,
-        )
+        return terms
 
 
 def _nothing(device: torch.device) -> dict[str, Tensor]:
@@ -190,12 +177,12 @@ def _nothing(device: torch.device) -> dict[str, Tensor]:
 
 
 def _adapt(
-    teacher: nn.Module | Teacher, student: nn.Module, class_map: Sequence[int] | None
-) -> Teacher:
-    """A Teacher whose network is the part of a detector that the student asks."""
-    teacher = Teacher(teacher) if isinstance(teacher, nn.Module) else copy.copy(teacher)
+    teacher: nn.Module | TeacherBase, student: nn.Module, class_map: Sequence[int] | None
+) -> TeacherBase:
+    """Return a teacher whose network is the part of a detector that the student learns from."""
+    teacher = as_teacher(teacher)
     detector = teacher.network
-    if teacher.class_map is not None:
+    if getattr(teacher, "class_map", None) is not None:
         raise ValueError(
             "the teacher's class_map is for logits that a network returns, which a detector does "
             "not: give it as DetectionModule's class_map"
@@ -214,11 +201,13 @@ def _adapt(
             f"the student is a {type(student).__name__} and the teacher a "
             f"{type(detector).__name__} without {part!r}: give a detector of the same kind"
         )
-    teacher.network = kind(detector, class_map)
-    theirs, ours = (getattr(network, "transform", None) for network in (detector, student))
-    if teacher.inputs is None and theirs is not None and ours is not None:
-        teacher.inputs = InputBridge(
-            theirs.image_mean, theirs.image_std, ours.image_mean, ours.image_std
+    inputs = None
+    of_teacher, of_student = (
+        getattr(network, "transform", None) for network in (detector, student)
+    )
+    if getattr(teacher, "inputs", None) is None and of_teacher and of_student:
+        inputs = InputBridge(
+            *(of_teacher.image_mean, of_teacher.image_std),
+            *(of_student.image_mean, of_student.image_std),
         )
-    teacher.freeze()
-    return teacher
+    return teacher.with_network(kind(detector, class_map), inputs)

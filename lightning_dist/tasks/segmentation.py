@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
-from lightning_dist.callback import DistillationCallback
 from lightning_dist.losses import DISTLoss
 from lightning_dist.module import DistillModule
-from lightning_dist.taps import find
-from lightning_dist.teacher import Teacher
+from lightning_dist.taps import find_submodule, logits_of
+from lightning_dist.teacher import TeacherBase
 from lightning_dist.terms import Term, Weight
 
 SLIDE_OVERLAP = 1 / 3
@@ -55,7 +54,7 @@ class SegmentationModule(DistillModule):
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module | Teacher | None = None,
+        teacher: nn.Module | TeacherBase | None = None,
         *,
         num_classes: int,
         ignore_index: int = 255,
@@ -68,7 +67,7 @@ class SegmentationModule(DistillModule):
         **kwargs: Any,
     ) -> None:
         if teacher is not None:
-            find(student, head, "the student", "head")
+            find_submodule(student, head, "the student", "head")
         options: dict[str, Any] = {"ignore_index": ignore_index, "validate_args": False}
         kwargs.setdefault(
             "metrics",
@@ -109,10 +108,9 @@ class SegmentationModule(DistillModule):
         assert total is not None
         return total / counts
 
-    def configure_distillation(self) -> DistillationCallback | None:
-        """One term on the main logits, ``main``, and one on the auxiliary ones, ``aux``."""
-        if self.teacher is None:
-            return None
+    def configure_terms(self) -> dict[str, Term]:
+        """Return a term on the main logits, ``main``, and one on the auxiliary ones, ``aux``."""
+        assert self.teacher is not None
         loss = DISTLoss() if self.distill_loss is None else self.distill_loss
         terms = {"main": Term(loss, self.distill_weight, self.head, self.teacher_head)}
         if self.aux_weight and all(
@@ -120,13 +118,7 @@ class SegmentationModule(DistillModule):
         ):
             weight = _times(self.distill_weight, self.aux_weight)
             terms["aux"] = Term(loss, weight, self.aux_head, self.aux_head)
-        return DistillationCallback(
-            self.teacher,
-            student="student",
-            terms=terms,
-            task_weight=self.task_weight,
-            nonfinite=self.nonfinite,
-        )
+        return terms
 
 
 class PixelLoss(nn.Module):
@@ -163,20 +155,21 @@ class PixelLoss(nn.Module):
 
 
 def main_and_aux(output: Any) -> tuple[Tensor, Tensor | None]:
-    """Main and auxiliary logits of a network's output.
+    """Return the main and, if there are any, the auxiliary logits in a network's output.
+
+    Args:
+        output: logits ``(N, C, h, w)``, or a container in which
+            :func:`lightning_dist.taps.logits_of` finds them, such as a mapping with ``out``.
 
     Raises:
         ValueError: if there are no logits ``(N, C, h, w)`` in it.
     """
-    main, aux = output, None
-    if isinstance(output, Mapping):
-        main, aux = output.get("out"), output.get("aux")
-    if not isinstance(main, Tensor) or main.dim() != 4:
+    main = logits_of(output)
+    if main.dim() != 4:
         raise ValueError(
-            f"the network returned a {type(output).__name__} without logits (N, C, h, w): return a "
-            "tensor, or a mapping with 'out' and perhaps 'aux'"
+            f"the network returned logits {tuple(main.shape)}: segmentation needs (N, C, h, w)"
         )
-    return main, aux
+    return main, output.get("aux") if isinstance(output, Mapping) else None
 
 
 def resize(logits: Tensor, size: Any, align_corners: bool) -> Tensor:

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 Tap = tuple[str, str | int | None]  # a part of the teacher, and the entry of its output
@@ -70,11 +71,18 @@ class TeacherBase(ABC):
     def as_network(self) -> nn.Module:
         """Return the teacher as an ordinary network, for evaluation and export."""
 
-    @abstractmethod
-    def with_network(self, network: nn.Module, **changes: Any) -> "TeacherBase":
+    def with_network(self, network: nn.Module, inputs: Any | None = None) -> "TeacherBase":
         """Return a teacher with the same settings and another network.
 
         Args:
             network: the network of the new teacher.
-            changes: options of :class:`lightning_dist.Teacher` to set otherwise.
+            inputs: the :class:`lightning_dist.teacher.InputBridge` of the new teacher; by default
+                this teacher's own.
+
+        Raises:
+            MisconfigurationException: if this kind of teacher cannot take another network.
         """
+        raise MisconfigurationException(
+            f"{self} cannot answer for a part of its network, as detection needs it: give the "
+            "teacher itself (distill.cache=off)"
+        )

@@ -1,8 +1,7 @@
 """Between student and teacher: the teacher's view of the student's batch, and of its classes."""
 
-import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -178,44 +177,6 @@ def match_classes(
             "indices, or make teacher_names distinct"
         )
     return [places[_plain(name)][0] for name in students]
-
-
-def logits_of(output: Any) -> Tensor:
-    """The logits in a network's output: itself, its ``logits``, or its first entry.
-
-    Raises:
-        ValueError: if that is no tensor.
-    """
-    logits = output
-    if hasattr(output, "logits"):
-        logits = output.logits
-    elif isinstance(output, Mapping) and output:
-        logits = output.get("logits", next(iter(output.values())))
-    elif isinstance(output, (tuple, list)) and output:
-        logits = output[0]
-    if not isinstance(logits, Tensor):
-        raise ValueError(
-            f"the teacher's output is a {type(output).__name__} without logits: a class_map and an "
-            "ensemble need a tensor, or one under 'logits' or as first entry"
-        )
-    return logits
-
-
-def with_logits(output: Any, logits: Tensor) -> Any:
-    """The output with other logits, where :func:`logits_of` finds them."""
-    if isinstance(output, Tensor):
-        return logits
-    if hasattr(output, "_fields"):  # a named tuple
-        field = "logits" if "logits" in output._fields else output._fields[0]
-        return output._replace(**{field: logits})
-    if isinstance(output, (tuple, list)):
-        return type(output)([logits, *output[1:]])
-    changed = copy.copy(output)
-    if isinstance(changed, Mapping):
-        changed["logits" if "logits" in changed else next(iter(changed))] = logits  # type: ignore[index]
-    else:
-        changed.logits = logits
-    return changed
 
 
 def _read_names(names: Sequence[str] | str | Path) -> list[str]:

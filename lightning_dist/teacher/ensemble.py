@@ -1,4 +1,4 @@
-"""Several teachers that teach as one, by their mean."""
+"""EnsembleTeacher: several teachers whose mean is distilled."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,14 +6,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 
-from lightning_dist.teacher.bridge import logits_of
+from lightning_dist.taps import logits_of
 from lightning_dist.teacher.teacher import Teacher, TeacherNetwork
 
 
 class EnsembleTeacher(Teacher):
-    """Several teachers whose mean is the teacher.
+    """A teacher that is the mean of several teachers.
 
     The mean of probabilities is returned as its logarithm, so that the softmax of the output is the
     mean; a loss with a temperature then softens that mean, not each teacher. The mean of logits is
@@ -52,15 +51,9 @@ class EnsembleTeacher(Teacher):
         super().__init__(nn.ModuleList([teacher.network for teacher in self.teachers]))
 
     def release(self) -> None:
-        """Give every network back as it was given."""
+        """Give every network back as it was given: with its gradients and modes."""
         for teacher in self.teachers:
             teacher.release()
-
-    def shard(self, mesh: DeviceMesh) -> None:
-        """Divide each teacher among the processes of a mesh."""
-        for teacher in self.teachers:
-            teacher.shard(mesh)
-        self.shards = [shard for teacher in self.teachers for shard in teacher.shards]
 
     def _answer(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         total: Tensor | None = None
@@ -88,7 +81,7 @@ class EnsembleTeacher(Teacher):
         return total - math.log(n) if self.mean == "probabilities" else total / n
 
     def as_network(self) -> nn.Module:
-        """The teachers as any network, whose output is their mean."""
+        """Return a module that calls all teachers and returns their mean."""
         return TeacherNetwork(self)
 
     def __repr__(self) -> str:

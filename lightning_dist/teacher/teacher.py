@@ -1,25 +1,37 @@
-"""The teacher: a frozen network that no module tree, optimizer or checkpoint ever holds."""
+"""Teacher: a frozen network that is in no module tree, optimizer or checkpoint."""
 
+import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils._pytree import tree_map_only
 
-from lightning_dist.teacher.bridge import InputBridge, logits_of, with_logits
+from lightning_dist.taps import (
+    Snapshot,
+    logits_of,
+    record_outputs,
+    refuse_shared_tensors,
+    with_logits,
+)
+from lightning_dist.teacher.base import Tap, TeacherBase
+from lightning_dist.teacher.bridge import InputBridge
+from lightning_dist.teacher.sharding import gathered, is_sharded
 from lightning_dist.weights import load_weights
 
 
-class Teacher:
-    """A frozen network in eval mode.
+class Teacher(TeacherBase):
+    """A frozen network in eval mode, called while the student runs.
 
-    It is no ``nn.Module`` on purpose: as an attribute of a LightningModule it is not registered,
-    so it is not trained, saved, averaged, broadcast by DDP or switched by ``module.train()``.
+    It is not an ``nn.Module`` on purpose: as an attribute of a LightningModule it is not
+    registered, so that it is not trained, saved, averaged, broadcast by DDP or switched by
+    ``module.train()``.
 
     Args:
         network: the trained network. It is frozen in place.
@@ -30,7 +42,7 @@ class Teacher:
             images of other normalisation, size or channel order.
         class_map: the network's class for each of the student's, as indices; the logits are
             gathered along dimension 1. See :func:`lightning_dist.teacher.match_classes` for names.
-            Of an output that is not a tensor, the logits are ``logits`` or the first entry.
+            :func:`lightning_dist.taps.logits_of` says which part of an output the logits are.
         compile: run the network through ``torch.compile``; while one of its parts has a hook, as
             when a distillation term taps it, it runs as it is.
         channels_last: keep its weights and images ``(N, C, H, W)`` in channels-last memory format.
@@ -76,7 +88,6 @@ class Teacher:
         if channels_last:
             network.to(memory_format=torch.channels_last)
         self.network = network
-        self.shards: list[FSDPModule] = []  # what is gathered for a call
         self.dtype = dtype
         self.inputs = inputs
         self.compile = compile
@@ -99,34 +110,58 @@ class Teacher:
         self.network.eval().requires_grad_(False)
 
     def to(self, device: torch.device | str) -> "Teacher":
-        """Move the network, unless it is sharded: then its mesh says where it is."""
-        if not self.shards:
+        """Move the network, unless it is sharded: then its device mesh decides where it is."""
+        if not is_sharded(self.network):
             self.network.to(device)
         return self
 
-    def shard(self, mesh: DeviceMesh) -> None:
-        """Divide the network among the processes of a mesh (FSDP2); it is whole while it is called.
-
-        A second call changes nothing.
-
-        Args:
-            mesh: one-dimensional, over the processes that train on different batches.
-        """
-        if not self.shards:
-            self.shards = [fully_shard(self.network, mesh=mesh)]
+    def attach(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        taps: Sequence[Tap],
+        inputs: Mapping[str, str],
+    ) -> None:
+        """Freeze the network and move it to the Trainer's device; see :class:`TeacherBase`."""
+        try:
+            refuse_shared_tensors(self.network, pl_module)
+        except MisconfigurationException:
+            # The constructor has frozen the shared tensors, which the student needs.
+            self.release()
+            raise
+        self.freeze()
+        self.to(trainer.strategy.root_device)
 
     @contextmanager
-    def _whole(self) -> Iterator[None]:
-        # Not left to FSDP's own hooks: a term may call a part of the network.
-        for shard in self.shards:
-            shard.unshard()
-        try:
-            yield
-        finally:
-            for shard in self.shards:
-                shard.reshard()
+    def answers(
+        self, student: nn.Module, batch: Any, parts: Sequence[str], inputs: Mapping[str, str]
+    ) -> Iterator[dict[str, list[Any]]]:
+        """Call the network with what the student is called with; see :class:`TeacherBase`."""
+        outputs: dict[str, list[Any]] = {part: [] for part in parts}
 
-    @torch.no_grad()
+        def call(part: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            # Before the student runs: it may change its inputs in place, and the teacher's
+            # activations are freed before the student's are stored.
+            output = self.ask(part, args, kwargs)
+            if not part and "" in outputs:
+                outputs[""].append(Snapshot.of(output))
+
+        with ExitStack() as hooks:
+            for path, part in inputs.items():
+                hook = functools.partial(call, part)
+                handle = student.get_submodule(path).register_forward_pre_hook(
+                    hook, with_kwargs=True
+                )
+                hooks.callback(handle.remove)
+            for part, found in outputs.items():
+                if part:
+                    hooks.callback(record_outputs(self.network.get_submodule(part), found))
+            yield outputs
+
+    def detach(self) -> None:
+        """Move the network to the CPU."""
+        self.to("cpu")
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the network on its own view of the inputs.
 
@@ -140,11 +175,30 @@ class Teacher:
         Raises:
             ValueError: if there is no image for ``inputs``, or ``class_map`` does not fit.
         """
-        self._stay_frozen()
+        return self.ask("", args, kwargs)
+
+    @torch.no_grad()
+    def ask(self, part: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Call the network as in :meth:`__call__`, or one of its sub-modules.
+
+        A sub-module gets the inputs as they are, also in their own dtype.
+
+        Args:
+            part: dotted path of the sub-module; ``""`` is the network.
+            args: what it is called with.
+            kwargs: the same.
+
+        Returns:
+            What it returns.
+        """
+        if self.network.training:
+            self.freeze()
+        if part:
+            return self._run(self.network.get_submodule(part), args, kwargs)
         return self._answer(args, kwargs)
 
     def _answer(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """What a call returns, once the network is frozen; an ensemble has its own."""
+        """Return what a call of the frozen network gives; an ensemble overrides this."""
         if self.inputs is not None:
             args, kwargs = self.inputs((args, kwargs))
         parameter = next((p for p in self.network.parameters() if p.is_floating_point()), None)
@@ -157,43 +211,29 @@ class Teacher:
             return output
         return with_logits(output, self._to_student_classes(logits_of(output)))
 
-    @torch.no_grad()
-    def ask(self, part: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Call a sub-module of the network, or all of it.
-
-        A sub-module gets the inputs as they are, also in their own dtype.
-
-        Args:
-            part: dotted path of the sub-module; ``""`` is the network.
-            args: what it is called with.
-            kwargs: the same.
-
-        Returns:
-            What it returns.
-        """
-        if not part:
-            return self(*args, **kwargs)
-        self._stay_frozen()
-        return self._run(self.network.get_submodule(part), args, kwargs)
-
-    def _stay_frozen(self) -> None:
-        if self.network.training:
-            self.freeze()
-
     def _run(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Call the network or a part of it, without autocast where it has a dtype."""
         parameter = next(self.network.parameters(), None)
         context: Any = nullcontext()
         if parameter is not None and self.dtype is not None:
             context = torch.autocast(parameter.device.type, enabled=False)
-        with context, self._whole():
+        with context, gathered(self.network):
             return self._runner(module)(*args, **kwargs)
 
     def as_network(self) -> nn.Module:
-        """The teacher as any network: itself, or a module that calls it with its own view."""
+        """Return the network, or a module that calls it with its own view of the inputs."""
         if self.inputs is None and self.class_map is None and self.dtype is None:
             return self.network
         return TeacherNetwork(self)
+
+    def with_network(self, network: nn.Module, inputs: InputBridge | None = None) -> "Teacher":
+        """Return a teacher with the same settings and another network; see :class:`TeacherBase`."""
+        teacher = copy.copy(self)
+        teacher.network = network
+        teacher.inputs = self.inputs if inputs is None else inputs
+        teacher._found, teacher._trained = self._found, self._trained  # what release() restores
+        teacher.freeze()
+        return teacher
 
     def _prepare(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         if not x.is_floating_point():
@@ -201,7 +241,7 @@ class Teacher:
         return x.to(dtype, memory_format=self._format if x.dim() == 4 else torch.preserve_format)
 
     def _runner(self, module: nn.Module) -> Callable[..., Any]:
-        # A compiled network does not see hooks that come later, such as a distillation term's.
+        # torch.compile does not see hooks that are registered later, such as a term's.
         hooked = any(m._forward_hooks for m in self.network.modules())
         if module is not self.network or not self.compile or hooked:
             return module
@@ -225,14 +265,23 @@ class Teacher:
         return self.__dict__ | {"_compiled": None, "_found": [], "_trained": []}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Teacher":
-        return self  # an averaged copy of the module needs no second teacher
+        return self  # a copy of the module, such as an average of it, needs no second teacher
 
     def __repr__(self) -> str:
         return f"Teacher({type(self.network).__name__})"
 
 
+def as_teacher(teacher: nn.Module | TeacherBase) -> TeacherBase:
+    """Return a teacher of any kind as it is, and a network as a :class:`Teacher`.
+
+    Raises:
+        TypeError: if it is neither.
+    """
+    return teacher if isinstance(teacher, TeacherBase) else Teacher(teacher)
+
+
 class TeacherNetwork(nn.Module):
-    """A teacher whose inputs or outputs are not its network's."""
+    """A module that calls a teacher, whose inputs or outputs are not its network's."""
 
     def __init__(self, teacher: Teacher) -> None:
         super().__init__()

@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_dist import DistillationCallback, DistillModule, DISTLoss
+from lightning_dist import DistillationCallback, DistillModule, DISTLoss, StudentEMA
 
 
 class Batches(Dataset):
@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--devices", type=int, default=2)
     parser.add_argument("--sync", action="store_true")
     parser.add_argument("--uneven", action="store_true", help="last batch 11 and 5 rows")
-    parser.add_argument("--ema", action="store_true", help="train a DistillModule with ema_decay")
+    parser.add_argument("--ema", action="store_true", help="train a DistillModule with StudentEMA")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     warnings.filterwarnings("error", message=".*unused parameters.*")
@@ -115,7 +115,7 @@ def main() -> None:
         devices=options.devices,
         strategy=strategy,
         max_epochs=1,
-        callbacks=[] if options.ema else [callback],
+        callbacks=[StudentEMA(0.5)] if options.ema else [callback],
         use_distributed_sampler=False,
         logger=False,
         enable_checkpointing=False,
@@ -124,7 +124,7 @@ def main() -> None:
     )
     module = Plain(options.uneven)
     if options.ema:
-        module = Averaged(new_student(), teacher, distill_loss=loss, ema_decay=0.5)
+        module = Averaged(new_student(), teacher, distill_loss=loss)
     trainer.fit(module)
     weights = {
         name: value.full_tensor() if hasattr(value, "full_tensor") else value

@@ -218,5 +218,5 @@ def test_an_unknown_head_is_an_error_that_lists_near_ones():
 
 
 def test_a_network_without_logits_is_an_error():
-    with pytest.raises(ValueError, match="'out'"):
+    with pytest.raises(ValueError, match=r"segmentation needs \(N, C, h, w\)"):
         PixelLoss(0.4, 255, True)({"logits": torch.zeros(1)}, torch.zeros(1, 2, 2).long())

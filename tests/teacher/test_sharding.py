@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dist import DistillModule, Teacher
-from lightning_dist.teacher import EnsembleTeacher
+from lightning_dist.teacher import EnsembleTeacher, shard_teacher
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def is_sharded(teacher: Teacher) -> bool:
 
 def test_a_sharded_teacher_is_whole_while_it_is_called_and_no_longer(mesh):
     teacher, inputs = Teacher(new_network()), torch.randn(5, 4)
-    teacher.shard(mesh)
+    shard_teacher(teacher, mesh)
     teacher.to("cpu")
     whole = []
     teacher.network[2].register_forward_hook(lambda *_: whole.append(not is_sharded(teacher)))
@@ -45,14 +45,14 @@ def test_a_sharded_teacher_is_whole_while_it_is_called_and_no_longer(mesh):
 
 def test_a_part_of_a_sharded_teacher_can_be_asked(mesh):
     teacher, inputs = Teacher(new_network()), torch.randn(5, 4)
-    teacher.shard(mesh)
+    shard_teacher(teacher, mesh)
     torch.testing.assert_close(teacher.ask("0", (inputs,), {}), new_network()[0](inputs))
     assert is_sharded(teacher)
 
 
 def test_every_teacher_of_an_ensemble_is_sharded(mesh):
     ensemble, inputs = EnsembleTeacher([new_network(), new_network()]), torch.randn(5, 4)
-    ensemble.shard(mesh)
+    shard_teacher(ensemble, mesh)
     assert is_sharded(ensemble)
     torch.testing.assert_close(ensemble(inputs), new_network()(inputs).log_softmax(1))
     torch.testing.assert_close(ensemble.ask("1.0", (inputs,), {}), new_network()[0](inputs))

@@ -64,7 +64,7 @@ def test_a_class_map_that_does_not_fit_is_refused():
         Teacher(nn.Linear(4, 3), class_map=[0, 5])(torch.rand(2, 4))
     with pytest.raises(ValueError, match="counted from 0"):
         Teacher(nn.Linear(4, 3), class_map=[0, -1])
-    with pytest.raises(ValueError, match="output is a str without logits"):
+    with pytest.raises(ValueError, match="output is a str and has none of 'logits'"):
         Teacher(Answers("text"), class_map=[0])(torch.rand(1))
 
 

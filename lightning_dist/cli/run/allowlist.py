@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_dist.cli import UserError
-from lightning_dist.schedule import warmup_multistep
+from lightning_dist.training import warmup_multistep
 
 # Classes of these kinds, from where their constructors do nothing but build. Whole packages would
 # be too much: torchmetrics.text and timm.task load files by name, torch.distributed writes code.

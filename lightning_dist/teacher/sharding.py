@@ -1,0 +1,55 @@
+"""Sharding a teacher over the processes of a device mesh (FSDP2)."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from lightning_dist.teacher.base import TeacherBase
+
+
+def shard_teacher(teacher: TeacherBase, mesh: DeviceMesh) -> None:
+    """Divide a teacher's network among the processes of a mesh; it is whole only while called.
+
+    That frees memory between the calls. The members of an ensemble are sharded one by one. A second
+    call changes nothing.
+
+    Args:
+        teacher: the teacher.
+        mesh: one-dimensional, over the processes that train on different batches.
+    """
+    ensemble = isinstance(teacher.network, nn.ModuleList)
+    for network in teacher.network.children() if ensemble else [teacher.network]:
+        if not isinstance(network, FSDPModule):
+            fully_shard(network, mesh=mesh)
+
+
+def is_sharded(network: nn.Module) -> bool:
+    """Return whether a network, or a member of an ensemble, is sharded."""
+    return bool(_shards(network))
+
+
+@contextmanager
+def gathered(network: nn.Module) -> Iterator[None]:
+    """Make a sharded network whole while the context lasts; do nothing to any other network.
+
+    FSDP2's own hooks do that for a call of the whole network. A distillation term may call a part
+    of it, past these hooks.
+
+    Args:
+        network: the network, or the ``ModuleList`` of an ensemble.
+    """
+    shards = _shards(network)
+    for shard in shards:
+        shard.unshard()
+    try:
+        yield
+    finally:
+        for shard in shards:
+            shard.reshard()
+
+
+def _shards(network: nn.Module) -> list[FSDPModule]:
+    return [m for m in (network, *network.children()) if isinstance(m, FSDPModule)]

@@ -1,0 +1,96 @@
+"""StudentEMA: a callback that keeps an exponential moving average of the student's weights."""
+
+import functools
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from lightning_dist.checks import check_number
+
+
+class StudentEMA(Callback):
+    """Average the student's weights and buffers after each optimizer step, and evaluate it.
+
+    The average is ``module.student_ema``: it is in the module's checkpoints, and validation and
+    test log it as ``val/ema_loss``, ``val/ema_METRIC`` and the same of ``test``, beside the student
+    itself. Training is the same as without it. Lightning's ``EMAWeightAveraging`` averages the
+    whole module and validates the average instead of the student.
+
+    Args:
+        decay: weight of the average in each update, from 0 to 1; 0.9999 is usual in long runs.
+
+    Raises:
+        ValueError: if ``decay`` is out of range.
+        MisconfigurationException: at the start of ``fit``: a module that is no
+            :class:`lightning_dist.DistillModule`, or a strategy that shards the student.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[StudentEMA(decay=0.999)], accelerator="cpu", logger=False)
+    """
+
+    def __init__(self, decay: float = 0.9999) -> None:
+        check_number("decay", decay, least=0, most=1)
+        self.decay = decay
+        self._averaged_steps = 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Copy the student, so that a checkpoint's average can be loaded into the copy."""
+        if stage != "fit":  # then the module itself takes an average from the checkpoint
+            return
+        if not hasattr(pl_module, "evaluate_too"):
+            raise MisconfigurationException(
+                f"StudentEMA averages the student of a DistillModule, and the module is a "
+                f"{type(pl_module).__name__}: use Lightning's EMAWeightAveraging"
+            )
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            raise MisconfigurationException(
+                "StudentEMA averages whole students and ModelParallelStrategy shards them: train "
+                "without StudentEMA, or with ddp"
+            )
+        keep_average(pl_module, self.decay)
+        # First, so that the average is up to date when another callback saves a checkpoint.
+        others = [c for c in trainer.callbacks if c is not self]  # type: ignore[attr-defined]
+        trainer.callbacks = [self, *others]  # type: ignore[attr-defined]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Continue after the steps that a checkpoint holds."""
+        self._averaged_steps = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """Update the average where the batch ended with an optimizer step."""
+        if trainer.global_step != self._averaged_steps:
+            self._averaged_steps = trainer.global_step
+            pl_module.student_ema.update_parameters(pl_module.student)
+
+
+def keep_average(module: Any, decay: float = 0.9999) -> None:
+    """Give a DistillModule an average of its student, which its evaluation then covers too.
+
+    A module that has one keeps it.
+
+    Args:
+        module: the module.
+        decay: weight of the average in each update.
+    """
+    update = functools.partial(_average, decay)
+    if module.student_ema is None:
+        average = AveragedModel(module.student, multi_avg_fn=update, use_buffers=True)
+        module.student_ema = average.requires_grad_(False)
+        module.evaluate_too("ema_", average)
+    module.student_ema.multi_avg_fn = update
+
+
+def holds_average(checkpoint: dict[str, Any]) -> bool:
+    """Return whether a checkpoint holds the average of a student."""
+    return "student_ema.n_averaged" in checkpoint.get("state_dict", ())
+
+
+def _average(decay: float, averaged: Any, current: Any, updates: Any) -> None:
+    """Update a moving average, by a function that ddp_spawn can pickle."""
+    get_ema_multi_avg_fn(decay)(averaged, current, updates)

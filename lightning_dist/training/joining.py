@@ -1,0 +1,83 @@
+"""Adds the distillation loss to the loss that ``training_step`` returns, while ``fit`` runs."""
+
+import functools
+import types
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+Step = Callable[..., Any]
+
+
+class WrappedStep:
+    """A replacement of a module's ``training_step`` that :meth:`remove` takes away again.
+
+    The loss must be complete when ``training_step`` returns: then precision, accumulation, clipping
+    and DDP work as without distillation.
+
+    Args:
+        trainer: only its training calls the replacement; a ``validation_step`` that calls
+            ``training_step`` gets the module's own.
+        pl_module: the module.
+        run: called with the module's own step and the arguments of a call; returns the result.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        run: Callable[[Step, tuple[Any, ...], dict[str, Any]], Any],
+    ) -> None:
+        step = pl_module.training_step
+        self.pl_module = pl_module
+        # torch.compile sets training_step on the instance.
+        self.own = pl_module.__dict__.get("training_step")
+
+        @functools.wraps(getattr(step, "__func__", step))
+        def training_step(module: LightningModule, *args: Any, **kwargs: Any) -> Any:
+            if module is not pl_module:  # a copy that was made during fit
+                return type(module).training_step(module, *args, **kwargs)
+            if not trainer.training:
+                return step(*args, **kwargs)
+            return run(step, args, kwargs)
+
+        # Bind it as a method: deepcopy rebinds it to the copy and pickle stores only its name, so
+        # that neither drags this wrapper along.
+        training_step.__name__ = "training_step"
+        pl_module.__dict__["training_step"] = types.MethodType(training_step, pl_module)
+
+    def remove(self) -> None:
+        """Give the module its own ``training_step`` back."""
+        del self.pl_module.__dict__["training_step"]
+        if self.own is not None:
+            self.pl_module.__dict__["training_step"] = self.own
+
+
+def add_to_loss(
+    result: Any, distill: Tensor, task_weight: float, pl_module: LightningModule
+) -> Tensor | dict[str, Any]:
+    """Add the distillation loss to what a ``training_step`` returned.
+
+    Args:
+        result: a loss of shape (), or a mapping with it under ``"loss"``.
+        distill: the weighted sum of the terms, of shape ().
+        task_weight: factor of the step's own loss.
+        pl_module: the module, for the message.
+
+    Returns:
+        The same with the loss ``task_weight * loss + distill``.
+
+    Raises:
+        MisconfigurationException: if the result has no loss.
+    """
+    if isinstance(result, Tensor):
+        return task_weight * result + distill
+    if not isinstance(result, Mapping) or "loss" not in result:
+        raise MisconfigurationException(
+            f"training_step of {type(pl_module).__name__} returned {type(result).__name__} "
+            "without a loss: return a tensor, a dict with 'loss', or None to skip the batch"
+        )
+    return {**result, "loss": task_weight * result["loss"] + distill}

@@ -1,0 +1,112 @@
+"""Optimizer and learning-rate schedule of a module, built from the factories that it is given."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ChainedScheduler, LinearLR, MultiStepLR
+
+
+def build_optimizer(
+    factory: Callable[..., Optimizer], student: nn.Module, parameters: Sequence[nn.Parameter]
+) -> Optimizer:
+    """Build an optimizer over all trainable parameters of a module.
+
+    Args:
+        factory: an optimizer class or a partial of one, which is called with the parameters; or a
+            function such as ``timm.optim.create_optimizer_v2``, which is called with the student,
+            so that it can treat biases and norms apart.
+        student: the student.
+        parameters: all that train: the student's, and those of a subclass's own layers and of
+            distillation terms. What a function left out is added as a group of its own.
+
+    Returns:
+        The optimizer.
+
+    Raises:
+        MisconfigurationException: if the factory refuses its arguments.
+    """
+    function = getattr(factory, "func", factory)
+    takes_parameters = isinstance(function, type) and issubclass(function, Optimizer)
+    try:
+        optimizer = factory(list(parameters) if takes_parameters else student)
+    except (TypeError, ValueError) as error:
+        raise MisconfigurationException(f"the optimizer cannot be built: {error}") from error
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    rest = [p for p in parameters if id(p) not in held]
+    if rest:
+        optimizer.add_param_group({"params": rest})
+    return optimizer
+
+
+def build_scheduler(
+    factory: Callable[..., Any], optimizer: Optimizer, updates_per_epoch: Callable[[], int]
+) -> Any:
+    """Build a learning-rate schedule.
+
+    Args:
+        factory: a torch or timm scheduler or a partial of one, or timm's ``create_scheduler_v2``.
+            It is called with the optimizer and, where it takes ``updates_per_epoch``, with that.
+        optimizer: the optimizer.
+        updates_per_epoch: returns how many optimizer updates an epoch has. It is called only where
+            the factory takes the number, since counting needs the data.
+
+    Returns:
+        The scheduler.
+    """
+    options = {}
+    if "updates_per_epoch" in inspect.signature(factory).parameters:
+        options["updates_per_epoch"] = updates_per_epoch()
+    scheduler = factory(optimizer, **options)
+    # timm's create_scheduler_v2 returns the scheduler and the number of epochs.
+    return scheduler[0] if isinstance(scheduler, tuple) else scheduler
+
+
+def step_scheduler(scheduler: Any, trainer: Trainer, interval: str, metric: Any | None) -> None:
+    """Step a timm scheduler, which is given its position instead of counting.
+
+    Args:
+        scheduler: the scheduler.
+        trainer: the Trainer.
+        interval: ``"epoch"`` or ``"step"``, when it is stepped.
+        metric: the monitored metric, if there is one.
+    """
+    if interval == "step":
+        scheduler.step_update(num_updates=trainer.global_step, metric=metric)
+    else:
+        scheduler.step(epoch=trainer.current_epoch + 1, metric=metric)
+
+
+def warmup_multistep(
+    optimizer: Optimizer,
+    milestones: Sequence[int],
+    updates_per_epoch: int,
+    *,
+    gamma: float = 0.1,
+    warmup_updates: int = 500,
+    warmup_factor: float = 0.001,
+) -> ChainedScheduler:
+    """Return a linear warm-up counted in updates, followed by drops counted in epochs.
+
+    Args:
+        optimizer: the optimizer whose learning rates are scheduled.
+        milestones: epochs after which the learning rate drops.
+        updates_per_epoch: optimizer updates in an epoch.
+        gamma: factor of each drop.
+        warmup_updates: length of the warm-up in updates.
+        warmup_factor: factor of the learning rate in the first update.
+
+    Returns:
+        A scheduler to step after every update.
+    """
+    drops = [epoch * updates_per_epoch for epoch in milestones]
+    return ChainedScheduler(
+        [
+            LinearLR(optimizer, warmup_factor, total_iters=warmup_updates),
+            MultiStepLR(optimizer, drops, gamma),
+        ]
+    )

@@ -1,0 +1,82 @@
+"""Taps: the one rule for the logits in an output, and recordings that end with their context."""
+
+from collections import OrderedDict, namedtuple
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_dist import Teacher
+from lightning_dist.taps import logits_of, recording, with_logits
+from lightning_dist.tasks.segmentation import main_and_aux
+
+LOGITS, OTHER = torch.ones(2, 3, 4, 4), torch.zeros(2, 3, 4, 4)
+Named = namedtuple("Named", ["features", "logits"])
+Unnamed = namedtuple("Unnamed", ["first", "second"])
+
+OUTPUTS = {
+    "tensor": LOGITS,
+    "logits before out": {"out": OTHER, "logits": LOGITS},
+    "torchvision's segmentation": OrderedDict(out=LOGITS, aux=OTHER),
+    "object with logits": SimpleNamespace(logits=LOGITS, hidden=OTHER),
+    "tuple": (LOGITS, OTHER),
+    "list": [LOGITS, OTHER],
+    "named tuple with logits": Named(OTHER, LOGITS),
+    "named tuple without": Unnamed(LOGITS, OTHER),
+}
+
+
+class Returns(nn.Module):
+    """A network that returns what it was made with."""
+
+    def __init__(self, output: object) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, images: torch.Tensor) -> object:
+        return self.output
+
+
+@pytest.mark.parametrize("output", OUTPUTS.values(), ids=OUTPUTS)
+def test_terms_class_maps_and_evaluation_take_the_same_logits(output):
+    assert logits_of(output) is LOGITS
+    assert main_and_aux(output)[0] is LOGITS
+    mapped = Teacher(Returns(output), class_map=[2, 0])(torch.zeros(2, 3, 4, 4))
+    assert logits_of(mapped).shape == (2, 2, 4, 4)
+    assert type(mapped) is type(output)
+    assert logits_of(output) is LOGITS  # the output itself stays as it is
+
+
+@pytest.mark.parametrize("output", [{"a": LOGITS}, {"logits": [LOGITS]}, "text", (), {}])
+def test_an_output_without_logits_is_refused(output):
+    with pytest.raises(ValueError, match=r"the output is a|entry 'logits' of the output is a list"):
+        logits_of(output)
+
+
+def test_an_entry_is_a_key_an_attribute_or_an_index():
+    assert logits_of({"a": LOGITS}, "a") is LOGITS
+    assert logits_of(SimpleNamespace(a=LOGITS), "a") is LOGITS
+    assert logits_of((OTHER, LOGITS), 1) is LOGITS
+    with pytest.raises(ValueError, match="has no entry 2: set the term's output"):
+        logits_of((OTHER, LOGITS), 2)
+
+
+def test_logits_are_replaced_where_they_were():
+    changed = with_logits(Named(OTHER, LOGITS), OTHER + 2)
+    assert changed.features is OTHER
+    assert changed.logits.unique() == 2
+
+
+def test_a_recording_ends_with_its_context_also_after_an_error():
+    network = nn.Sequential(nn.Linear(3, 2), nn.ReLU())
+    with recording(network, ["", "0"]) as outputs:
+        hidden = network(torch.ones(1, 3))
+        with pytest.raises(RuntimeError):
+            network(torch.ones(1, 4))
+    network(torch.ones(1, 3))
+    assert [len(outputs[path]) for path in ("", "0")] == [1, 1]
+    assert logits_of(outputs[""][0]) is hidden
+    with pytest.raises(RuntimeError), recording(network, ["0"]):
+        network(torch.ones(1, 4))
+    assert not any(m._forward_hooks for m in network.modules())

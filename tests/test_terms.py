@@ -1,0 +1,64 @@
+"""The terms and their sum, from recorded outputs alone."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+from lightning_dist import DISTLoss, Term
+from lightning_dist.terms import sum_terms
+
+TRAINER = SimpleNamespace(
+    global_step=7,
+    current_epoch=2,
+    world_size=1,
+    is_last_batch=False,
+    fit_loop=SimpleNamespace(total_batch_idx=0),
+)
+
+
+def summed(terms, student, teacher, nonfinite="raise"):
+    return sum_terms(terms, student, teacher, TRAINER, place="net", nonfinite=nonfinite)
+
+
+def test_the_sum_is_weighted_and_runs_over_terms_and_calls():
+    x, y = torch.randn(4, 3, requires_grad=True), torch.randn(4, 3)
+    terms = {
+        "a": Term(F.mse_loss, 2.0),
+        "b": Term(F.l1_loss, lambda trainer: 0.5, student="head", teacher="head"),
+    }
+    found = summed(terms, {"": [x, 2 * x], "head": [x]}, {"": [y, y + 1], "head": [y]})
+    expected = {
+        "a": ((x - y) ** 2).mean() + ((2 * x - y - 1) ** 2).mean(),
+        "b": (x - y).abs().mean(),
+    }
+    torch.testing.assert_close(found.values, expected)
+    torch.testing.assert_close(found.total, 2.0 * expected["a"] + 0.5 * expected["b"])
+
+
+def test_a_term_that_is_not_finite_names_its_side_or_is_left_out():
+    x = torch.randn(4, 3, requires_grad=True)
+    bad = torch.full((4, 3), float("nan"))
+    terms = {"a": Term(F.mse_loss), "b": Term(F.l1_loss)}
+    with pytest.raises(
+        FloatingPointError, match=r"'a' .* step 7 \(epoch 2\).*the teacher's output"
+    ):
+        summed(terms, {"": [x]}, {"": [bad]})
+    found = summed(terms, {"": [x]}, {"": [bad]}, nonfinite="skip")
+    assert found.skipped == 2
+    assert found.total == 0
+
+
+def test_batches_of_one_sample_need_several_processes():
+    x = torch.randn(1, 3, requires_grad=True)
+    for sync in (False, True):  # in one process there is nothing to synchronise with
+        with pytest.raises(MisconfigurationException, match="the batch has one sample"):
+            summed({"a": Term(DISTLoss(sync=sync))}, {"": [x]}, {"": [x.detach()]})
+
+
+def test_a_part_that_was_not_called_is_named():
+    with pytest.raises(MisconfigurationException, match=r"term 'a': 'net.head' was not called"):
+        summed({"a": Term(nn.MSELoss(), student="head")}, {"head": []}, {"": []})

@@ -1,0 +1,50 @@
+"""The wrapped training step: in place during fit, gone afterwards, never in copies or pickles."""
+
+import copy
+import pickle
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_dist.training.joining import WrappedStep, add_to_loss
+
+
+def wrapped(module, training=True):
+    return WrappedStep(SimpleNamespace(training=training), module, lambda step, args, kwargs: "run")
+
+
+def test_a_step_is_wrapped_until_it_is_removed():
+    module = BoringModel()
+    wrap = wrapped(module)
+    assert module.training_step(None, 0) == "run"
+    wrap.remove()
+    assert "training_step" not in vars(module)
+
+
+def test_a_step_set_on_the_instance_comes_back():
+    module = BoringModel()
+    module.training_step = own = lambda batch, batch_idx: "own"
+    wrapped(module).remove()
+    assert vars(module)["training_step"] is own
+
+
+def test_only_training_and_only_the_module_itself_run_it():
+    module = BoringModel()
+    wrapped(module)
+    batch = torch.ones(1, 32)
+    for copied in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert copied.training_step(batch, 0) != "run"
+    other = BoringModel()
+    wrapped(other, training=False)
+    assert other.training_step(batch, 0) != "run"
+
+
+def test_the_sum_joins_the_loss_of_a_tensor_or_a_mapping():
+    loss, distill = torch.tensor(3.0), torch.tensor(1.0)
+    assert add_to_loss(loss, distill, 0.5, BoringModel()) == 2.5
+    assert add_to_loss({"loss": loss, "x": 1}, distill, 0.5, BoringModel()) == {"loss": 2.5, "x": 1}
+    with pytest.raises(MisconfigurationException, match="BoringModel returned list without a loss"):
+        add_to_loss([loss], distill, 0.5, BoringModel())
