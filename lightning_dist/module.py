@@ -7,7 +7,6 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -20,7 +19,7 @@ from lightning_dist.checks import check_number
 from lightning_dist.losses import DISTLoss
 from lightning_dist.teacher import TeacherBase, as_teacher, shard_teacher
 from lightning_dist.terms import Nonfinite, Term, Weight
-from lightning_dist.training.averaging import holds_average, keep_average
+from lightning_dist.training.averaging import make_room_for_average
 from lightning_dist.training.evaluation import EvaluationMetrics, Metrics, without_repeats
 from lightning_dist.training.optimization import build_optimizer, build_scheduler, step_scheduler
 
@@ -231,20 +230,8 @@ class DistillModule(LightningModule):
         return []
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Make room for the average of the student that a checkpoint holds.
-
-        Raises:
-            MisconfigurationException: in ``fit`` without StudentEMA, which would leave the average
-                as it is while the student trains on.
-        """
-        if not holds_average(checkpoint) or self.student_ema is not None:
-            return
-        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
-            raise MisconfigurationException(
-                "the checkpoint holds an average of the student, and nothing here goes on with it: "
-                "add lightning_dist.StudentEMA to the Trainer's callbacks"
-            )
-        keep_average(self)
+        """Make room for the average of the student, if the checkpoint holds one."""
+        make_room_for_average(self, checkpoint)
 
     def configure_model(self) -> None:
         """Shard the student, and the teacher if asked to, where the strategy does that (FSDP2).

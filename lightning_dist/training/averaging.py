@@ -5,6 +5,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -86,9 +87,25 @@ def keep_average(module: Any, decay: float = 0.9999) -> None:
     module.student_ema.multi_avg_fn = update
 
 
-def holds_average(checkpoint: dict[str, Any]) -> bool:
-    """Return whether a checkpoint holds the average of a student."""
-    return "student_ema.n_averaged" in checkpoint.get("state_dict", ())
+def make_room_for_average(module: Any, checkpoint: dict[str, Any]) -> None:
+    """Give a DistillModule an average where the checkpoint that it is about to load holds one.
+
+    Args:
+        module: the module.
+        checkpoint: what Lightning has read.
+
+    Raises:
+        MisconfigurationException: in ``fit`` without StudentEMA, where the average would stay as it
+            is while the student trains on.
+    """
+    if "student_ema.n_averaged" not in checkpoint["state_dict"] or module.student_ema is not None:
+        return
+    if module._trainer is not None and module.trainer.state.fn == TrainerFn.FITTING:
+        raise MisconfigurationException(
+            "the checkpoint holds an average of the student, and nothing here goes on with it: add "
+            "lightning_dist.StudentEMA to the Trainer's callbacks"
+        )
+    keep_average(module)
 
 
 def _average(decay: float, averaged: Any, current: Any, updates: Any) -> None:
