@@ -9,8 +9,8 @@ if TYPE_CHECKING:  # for editors and mypy, which do not follow __getattr__
     from lightning_dist.losses import DISTLoss, KDLoss
     from lightning_dist.module import DistillModule
     from lightning_dist.teacher import Teacher
-    from lightning_dist.terms import Term, WeightSchedule
-    from lightning_dist.training import StudentEMA
+    from lightning_dist.terms import Term
+    from lightning_dist.training import StudentEMA, WeightSchedule
 
 __version__ = "0.1.0"
 
@@ -35,7 +35,7 @@ _HOMES = {
     "StudentEMA": "training",
     "Teacher": "teacher",
     "Term": "terms",
-    "WeightSchedule": "terms",
+    "WeightSchedule": "training",
 }
 
 

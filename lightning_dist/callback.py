@@ -2,10 +2,12 @@
 
 import functools
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
@@ -17,12 +19,14 @@ from lightning_dist.terms import (
     Nonfinite,
     Term,
     TermParameters,
-    TermsSum,
     Weight,
+    load_states,
+    refuse_unmapped,
     refuse_untrained,
-    sum_terms,
+    states_of,
 )
 from lightning_dist.training.joining import Step, WrappedStep, add_to_loss
+from lightning_dist.training.summing import TermsSum, current_weights, is_zero, sum_terms
 
 ONLY = "distill"  # the name of a term that has none of its own
 
@@ -38,7 +42,7 @@ class DistillationCallback(Callback):
     Each step lines up four parts: the student's outputs are recorded
     (:func:`lightning_dist.taps.recording`), the teacher answers
     (:meth:`lightning_dist.teacher.TeacherBase.answers`), the terms are summed
-    (:func:`lightning_dist.terms.sum_terms`), and the sum joins the step's loss
+    (:func:`lightning_dist.training.summing.sum_terms`), and the sum joins the step's loss
     (:mod:`lightning_dist.training.joining`).
 
     Logs ``train/distill``, the weighted sum of the terms, and ``train/distill/NAME``, each term
@@ -114,6 +118,8 @@ class DistillationCallback(Callback):
         self.nonfinite = nonfinite
         self.skipped = 0
         self.owner: LightningModule | None = None  # the module that brought it, if one did
+        self._fingerprint: str | None = None
+        self._said: set[str] = set()  # terms of which a warning has been given
         self._attached = False
         self._step: WrappedStep | None = None
 
@@ -129,6 +135,7 @@ class DistillationCallback(Callback):
             return
         _refuse_manual_optimization(pl_module)
         self._refuse_second_callback(trainer)
+        refuse_unmapped(self.terms, self.teacher.class_map)
         taps = [(term.teacher, term.output) for term in self.terms.values()]
         self._attached = True
         self.teacher.attach(trainer, pl_module, taps, self.inputs)
@@ -156,6 +163,7 @@ class DistillationCallback(Callback):
             find_submodule(student, term.student, "the student", f"the student {of}")
             find_submodule(network, term.teacher, "the teacher", f"the teacher {of}")
         refuse_untrained(self.terms, trainer.optimizers)
+        self._warn_of_compiled_taps(student)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -172,14 +180,14 @@ class DistillationCallback(Callback):
         return self._generate_state_key(student=self.student)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the terms' own parameters, which the module's state_dict leaves out."""
-        states = {
-            name: term.loss.state_dict()
-            for name, term in self.terms.items()
-            if isinstance(term.loss, nn.Module)
-        }
-        terms = {name: state for name, state in states.items() if state}
-        return {"terms": terms, "skipped": self.skipped}
+        """Return the terms' own parameters, which are in no module's state_dict, and a name.
+
+        The name is of the teacher: a run that goes on with another one is warned.
+        """
+        terms = states_of(self.terms)
+        if self._fingerprint is None:
+            self._fingerprint = self.teacher.fingerprint()
+        return {"terms": terms, "skipped": self.skipped, "teacher": self._fingerprint}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the terms' parameters; outside of ``fit`` only those that fit, as none is used.
@@ -188,22 +196,16 @@ class DistillationCallback(Callback):
             MisconfigurationException: in ``fit``, if the checkpoint is of other terms.
         """
         self.skipped = state_dict.get("skipped", 0)
-        saved, own = state_dict["terms"], self.state_dict()["terms"]
-        for name in sorted({*saved, *own}):
-            shapes = [
-                {k: x.shape for k, x in terms.get(name, {}).items()} for terms in (saved, own)
-            ]
-            if shapes[0] == shapes[1]:
-                loss = self.terms[name].loss
-                assert isinstance(loss, nn.Module)
-                loss.load_state_dict(saved[name])
-            elif self._step is not None:
-                raise MisconfigurationException(
-                    f"the checkpoint does not fit the loss of term {name!r}: it has "
-                    f"{sorted(shapes[0]) or 'no parameters'} and the loss "
-                    f"{sorted(shapes[1]) or 'none'}, or of other shapes. Resume with the terms of "
-                    "the run that wrote it"
-                )
+        state = self.state_dict()
+        if (
+            self._step is not None
+            and state_dict.get("teacher", state["teacher"]) != state["teacher"]
+        ):
+            rank_zero_warn(
+                f"this run was distilled from {state_dict['teacher']} and goes on with "
+                f"{state['teacher']}"
+            )
+        load_states(self.terms, state_dict["terms"], strict=self._step is not None)
 
     # One training step
 
@@ -216,24 +218,30 @@ class DistillationCallback(Callback):
         kwargs: dict[str, Any],
     ) -> Any:
         student = find_submodule(pl_module, self.student, "the LightningModule", "student")
-        teacher_parts = {term.teacher: None for term in self.terms.values()}
-        student_parts = {term.student: None for term in self.terms.values()}
-        with (
-            self.teacher.answers(student, args[0], [*teacher_parts], self.inputs) as of_teacher,
-            recording(student, [*student_parts]) as of_student,
-        ):
+        weights = current_weights(self.terms, trainer)
+        used = {
+            term.teacher: None for name, term in self.terms.items() if not is_zero(weights[name])
+        }
+        asking: Any = nullcontext({})  # the teacher is not called where no term counts
+        if used:
+            asking = self.teacher.answers(student, args[0], [*used], self.inputs)
+        taps = {term.student: None for term in self.terms.values()}
+        with asking as of_teacher, recording(student, [*taps]) as of_student:
             result = step(*args, **kwargs)
         if result is None:  # the module skips this batch
             return None
         found = sum_terms(
             self.terms,
+            weights,
             of_student,
             of_teacher,
             trainer,
             place=self.student,
             nonfinite=self.nonfinite,
+            to_student_classes=self.teacher.to_student_classes,
         )
         self.skipped += found.skipped
+        self._say_once(found.waiting)
         if not trainer.barebones:
             self._log(pl_module, found)
         return add_to_loss(result, found.total, self.task_weight, pl_module)
@@ -248,6 +256,15 @@ class DistillationCallback(Callback):
                 log(f"train/distill/{name}", value.detach())
         if self.nonfinite == "skip":
             log("train/distill_skipped", float(self.skipped))
+
+    def _say_once(self, waiting: list[str]) -> None:
+        for name in waiting:
+            if name not in self._said:
+                self._said.add(name)
+                rank_zero_warn(
+                    f"term {name!r} waits: the part of the student that it compares is frozen. It "
+                    "counts as soon as the part trains"
+                )
 
     # Helpers of the hooks
 
@@ -266,6 +283,18 @@ class DistillationCallback(Callback):
             raise MisconfigurationException(
                 f"{type(averaging).__name__} comes before a DistillationCallback whose terms "
                 "have parameters, which it then cannot average: list DistillationCallback first"
+            )
+
+    def _warn_of_compiled_taps(self, student: nn.Module) -> None:
+        compiled = any(
+            hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in student.modules()
+        )
+        inner = [name for name, term in self.terms.items() if term.student]
+        if compiled and inner:
+            rank_zero_warn(
+                f"term {inner[0]!r} compares a part within the student, which is compiled: torch "
+                "compiles it again at each step's hooks and then runs it uncompiled. Compare the "
+                "student's own output (student=''), or leave out torch.compile"
             )
 
     def _detach(self, pl_module: LightningModule) -> None:

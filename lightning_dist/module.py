@@ -20,8 +20,18 @@ from lightning_dist.losses import DISTLoss
 from lightning_dist.teacher import TeacherBase, as_teacher, shard_teacher
 from lightning_dist.terms import Nonfinite, Term, Weight
 from lightning_dist.training.averaging import make_room_for_average
-from lightning_dist.training.evaluation import EvaluationMetrics, Metrics, without_repeats
-from lightning_dist.training.optimization import build_optimizer, build_scheduler, step_scheduler
+from lightning_dist.training.evaluation import (
+    EvaluationMetrics,
+    Metrics,
+    count_samples,
+    without_repeats,
+)
+from lightning_dist.training.optimization import (
+    build_optimizer,
+    build_scheduler,
+    is_plateau,
+    step_scheduler,
+)
 
 
 class DistillModule(LightningModule):
@@ -45,11 +55,12 @@ class DistillModule(LightningModule):
         optimizer: called with the student's parameters if it is an optimizer class (or a partial of
             one), otherwise with the student itself, as ``timm.optim.create_optimizer_v2`` wants it.
             AdamW by default.
-        scheduler: called with the optimizer; a torch or timm scheduler (for ReduceLROnPlateau
-            override ``configure_optimizers``, to name what it monitors), or what timm's
+        scheduler: called with the optimizer; a torch or timm scheduler, or what timm's
             ``create_scheduler_v2`` returns. Where it takes ``updates_per_epoch``, as that does, it
             is given how many optimizer updates an epoch of this Trainer has.
         scheduler_interval: ``"epoch"`` or ``"step"``, when the scheduler is stepped.
+        scheduler_monitor: the metric of a scheduler that lowers the rate on a plateau; give the
+            scheduler ``mode="max"`` where more is better.
         distill_loss: loss of student and teacher logits, DIST by default.
         distill_weight: its weight, a number or a function of the Trainer.
         task_weight: weight of the task loss while distilling.
@@ -81,6 +92,7 @@ class DistillModule(LightningModule):
         optimizer: Callable[..., Optimizer] | None = None,
         scheduler: Callable[..., Any] | None = None,
         scheduler_interval: str = "epoch",
+        scheduler_monitor: str = "val/loss",
         distill_loss: nn.Module | Callable[[Tensor, Tensor], Tensor] | None = None,
         distill_weight: Weight = 2.0,
         task_weight: float = 1.0,
@@ -108,6 +120,7 @@ class DistillModule(LightningModule):
         self.optimizer: Callable[..., Optimizer] = optimizer or torch.optim.AdamW
         self.scheduler = scheduler
         self.scheduler_interval = scheduler_interval
+        self.scheduler_monitor = scheduler_monitor
         # Set past nn.Module: a loss with parameters belongs to the callback, not to this module.
         self.__dict__["distill_loss"] = distill_loss
         self.distill_weight = distill_weight
@@ -180,10 +193,11 @@ class DistillModule(LightningModule):
     def _update(self, batch: Any, network: nn.Module, metrics: EvaluationMetrics) -> None:
         """Update and log the metrics of one network."""
         inputs, target = batch
-        if len(target):
+        count = count_samples(inputs)
+        if count:
             output = self.infer(network, inputs)
             metrics.collection.update(output, target)
-            metrics.mean_loss.update(self.eval_loss(output, target), weight=len(target))
+            metrics.mean_loss.update(self.eval_loss(output, target), weight=count)
         self.log(f"{metrics.prefix}loss", metrics.mean_loss)
         self.log_dict(metrics.collection, prog_bar=metrics.prefix.startswith("val"))
 
@@ -268,10 +282,10 @@ class DistillModule(LightningModule):
         if self.scheduler is None:
             return optimizer
         scheduler = build_scheduler(self.scheduler, optimizer, self._updates_per_epoch)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": self.scheduler_interval},
-        }
+        settings = {"scheduler": scheduler, "interval": self.scheduler_interval}
+        if is_plateau(scheduler):
+            settings |= {"reduce_on_plateau": True, "monitor": self.scheduler_monitor}
+        return {"optimizer": optimizer, "lr_scheduler": settings}
 
     def _updates_per_epoch(self) -> int:
         self.trainer.fit_loop.setup_data()  # Lightning counts the batches no earlier

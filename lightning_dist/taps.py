@@ -2,9 +2,10 @@
 
 import copy
 import difflib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ class Snapshot:
         """Take a snapshot of an output that a module has just returned."""
         plain = not isinstance(output, Tensor) and hasattr(output, "__dict__")
         leaves = [*tree_leaves(output), *(tree_leaves(vars(output)) if plain else ())]
-        return cls(output, {id(x): _version(x) for x in leaves if isinstance(x, Tensor)})
+        return cls(output, {id(x): version_of(x) for x in leaves if isinstance(x, Tensor)})
 
 
 def record_outputs(module: nn.Module, outputs: list[Any]) -> Callable[[], None]:
@@ -55,8 +56,30 @@ def record_outputs(module: nn.Module, outputs: list[Any]) -> Callable[[], None]:
     return module.register_forward_hook(keep).remove
 
 
+@dataclass
+class Recording:
+    """Outputs of sub-modules of a network during one step.
+
+    Attributes:
+        root: the network.
+        outputs: for each path, the snapshots of the calls with a gradient, in their order.
+        without_grad: paths of sub-modules that were called without a gradient too, as under
+            ``torch.no_grad()``; there is nothing to train in such a call.
+    """
+
+    root: nn.Module
+    outputs: dict[str, list[Any]]
+    without_grad: set[str] = field(default_factory=set)
+
+    def is_frozen(self, path: str) -> bool:
+        """Return whether nothing in a sub-module trains, or in the network if it has nothing."""
+        part = self.root.get_submodule(path)
+        parameters = list(part.parameters()) or list(self.root.parameters())
+        return not any(parameter.requires_grad for parameter in parameters)
+
+
 @contextmanager
-def recording(root: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, list[Any]]]:
+def recording(root: nn.Module, paths: Sequence[str]) -> Iterator[Recording]:
     """Record what sub-modules return while the context lasts.
 
     The hooks live no longer than that, so that a copy or a pickle of the module never holds one.
@@ -66,15 +89,21 @@ def recording(root: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, list[
         paths: dotted paths of its sub-modules; ``""`` is the network itself.
 
     Returns:
-        A context manager that gives a dict: for each path, the snapshots in the order of the calls.
+        A context manager that gives the :class:`Recording`.
     """
-    outputs: dict[str, list[Any]] = {path: [] for path in paths}
-    ends = [record_outputs(root.get_submodule(path), found) for path, found in outputs.items()]
-    try:
-        yield outputs
-    finally:
-        for end in ends:
-            end()
+    found = Recording(root, {path: [] for path in paths})
+
+    def keep(path: str, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if torch.is_grad_enabled():
+            found.outputs[path].append(Snapshot.of(output))
+        else:
+            found.without_grad.add(path)
+
+    with ExitStack() as hooks:
+        for path in found.outputs:
+            hook = functools.partial(keep, path)
+            hooks.callback(root.get_submodule(path).register_forward_hook(hook).remove)
+        yield found
 
 
 def logits_of(output: Any, entry: str | int | None = None) -> Tensor:
@@ -100,7 +129,7 @@ def logits_of(output: Any, entry: str | int | None = None) -> Tensor:
     """
     if isinstance(output, Snapshot):
         chosen = logits_of(output.output, entry)
-        if output.versions.get(id(chosen), _version(chosen)) != _version(chosen):
+        if output.versions.get(id(chosen), version_of(chosen)) != version_of(chosen):
             raise ValueError(
                 "the output was changed in place after its part returned it: write it out of place "
                 "(z = z / t for z /= t, ReLU(inplace=False)), or tap the part that changes it"
@@ -211,7 +240,10 @@ def _is_item(output: Any, entry: str | int) -> bool:
     return not (isinstance(entry, str) and hasattr(output, entry))
 
 
-def _version(tensor: Tensor) -> int:
-    # An inference tensor has no version counter, and neither has a tensor of torch.compile.
+def version_of(tensor: Tensor) -> int:
+    """Return how often a tensor has been written to in place; 0 where that is not known.
+
+    An inference tensor has no version counter, and neither has a tensor of torch.compile.
+    """
     unknown = torch.compiler.is_compiling() or tensor.is_inference()
     return 0 if unknown else tensor._version

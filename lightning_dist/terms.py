@@ -1,6 +1,6 @@
-"""Terms of the distillation loss: two parts to compare, a loss and a weight each; and their sum."""
+"""Terms of the distillation loss: two parts to compare, a loss and a weight each."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal
@@ -12,54 +12,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_dist.checks import check_number
-from lightning_dist.losses import DISTLoss
+from lightning_dist.losses import DISTLoss, FeatureMimic, KDLoss
 from lightning_dist.taps import logits_of
 
 Weight = float | Callable[[Trainer], float]
 Nonfinite = Literal["raise", "skip"]
-
-
-class WeightSchedule:
-    """A loss weight that moves linearly between points and stays at the last one.
-
-    Args:
-        points: weight at an epoch or step, from 0 on: ``{0: 0.0, 5: 2.0}`` warms up over five
-            epochs; ``{0: 2.0, 80: 2.0, 100: 0.0}`` fades out in the last twenty of a hundred.
-        unit: ``"epoch"`` (changes at each epoch's start) or ``"step"`` (optimizer steps).
-
-    Raises:
-        ValueError: if there is no point, or one lies before 0, or ``unit`` is another word.
-
-    Example:
-        >>> WeightSchedule({0: 0.0, 10: 2.0}).at(5)
-        1.0
-    """
-
-    def __init__(
-        self, points: Mapping[int, float], unit: Literal["epoch", "step"] = "epoch"
-    ) -> None:
-        if not points or min(points) < 0:
-            raise ValueError(f"points is {dict(points)}: give at least one point, none before 0")
-        if unit not in ("epoch", "step"):
-            raise ValueError(f"unit is {unit!r}: use 'epoch' or 'step'")
-        self.points = sorted((int(when), float(weight)) for when, weight in points.items())
-        self.unit = unit
-
-    def at(self, when: float) -> float:
-        """Return the weight at an epoch or step."""
-        earlier = [point for point in self.points if point[0] <= when]
-        later = [point for point in self.points if point[0] > when]
-        if not earlier or not later:
-            return (earlier[-1] if earlier else later[0])[1]
-        (start, first), (end, last) = earlier[-1], later[0]
-        return first + (last - first) * (when - start) / (end - start)
-
-    def __call__(self, trainer: Trainer) -> float:
-        """Return the weight of this epoch or step of the Trainer."""
-        return self.at(trainer.current_epoch if self.unit == "epoch" else trainer.global_step)
-
-    def __repr__(self) -> str:
-        return f"WeightSchedule({dict(self.points)}, unit={self.unit!r})"
 
 
 @dataclass
@@ -74,12 +31,15 @@ class Term:
         loss: takes the student's and the teacher's output, returns a scalar. If it is a module with
             parameters (a projection), they train along and stay out of the student's state_dict.
         weight: factor in the total loss, or a function of the Trainer such as
-            :class:`WeightSchedule`.
+            :class:`lightning_dist.WeightSchedule`.
         student: dotted path inside the student; ``""`` is the student's own output.
         teacher: dotted path inside the teacher; ``""`` is the teacher's own output.
         output: entry to take from an output that is not a tensor: a key, an attribute or an index.
             By default ``logits`` or ``out`` where there is one, or the first item of a tuple or
             list, see :func:`lightning_dist.taps.logits_of`.
+        classes: whether the outputs are scores of classes, so that the teacher's ``class_map``
+            applies to its part. By default they are for DISTLoss and KDLoss and are not for
+            FeatureMimic; any other loss on a part of a teacher with a ``class_map`` must say it.
     """
 
     loss: nn.Module | Callable[[Tensor, Tensor], Tensor]
@@ -87,6 +47,7 @@ class Term:
     student: str = ""
     teacher: str = ""
     output: str | int | None = None
+    classes: bool | None = None
 
     def check(self, name: str) -> None:
         """Refuse a loss or a weight of the wrong kind.
@@ -121,13 +82,31 @@ class Term:
             )
         return weight
 
-    def value(self, student: list[Any], teacher: list[Any], trainer: Trainer) -> Tensor:
+    def compares_classes(self) -> bool | None:
+        """Return whether the teacher's ``class_map`` applies to its part; ``None``: not known."""
+        loss = getattr(self.loss, "_orig_mod", self.loss)  # of a compiled one
+        if self.classes is None and isinstance(loss, (DISTLoss, KDLoss, FeatureMimic)):
+            return not isinstance(loss, FeatureMimic)
+        return self.classes
+
+    def value(
+        self,
+        student: list[Any],
+        teacher: list[Any],
+        trainer: Trainer,
+        to_student_classes: Callable[[Tensor], Tensor] = lambda logits: logits,
+    ) -> Tensor | None:
         """Return the loss, a tensor of shape (), summed over the calls of the parts.
 
         Args:
             student: the output of each call of the student's part.
             teacher: the output of each call of the teacher's part.
             trainer: the Trainer, at this batch.
+            to_student_classes: the teacher's class map, which applies to a part of it; the
+                teacher's own output is mapped already.
+
+        Returns:
+            The loss, or ``None`` if no output of the student has a gradient.
 
         Raises:
             ValueError: if the outputs do not pair, or the loss is not defined for them.
@@ -141,14 +120,13 @@ class Term:
             (logits_of(of_student, self.output), logits_of(of_teacher, self.output))
             for of_student, of_teacher in zip(student, teacher, strict=True)
         ]
-        # A call under no_grad, such as one that makes pseudo-labels, has nothing to train.
         pairs = [pair for pair in pairs if pair[0].requires_grad]
         if not pairs:
-            raise ValueError(
-                "no call of the student's part has a gradient, so the term would teach nothing: "
-                "call it outside of torch.no_grad(), with use_reentrant=False where it is "
-                "checkpointed, and with parameters that require a gradient"
-            )
+            return None
+        if self.teacher and self.compares_classes():
+            pairs = [(x, to_student_classes(y)) for x, y in pairs]
+        # autograd saves no inference tensor, which a teacher under inference_mode returns.
+        pairs = [(x, y.clone() if y.is_inference() else y) for x, y in pairs]
         self._refuse_single_rows([logits for logits, _ in pairs], trainer)
         values = [self.loss(*pair) for pair in pairs]
         for value in values:
@@ -157,10 +135,17 @@ class Term:
                 raise ValueError(f"the loss returns {got}: it must return a tensor of shape ()")
         return torch.stack(values).sum()
 
-    def zero(self, like: Any) -> Tensor:
-        """Return a 0 that keeps the loss's own parameters in the graph, where DDP needs them."""
-        zero = torch.zeros((), device=logits_of(like, self.output).device)
-        return torch.stack([zero, *(0 * p.sum() for p in self.parameters())]).sum()
+    def zero(self, outputs: list[Any]) -> Tensor:
+        """Return a 0 that keeps the student's outputs and the loss's own parameters in the graph.
+
+        DDP waits for the gradient of every parameter: a rank that leaves the term out must give
+        one of 0. Where an output is not finite, its entries that are count.
+        """
+        logits = [logits_of(x, self.output) for x in outputs]
+        kept = [torch.where(x.isfinite(), x, 0).sum() * 0 for x in logits if x.requires_grad]
+        device = logits[0].device if logits else None
+        parts = [x.float() for x in (*kept, *(0 * p.sum() for p in self.parameters()))]
+        return torch.stack([torch.zeros((), device=device), *parts]).sum()
 
     def is_finite(self, outputs: list[Any]) -> bool:
         """Return whether the tensors that the term compares are finite in some outputs."""
@@ -180,72 +165,6 @@ class Term:
                 "the batch has one sample, which no intra-class relation can be of: use larger "
                 "batches, sync=True over several processes, or gamma=0"
             )
-
-
-@dataclass
-class TermsSum:
-    """The terms of one step.
-
-    Attributes:
-        total: the weighted sum, a tensor of shape ().
-        values: each term without its weight, by name.
-        skipped: how many terms were left out because they were not finite.
-    """
-
-    total: Tensor
-    values: dict[str, Tensor]
-    skipped: int
-
-
-def sum_terms(
-    terms: Mapping[str, Term],
-    student: Mapping[str, list[Any]],
-    teacher: Mapping[str, list[Any]],
-    trainer: Trainer,
-    *,
-    place: str,
-    nonfinite: Nonfinite,
-) -> TermsSum:
-    """Compute every term from the recorded outputs, and their weighted sum.
-
-    Args:
-        terms: by name, at least one.
-        student: outputs of each part of the student, by its path, in the order of the calls.
-        teacher: the same of the teacher.
-        trainer: the Trainer, at this batch.
-        place: dotted path of the student in its module, for messages.
-        nonfinite: what to do where a term is NaN or infinite: ``"raise"`` or ``"skip"``.
-
-    Raises:
-        MisconfigurationException: if outputs do not pair, or a loss is not defined for them; the
-            message names the term.
-        FloatingPointError: if a term is not finite and ``nonfinite`` is ``"raise"``.
-    """
-    values, products, skipped = {}, [], 0
-    for name, term in terms.items():
-        of_student, of_teacher = student[term.student], teacher[term.teacher]
-        part = f"{place}.{term.student}".strip(".") or "the module itself"
-        if not of_student:
-            raise MisconfigurationException(
-                f"term {name!r}: {part!r} was not called in training_step, so there is nothing to "
-                "distil: set student to the sub-module that training_step calls"
-            )
-        try:
-            value = term.value(of_student, of_teacher, trainer)
-            product = term.current_weight(trainer) * value
-        except ValueError as error:
-            against = f"the teacher's {term.teacher!r}" if term.teacher else "the teacher"
-            raise MisconfigurationException(
-                f"term {name!r} of {part!r} and {against}: {error}"
-            ) from error
-        if not product.isfinite():
-            if nonfinite == "raise":
-                raise _nonfinite_error(name, term, of_student, of_teacher, trainer)
-            skipped += 1
-            product = value = term.zero(of_student[0])
-        values[name] = value
-        products.append(product)
-    return TermsSum(sum(products[1:], start=products[0]), values, skipped)
 
 
 class TermParameters(nn.ModuleDict):
@@ -279,6 +198,39 @@ class TermParameters(nn.ModuleDict):
         return kwargs.get("destination", {})
 
 
+def states_of(terms: Mapping[str, Term]) -> dict[str, dict[str, Tensor]]:
+    """Return the state_dicts of the losses that have one, by the names of their terms."""
+    modules = {name: x.loss for name, x in terms.items() if isinstance(x.loss, nn.Module)}
+    states = {name: loss.state_dict() for name, loss in modules.items()}
+    return {name: state for name, state in states.items() if state}
+
+
+def load_states(terms: Mapping[str, Term], saved: Mapping[str, Any], strict: bool) -> None:
+    """Load the state_dicts of losses.
+
+    Args:
+        terms: by name.
+        saved: what :func:`states_of` returned for the run of a checkpoint.
+        strict: refuse states that do not fit; otherwise they are left out.
+
+    Raises:
+        MisconfigurationException: if ``strict`` and the states are of other terms.
+    """
+    own = states_of(terms)
+    for name in sorted({*saved, *own}):
+        shapes = [{k: x.shape for k, x in all.get(name, {}).items()} for all in (saved, own)]
+        loss = terms[name].loss if name in terms else None
+        if shapes[0] == shapes[1] and isinstance(loss, nn.Module):
+            loss.load_state_dict(saved[name])
+        elif strict:
+            raise MisconfigurationException(
+                f"the checkpoint does not fit the loss of term {name!r}: it has "
+                f"{sorted(shapes[0]) or 'no parameters'} and the loss "
+                f"{sorted(shapes[1]) or 'none'}, or of other shapes. Resume with the terms of the "
+                "run that wrote it"
+            )
+
+
 def refuse_untrained(terms: Mapping[str, Term], optimizers: Iterable[Optimizer]) -> None:
     """Refuse terms with parameters that no optimizer holds.
 
@@ -299,20 +251,25 @@ def refuse_untrained(terms: Mapping[str, Term], optimizers: Iterable[Optimizer])
             )
 
 
+def refuse_unmapped(terms: Mapping[str, Term], class_map: Sequence[int] | None) -> None:
+    """Refuse a term of which it is not known whether the teacher's class map applies to it.
+
+    Args:
+        terms: by name.
+        class_map: the teacher's, or ``None`` if it has none.
+
+    Raises:
+        MisconfigurationException: naming the term.
+    """
+    for name, term in terms.items():
+        if class_map is not None and term.teacher and term.compares_classes() is None:
+            raise MisconfigurationException(
+                f"the teacher has a class_map, and term {name!r} compares its part "
+                f"{term.teacher!r} by a loss that may be of classes or of features: set the term's "
+                "classes=True to map its classes, or classes=False"
+            )
+
+
 def _forget_missing_keys(module: nn.Module, incompatible: Any) -> None:
     keys = incompatible.missing_keys
     keys[:] = [key for key in keys if f"{TermParameters.name}." not in key]
-
-
-def _nonfinite_error(
-    name: str, term: Term, student: list[Any], teacher: list[Any], trainer: Trainer
-) -> FloatingPointError:
-    sides = {"student": student, "teacher": teacher}
-    wrong = [f"the {side}'s output" for side in sides if not term.is_finite(sides[side])]
-    return FloatingPointError(
-        f"the distillation loss of term {name!r} is not finite at step {trainer.global_step} "
-        f"(epoch {trainer.current_epoch}): NaN or infinity is in "
-        f"{' and '.join(wrong) or 'neither output, so the loss or its weight makes it'}. Lower "
-        "the learning rate or the weight, give the teacher a wider dtype, or leave such steps "
-        "out with nonfinite='skip'"
-    )

@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import nn
+from torch import Tensor, nn
 
 Tap = tuple[str, str | int | None]  # a part of the teacher, and the entry of its output
 
@@ -21,9 +21,19 @@ class TeacherBase(ABC):
     Attributes:
         network: the trained network, frozen. The paths of the distillation terms are its
             sub-modules.
+        class_map: the network's class for each of the student's, or ``None`` if they are the same.
     """
 
     network: nn.Module
+    class_map: list[int] | None = None
+
+    def to_student_classes(self, logits: Tensor) -> Tensor:
+        """Return logits of the network's classes as logits of the student's, by ``class_map``.
+
+        Args:
+            logits: ``(N, C, ...)``, the classes in dimension 1.
+        """
+        return logits
 
     @abstractmethod
     def attach(
@@ -52,6 +62,8 @@ class TeacherBase(ABC):
     ) -> AbstractContextManager[dict[str, list[Any]]]:
         """While the student runs, collect what the parts of the teacher return.
 
+        Calls of the student without a gradient, as under ``torch.no_grad()``, do not count.
+
         Args:
             student: the student, which is called within the context.
             batch: the training batch.
@@ -66,6 +78,10 @@ class TeacherBase(ABC):
     @abstractmethod
     def detach(self) -> None:
         """Leave the Trainer: undo what :meth:`attach` did, and free the device."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Return a line that names the teacher and differs where its weights differ."""
 
     @abstractmethod
     def as_network(self) -> nn.Module:

@@ -5,9 +5,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_dist.taps import logits_of
+from lightning_dist.teacher.base import Tap
 from lightning_dist.teacher.teacher import Teacher, TeacherNetwork
 
 
@@ -54,6 +57,28 @@ class EnsembleTeacher(Teacher):
         """Give every network back as it was given: with its gradients and modes."""
         for teacher in self.teachers:
             teacher.release()
+
+    def attach(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        taps: Sequence[Tap],
+        inputs: Mapping[str, str],
+    ) -> None:
+        """Freeze all networks and move them to the Trainer's device; see :class:`Teacher`.
+
+        Raises:
+            MisconfigurationException: if a term compares a part of a teacher with a ``class_map``,
+                which applies to the logits of the whole teacher only.
+        """
+        for part, _ in taps:
+            index = part.partition(".")[0]
+            if index.isdigit() and self.teachers[int(index)].class_map is not None:
+                raise MisconfigurationException(
+                    f"a term compares {part!r} of an ensemble, whose teacher {index} has a "
+                    "class_map: let the term compare the ensemble's own output (teacher='')"
+                )
+        super().attach(trainer, pl_module, taps, inputs)
 
     def _answer(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         total: Tensor | None = None

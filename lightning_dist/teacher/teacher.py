@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -11,13 +12,14 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_dist.taps import (
     Snapshot,
     logits_of,
     record_outputs,
     refuse_shared_tensors,
+    version_of,
     with_logits,
 )
 from lightning_dist.teacher.base import Tap, TeacherBase
@@ -94,6 +96,8 @@ class Teacher(TeacherBase):
         self._compiled: Callable[..., Any] | None = None
         self.class_map = None if class_map is None else list(class_map)
         self._columns = None if class_map is None else torch.tensor(self.class_map)
+        self._listed: list[nn.Module] | None = None
+        self._writes: bool | None = None  # whether a call writes to its inputs, once that is known
         self._found = [(m, m.training) for m in network.modules()]
         self._trained = [p for p in network.parameters() if p.requires_grad]
         self.freeze()
@@ -130,6 +134,7 @@ class Teacher(TeacherBase):
             self.release()
             raise
         self.freeze()
+        self._writes = None
         self.to(trainer.strategy.root_device)
 
     @contextmanager
@@ -140,9 +145,11 @@ class Teacher(TeacherBase):
         outputs: dict[str, list[Any]] = {part: [] for part in parts}
 
         def call(part: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not torch.is_grad_enabled():
+                return
             # Before the student runs: it may change its inputs in place, and the teacher's
             # activations are freed before the student's are stored.
-            output = self.ask(part, args, kwargs)
+            output = self._ask_protected(part, args, kwargs)
             if not part and "" in outputs:
                 outputs[""].append(Snapshot.of(output))
 
@@ -157,6 +164,41 @@ class Teacher(TeacherBase):
                 if part:
                     hooks.callback(record_outputs(self.network.get_submodule(part), found))
             yield outputs
+
+    def _ask_protected(self, part: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the network so that it cannot change the student's own inputs.
+
+        The first call gets copies. If it writes to one, all later calls get copies too; otherwise
+        they get the student's own tensors, whose version counters then show a write.
+        """
+        inputs: Any = (args, kwargs)
+        if self._writes is not False:
+            inputs = tree_map_only(Tensor, torch.clone, inputs)
+        tensors = [x for x in tree_leaves(inputs) if isinstance(x, Tensor)]
+        before = [version_of(x) for x in tensors]
+        output = self.ask(part, *inputs)
+        written = before != [version_of(x) for x in tensors]
+        if written and self._writes is False:
+            raise MisconfigurationException(
+                f"{self} changed its input in place, which it had not done in its first call, and "
+                "the student would train on that: let its forward work on a copy (x = x.clone())"
+            )
+        self._writes = bool(self._writes or written)
+        return output
+
+    def fingerprint(self) -> str:
+        """Return kind, size and checksum of the network; of a sharded one kind and size alone."""
+        state = self.network.state_dict()
+        size = sum(x.numel() for x in state.values() if isinstance(x, Tensor))
+        name = f"{self}, {size:,} numbers"
+        if is_sharded(self.network):
+            return name
+        checksum = 0
+        for value in state.values():
+            if isinstance(value, Tensor):
+                flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+                checksum = zlib.crc32(flat.numpy().data, checksum)
+        return f"{name}, checksum {checksum:08x}"
 
     def detach(self) -> None:
         """Move the network to the CPU."""
@@ -191,11 +233,17 @@ class Teacher(TeacherBase):
         Returns:
             What it returns.
         """
-        if self.network.training:
+        if any(module.training for module in self._modules()):
             self.freeze()
         if part:
             return self._run(self.network.get_submodule(part), args, kwargs)
         return self._answer(args, kwargs)
+
+    def _modules(self) -> list[nn.Module]:
+        """Return all modules of the network; listed once, since walking a large one is slow."""
+        if self._listed is None:
+            self._listed = list(self.network.modules())
+        return self._listed
 
     def _answer(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Return what a call of the frozen network gives; an ensemble overrides this."""
@@ -209,7 +257,7 @@ class Teacher(TeacherBase):
         output = self._run(self.network, args, kwargs)
         if self._columns is None:
             return output
-        return with_logits(output, self._to_student_classes(logits_of(output)))
+        return with_logits(output, self.to_student_classes(logits_of(output)))
 
     def _run(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Call the network or a part of it, without autocast where it has a dtype."""
@@ -229,7 +277,7 @@ class Teacher(TeacherBase):
     def with_network(self, network: nn.Module, inputs: InputBridge | None = None) -> "Teacher":
         """Return a teacher with the same settings and another network; see :class:`TeacherBase`."""
         teacher = copy.copy(self)
-        teacher.network = network
+        teacher.network, teacher._listed = network, None
         teacher.inputs = self.inputs if inputs is None else inputs
         teacher._found, teacher._trained = self._found, self._trained  # what release() restores
         teacher.freeze()
@@ -249,9 +297,17 @@ class Teacher(TeacherBase):
             self._compiled = torch.compile(self.network)
         return self._compiled
 
-    def _to_student_classes(self, logits: Tensor) -> Tensor:
-        assert self.class_map is not None
-        assert self._columns is not None
+    def to_student_classes(self, logits: Tensor) -> Tensor:
+        """Return logits of the network's classes as logits of the student's, by ``class_map``.
+
+        Args:
+            logits: ``(N, C, ...)``, the classes in dimension 1.
+
+        Raises:
+            ValueError: if the map has an index that is no class.
+        """
+        if self._columns is None or self.class_map is None:
+            return logits
         if max(self.class_map) >= logits.shape[1]:
             raise ValueError(
                 f"class_map has the index {max(self.class_map)} and {type(self.network).__name__} "
@@ -262,7 +318,12 @@ class Teacher(TeacherBase):
         return logits.index_select(1, self._columns)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_compiled": None, "_found": [], "_trained": []}
+        return self.__dict__ | {
+            "_compiled": None,
+            "_listed": None,
+            "_found": [],
+            "_trained": [],
+        }
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Teacher":
         return self  # a copy of the module, such as an average of it, needs no second teacher

@@ -52,12 +52,42 @@ def without_repeats(batch: Any, batch_idx: int, loaders: Any) -> Any:
         return batch
     own = len(range(sampler.rank, len(cast(Sized, sampler.dataset)), sampler.num_replicas))
     inputs, target = batch
-    count = max(own - batch_idx * size, 0)
-    return batch if count >= len(target) else (_first(inputs, count), _first(target, count))
+    given, count = count_samples(inputs), max(own - batch_idx * size, 0)
+    if count >= given:
+        return batch
+    return _first(inputs, count, given), _first(target, count, given)
 
 
-def _first(samples: Any, count: int) -> Any:
-    """Return the first samples of a batched tensor or list, in any nesting of mappings."""
+def count_samples(inputs: Any) -> int:
+    """Return how many samples the inputs of a batch hold.
+
+    Args:
+        inputs: a batched tensor, a mapping or tuple of such, or a list with one item a sample.
+
+    Example:
+        >>> count_samples({"pixels": torch.zeros(8, 3, 4, 4), "mask": torch.zeros(8, 4)})
+        8
+    """
+    if isinstance(inputs, (Mapping, tuple)) and len(inputs):
+        first = next(iter(inputs.values() if isinstance(inputs, Mapping) else inputs))
+        return count_samples(first) if isinstance(first, (Tensor, Mapping, tuple)) else len(inputs)
+    return len(inputs)
+
+
+def _first(samples: Any, count: int, given: int) -> Any:
+    """Return the first samples of a batch of some, in any nesting of mappings and tuples.
+
+    A list of as many items as the batch has samples has one for each; but for a list of tensors of
+    that length, which torch's ``default_collate`` makes of a tuple in each sample.
+    """
     if isinstance(samples, Mapping):
-        return {key: _first(value, count) for key, value in samples.items()}
-    return samples[:count] if isinstance(samples, (Tensor, list, tuple)) else samples
+        return {key: _first(value, count, given) for key, value in samples.items()}
+    if isinstance(samples, Tensor):
+        return samples[:count]
+    if isinstance(samples, (list, tuple)):
+        batched = all(isinstance(x, Tensor) and x.dim() and len(x) == given for x in samples)
+        if isinstance(samples, list) and not batched:
+            return samples[:count]
+        parts = [_first(x, count, given) for x in samples]
+        return samples._make(parts) if hasattr(samples, "_make") else type(samples)(parts)
+    return samples

@@ -8,7 +8,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ChainedScheduler, LinearLR, MultiStepLR
+from torch.optim.lr_scheduler import ChainedScheduler, LinearLR, MultiStepLR, ReduceLROnPlateau
 
 
 def build_optimizer(
@@ -64,6 +64,12 @@ def build_scheduler(
     scheduler = factory(optimizer, **options)
     # timm's create_scheduler_v2 returns the scheduler and the number of epochs.
     return scheduler[0] if isinstance(scheduler, tuple) else scheduler
+
+
+def is_plateau(scheduler: Any) -> bool:
+    """Return whether a scheduler, torch's or timm's, lowers the rate on a plateau of a metric."""
+    inner = getattr(scheduler, "lr_scheduler", scheduler)  # of timm's PlateauLRScheduler
+    return isinstance(inner, ReduceLROnPlateau)
 
 
 def step_scheduler(scheduler: Any, trainer: Trainer, interval: str, metric: Any | None) -> None:

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_dist import DISTLoss, Term
-from lightning_dist.terms import sum_terms
+from lightning_dist.training.summing import sum_terms
 
 TRAINER = SimpleNamespace(
     global_step=7,

@@ -1,0 +1,142 @@
+"""The sum of the distillation terms of one step, from what was recorded of student and teacher."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from lightning_dist.taps import Recording
+from lightning_dist.terms import Nonfinite, Term
+
+
+@dataclass
+class TermsSum:
+    """The terms of one step.
+
+    Attributes:
+        total: the weighted sum, a tensor of shape ().
+        values: each term without its weight, by name.
+        skipped: how many terms were left out because they were not finite.
+        waiting: names of the terms whose part of the student is frozen in this step.
+    """
+
+    total: Tensor
+    values: dict[str, Tensor]
+    skipped: int
+    waiting: list[str]
+
+
+def current_weights(terms: Mapping[str, Term], trainer: Trainer) -> dict[str, float]:
+    """Return the weight of each term in this step, by name.
+
+    Raises:
+        MisconfigurationException: if a weight is not a number; the message names the term.
+    """
+    weights = {}
+    for name, term in terms.items():
+        try:
+            weights[name] = term.current_weight(trainer)
+        except ValueError as error:
+            raise MisconfigurationException(f"term {name!r}: {error}") from error
+    return weights
+
+
+def is_zero(weight: Any) -> bool:
+    """Return whether a weight is the number 0; a tensor is not looked at, which may be slow."""
+    return isinstance(weight, Real) and weight == 0
+
+
+def sum_terms(
+    terms: Mapping[str, Term],
+    weights: Mapping[str, float],
+    student: Recording,
+    teacher: Mapping[str, list[Any]],
+    trainer: Trainer,
+    *,
+    place: str,
+    nonfinite: Nonfinite,
+    to_student_classes: Callable[[Tensor], Tensor],
+) -> TermsSum:
+    """Compute every term from the recorded outputs, and their weighted sum.
+
+    A term of weight 0, or whose part of the student does not train yet, adds 0 and is not computed.
+
+    Args:
+        terms: by name, at least one.
+        weights: the weight of each term in this step.
+        student: outputs of the student's parts.
+        teacher: outputs of each part of the teacher, by its path, in the order of the calls.
+        trainer: the Trainer, at this batch.
+        place: dotted path of the student in its module, for messages.
+        nonfinite: what to do where a term is NaN or infinite: ``"raise"`` or ``"skip"``.
+        to_student_classes: maps the teacher's classes to the student's.
+
+    Raises:
+        MisconfigurationException: if outputs do not pair, or a loss is not defined for them; the
+            message names the term.
+        FloatingPointError: if a term is not finite and ``nonfinite`` is ``"raise"``.
+    """
+    values, products, skipped, waiting = {}, [], 0, []
+    for name, term in terms.items():
+        of_student = student.outputs[term.student]
+        if is_zero(weights[name]):
+            products.append(term.zero(of_student))
+            continue
+        part = f"{place}.{term.student}".strip(".") or "the module itself"
+        of_teacher = teacher[term.teacher]
+        if not of_student:
+            raise MisconfigurationException(_not_called(name, term, part, student))
+        try:
+            value = term.value(of_student, of_teacher, trainer, to_student_classes)
+        except ValueError as error:
+            against = f"the teacher's {term.teacher!r}" if term.teacher else "the teacher"
+            raise MisconfigurationException(
+                f"term {name!r} of {part!r} and {against}: {error}"
+            ) from error
+        if value is None:
+            if not student.is_frozen(term.student):
+                raise MisconfigurationException(_not_called(name, term, part, student))
+            waiting.append(name)
+            products.append(term.zero(of_student))
+            continue
+        product = weights[name] * value
+        if not product.isfinite():
+            if nonfinite == "raise":
+                raise _nonfinite_error(name, term, of_student, of_teacher, trainer)
+            skipped += 1
+            product = value = term.zero(of_student)
+        values[name] = value
+        products.append(product)
+    return TermsSum(sum(products[1:], start=products[0]), values, skipped, waiting)
+
+
+def _not_called(name: str, term: Term, part: str, student: Recording) -> str:
+    """Return why a term has nothing to distil, and what to do."""
+    if not student.outputs[term.student] and term.student not in student.without_grad:
+        return (
+            f"term {name!r}: {part!r} was not called in training_step, so there is nothing to "
+            "distil: set student to the sub-module that training_step calls"
+        )
+    return (
+        f"term {name!r}: no call of {part!r} has a gradient, so the term would teach nothing: call "
+        "it outside of torch.no_grad(), with use_reentrant=False where it is checkpointed, and "
+        "with outputs that are not detached"
+    )
+
+
+def _nonfinite_error(
+    name: str, term: Term, student: list[Any], teacher: list[Any], trainer: Trainer
+) -> FloatingPointError:
+    sides = {"student": student, "teacher": teacher}
+    wrong = [f"the {side}'s output" for side in sides if not term.is_finite(sides[side])]
+    return FloatingPointError(
+        f"the distillation loss of term {name!r} is not finite at step {trainer.global_step} "
+        f"(epoch {trainer.current_epoch}): NaN or infinity is in "
+        f"{' and '.join(wrong) or 'neither output, so the loss or its weight makes it'}. Lower "
+        "the learning rate or the weight, give the teacher a wider dtype, or leave such steps "
+        "out with nonfinite='skip'"
+    )
