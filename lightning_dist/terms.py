@@ -162,7 +162,9 @@ class Term:
     def _refuse_single_rows(self, logits: list[Tensor], trainer: Trainer) -> None:
         """In a run's first batch: the last one of an epoch may well be of one sample."""
         loss = getattr(self.loss, "_orig_mod", self.loss)  # of a compiled one
-        if not isinstance(loss, DISTLoss) or not loss.gamma or loss.sync:
+        if not isinstance(loss, DISTLoss) or not loss.gamma:
+            return
+        if loss.sync and trainer.world_size > 1:  # the other processes' rows count too
             return
         if trainer.fit_loop.total_batch_idx or trainer.is_last_batch:
             return

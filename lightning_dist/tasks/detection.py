@@ -53,7 +53,8 @@ class DetectionModule(DistillModule):
         frozen: dotted paths of the student's sub-modules that do not train, such as its stem.
         norm_eval: keep the student's batch norms in eval mode, with the statistics that they have.
         kwargs: as in :class:`lightning_dist.DistillModule`. ``distill_loss`` is DIST by default,
-            over softmax for two stages and over sigmoid for one; ``distill_weight`` is 1.
+            over softmax for two stages and over sigmoid for one, as any ``DISTLoss`` with the
+            activation ``None``; ``distill_weight`` is 1.
 
     Raises:
         MisconfigurationException: if the student has no part of a name given.
@@ -156,9 +157,10 @@ class DetectionModule(DistillModule):
         if self.teacher is None:
             return None
         inputs = {"backbone": ""}
-        loss = self.distill_loss
-        if loss is None:
-            loss = DISTLoss(activation="softmax" if self.two_stage else "sigmoid")
+        loss = DISTLoss(activation=None) if self.distill_loss is None else self.distill_loss
+        if not self.two_stage and isinstance(loss, DISTLoss) and not loss.activation_is_chosen:
+            loss = copy.copy(loss)
+            loss.activation = "sigmoid"
         parts = _MAPS, "logits"
         if self.two_stage:
             inputs["roi_heads.box_roi_pool"] = "roi"
