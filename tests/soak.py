@@ -22,10 +22,10 @@ STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: -signal.SIGKI
 OVERRIDES = (
     "experiment=digits",
     "trainer.max_epochs=4",
-    "+trainer.accumulate_grad_batches=2",
+    "trainer.accumulate_grad_batches=2",
     "trainer.log_every_n_steps=1",
     "data.augment=true",
-    "+data.drop_last=true",
+    "data.drop_last=true",
     "data.num_workers=1",
     "module.ema_decay=0.9",
     "module.mixup={_target_:timm.data.Mixup,mixup_alpha:0.8,num_classes:10}",
@@ -38,8 +38,8 @@ VARIANTS = {
     # It ends in mid-epoch, and not with a validation.
     "rare-validation": [
         "trainer=cpu",
-        "+trainer.check_val_every_n_epoch=3",
-        "+trainer.max_steps=35",
+        "trainer.check_val_every_n_epoch=3",
+        "trainer.max_steps=35",
     ],
     "two-processes": ["trainer=ddp_sim"],
 }

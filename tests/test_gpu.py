@@ -204,7 +204,8 @@ def test_an_interrupted_run_resumes_to_the_last_bit(make_trainer, tmp_path):
 )
 def test_a_run_learns_and_its_checkpoint_evaluates_to_the_same(tmp_path, options):
     options = [x.replace("ALL", str(torch.cuda.device_count())) for x in options]
-    metrics = run(tmp_path, "train", *options, "trainer.max_epochs=5", "print_config=false")
+    options = ["experiment=digits", *options, "trainer.max_epochs=5", "print_config=false"]
+    metrics = run(tmp_path, "train", *options)
     assert metrics["test/accuracy"] > 0.5
     again = run(tmp_path, "eval", "ckpt=run/checkpoints/best.ckpt", "trainer=gpu")
     assert again["test/accuracy"] == pytest.approx(metrics["test/accuracy"], abs=0.01)
@@ -215,7 +216,7 @@ def test_a_run_learns_and_its_checkpoint_evaluates_to_the_same(tmp_path, options
 def test_deepspeed_learns(tmp_path, stage):
     metrics = run(
         *(tmp_path, "train", "trainer=deepspeed", f"trainer.strategy.stage={stage}"),
-        *("trainer.max_epochs=5", "print_config=false"),
+        *("experiment=digits", "trainer.max_epochs=5", "print_config=false"),
     )
     assert metrics["test/accuracy"] > 0.5
 

@@ -437,6 +437,11 @@ MISUSES: dict[str, tuple[Callable[..., Any], type[Exception], str]] = {
         MisconfigurationException,
         "the batch has one sample.*gamma=0",
     ),
+    "one-image batches, synchronised in one process": (
+        fit(User(), distil(loss=DISTLoss(sync=True)), data=loader(batch_size=1)),
+        MisconfigurationException,
+        "the batch has one sample.*gamma=0",
+    ),
     "NaN of the teacher": (
         fit(User(), distil(teacher=Constant(float("nan")))),
         FloatingPointError,
@@ -546,18 +551,22 @@ COMMANDS = {
     "train_size": ("train data.train_size=5000", "digits leave 1293 images"),
     "train_size in words": ("train data.train_size=abc", "train_size is 'abc': give a whole"),
     "half an image": ("train data.train_size=10.5", "train_size is 10.5: give a whole number"),
-    "no batch": ("train +trainer.limit_train_batches=0", "there is no training batch"),
+    "no batch": ("train trainer.limit_train_batches=0", "there is no training batch"),
     "batch that is dropped": (
-        "train data.train_size=10 +data.drop_last=true",
+        "train data.train_size=10 data.drop_last=true",
         "has 10 images, and drop_last drops",
     ),
-    "deviation of zero": ("train +data.std=[0]", "std has 0: give deviations above 0"),
+    "no teacher for the data": (
+        "train data=cifar10 student=cifar/resnet20",
+        "no teacher is chosen.*such as teacher=timm.*distill=none",
+    ),
+    "deviation of zero": ("train data.std=[0]", "std has 0: give deviations above 0"),
     "accumulation": (
-        "train +trainer.accumulate_grad_batches=0",
+        "train trainer.accumulate_grad_batches=0",
         "trainer.accumulate_grad_batches is 0: give a whole number of at least 1",
     ),
     "validation": (
-        "train +trainer.val_check_interval=700",
+        "train trainer.val_check_interval=700",
         "trainer.val_check_interval does not fit the data",
     ),
     "fraction": ("train data.val_fraction=1.5", "val_fraction is 1.5: give a number"),
@@ -576,7 +585,7 @@ COMMANDS = {
     "tested checkpoint": ("train test_checkpoint=foo", "use last or best"),
     "treatment of NaN": ("train distill.nonfinite=foo", "nonfinite is 'foo'"),
     "smoothing": ("train module.label_smoothing=2", "label_smoothing is 2"),
-    "data that are missing": ("train data=imagenet", "data/imagenet/train is missing"),
+    "data that are missing": ("train data=imagenet distill=none", "data/imagenet/train is missing"),
     "run to resume": ("train ckpt_path=foo.ckpt", "there is no weight file foo.ckpt"),
     "run to resume of another kind": ("train ckpt_path=text", "text is damaged or holds code"),
     "weights to resume": ("train ckpt_path=weights.pth", "weights.pth is no checkpoint that a run"),

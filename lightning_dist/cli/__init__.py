@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from lightning_dist import __version__
+from lightning_dist.cli.renamed_keys import with_new_name
 
 VERBS = {
     "train": "train a student, distilled or not; -m sweeps",
@@ -93,7 +94,7 @@ def one_line_errors(traceback: bool | None = None) -> Iterator[None]:
     except Exception as error:
         if _traceback or not is_users(error):
             raise
-        fail(str(error).partition("Config search path")[0])
+        fail(with_new_name(str(error).partition("Config search path")[0]))
 
 
 _traceback = False

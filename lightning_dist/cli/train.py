@@ -30,6 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 from hydra_plugins.lightning_dist_optuna.sweeper import OptunaSweeper
 from lightning_dist.checks import check_flag, check_number
 from lightning_dist.cli import UserError, hydra_app, is_users, with_extra
+from lightning_dist.cli.renamed_keys import refuse_renamed_keys
 from lightning_dist.cli.run.logger_hooks import LogConfig, closed_loggers, without_loggers
 from lightning_dist.cli.run.result import (
     RecordError,
@@ -42,7 +43,7 @@ from lightning_dist.cli.run.result import (
     write_result,
 )
 from lightning_dist.cli.run.saved_config import CONFIG_KEY, to_save
-from lightning_dist.cli.sweep.own_process import end_with_parent, run_apart
+from lightning_dist.cli.sweep.own_process import end_with_parent, needs_own_process, run_apart
 from lightning_dist.module import DistillModule
 
 log = logging.getLogger(__name__)
@@ -123,8 +124,7 @@ def _job(config: DictConfig) -> float | None:
     if hydra.mode != RunMode.MULTIRUN:
         return _run(config)
     try:
-        apart = config.distributed or config.own_process
-        return run_apart(config) if apart else _run(config)
+        return run_apart(config) if needs_own_process(config) else _run(config)
     except Exception as error:
         log.error("job %s failed: %s", hydra.job.num, error, exc_info=not is_users(error))
         return math.nan
@@ -275,6 +275,7 @@ def _networks(module: LightningModule, config: DictConfig) -> dict[str, Any]:
 
 def check(config: DictConfig) -> None:
     """What neither Hydra nor the objects of the config would refuse before training."""
+    refuse_renamed_keys(config)
     check_number("seed", config.seed, int, least=0, most=2**32 - 1)
     check_number("num_classes", config.num_classes, int, least=1)
     for key in ("max_epochs", "max_steps"):
@@ -289,7 +290,13 @@ def check(config: DictConfig) -> None:
             "trainer.strategy.stage is 3, and DeepSpeed loads its checkpoints to train on, not for "
             "the test of a run: use stage 2, or trainer=fsdp2 to shard the parameters"
         )
-    for key in ("test_teacher", "resume", "own_process", "print_config", "trust", "distributed"):
+    distill_teacher = config.distill.teacher
+    if OmegaConf.is_config(distill_teacher) and distill_teacher.get("teacher", "") is None:
+        raise ValueError(
+            "no teacher is chosen, and these data come with none: add one, such as teacher=timm "
+            "teacher.source=timm/resnet34.tv_in1k, or train the student alone by distill=none"
+        )
+    for key in ("test_teacher", "resume", "own_process", "print_config", "trust"):
         check_flag(key, config[key])
     choices = {
         "matmul_precision": ("highest", "high", "medium"),

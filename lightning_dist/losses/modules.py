@@ -14,7 +14,8 @@ class DISTLoss(nn.Module):
         tau: temperature.
         beta: weight of the inter-class term (correlation over classes, row by row).
         gamma: weight of the intra-class term (correlation over the batch, class by class).
-        activation: ``"softmax"``, ``"sigmoid"`` for one-vs-all heads, or ``"identity"``.
+        activation: ``"softmax"``, ``"sigmoid"`` for one-vs-all heads, or ``"identity"``. ``None``
+            leaves it to the task: sigmoid for one-stage detectors, softmax for everything else.
         sync: take the correlations over the global batch of all ranks. The authors' code takes
             them over each rank's own batch: that is ``sync=False``.
         eps: added to the denominator of each correlation.
@@ -42,11 +43,13 @@ class DISTLoss(nn.Module):
         tau: float = 1.0,
         beta: float = 1.0,
         gamma: float = 1.0,
-        activation: Activation = "softmax",
+        activation: Activation | None = "softmax",
         sync: bool = False,
         eps: float = 1e-8,
     ) -> None:
         super().__init__()
+        self.activation_is_chosen = activation is not None
+        activation = "softmax" if activation is None else activation
         numbers = {"tau": tau, "beta": beta, "gamma": gamma, "eps": eps}
         for name, value in numbers.items():
             check_number(name, value)

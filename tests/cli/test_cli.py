@@ -18,7 +18,8 @@ import torch
 from lightning_dist import cli
 from lightning_dist.cli.run.saved_config import CONFIG_KEY
 
-QUICK = ["trainer=cpu", "trainer.max_epochs=1", "print_config=false", "callbacks.progress=null"]
+QUICK = ["trainer=cpu", "experiment=digits", "trainer.max_epochs=1"]
+QUICK += ["print_config=false", "callbacks.progress=null"]
 
 
 def results(folder: Path) -> list[dict]:

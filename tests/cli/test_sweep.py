@@ -280,6 +280,7 @@ def test_a_search_without_a_completed_trial_has_no_best(search, capsys):
 
 SEARCH = ["hydra/sweeper=optuna", "hydra.sweep.dir=sweep", "callbacks.progress=null"]
 SEARCH += ["trainer=cpu", "test_teacher=false", "print_config=false", "trainer.max_epochs=2"]
+SEARCH += ["experiment=digits"]
 
 
 @pytest.mark.slow

@@ -303,9 +303,8 @@ def test_batch_and_processes_are_the_papers(recipe):
     assert config.data.global_batch_size == paper.batch
     assert config.num_classes == paper.classes
     assert config.trainer.devices == paper.gpus
-    assert config.distributed == (paper.gpus > 1)
-    assert config.trainer.get("accumulate_grad_batches", 1) == 1
-    assert config.trainer.get("gradient_clip_val") == getattr(paper, "gradient_clip", None)
+    assert config.trainer.accumulate_grad_batches == 1
+    assert config.trainer.gradient_clip_val == getattr(paper, "gradient_clip", None)
     if paper.gpus > 1:
         assert instantiate(config.trainer.strategy)._ddp_comm_hook is fp16_compress_hook
 
@@ -392,7 +391,7 @@ def test_two_steps_run_with_the_real_networks(recipe, roots, make_trainer):
         limit_train_batches=2,
         limit_val_batches=1,
         num_sanity_val_steps=0,
-        gradient_clip_val=config.trainer.get("gradient_clip_val"),
+        gradient_clip_val=config.trainer.gradient_clip_val,
     )
     trainer.fit(module, instantiate(config.data))
     metrics = trainer.callback_metrics

@@ -225,7 +225,7 @@ def test_an_interruption_and_the_end_of_an_epoch_save_under_one_name(make_traine
             *("trainer.max_epochs=9", "callbacks=[default,early_stopping]"),
             *("callbacks.early_stopping.patience=1", "optimizer.lr=0"),
         ],
-        ["trainer.max_epochs=3", "+trainer.max_steps=30"],
+        ["trainer.max_epochs=3", "trainer.max_steps=30"],
     ],
     ids=["all epochs", "early stopping", "ends in mid-epoch"],
 )

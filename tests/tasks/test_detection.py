@@ -141,6 +141,17 @@ def test_one_stage_learns_from_the_teachers_class_maps_level_by_level(
 
 
 @both
+def test_dist_takes_the_activation_of_the_head_unless_one_is_chosen(kind):
+    own = "softmax" if kind == "two" else "sigmoid"
+    for given, expected in [(None, own), ("softmax", "softmax"), ("identity", "identity")]:
+        loss = DISTLoss(tau=2.0, activation=given)
+        module = make_module(kind, BUILD[kind](6, 12, 12), distill_loss=loss)
+        used = module.configure_distillation().terms["class"].loss
+        assert (used.tau, used.activation) == (2.0, expected)
+        assert loss.activation == (given or "softmax"), "the user's own stays as it is"
+
+
+@both
 def test_a_student_that_is_its_teacher_has_no_distillation_loss(kind, data, make_trainer):
     student = calibrated(BUILD[kind](4, 8, 8), data)
     if kind == "two":  # so sure that the formula's eps is nothing beside the deviations

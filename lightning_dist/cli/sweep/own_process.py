@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from lightning_dist.cli import UserError, user_environment
 from lightning_dist.cli.run.result import (
@@ -50,6 +50,23 @@ def run_apart(config: DictConfig) -> float | None:
     if status or result["status"] == "failed":
         raise UserError(result["error"] or f"ended with exit status {status}")
     return result["metrics"].get(config.monitor)
+
+
+def needs_own_process(config: DictConfig) -> bool:
+    """Return whether a job of a sweep has to run as a command of its own.
+
+    That is where the user asks for it, and where its Trainer may start several processes: with a
+    strategy, several nodes, or any ``devices`` but one (``auto`` may be several).
+
+    Args:
+        config: the job's config.
+    """
+    trainer = config.trainer
+    devices = trainer.get("devices", "auto")
+    one_device = len(devices) == 1 if OmegaConf.is_list(devices) else str(devices) == "1"
+    one_process = one_device and trainer.get("num_nodes", 1) == 1
+    strategy = trainer.get("strategy") not in (None, "auto")
+    return config.own_process or strategy or not one_process
 
 
 def end_with_parent(worker: bool) -> None:
