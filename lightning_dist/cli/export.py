@@ -9,7 +9,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_dist.checks import check_flag
-from lightning_dist.cli import UserError, hydra_app
+from lightning_dist.cli.errors import UserError
+from lightning_dist.cli.hydra_app import hydra_app
 from lightning_dist.cli.run.saved_config import build_module, read_saved
 from lightning_dist.export import export_student
 from lightning_dist.module import DistillModule

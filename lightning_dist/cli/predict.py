@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from lightning_dist.cli import UserError, hydra_app
+from lightning_dist.cli.errors import UserError
+from lightning_dist.cli.hydra_app import hydra_app
 from lightning_dist.cli.run.saved_config import build_module, read_saved
 from lightning_dist.data.image_files import load_image
 from lightning_dist.tasks.classification import ClassificationModule
