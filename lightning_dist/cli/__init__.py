@@ -13,6 +13,7 @@ VERBS = {
     "predict": "label the images of a folder with the student of a checkpoint",
     "export": "write the student of a checkpoint as safetensors, timm folder, torch.export or ONNX",
     "report": "table, plots and page of the runs in one or more folders",
+    "completion": "script that completes verbs, groups and keys on TAB, for bash, zsh or fish",
 }
 _USAGE = """usage: lightning-dist VERB [key=value ...]
 

@@ -1,4 +1,4 @@
-"""``lightning-dist eval``: test the student of a checkpoint."""
+"""``lightning-dist eval``: test the student of a checkpoint on its data."""
 
 from hydra.utils import instantiate
 from lightning.pytorch import seed_everything
