@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from lightning_dist.cli import is_users
-from lightning_dist.cli.train import check
+from lightning_dist.cli.errors import is_users
+from lightning_dist.cli.run.settings import check_settings
 from lightning_dist.functional import dist_loss, kd_loss
 
 fuzz = settings(
@@ -131,7 +131,7 @@ def configs():
 def test_any_command_line_composes_or_is_an_error_of_the_users(configs, given_overrides):
     try:
         config = compose("train", given_overrides, return_hydra_config=True)
-        check(config)
+        check_settings(config)
         config.hydra.runtime.output_dir = "."
         OmegaConf.to_yaml(config)
     except Exception as error:
