@@ -21,7 +21,7 @@ def check_number(
         ValueError: saying what to give.
 
     Example:
-        >>> check_number("ema_decay", 0.999, least=0, most=1)
+        >>> check_number("decay", 0.999, least=0, most=1)
         >>> check_number("num_workers", -1, int, least=0)
         Traceback (most recent call last):
         ValueError: num_workers is -1: give a whole number of at least 0

@@ -193,7 +193,7 @@ def test_an_interrupted_run_resumes_to_the_last_bit(make_trainer, tmp_path):
         ["trainer=gpu", "trainer.precision=16-mixed"],
         ["trainer=gpu", "trainer.precision=bf16-mixed", "module.channels_last=true"],
         ["trainer=gpu", "distill.cache=cache", "distill.cache_views=2"],
-        ["trainer=gpu", "module.ema_decay=0.9", "distill=kd"],
+        ["trainer=gpu", "callbacks=[default,ema]", "callbacks.ema.decay=0.9", "distill=kd"],
         ["trainer=ddp"],
         ["trainer=ddp", "trainer.precision=16-mixed", "trainer.sync_batchnorm=true"],
         ["trainer=ddp_fp16", "trainer.devices=auto"],

@@ -35,8 +35,8 @@ def _job(config: DictConfig) -> None:
     if config.ema:
         if module.student_ema is None:
             raise UserError(
-                f"{config.ckpt} holds no averaged weights: train with module.ema_decay, or leave "
-                "out ema=true"
+                f"{config.ckpt} holds no averaged weights: train with callbacks=[default,ema], or "
+                "leave out ema=true"
             )
         student = module.student_ema.module
     data = instantiate(saved["data"])

@@ -8,6 +8,7 @@ NEW_NAMES = {
     "dist_tau": "distill.loss.tau, or for all runs of a protocol a file in distill/dist/",
     "dist_activation": "distill.loss.activation",
     "recipe": "protocol",
+    "module.ema_decay": "callbacks=[default,ema] callbacks.ema.decay",
 }
 _NOT_FOUND = re.compile(r"Could not (?:override|delete|find|load) '([^'/]+)")
 

@@ -188,8 +188,6 @@ def _test_teacher(
     teacher = instantiate(config.distill.teacher).as_network()
     with without_loggers(trainer) as metrics:  # they have the student's metrics as test/
         changes = {"student": teacher, "teacher": None}
-        if "ema_decay" in config.module:  # the teacher has no average
-            changes["ema_decay"] = None
         trainer.test(instantiate(config.module, **changes), datamodule)
         found = logged_metrics(trainer, "test/").items()
         metrics |= {name.replace("test/", "teacher/", 1): value for name, value in found}

@@ -89,7 +89,7 @@ def test_the_teacher_is_tested_in_its_own_view_of_the_images(command, tmp_path):
 
 
 def test_export_of_the_averaged_weights(command, tmp_path, capsys):
-    command("train", *QUICK, "module.ema_decay=0.9")
+    command("train", *QUICK, "callbacks=[default,ema]", "callbacks.ema.decay=0.9")
     (result,) = results(tmp_path / "outputs")
     ckpt = f"ckpt={result['checkpoint']}"
     capsys.readouterr()
@@ -108,7 +108,9 @@ def test_export_refuses_an_average_that_was_not_kept(command, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         command("export", f"ckpt={result['checkpoint']}", "ema=true")
     assert stop.value.code == 1
-    assert "holds no averaged weights: train with module.ema_decay" in capsys.readouterr().err
+    assert (
+        "holds no averaged weights: train with callbacks=[default,ema]" in capsys.readouterr().err
+    )
     assert not (tmp_path / "student.safetensors").exists()
 
 

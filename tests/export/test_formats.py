@@ -404,7 +404,9 @@ def test_the_command_writes_a_folder_of_timm(command, tmp_path):
 
 
 def test_the_command_tells_of_the_checkpoints_data(command, tmp_path):
-    command("train", "experiment=digits", *QUICK, "module.ema_decay=0.5")
+    command(
+        "train", "experiment=digits", *QUICK, "callbacks=[default,ema]", "callbacks.ema.decay=0.5"
+    )
     command("export", CKPT, "format=torch_export", "ema=true", "file=average.pt2")
     run, facts = open_pt2(tmp_path / "average.pt2")
     assert facts["class_names"] == [str(digit) for digit in range(10)]

@@ -20,6 +20,7 @@ _MOVED = {
     "lightning_dist.data.imagenet.ImageFolderDataModule": (
         "lightning_dist.data.image_folder.ImageFolderDataModule"
     ),
+    "lightning_dist.schedule.warmup_multistep": "lightning_dist.training.warmup_multistep",
 }
 
 
@@ -65,7 +66,7 @@ def read_saved(path: str, trust: bool) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def config_in(checkpoint: Mapping[str, Any]) -> Any:
-    """Return the config inside a checkpoint, with the paths that its classes have today.
+    """Return the config inside a checkpoint, with today's paths of its classes and options.
 
     Args:
         checkpoint: as it was read; its config is changed in place.
@@ -84,6 +85,7 @@ def config_in(checkpoint: Mapping[str, Any]) -> Any:
             target = node.get("_target_")
             if isinstance(target, str):
                 node["_target_"] = _MOVED.get(target, target)
+            node.pop("ema_decay", None)  # an option that DistillModule had before StudentEMA
             nodes += node.values()
         elif isinstance(node, (list, tuple)):
             nodes += node
@@ -105,6 +107,7 @@ def build_module(
     """
     try:
         module = instantiate(config["module"], teacher=None)
+        module.on_load_checkpoint(dict(checkpoint))
         module.load_state_dict(checkpoint["state_dict"])
     except (InstantiationException, RuntimeError, AttributeError, TypeError) as error:
         raise UserError(
