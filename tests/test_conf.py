@@ -7,9 +7,11 @@ from hydra.utils import get_method, instantiate
 from omegaconf import OmegaConf
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
+from composition import composed
 from lightning_dist.cli.run.saved_config import CONFIG_KEY, read_saved, to_save
 
 CONF = "lightning_dist.conf"
+DETECTORS = ["scenes/detection_fasterrcnn", "scenes/detection_retinanet"]
 
 
 def options(group: str) -> list[str]:
@@ -27,17 +29,6 @@ def options(group: str) -> list[str]:
         return [name.removeprefix(group + "/") for name in below(group)]
 
 
-def composed(*overrides: str) -> dict:
-    with initialize_config_module(CONF, version_base="1.3"):
-        config = compose("train", overrides=list(overrides), return_hydra_config=True)
-        config.hydra.runtime.output_dir = "outputs"
-        del config.hydra
-        OmegaConf.set_struct(config, False)
-        for part in ("callbacks", "logger"):  # they name the folder of a run
-            config[part] = OmegaConf.to_container(config[part], resolve=False)
-        return config
-
-
 def targets(config) -> list[str]:
     if isinstance(config, dict):
         own = [config["_target_"]] if "_target_" in config else []
@@ -45,25 +36,34 @@ def targets(config) -> list[str]:
     return [t for value in config for t in targets(value)] if isinstance(config, list) else []
 
 
-@pytest.mark.parametrize("distill", ["none", "kd", "dist"])
-@pytest.mark.parametrize("experiment", options("experiment"))
-def test_every_experiment_composes_with_every_distill(experiment, distill):
-    config = composed(f"experiment={experiment}", f"distill={distill}")
-    plain = OmegaConf.to_container(config, resolve=False)
-    for target in targets(plain):
+def assert_all_exists(config) -> None:
+    for target in targets(OmegaConf.to_container(config, resolve=False)):
         assert callable(get_method(target))
+
+
+@pytest.mark.parametrize("experiment", options("experiment"))
+def test_every_experiment_names_what_exists_and_saves_a_harmless_config(experiment, tmp_path):
+    """So that eval, export and predict take its checkpoints without trust=true."""
+    config = composed(f"experiment={experiment}")
+    assert_all_exists(config)
+    module = OmegaConf.to_container(config.module, resolve=True)
+    assert (module["teacher"] is None) == experiment.endswith("_teacher")
+    parts = [key for key in config if key not in ("callbacks", "logger")]
+    saved = to_save(OmegaConf.masked_copy(config, parts))
+    torch.save({CONFIG_KEY: saved, "state_dict": {}}, tmp_path / "last.ckpt")
+    read_saved(str(tmp_path / "last.ckpt"), trust=False)
+
+
+@pytest.mark.parametrize("distill", options("distill"))
+@pytest.mark.parametrize(
+    "experiment", ["digits", "scenes/segmentation", *DETECTORS], ids=lambda x: x.split("/")[-1]
+)
+def test_every_loss_fits_every_task(experiment, distill):
+    """Each of the papers' recipes is composed with each loss in tests/recipes."""
+    config = composed(f"experiment={experiment}", f"distill={distill}")
+    assert_all_exists(config)
     module = OmegaConf.to_container(config.module, resolve=True)
     assert (module["teacher"] is None) == (distill == "none")
-
-
-@pytest.mark.parametrize("experiment", options("experiment"))
-def test_a_checkpoint_of_every_experiment_is_known_to_be_harmless(experiment, tmp_path):
-    """So that eval, export and predict take it without trust=true."""
-    config = composed(f"experiment={experiment}")
-    for part in ("callbacks", "logger"):
-        del config[part]
-    torch.save({CONFIG_KEY: to_save(config), "state_dict": {}}, tmp_path / "last.ckpt")
-    read_saved(str(tmp_path / "last.ckpt"), trust=False)
 
 
 @pytest.mark.parametrize("trainer", options("trainer"))
@@ -115,6 +115,4 @@ def test_the_search_is_over_settings_that_exist():
 )
 def test_every_option_of_every_group_names_what_exists(group):
     for option in options(group):
-        plain = OmegaConf.to_container(composed(f"{group}={option}"), resolve=False)
-        for target in targets(plain):
-            assert callable(get_method(target))
+        assert_all_exists(composed(f"{group}={option}"))
