@@ -56,15 +56,25 @@ def fit(make_trainer: Callable[..., L.Trainer], tmp_path: Path) -> Callable[...,
     return run
 
 
+@pytest.fixture(scope="module")
+def whole_runs() -> dict[str, tuple[dict, str]]:
+    """Weights and curves of runs that are not interrupted, by their limits."""
+    return {}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"]
 )
 @pytest.mark.parametrize("limits", [{}, {"max_steps": 42}], ids=["epochs", "steps"])
 @pytest.mark.parametrize("batch", [0, 12, 20, 30, 41])
 def test_a_run_that_is_told_to_stop_resumes_to_the_last_bit(
-    fit, tmp_path, number, status, batch, limits
+    fit, whole_runs, tmp_path, number, status, batch, limits
 ):
-    whole = fit("whole", **limits)
+    if str(limits) not in whole_runs:
+        weights = fit("whole", **limits).state_dict()
+        whole_runs[str(limits)] = weights, (tmp_path / "whole" / "metrics.csv").read_text()
+    weights, curves = whole_runs[str(limits)]
     before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
     with pytest.raises(Interrupted) as stopped:
         fit("stopped", Send(number, batch), **limits)
@@ -73,10 +83,9 @@ def test_a_run_that_is_told_to_stop_resumes_to_the_last_bit(
     saved = torch.load(tmp_path / "stopped" / "last.ckpt", weights_only=True)
     assert saved["global_step"] == batch + 1  # the batch that ran was not lost
     resumed = fit("stopped", resume=True, **limits)
-    for name, value in whole.state_dict().items():
+    for name, value in weights.items():
         assert torch.equal(resumed.state_dict()[name], value)
-    curves = [(tmp_path / name / "metrics.csv").read_text() for name in ("whole", "stopped")]
-    assert curves[0] == curves[1]
+    assert (tmp_path / "stopped" / "metrics.csv").read_text() == curves
 
 
 def test_an_accumulation_is_ended_before_a_run_stops(fit, tmp_path):
