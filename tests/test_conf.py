@@ -10,9 +10,10 @@ from lightning import Trainer
 from omegaconf import OmegaConf
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
+from composition import composed
 from lightning_dist.cli.run.saved_config import CONFIG_KEY, read_saved, to_save
+from lightning_dist.cli.run.settings import check_settings
 from lightning_dist.cli.sweep.own_process import needs_own_process
-from lightning_dist.cli.train import check
 
 CONF = "lightning_dist.conf"
 # The Trainer's common keys, each with a value that is not its default.
@@ -27,6 +28,7 @@ LIMITS = {
     "val_check_interval": 0.5,
     "max_steps": 10,
 }
+DETECTORS = ["scenes/detection_fasterrcnn", "scenes/detection_retinanet"]
 
 
 def options(group: str) -> list[str]:
@@ -44,17 +46,6 @@ def options(group: str) -> list[str]:
         return [name.removeprefix(group + "/") for name in below(group)]
 
 
-def composed(*overrides: str) -> dict:
-    with initialize_config_module(CONF, version_base="1.3"):
-        config = compose("train", overrides=list(overrides), return_hydra_config=True)
-        config.hydra.runtime.output_dir = "outputs"
-        del config.hydra
-        OmegaConf.set_struct(config, False)
-        for part in ("callbacks", "logger"):  # they name the folder of a run
-            config[part] = OmegaConf.to_container(config[part], resolve=False)
-        return config
-
-
 def targets(config) -> list[str]:
     if isinstance(config, dict):
         own = [config["_target_"]] if "_target_" in config else []
@@ -62,25 +53,34 @@ def targets(config) -> list[str]:
     return [t for value in config for t in targets(value)] if isinstance(config, list) else []
 
 
-@pytest.mark.parametrize("distill", ["none", "kd", "dist"])
-@pytest.mark.parametrize("experiment", options("experiment"))
-def test_every_experiment_composes_with_every_distill(experiment, distill):
-    config = composed(f"experiment={experiment}", f"distill={distill}")
-    plain = OmegaConf.to_container(config, resolve=False)
-    for target in targets(plain):
+def assert_all_exists(config) -> None:
+    for target in targets(OmegaConf.to_container(config, resolve=False)):
         assert callable(get_method(target))
+
+
+@pytest.mark.parametrize("experiment", options("experiment"))
+def test_every_experiment_names_what_exists_and_saves_a_harmless_config(experiment, tmp_path):
+    """So that eval, export and predict take its checkpoints without trust=true."""
+    config = composed(f"experiment={experiment}")
+    assert_all_exists(config)
+    module = OmegaConf.to_container(config.module, resolve=True)
+    assert (module["teacher"] is None) == experiment.endswith("_teacher")
+    parts = [key for key in config if key not in ("callbacks", "logger")]
+    saved = to_save(OmegaConf.masked_copy(config, parts))
+    torch.save({CONFIG_KEY: saved, "state_dict": {}}, tmp_path / "last.ckpt")
+    read_saved(str(tmp_path / "last.ckpt"), trust=False)
+
+
+@pytest.mark.parametrize("distill", options("distill"))
+@pytest.mark.parametrize(
+    "experiment", ["digits", "scenes/segmentation", *DETECTORS], ids=lambda x: x.split("/")[-1]
+)
+def test_every_loss_fits_every_task(experiment, distill):
+    """Each of the papers' recipes is composed with each loss in tests/recipes."""
+    config = composed(f"experiment={experiment}", f"distill={distill}")
+    assert_all_exists(config)
     module = OmegaConf.to_container(config.module, resolve=True)
     assert (module["teacher"] is None) == (distill == "none")
-
-
-@pytest.mark.parametrize("experiment", options("experiment"))
-def test_a_checkpoint_of_every_experiment_is_known_to_be_harmless(experiment, tmp_path):
-    """So that eval, export and predict take it without trust=true."""
-    config = composed(f"experiment={experiment}")
-    for part in ("callbacks", "logger"):
-        del config[part]
-    torch.save({CONFIG_KEY: to_save(config), "state_dict": {}}, tmp_path / "last.ckpt")
-    read_saved(str(tmp_path / "last.ckpt"), trust=False)
 
 
 @pytest.mark.parametrize("trainer", options("trainer"))
@@ -153,17 +153,17 @@ def test_an_empty_command_line_is_about_digits():
     assert config.data._target_.endswith(".DigitsDataModule")
     assert config.student._target_.endswith(".SmallCNN")
     assert config.teacher.weights.endswith("digits_teacher.safetensors")
-    check(config)
+    check_settings(config)
 
 
 def test_other_data_come_without_the_teacher_of_the_digits():
     images = ["data=image_folder", "data.root=x", "student=timm", "student.model_name=resnet18"]
     alone = composed(*images, "distill=none")
     assert alone.module.teacher is None
-    check(alone)
+    check_settings(alone)
     with pytest.raises(ValueError, match=r"no teacher is chosen.*teacher=timm.*distill=none"):
-        check(composed(*images))
-    check(composed(*images, "teacher=timm", "teacher.source=timm/resnet34"))
+        check_settings(composed(*images))
+    check_settings(composed(*images, "teacher=timm", "teacher.source=timm/resnet34"))
 
 
 @pytest.mark.parametrize(
@@ -255,6 +255,4 @@ def test_the_search_is_over_settings_that_exist():
 )
 def test_every_option_of_every_group_names_what_exists(group):
     for option in options(group):
-        plain = OmegaConf.to_container(composed(f"{group}={option}"), resolve=False)
-        for target in targets(plain):
-            assert callable(get_method(target))
+        assert_all_exists(composed(f"{group}={option}"))

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from PIL import Image
 from torchvision.transforms import v2
 
+import composition
 from lightning_dist.data.segmentation_base import RandomScale
 
 # The settings of the paper, written down apart from conf/.
@@ -31,8 +31,7 @@ every_recipe = pytest.mark.parametrize("recipe", RECIPES)
 
 
 def composed(recipe: str, *overrides: str) -> DictConfig:
-    with initialize_config_module("lightning_dist.conf", version_base="1.3"):
-        return compose("train", overrides=[f"experiment={recipe}", *overrides])
+    return composition.composed(f"experiment={recipe}", *overrides)
 
 
 def built(config: DictConfig) -> Any:

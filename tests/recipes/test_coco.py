@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from PIL import Image
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
+
+import composition
 
 # shared/PAPER.md, section 3, written down apart from conf/.
 TWO, ONE = "coco/fasterrcnn_x101_r50", "coco/retinanet_x101_r50"
@@ -27,8 +28,7 @@ every_recipe = pytest.mark.parametrize("recipe", RECIPES)
 
 
 def composed(recipe: str, *overrides: str) -> DictConfig:
-    with initialize_config_module("lightning_dist.conf", version_base="1.3"):
-        return compose("train", overrides=[f"experiment={recipe}", *overrides])
+    return composition.composed(f"experiment={recipe}", *overrides)
 
 
 def built(config: DictConfig) -> Any:

@@ -1,7 +1,6 @@
 """Every recipe says what the paper says, and runs with its real networks."""
 
 import copy
-import functools
 import gzip
 import hashlib
 import json
@@ -30,6 +29,8 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torchvision.datasets import CIFAR100
 
+import composition
+
 PAPER = yaml.safe_load((Path(__file__).parent / "paper.yaml").read_text())
 RECIPES = list(PAPER["recipes"])
 TABLES = ["cifar100", "imagenet", "imagenet_stronger_teacher", "imagenet_stronger_strategy"]
@@ -38,10 +39,8 @@ UPDATES_PER_EPOCH = 10
 every_recipe = pytest.mark.parametrize("recipe", RECIPES)
 
 
-@functools.cache
 def composed(recipe: str, *overrides: str) -> DictConfig:
-    with initialize_config_module("lightning_dist.conf", version_base="1.3"):
-        return compose("train", overrides=[f"experiment={recipe}", *overrides])
+    return composition.composed(f"experiment={recipe}", *overrides)
 
 
 def offline(recipe: str) -> list[str]:
