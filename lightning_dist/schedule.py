@@ -1,4 +1,4 @@
-"""A learning-rate warm-up counted in updates, followed by drops counted in epochs."""
+"""A learning-rate schedule: a warm-up counted in updates, then drops counted in epochs."""
 
 from collections.abc import Sequence
 
@@ -15,15 +15,18 @@ def warmup_multistep(
     warmup_updates: int = 500,
     warmup_factor: float = 0.001,
 ) -> ChainedScheduler:
-    """A linear warm-up counted in updates, and drops counted in epochs, stepped at every update.
+    """Return a scheduler with a linear warm-up and drops; step it at every optimizer update.
 
     Args:
-        optimizer: whose learning rates are scheduled.
-        milestones: epochs after which the rate drops.
-        updates_per_epoch: optimizer updates in an epoch.
-        gamma: factor of a drop.
-        warmup_updates: length of the warm-up.
-        warmup_factor: where it starts, as part of the learning rate.
+        optimizer: the optimizer whose learning rates change.
+        milestones: numbers of epochs after which the learning rate drops.
+        updates_per_epoch: number of optimizer updates in an epoch.
+        gamma: factor by which the learning rate is multiplied at each drop.
+        warmup_updates: length of the warm-up, in optimizer updates.
+        warmup_factor: factor of the learning rate at the first update of the warm-up.
+
+    Returns:
+        The scheduler.
     """
     drops = [epoch * updates_per_epoch for epoch in milestones]
     return ChainedScheduler(
