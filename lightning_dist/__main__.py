@@ -1,4 +1,4 @@
-"""``python -m lightning_dist`` is ``lightning-dist``."""
+"""Run the command: ``python -m lightning_dist`` is ``lightning-dist``."""
 
 from lightning_dist.cli import main
 

@@ -1,4 +1,4 @@
-"""Checks of arguments that users give, with errors that say what to give instead."""
+"""Checks of arguments, with error messages that say what to give instead."""
 
 import math
 import numbers
@@ -8,20 +8,20 @@ from typing import Any
 def check_number(
     name: str, value: Any, kind: type = float, *, least: float = -math.inf, most: float = math.inf
 ) -> None:
-    """Refuse what is no number of a kind, or out of its range.
+    """Raise an error if a value is not a finite number of some kind in some range.
 
     Args:
-        name: of the argument, for the message.
-        value: what was given.
+        name: the name of the argument, for the message.
+        value: the value of the argument.
         kind: ``int``, or ``float`` for any real number.
-        least: the least allowed.
-        most: the most allowed.
+        least: the smallest value allowed.
+        most: the largest value allowed.
 
     Raises:
-        ValueError: saying what to give.
+        ValueError: if the value is refused; the message says what to give.
 
     Example:
-        >>> check_number("ema_decay", 0.999, least=0, most=1)
+        >>> check_number("decay", 0.999, least=0, most=1)
         >>> check_number("num_workers", -1, int, least=0)
         Traceback (most recent call last):
         ValueError: num_workers is -1: give a whole number of at least 0
@@ -38,10 +38,14 @@ def check_number(
 
 
 def check_flag(name: str, value: Any) -> None:
-    """Refuse what is neither true nor false: any other word would count as true.
+    """Raise an error if a value is neither True nor False, because most values count as true.
+
+    Args:
+        name: the name of the argument, for the message.
+        value: the value of the argument.
 
     Raises:
-        ValueError: saying what to give.
+        ValueError: if the value is refused; the message says what to give.
 
     Example:
         >>> check_flag("resume", "maybe")
@@ -60,10 +64,17 @@ def check_logits_options(
     gamma: float = 1.0,
     eps: float = 1e-8,
 ) -> None:
-    """Refuse options with which no loss of logits is defined.
+    """Raise an error if an option of a loss of logits is out of its range.
+
+    Args:
+        tau: temperature; must be above 0 and finite.
+        activation: must be ``"softmax"``, ``"sigmoid"`` or ``"identity"``.
+        beta: weight of the inter-class term; must be finite.
+        gamma: weight of the intra-class term; must be finite.
+        eps: added to denominators; must be above 0 and finite.
 
     Raises:
-        ValueError: saying what to give.
+        ValueError: if an option is refused; the message says what to give.
     """
     if not tau > 0:
         raise ValueError(f"tau is {tau}: the temperature must be above 0")

@@ -4,7 +4,7 @@ import importlib.resources
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -131,21 +131,6 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(contents, Mapping):
         raise ValueError(f"{path} holds a {type(contents).__name__}: expected a state_dict")
     return dict(contents)
-
-
-def refuse_unknown(names: Sequence[str], whose: str) -> None:
-    """Stop a conversion that met entries of another network; the first ones are listed.
-
-    Args:
-        names: of the entries that are unknown, perhaps none.
-        whose: what all entries should be of.
-
-    Raises:
-        ValueError: if there is one.
-    """
-    if names:
-        shown = f"{', '.join(names[:8])}{' ...' if len(names) > 8 else ''}"
-        raise ValueError(f"{len(names)} entries are not of {whose}: {shown}")
 
 
 def _refuse_strange_archive(file: Path) -> None:

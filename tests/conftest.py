@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import lightning as L
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_dist import cli
+from processes import Processes
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -74,6 +75,13 @@ def make_trainer(tmp_path: Path) -> Callable[..., L.Trainer]:
         return L.Trainer(**(defaults | kwargs))
 
     return make
+
+
+@pytest.fixture
+def processes() -> Iterator[Processes]:
+    """Start processes that end with the test, also where it fails."""
+    with Processes() as started:
+        yield started
 
 
 @pytest.fixture(autouse=True)

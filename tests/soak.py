@@ -16,18 +16,21 @@ from pathlib import Path
 
 import torch
 
+from tests.helpers.processes import Processes
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGKILL)
 STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: -signal.SIGKILL}
 # Random crops, mixup, a schedule, accumulation and averaged weights: all have a state or draw.
 OVERRIDES = (
     "experiment=digits",
     "trainer.max_epochs=4",
-    "+trainer.accumulate_grad_batches=2",
+    "trainer.accumulate_grad_batches=2",
     "trainer.log_every_n_steps=1",
     "data.augment=true",
-    "+data.drop_last=true",
+    "data.drop_last=true",
     "data.num_workers=1",
-    "module.ema_decay=0.9",
+    "callbacks=[default,ema]",
+    "callbacks.ema.decay=0.9",
     "module.mixup={_target_:timm.data.Mixup,mixup_alpha:0.8,num_classes:10}",
     "test_teacher=false",
     "print_config=false",
@@ -38,20 +41,18 @@ VARIANTS = {
     # It ends in mid-epoch, and not with a validation.
     "rare-validation": [
         "trainer=cpu",
-        "+trainer.check_val_every_n_epoch=3",
-        "+trainer.max_steps=35",
+        "trainer.check_val_every_n_epoch=3",
+        "trainer.max_steps=35",
     ],
     "two-processes": ["trainer=ddp_sim"],
 }
 
 
-def start(folder: Path, *overrides: str) -> subprocess.Popen:
-    """A run in the folder, as its own command."""
-    command = [sys.executable, "-m", "lightning_dist", "train", *OVERRIDES, *overrides]
+def start(processes: Processes, folder: Path, *overrides: str) -> subprocess.Popen:
+    """Start a run in the folder, as its own command."""
+    command = ["-m", "lightning_dist", "train", *OVERRIDES, *overrides, f"hydra.run.dir={folder}"]
     with open(folder.with_suffix(".log"), "a") as log:
-        return subprocess.Popen(
-            [*command, f"hydra.run.dir={folder}"], stdout=log, stderr=log, start_new_session=True
-        )
+        return processes.start(*command, stdout=log, stderr=log, start_new_session=True)
 
 
 def interrupt(
@@ -103,10 +104,12 @@ def same(first: object, second: object) -> bool:
     return first == second
 
 
-def soak(folder: Path, rounds: int, *overrides: str, draw: random.Random) -> list[str]:
+def soak(
+    processes: Processes, folder: Path, rounds: int, *overrides: str, draw: random.Random
+) -> list[str]:
     """Run once through and `rounds` times with an interruption or two; the mismatches."""
     whole = folder / "whole"
-    assert start(whole, *overrides).wait() == 0, whole.with_suffix(".log").read_text()
+    assert start(processes, whole, *overrides).wait() == 0, whole.with_suffix(".log").read_text()
     rows = (whole / "logs" / "metrics.csv").read_bytes().count(b"\n")
     mismatches = []
     for index in range(rounds):
@@ -115,13 +118,13 @@ def soak(folder: Path, rounds: int, *overrides: str, draw: random.Random) -> lis
         for _ in range(draw.randint(1, 2)):
             number, row = draw.choice(SIGNALS), draw.randrange(rows)
             everyone = draw.random() < 0.5  # as a terminal and SLURM do
-            run = start(resumed, *overrides, "resume=true")
+            run = start(processes, resumed, *overrides, "resume=true")
             status = interrupt(run, resumed, row, number, everyone)
             whom = "all" if everyone else "the first process"
             history.append(f"{number.name} to {whom} after {row} rows: {status}")
             if status not in (STATUS[number], None):
                 mismatches.append(f"round {index}: exit status {status} after {number.name}")
-        if start(resumed, *overrides, "resume=true").wait() != 0:
+        if start(processes, resumed, *overrides, "resume=true").wait() != 0:
             raise RuntimeError(resumed.with_suffix(".log").read_text())
         found = differences(whole, resumed)
         mismatches += [f"round {index}: {what}" for what in found]
@@ -146,7 +149,9 @@ def main() -> None:
         rounds = len(range(index, options.rounds, len(options.variants)))
         print(f"{rounds} rounds of {variant}: {' '.join(VARIANTS[variant])}")
         (folder / variant).mkdir(parents=True)
-        mismatches += soak(folder / variant, rounds, *VARIANTS[variant], draw=draw)
+        with Processes() as processes:
+            found = soak(processes, folder / variant, rounds, *VARIANTS[variant], draw=draw)
+        mismatches += found
     for mismatch in mismatches:
         print(mismatch)
     print(f"{options.rounds} rounds, {len(mismatches)} mismatches")

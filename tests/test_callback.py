@@ -426,21 +426,17 @@ def test_teacher_is_in_no_optimizer_and_no_checkpoint(make_trainer, tmp_path):
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert set(checkpoint["state_dict"]) == set(module.state_dict())
-    parts = io.BytesIO()
-    torch.save((module.state_dict(), trainer.optimizers[0].state_dict()), parts)
-    assert (tmp_path / "last.ckpt").stat().st_size < parts.tell() + 8000
 
 
 @pytest.mark.parametrize("averaging", [WeightAveraging, EMAWeightAveraging])
 def test_weight_averaging_copies_no_teacher(make_trainer, averaging):
-    average, teacher = averaging(), teacher_net()
-    copies = []
-    teacher.__class__ = type(
-        "Teacherish", (nn.Sequential,), {"__deepcopy__": lambda self, memo: copies.append(1)}
-    )
-    alone = fitted(make_trainer(callbacks=[averaging(), DistillationCallback(teacher, weight=0.0)]))
-    assert not copies
-    assert_same_weights(alone, fitted(make_trainer(callbacks=[average])))
+    class Single(nn.Sequential):
+        def __deepcopy__(self, memo):
+            raise AssertionError("the teacher was copied")
+
+    distilled = DistillationCallback(Single(*teacher_net()), weight=0.0)
+    alone = fitted(make_trainer(callbacks=[averaging(), distilled]))
+    assert_same_weights(alone, fitted(make_trainer(callbacks=[averaging()])))
 
 
 class Tuned(Plain):
@@ -735,7 +731,7 @@ def test_a_step_without_a_loss_is_refused(make_trainer):
         def training_step(self, batch, batch_idx):
             return {"value": super().training_step(batch, batch_idx)}
 
-    refused(make_trainer, "returned dict without a loss", Losing())
+    refused(make_trainer, "training_step of Losing returned dict without a loss", Losing())
 
 
 def test_two_callbacks_are_refused(make_trainer):
@@ -743,7 +739,7 @@ def test_two_callbacks_are_refused(make_trainer):
         DistillationCallback(teacher_net()),
         DistillationCallback(teacher_net(), student="net.0"),
     ]
-    with pytest.raises(MisconfigurationException, match="several DistillationCallbacks"):
+    with pytest.raises(MisconfigurationException, match="several DistillationCallbacks: give one"):
         fitted(make_trainer(callbacks=callbacks))
 
 
@@ -765,11 +761,11 @@ def test_a_teacher_stays_where_it_is_unless_it_teaches(make_trainer):
 def test_conflicting_arguments_are_refused():
     terms = {"dist": Term(DISTLoss())}
     for option in ({"loss": DISTLoss()}, {"weight": 5.0}, {"output": "logits"}):
-        with pytest.raises(ValueError, match="either loss, weight and output, or terms"):
+        with pytest.raises(ValueError, match="give either loss, weight and output, or terms"):
             DistillationCallback(teacher_net(), terms=terms, **option)
     with pytest.raises(ValueError, match="terms is empty"):
         DistillationCallback(teacher_net(), terms={})
-    with pytest.raises(TypeError, match="the teacher is a str"):
+    with pytest.raises(TypeError, match=r"the teacher is a str: give a torch\.nn\.Module"):
         DistillationCallback("resnet50")
 
 

@@ -1,15 +1,34 @@
 """Every config composes, and names things that exist."""
 
+import inspect
+
 import pytest
 import torch
 from hydra import compose, initialize_config_module
 from hydra.utils import get_method, instantiate
+from lightning import Trainer
 from omegaconf import OmegaConf
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
+from composition import composed
 from lightning_dist.cli.run.saved_config import CONFIG_KEY, read_saved, to_save
+from lightning_dist.cli.run.settings import check_settings
+from lightning_dist.cli.sweep.own_process import needs_own_process
 
 CONF = "lightning_dist.conf"
+# The Trainer's common keys, each with a value that is not its default.
+LIMITS = {
+    "accumulate_grad_batches": 2,
+    "gradient_clip_val": 1.0,
+    "deterministic": True,
+    "limit_train_batches": 2,
+    "limit_val_batches": 2,
+    "limit_test_batches": 2,
+    "check_val_every_n_epoch": 2,
+    "val_check_interval": 0.5,
+    "max_steps": 10,
+}
+DETECTORS = ["scenes/detection_fasterrcnn", "scenes/detection_retinanet"]
 
 
 def options(group: str) -> list[str]:
@@ -27,17 +46,6 @@ def options(group: str) -> list[str]:
         return [name.removeprefix(group + "/") for name in below(group)]
 
 
-def composed(*overrides: str) -> dict:
-    with initialize_config_module(CONF, version_base="1.3"):
-        config = compose("train", overrides=list(overrides), return_hydra_config=True)
-        config.hydra.runtime.output_dir = "outputs"
-        del config.hydra
-        OmegaConf.set_struct(config, False)
-        for part in ("callbacks", "logger"):  # they name the folder of a run
-            config[part] = OmegaConf.to_container(config[part], resolve=False)
-        return config
-
-
 def targets(config) -> list[str]:
     if isinstance(config, dict):
         own = [config["_target_"]] if "_target_" in config else []
@@ -45,32 +53,164 @@ def targets(config) -> list[str]:
     return [t for value in config for t in targets(value)] if isinstance(config, list) else []
 
 
-@pytest.mark.parametrize("distill", ["none", "kd", "dist"])
-@pytest.mark.parametrize("experiment", options("experiment"))
-def test_every_experiment_composes_with_every_distill(experiment, distill):
-    config = composed(f"experiment={experiment}", f"distill={distill}")
-    plain = OmegaConf.to_container(config, resolve=False)
-    for target in targets(plain):
+def assert_all_exists(config) -> None:
+    for target in targets(OmegaConf.to_container(config, resolve=False)):
         assert callable(get_method(target))
+
+
+@pytest.mark.parametrize("experiment", options("experiment"))
+def test_every_experiment_names_what_exists_and_saves_a_harmless_config(experiment, tmp_path):
+    """So that eval, export and predict take its checkpoints without trust=true."""
+    config = composed(f"experiment={experiment}")
+    assert_all_exists(config)
+    module = OmegaConf.to_container(config.module, resolve=True)
+    assert (module["teacher"] is None) == experiment.endswith("_teacher")
+    parts = [key for key in config if key not in ("callbacks", "logger")]
+    saved = to_save(OmegaConf.masked_copy(config, parts))
+    torch.save({CONFIG_KEY: saved, "state_dict": {}}, tmp_path / "last.ckpt")
+    read_saved(str(tmp_path / "last.ckpt"), trust=False)
+
+
+@pytest.mark.parametrize("distill", options("distill"))
+@pytest.mark.parametrize(
+    "experiment", ["digits", "scenes/segmentation", *DETECTORS], ids=lambda x: x.split("/")[-1]
+)
+def test_every_loss_fits_every_task(experiment, distill):
+    """Each of the papers' recipes is composed with each loss in tests/recipes."""
+    config = composed(f"experiment={experiment}", f"distill={distill}")
+    assert_all_exists(config)
     module = OmegaConf.to_container(config.module, resolve=True)
     assert (module["teacher"] is None) == (distill == "none")
 
 
-@pytest.mark.parametrize("experiment", options("experiment"))
-def test_a_checkpoint_of_every_experiment_is_known_to_be_harmless(experiment, tmp_path):
-    """So that eval, export and predict take it without trust=true."""
-    config = composed(f"experiment={experiment}")
-    for part in ("callbacks", "logger"):
-        del config[part]
-    torch.save({CONFIG_KEY: to_save(config), "state_dict": {}}, tmp_path / "last.ckpt")
-    read_saved(str(tmp_path / "last.ckpt"), trust=False)
-
-
 @pytest.mark.parametrize("trainer", options("trainer"))
-def test_dist_is_synchronised_where_there_are_several_processes(trainer):
-    config = composed(f"trainer={trainer}")
-    several = config.trainer.devices != 1 or config.trainer.get("num_nodes", 1) != 1
-    assert config.distill.loss.sync == several
+def test_dist_is_synchronised_whatever_the_trainer(trainer):
+    assert composed(f"trainer={trainer}").distill.loss.sync is True
+
+
+@pytest.mark.parametrize("spatial", [(), (5, 6)])
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_in_one_process_sync_changes_no_bit(spatial, activation):
+    student, teacher = (3 * torch.randn(2, 40, 7, *spatial)).unbind()
+    bits = []
+    for sync in (True, False):
+        options = [f"distill.loss.activation={activation}", f"distill.loss.sync={sync}"]
+        logits = student.clone().requires_grad_()
+        loss = instantiate(composed(*options).distill.loss)(logits, teacher)
+        loss.backward()
+        bits.append((loss.detach(), logits.grad))
+    assert all(torch.equal(synced, own) for synced, own in zip(*bits, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "apart"),
+    [
+        ([], False),
+        (["trainer=cpu"], False),
+        (["trainer=gpu", "trainer.devices=[3]"], False),
+        (["trainer.devices='1'"], False),
+        (["own_process=true"], True),
+        (["trainer.devices=2"], True),
+        (["trainer.devices='2'"], True),
+        (["trainer.devices=[0,1]"], True),
+        (["trainer.devices=auto"], True),
+        (["trainer.devices=-1"], True),
+        (["+trainer.num_nodes=2"], True),
+        (["trainer=ddp_sim"], True),
+        (["trainer=ddp", "trainer.devices=1"], True),
+        (["trainer=fsdp2"], True),
+        (["trainer=deepspeed"], True),
+        (["trainer=multinode", "trainer.devices=1"], True),
+    ],
+    ids=str,
+)
+def test_jobs_that_may_start_several_processes_run_apart(overrides, apart):
+    assert needs_own_process(composed(*overrides)) == apart
+
+
+@pytest.mark.parametrize(
+    ("module", "metric"),
+    [("classification", "accuracy"), ("detection", "map"), ("segmentation", "miou")],
+)
+def test_the_monitor_follows_the_task_and_can_be_overridden(module, metric):
+    assert composed(f"module={module}").monitor == f"val/{metric}"
+    assert composed(f"module={module}", "monitor=val/loss").monitor == "val/loss"
+
+
+@pytest.mark.parametrize("distill", ["none", "kd", "dist"])
+def test_a_protocol_sets_the_temperature_of_dist_and_leaves_that_of_kd(distill):
+    expected = {"none": None, "kd": 4.0, "dist": 4.0}[distill]
+    own = ["student=cifar/resnet20", "teacher=cifar/resnet56", f"distill={distill}"]
+    loss = composed("protocol=cifar100", *own).distill.loss
+    assert (loss and loss.tau) == expected
+    tau = [] if distill == "none" else ["distill.loss.tau=2"]
+    loss = composed("protocol=cifar100", *own, *tau).distill.loss
+    assert (loss and loss.tau) == (2 if tau else None)
+
+
+def test_an_empty_command_line_is_about_digits():
+    config = composed()
+    assert config.data._target_.endswith(".DigitsDataModule")
+    assert config.student._target_.endswith(".SmallCNN")
+    assert config.teacher.weights.endswith("digits_teacher.safetensors")
+    check_settings(config)
+
+
+def test_other_data_come_without_the_teacher_of_the_digits():
+    images = ["data=image_folder", "data.root=x", "student=timm", "student.model_name=resnet18"]
+    alone = composed(*images, "distill=none")
+    assert alone.module.teacher is None
+    check_settings(alone)
+    with pytest.raises(ValueError, match=r"no teacher is chosen.*teacher=timm.*distill=none"):
+        check_settings(composed(*images))
+    check_settings(composed(*images, "teacher=timm", "teacher.source=timm/resnet34"))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [f"trainer.{key}={value}" for key, value in LIMITS.items()],
+        ["data.drop_last=true", "data.pin_memory=false"],
+        ["data=scenes", "data.drop_last=true", "data.pin_memory=false"],
+        ["data=scenes_detection", "data.drop_last=true", "data.pin_memory=false"],
+        ["~experiment"],  # as commands began before no experiment was the default
+    ],
+    ids=lambda overrides: overrides[0],
+)
+def test_common_keys_need_no_plus(overrides):
+    composed(*overrides)
+
+
+def test_the_trainers_keys_have_lightnings_defaults():
+    config = composed().trainer
+    signature = inspect.signature(Trainer).parameters
+    assert {key: config[key] for key in LIMITS} == {key: signature[key].default for key in LIMITS}
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("distributed=true", "trainer.devices"),
+        ("dist_tau=4", "distill.loss.tau"),
+        ("dist_activation=sigmoid", "distill.loss.activation"),
+        ("recipe=cifar100", "protocol"),
+        ("+distributed=true", "trainer.devices"),
+        ("+dist_tau=4", "distill.loss.tau"),
+        ("+dist_activation=sigmoid", "distill.loss.activation"),
+        ("+recipe=cifar100", "protocol"),
+        ("+trainer.accumulate_grad_batches=2", "'trainer.accumulate_grad_batches=2'"),
+        ("+data.drop_last=true", "'data.drop_last=true'"),
+    ],
+)
+def test_an_old_name_is_refused_with_the_new_one(refused, old, new):
+    assert new in refused("train", old, "print_config=false")
+
+
+def test_an_experiment_that_names_a_recipe_is_told_of_the_protocol(refused, tmp_path):
+    (tmp_path / "experiment").mkdir()
+    text = "# @package _global_\ndefaults:\n  - /recipe/cifar100\n"
+    (tmp_path / "experiment" / "mine.yaml").write_text(text)
+    assert "use protocol" in refused("train", "--config-dir", str(tmp_path), "experiment=mine")
 
 
 def test_the_published_runs_compress_their_gradients():
@@ -115,6 +255,4 @@ def test_the_search_is_over_settings_that_exist():
 )
 def test_every_option_of_every_group_names_what_exists(group):
     for option in options(group):
-        plain = OmegaConf.to_container(composed(f"{group}={option}"), resolve=False)
-        for target in targets(plain):
-            assert callable(get_method(target))
+        assert_all_exists(composed(f"{group}={option}"))

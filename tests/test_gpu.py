@@ -7,8 +7,6 @@ import functools
 import importlib.util
 import json
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +23,7 @@ from lightning_dist.functional import dist_loss
 from lightning_dist.models.small import SmallCNN
 from lightning_dist.resume import ExactResume, Interrupted
 from lightning_dist.weights import load_weights
+from processes import Processes
 
 TRAINED = "pkg://lightning_dist/assets/digits_teacher.safetensors"
 SHAPES = [(256, 100), (4, 19, 64, 128), (2, 100, 20, 30), (180_000, 100)]  # the last in blocks
@@ -63,12 +62,17 @@ def gradient(
     return value.detach(), torch.autograd.grad(value, student)[0]
 
 
-def run(folder: Path, *arguments: str) -> dict[str, float]:
-    """The metrics of a command that runs in a process of its own, as NCCL wants it."""
-    command = [sys.executable, "-m", "lightning_dist", *arguments, "hydra.run.dir=run"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads((folder / "run" / "result.json").read_text())["metrics"]
+@pytest.fixture
+def run(processes: Processes, tmp_path: Path) -> Callable[..., dict[str, float]]:
+    """Run the command in a process of its own, as NCCL needs it, and return its metrics."""
+
+    def metrics(*arguments: str) -> dict[str, float]:
+        command = ["-m", "lightning_dist", *arguments, "hydra.run.dir=run"]
+        done = processes.run(*command, cwd=tmp_path, timeout=600)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return json.loads((tmp_path / "run" / "result.json").read_text())["metrics"]
+
+    return metrics
 
 
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid", "identity"])
@@ -193,7 +197,7 @@ def test_an_interrupted_run_resumes_to_the_last_bit(make_trainer, tmp_path):
         ["trainer=gpu", "trainer.precision=16-mixed"],
         ["trainer=gpu", "trainer.precision=bf16-mixed", "module.channels_last=true"],
         ["trainer=gpu", "distill.cache=cache", "distill.cache_views=2"],
-        ["trainer=gpu", "module.ema_decay=0.9", "distill=kd"],
+        ["trainer=gpu", "callbacks=[default,ema]", "callbacks.ema.decay=0.9", "distill=kd"],
         ["trainer=ddp"],
         ["trainer=ddp", "trainer.precision=16-mixed", "trainer.sync_batchnorm=true"],
         ["trainer=ddp_fp16", "trainer.devices=auto"],
@@ -202,20 +206,21 @@ def test_an_interrupted_run_resumes_to_the_last_bit(make_trainer, tmp_path):
     ],
     ids=" ".join,
 )
-def test_a_run_learns_and_its_checkpoint_evaluates_to_the_same(tmp_path, options):
+def test_a_run_learns_and_its_checkpoint_evaluates_to_the_same(run, options):
     options = [x.replace("ALL", str(torch.cuda.device_count())) for x in options]
-    metrics = run(tmp_path, "train", *options, "trainer.max_epochs=5", "print_config=false")
+    options = ["experiment=digits", *options, "trainer.max_epochs=5", "print_config=false"]
+    metrics = run("train", *options)
     assert metrics["test/accuracy"] > 0.5
-    again = run(tmp_path, "eval", "ckpt=run/checkpoints/best.ckpt", "trainer=gpu")
+    again = run("eval", "ckpt=run/checkpoints/best.ckpt", "trainer=gpu")
     assert again["test/accuracy"] == pytest.approx(metrics["test/accuracy"], abs=0.01)
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="needs deepspeed")
 @pytest.mark.parametrize("stage", [1, 2])
-def test_deepspeed_learns(tmp_path, stage):
+def test_deepspeed_learns(run, stage):
     metrics = run(
-        *(tmp_path, "train", "trainer=deepspeed", f"trainer.strategy.stage={stage}"),
-        *("trainer.max_epochs=5", "print_config=false"),
+        *("train", "trainer=deepspeed", f"trainer.strategy.stage={stage}"),
+        *("experiment=digits", "trainer.max_epochs=5", "print_config=false"),
     )
     assert metrics["test/accuracy"] > 0.5
 
@@ -228,9 +233,9 @@ def test_deepspeed_learns(tmp_path, stage):
         ("detection_fasterrcnn", "test/map"),
     ],
 )
-def test_segmentation_and_detection_learn(tmp_path, experiment, metric):
+def test_segmentation_and_detection_learn(run, experiment, metric):
     metrics = run(
-        *(tmp_path, "train", f"experiment=scenes/{experiment}", "trainer=gpu"),
+        *("train", f"experiment=scenes/{experiment}", "trainer=gpu"),
         *("trainer.max_epochs=2", "trainer.precision=bf16-mixed", "print_config=false"),
     )
     assert metrics[metric] > 0

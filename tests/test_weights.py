@@ -225,7 +225,7 @@ def test_a_damaged_file_is_refused_by_name(tmp_path, network, suffix, keep):
 
 
 def test_a_missing_file_is_named(tmp_path, network):
-    with pytest.raises(FileNotFoundError, match=r"no weight file .*nothing\.pth"):
+    with pytest.raises(FileNotFoundError, match=r"there is no weight file .*nothing\.pth"):
         load_weights(network, tmp_path / "nothing.pth")
 
 

@@ -1,10 +1,10 @@
-"""``lightning-dist eval``: test the student of a checkpoint."""
+"""``lightning-dist eval``: test the student of a checkpoint on its data."""
 
 from hydra.utils import instantiate
 from lightning.pytorch import seed_everything
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_dist.cli import hydra_app
+from lightning_dist.cli.hydra_app import hydra_app
 from lightning_dist.cli.run.saved_config import build_module, read_saved
 
 

@@ -9,7 +9,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_dist.checks import check_flag
-from lightning_dist.cli import UserError, hydra_app
+from lightning_dist.cli.errors import UserError
+from lightning_dist.cli.hydra_app import hydra_app
 from lightning_dist.cli.run.saved_config import build_module, read_saved
 from lightning_dist.export import export_student
 from lightning_dist.module import DistillModule
@@ -24,7 +25,7 @@ def main() -> None:
 
 
 def _job(config: DictConfig) -> None:
-    for chatty in ("onnx_ir", "onnxscript", "timm"):  # Hydra lets everybody speak at INFO
+    for chatty in ("onnx_ir", "onnxscript", "timm"):  # Hydra sets the root logger to INFO
         logging.getLogger(chatty).setLevel(logging.WARNING)
     check_flag("ema", config.ema)
     check_flag("dynamic_size", config.dynamic_size)
@@ -34,8 +35,8 @@ def _job(config: DictConfig) -> None:
     if config.ema:
         if module.student_ema is None:
             raise UserError(
-                f"{config.ckpt} holds no averaged weights: train with module.ema_decay, or leave "
-                "out ema=true"
+                f"{config.ckpt} holds no averaged weights: train with callbacks=[default,ema], or "
+                "leave out ema=true"
             )
         student = module.student_ema.module
     data = instantiate(saved["data"])
@@ -59,7 +60,7 @@ def _job(config: DictConfig) -> None:
 
 
 def _input_size(config: DictConfig, data: Any) -> list[int] | None:
-    """Channels, height and width of what the network is evaluated on, where that is known."""
+    """Return (channels, height, width) of the images for evaluation, or None if not known."""
     size = config.input_size
     if size is not None:
         size = OmegaConf.to_container(size) if OmegaConf.is_list(size) else size
@@ -78,17 +79,17 @@ def _numbers(data: Any, name: str) -> list[float] | None:
 
 
 def _extra(module: DistillModule, data: Any, format: str) -> Mapping[str, Any]:
-    """What else somebody needs to know who prepares images or reads the outputs."""
+    """Return what else a reader of the file needs to prepare images and to read the outputs."""
     channels = {1: "gray", 3: "bgr" if getattr(data, "bgr", False) else "rgb"}
     extra: dict[str, Any] = {"channels": channels.get(getattr(data, "in_channels", 3))}
     if isinstance(module, ClassificationModule):
         resized = getattr(data, "interpolation", "bilinear")
-        # "random" is of training alone
+        # "random" is for training only; the data evaluates with bilinear.
         extra["interpolation"] = "bilinear" if resized == "random" else resized
         extra["crop_pct"] = getattr(data, "crop_pct", 1.0)
     if isinstance(module, SegmentationModule):
         extra["align_corners"] = module.align_corners
     if isinstance(module, DetectionModule):
-        # An ONNX graph has subtracted it.
+        # The graph of an ONNX file subtracts the offset itself.
         extra["label_offset"] = 0 if format == "onnx" else module.label_offset
     return extra

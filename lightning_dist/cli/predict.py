@@ -1,4 +1,4 @@
-"""``lightning-dist predict``: what the student of a checkpoint makes of images in a folder."""
+"""``lightning-dist predict``: label the images of a folder with the student of a checkpoint."""
 
 import csv
 import json
@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from lightning_dist.cli import UserError, hydra_app
+from lightning_dist.cli.errors import UserError
+from lightning_dist.cli.hydra_app import hydra_app
 from lightning_dist.cli.run.saved_config import build_module, read_saved
 from lightning_dist.data.image_files import load_image
 from lightning_dist.tasks.classification import ClassificationModule
@@ -32,7 +33,12 @@ def main() -> None:
 
 
 class Files(Dataset):
-    """Image files as ``(tensor, index)``."""
+    """Image files as ``(tensor, index)``.
+
+    Args:
+        paths: of the images.
+        prepare: makes a tensor of shape (channels, height, width) from an image.
+    """
 
     def __init__(self, paths: Sequence[Path], prepare: Callable[[Image.Image], Tensor]) -> None:
         self.paths = paths
@@ -46,12 +52,12 @@ class Files(Dataset):
 
 
 class Writer(BasePredictionWriter):
-    """What the writers share: the predictions' names and folder, and what is known of the classes.
+    """A base class of writers: names of predictions and of classes, and paths in a folder.
 
     Args:
-        names: what the prediction of each image is called.
+        names: of the predictions, one an image.
         out: folder to write to.
-        saved: config of the checkpoint.
+        saved: the config of the checkpoint, with the names and colours of its classes.
     """
 
     when: Literal["batch", "batch_and_epoch"] = "batch"
@@ -63,18 +69,26 @@ class Writer(BasePredictionWriter):
         self.colors = saved.get("class_colors")
 
     def class_names(self, labels: Tensor) -> list[str]:
-        """Names of classes, or their numbers where they have none."""
+        """Return the names of classes, or their numbers where the data has no names.
+
+        Args:
+            labels: class numbers, of shape (n,).
+        """
         return [self.classes[i] if self.classes else str(i) for i in labels.tolist()]
 
     def png(self, index: int) -> Path:
-        """Where the picture of an image goes."""
+        """Return the path of the picture for an image, in a folder that exists.
+
+        Args:
+            index: of the image.
+        """
         path = self.out / f"{self.names[index]}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
 
 class MaskWriter(Writer):
-    """One palette PNG an image: its pixels are the classes, shown in their colours."""
+    """Write a palette PNG for each image: its pixels are class numbers, in the classes' colours."""
 
     def write_on_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, prediction: Any, *args: Any
@@ -86,10 +100,10 @@ class MaskWriter(Writer):
 
 
 class ClassWriter(Writer):
-    """A line an image in ``predictions.csv``: its class, and the probability of that."""
+    """Write a line for each image to ``predictions.csv``: its class, with the probability."""
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin the file anew."""
+        """Replace the file of an earlier command by one with a header only."""
         self.out.mkdir(parents=True, exist_ok=True)
         self._write("w", [("image", "class", "probability")])
 
@@ -108,7 +122,7 @@ class ClassWriter(Writer):
 
 
 class BoxWriter(Writer):
-    """A PNG an image, with its boxes drawn, and ``predictions.json`` with all boxes."""
+    """Write a PNG for each image, with its boxes drawn, and all boxes to ``predictions.json``."""
 
     when = "batch_and_epoch"
 
@@ -130,7 +144,7 @@ class BoxWriter(Writer):
             ]
 
     def write_on_epoch_end(self, trainer: Trainer, *args: Any) -> None:
-        """All boxes, also those whose score is too low to be drawn."""
+        """Write all boxes, also those whose score is too low to be drawn."""
         (self.out / "predictions.json").write_text(json.dumps(self.found, indent=1) + "\n")
 
 
@@ -160,7 +174,10 @@ def _job(config: DictConfig) -> None:
 
 
 def image_files(source: Path) -> list[Path]:
-    """The images of a folder and those within it, or the one file, in order.
+    """Return the images in a folder at any depth, sorted, or the one file.
+
+    Args:
+        source: the folder or the file.
 
     Raises:
         UserError: if there is none.
@@ -175,7 +192,7 @@ def image_files(source: Path) -> list[Path]:
 
 
 def _names(paths: Sequence[Path], source: Path, with_suffix: bool) -> list[str]:
-    """What the predictions are called: as the image within its folder."""
+    """Return a name for each prediction: the path of its image within the folder."""
     root = source.parent if source.is_file() else source
     named: dict[str, Path] = {}
     for path in paths:

@@ -1,1 +1,1 @@
-"""LightningDataModules for classification, detection and segmentation, and what they share."""
+"""LightningDataModules for classification, detection and segmentation."""

@@ -1,4 +1,4 @@
-"""What all data modules share: their settings, their loaders, and how they split."""
+"""`ImageDataModule`: the settings, loaders and seeded order that all data modules share."""
 
 import signal
 from collections.abc import Sequence, Sized
@@ -16,10 +16,10 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from lightning_dist.checks import check_number
 from lightning_dist.data.seeding import EpochSampler, ResumableLoader, SeededDataset
-from lightning_dist.data.tensor_images import TensorImages, of_channels
+from lightning_dist.data.tensor_images import TensorImages, per_channel
 from lightning_dist.data.views import Views
 
-SPLIT_SEED = 0  # which images are held out never depends on a run's seed
+SPLIT_SEED = 0  # fixed, so that runs with different seeds hold out the same images
 SPLITS_OF_STAGE = {
     "fit": ("train", "val"),
     "validate": ("val",),
@@ -29,14 +29,14 @@ SPLITS_OF_STAGE = {
 }
 
 
-def list_collate(samples: Sequence[tuple[Any, Any]]) -> tuple[list[Any], list[Any]]:
-    """A batch of images of unlike sizes and their targets, as lists."""
+def collate_as_lists(samples: Sequence[tuple[Any, Any]]) -> tuple[list[Any], list[Any]]:
+    """Collate samples into a list of images and a list of targets, as images differ in size."""
     images, targets = zip(*samples, strict=True)
     return list(images), list(targets)
 
 
 def count_samples(batch: tuple[Any, Any]) -> int:
-    """How many samples a batch of inputs and targets has.
+    """Return the number of samples in a batch of inputs and targets.
 
     Example:
         >>> count_samples((torch.zeros(8, 3, 4, 4), torch.zeros(8)))
@@ -46,7 +46,16 @@ def count_samples(batch: tuple[Any, Any]) -> int:
 
 
 def stratified_split(labels: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
-    """Indices of (the rest, a stratified `fraction`); always the same ones; in ascending order.
+    """Split sample indices in two parts with the same proportions of classes.
+
+    The split depends on `labels` and `fraction` alone, so all runs have the same one.
+
+    Args:
+        labels: class of each sample, shape (N,).
+        fraction: part of the samples to hold out, from 0 to below 1.
+
+    Returns:
+        Indices of the remaining and of the held-out samples, each int64 and in ascending order.
 
     Example:
         >>> rest, held_out = stratified_split(torch.tensor([0, 1] * 10), fraction=0.2)
@@ -64,45 +73,51 @@ def stratified_split(labels: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
 
 
 def _leave_signals_to_the_run(worker: int) -> None:
-    """A terminal and SLURM send them to the workers too, whom the run still needs to end well."""
+    """Ignore SIGINT and SIGTERM in a loader's worker process.
+
+    A terminal and SLURM send them to every process, but the main process decides when to stop and
+    needs its workers until then.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
 class ImageDataModule(LightningDataModule):
-    """Loaders over the three data sets that a subclass provides, repeatable to the pixel.
+    """A base class that loads the three data sets of its subclass, repeatable to the pixel.
 
-    The training order is a function of (seed, epoch) alone, a sample's augmentation of (seed,
-    epoch, index) alone: not of the number of workers or processes, nor of what ran before. Also a
-    run that resumes, at an epoch's start or within it, sees what it would have seen. The global
-    random streams stay as they are.
+    The training order depends on (seed, epoch) alone, and the augmentation of a sample on (seed,
+    epoch, index) alone. Neither depends on the number of workers or processes, nor on what ran
+    before. So a resumed run, also one resumed within an epoch, gets the same batches as a run that
+    never stopped. Loading leaves the global random generators unchanged.
 
     A subclass sets the attributes below and defines `train_dataset`, `val_dataset` and
-    `test_dataset`, and `prepare_data` where there is something to download.
+    `test_dataset`. It defines `prepare_data` if there is something to download.
 
     Args:
-        global_batch_size: training batch over all processes.
-        eval_batch_size: evaluation batch of each process; by default its training batch.
-        num_workers: processes that load, for each loader; 0 loads in the main process.
-        seed: of the training order and the augmentation, not of the split.
-        pin_memory: copy batches into pinned memory; by default where there is CUDA.
-        drop_last: drop the last training batch where it is smaller (timm's Mixup needs even ones).
-        mean: of each channel, for pixels scaled to 0..1, instead of the data set's own.
-        std: of each channel, likewise.
+        global_batch_size: number of samples in a training batch, summed over all processes.
+        eval_batch_size: number of samples in an evaluation batch of each process; by default the
+            training batch of a process.
+        num_workers: number of worker processes of each loader; 0 loads in the main process.
+        seed: seed of the training order and the augmentation; the split does not depend on it.
+        pin_memory: copy batches into pinned memory; by default if CUDA is available.
+        drop_last: drop the last training batch if it is smaller (timm's Mixup needs an even one).
+        mean: one value per channel, for pixels scaled to 0..1; by default the data set's own.
+        std: one value per channel, for pixels scaled to 0..1; by default the data set's own.
 
     Raises:
         ValueError: if a setting is out of range.
 
     Attributes:
         num_classes: number of classes.
-        class_names: their names in the order of the labels, or None where they have none.
-        mean: of each channel, which the loaders have subtracted from pixels scaled to 0..1.
-        std: of each channel, by which they have then divided.
-        class_colors: a colour (red, green, blue) of each, in 0..255, or None to choose some.
-        image_size: side in pixels, where all images are squares of one size.
-        in_channels: channels of an image.
-        views: train on so many fixed augmentations of each sample, which are the same in every run,
-            in turn; the batches are then KeyedBatches. None draws another one each epoch.
+        class_names: names of the classes in the order of the labels, or None if they have none.
+        mean: one value per channel, for pixels scaled to 0..1; the loaders subtract it.
+        std: one value per channel, for pixels scaled to 0..1; the loaders then divide by it.
+        class_colors: a colour (red, green, blue) in 0..255 for each class, or None for default
+            colours.
+        image_size: height and width in pixels, if all images are squares of one size.
+        in_channels: number of channels of an image.
+        views: number of fixed augmentations of each sample, the same in every run. Epochs use them
+            in turn, and batches are then KeyedBatches. None draws a new augmentation each epoch.
     """
 
     num_classes: int
@@ -112,9 +127,9 @@ class ImageDataModule(LightningDataModule):
     std: tuple[float, ...]
     image_size: int
     in_channels: int = 3
-    views: int | None = None  # train on so many fixed views, as a cached teacher needs it
-    random_transforms: bool = True  # a subclass whose training set draws none saves the seeding
-    location: str  # where the images are, for error messages
+    views: int | None = None  # set by a cached teacher, which needs images that come again
+    random_transforms: bool = True  # False skips the seeding, if no training transform is random
+    location: str  # of the images, for error messages
 
     def __init__(
         self,
@@ -154,30 +169,37 @@ class ImageDataModule(LightningDataModule):
         self._datasets: dict[str, Dataset] = {}
 
     def train_dataset(self) -> Dataset:
-        """The training set, read by index, or by Key if it is a TensorImages."""
+        """Return the training set; it takes indices, or Keys if it is a TensorImages."""
         raise NotImplementedError
 
     def val_dataset(self) -> Dataset:
-        """The set on which runs are compared while they train."""
+        """Return the set for validation during training."""
         raise NotImplementedError
 
     def test_dataset(self) -> Dataset:
-        """The set that gives the published number; also predicted on."""
+        """Return the set for the final test, which `predict_dataloader` uses too."""
         raise NotImplementedError
 
     def setup(self, stage: str | None = None) -> None:
-        """Open what the stage ("fit", "validate", "test", "predict" or None for all) reads."""
+        """Open the data sets of a stage, so that errors come before training.
+
+        Args:
+            stage: "fit", "validate", "test" or "predict"; None opens all data sets.
+
+        Raises:
+            ValueError: if a data set is empty.
+        """
         for split in SPLITS_OF_STAGE[stage]:
             self._dataset(split)
 
     @property
     def batch_size(self) -> int:
-        """Training batch of each process.
+        """Number of samples in a training batch of each process.
 
         Raises:
             ValueError: if the processes cannot share `global_batch_size` evenly.
         """
-        processes = self._share()["num_replicas"]
+        processes = self._replica()["num_replicas"]
         if self.global_batch_size % processes:
             raise ValueError(
                 f"global_batch_size={self.global_batch_size} cannot be shared by {processes} "
@@ -186,28 +208,33 @@ class ImageDataModule(LightningDataModule):
         return self.global_batch_size // processes
 
     def prepare(self, image: Image.Image) -> Tensor:
-        """Any image as evaluation shows it to the network: (C, H, W)."""
+        """Return any image as the evaluation loaders give it to the network: (C, H, W)."""
         size = (self.image_size, self.image_size)
-        return self._normalised(image.resize(size, Image.Resampling.BILINEAR))
+        return self._to_tensor(image.resize(size, Image.Resampling.BILINEAR))
 
-    def _normalised(self, image: Image.Image) -> Tensor:
-        """An image (C, H, W) at its own size."""
-        return self._scaled(pil_to_tensor(image.convert("L" if self.in_channels == 1 else "RGB")))
+    def _to_tensor(self, image: Image.Image) -> Tensor:
+        """Return a normalised image (C, H, W) without resizing it."""
+        pixels = pil_to_tensor(image.convert("L" if self.in_channels == 1 else "RGB"))
+        return self._normalise(pixels)
 
-    def _scaled(self, pixels: Tensor) -> Tensor:
-        """What the network is given of a uint8 image (C, H, W)."""
+    def _normalise(self, pixels: Tensor) -> Tensor:
+        """Normalise a uint8 image (C, H, W) by `mean` and `std`."""
         pixels = pixels.float().div_(255)
-        return pixels.sub_(of_channels(self.mean)).div_(of_channels(self.std))
+        return pixels.sub_(per_channel(self.mean)).div_(per_channel(self.std))
 
     def to_pixels(self, images: Tensor) -> Tensor:
-        """The uint8 images (N, C, H, W) that a batch of the loaders was made from."""
-        mean, std = (of_channels(x).to(images) for x in (self.mean, self.std))
+        """Undo the normalisation of a batch (N, C, H, W): return it as uint8 in 0..255."""
+        mean, std = (per_channel(x).to(images) for x in (self.mean, self.std))
         return (255 * (images * std + mean)).round().clamp(0, 255).to(torch.uint8)
 
     def train_dataloader(self) -> DataLoader:
-        """Shuffled, augmented batches of the training set."""
+        """Return a loader of shuffled, augmented batches of the training set.
+
+        Raises:
+            ValueError: if the set is empty, or `drop_last` would drop all of it.
+        """
         dataset = self._dataset("train")
-        sampler = EpochSampler(dataset, self.seed, drop_last=self.drop_last, **self._share())
+        sampler = EpochSampler(dataset, self.seed, drop_last=self.drop_last, **self._replica())
         if self.drop_last and len(sampler) < self.batch_size:
             raise ValueError(
                 f"the training set of {self.location} has {len(cast(Sized, dataset))} images, and "
@@ -229,11 +256,16 @@ class ImageDataModule(LightningDataModule):
         )
 
     def train_views(self) -> Views:
-        """The training set in its `views`."""
+        """Return the training set with its `views` fixed augmentations."""
         return Views(self._dataset("train"), self.views or 1, self.random_transforms)
 
     def view_dataloader(self, view: int, indices: Sequence[int]) -> DataLoader:
-        """Batches of some training samples, in order, in one view."""
+        """Return a loader of some training samples, in the given order and in one view.
+
+        Args:
+            view: number of the view, from 0.
+            indices: positions of the samples in the training set.
+        """
         views = self.train_views()
         return DataLoader(
             views,
@@ -243,7 +275,7 @@ class ImageDataModule(LightningDataModule):
         )
 
     def sample_settings(self) -> dict[str, Any]:
-        """The settings that may decide what a sample looks like: all but those of the loaders."""
+        """Return the settings that can change a sample's pixels: all but those of the loaders."""
         loaders = {"global_batch_size", "eval_batch_size", "num_workers", "seed", "pin_memory"}
         others = loaders | {"drop_last", "views"} | vars(LightningDataModule()).keys()
         return {
@@ -254,15 +286,15 @@ class ImageDataModule(LightningDataModule):
         }
 
     def val_dataloader(self) -> DataLoader:
-        """Batches of the validation set in order."""
+        """Return a loader of the validation set, in order."""
         return self._eval_dataloader("val")
 
     def test_dataloader(self) -> DataLoader:
-        """Batches of the test set in order."""
+        """Return a loader of the test set, in order."""
         return self._eval_dataloader("test")
 
     def predict_dataloader(self) -> DataLoader:
-        """Batches of the test set in order."""
+        """Return a loader of the test set, in order."""
         return self._eval_dataloader("test")
 
     def _eval_dataloader(self, split: str) -> DataLoader:
@@ -276,13 +308,13 @@ class ImageDataModule(LightningDataModule):
             "persistent_workers": self.num_workers > 0,
             "pin_memory": self.pin_memory,
             "collate_fn": getattr(dataset, "collate", None),
-            # A loader draws its workers' base seed: from the global stream, were this not given.
+            # Without a generator, a DataLoader draws its base seed from torch's global one.
             "generator": torch.Generator().manual_seed(self.seed),
             "worker_init_fn": _leave_signals_to_the_run,
         }
 
     def _dataset(self, split: str) -> Dataset:
-        """The data set of a split, opened on first use.
+        """Return the data set of a split, opened on first use.
 
         Raises:
             ValueError: if it is empty.
@@ -294,10 +326,10 @@ class ImageDataModule(LightningDataModule):
             self._datasets[split] = dataset
         return self._datasets[split]
 
-    def _share(self) -> dict[str, int]:
-        """How many processes share the data, and which one this is.
+    def _replica(self) -> dict[str, int]:
+        """Return the number of processes that share the data, and the rank of this one among them.
 
-        The strategy knows best: processes that split one network between them read the same data.
+        They come from the strategy, since processes that split one network read the same data.
         """
         kwargs = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
         return kwargs or {"num_replicas": 1, "rank": 0}

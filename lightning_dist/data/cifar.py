@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100, held in memory, with the augmentation of the published recipes."""
+"""Data modules for CIFAR-10 and CIFAR-100, with the augmentation of the published recipes."""
 
 from functools import cached_property
 from pathlib import Path
@@ -15,14 +15,16 @@ from lightning_dist.data.tensor_images import TensorImages
 class CIFAR10DataModule(ImageDataModule):
     """CIFAR-10 as (3, 32, 32) float32: random crops with 4 pixels of padding, and random flips.
 
-    Validation is on the official test images, as in the published numbers (which are those of the
-    last epoch, not of the best), unless `val_fraction` holds training images out.
+    The images are held in memory. Validation uses the official test images, unless `val_fraction`
+    holds out training images. The published numbers are test accuracies too: those of the last
+    epoch, not of the best one.
 
     Args:
-        root: folder that holds, or shall hold, torchvision's folder of the data set.
-        download: fetch the data set if it is not there.
-        val_fraction: part of the training images to hold out for validation, stratified; the same
-            in every run, whatever `seed`.
+        root: folder that contains torchvision's folder of the data set, or into which it is
+            downloaded.
+        download: download the data set if it is missing.
+        val_fraction: part of the training images to hold out for validation, with the same
+            proportions of classes; the split does not depend on `seed`.
         **settings: see ImageDataModule.
 
     Raises:
@@ -52,35 +54,35 @@ class CIFAR10DataModule(ImageDataModule):
     @cached_property
     def class_names(self) -> list[str]:  # type: ignore[override]
         """Names of the classes in the order of the labels, read from the data set."""
-        return self._open(train=False).classes
+        return self._torchvision_dataset(train=False).classes
 
     def prepare_data(self) -> None:
-        """Download the data set if that is asked for."""
+        """Download the data set if `download` is set."""
         if self.download:
             self.source(self.root, download=True)
 
     def train_dataset(self) -> TensorImages:
-        """The official training images that validation leaves, augmented."""
-        images, labels = pixels_and_labels(self._open(train=True))
+        """Return the official training images without those held out, augmented."""
+        images, labels = pixels_and_labels(self._torchvision_dataset(train=True))
         rest, _ = stratified_split(labels, self.val_fraction)
         return self._images(images[rest], labels[rest], padding=4, flip=True, seed=self.seed)
 
     def val_dataset(self) -> TensorImages:
-        """The held-out training images, or the test set if none are held out."""
+        """Return the held-out training images, or the test set if none are held out."""
         if not self.val_fraction:
             return self.test_dataset()
-        images, labels = pixels_and_labels(self._open(train=True))
+        images, labels = pixels_and_labels(self._torchvision_dataset(train=True))
         _, held_out = stratified_split(labels, self.val_fraction)
         return self._images(images[held_out], labels[held_out])
 
     def test_dataset(self) -> TensorImages:
-        """The official test images."""
-        return self._images(*pixels_and_labels(self._open(train=False)))
+        """Return the official test images."""
+        return self._images(*pixels_and_labels(self._torchvision_dataset(train=False)))
 
-    def _open(self, train: bool) -> CIFAR10:
+    def _torchvision_dataset(self, train: bool) -> CIFAR10:
         try:
             return self.source(self.root, train=train)
-        except RuntimeError as error:  # torchvision's word for it, which names no folder
+        except RuntimeError as error:  # raised by torchvision, with a message that names no folder
             raise FileNotFoundError(
                 f"{self.location}: files of {self.source.__name__} are missing or damaged "
                 "(torchvision checks their md5 sums): set root, or download=true"
@@ -91,7 +93,7 @@ class CIFAR10DataModule(ImageDataModule):
 
 
 class CIFAR100DataModule(CIFAR10DataModule):
-    """CIFAR-100, with the published recipes' normalisation; see CIFAR10DataModule."""
+    """CIFAR-100 with the normalisation of the published recipes; see CIFAR10DataModule."""
 
     source = CIFAR100
     num_classes = 100
@@ -100,6 +102,6 @@ class CIFAR100DataModule(CIFAR10DataModule):
 
 
 def pixels_and_labels(dataset: CIFAR10) -> tuple[Tensor, Tensor]:
-    """The whole data set as uint8 (N, 3, 32, 32) and int64 (N,)."""
+    """Return all images as uint8 (N, 3, 32, 32) and all labels as int64 (N,)."""
     images = torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()
     return images, torch.tensor(dataset.targets)

@@ -1,4 +1,4 @@
-"""Data sets for detection: COCO, Pascal VOC, and YOLO-format folders."""
+"""Data modules for detection: COCO, Pascal VOC, and folders in YOLO's format."""
 
 import json
 from collections import Counter
@@ -9,21 +9,25 @@ from xml.etree import ElementTree
 
 from torchvision.datasets import VOCDetection
 from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.models.segmentation import DeepLabV3_ResNet50_Weights
 
 from lightning_dist.data.detection_base import Annotated, DetectionDataModule
-from lightning_dist.data.image_files import few
-from lightning_dist.data.voc import VOC_CLASSES
+from lightning_dist.data.image_files import abbreviate
+
+# torchvision lists Pascal VOC's classes with the weights that were trained on them.
+_VOC_CLASSES = DeepLabV3_ResNet50_Weights.DEFAULT.meta["categories"][1:]  # without the background
+_SIDES = ("xmin", "ymin", "xmax", "ymax")
 
 
 class CocoDataModule(DetectionDataModule):
-    """COCO, or any data set annotated like it: `instances_*.json` and a folder of images.
+    """COCO, or any data set with COCO's files: `instances_*.json` and a folder of images.
 
-    Category ids become labels 0, 1, ... in their order. Crowd regions are ignored. The test
-    annotations are not public: the validation images are the test images here too.
+    Category ids, sorted, become the labels 0, 1, ... Crowd regions are not trained on. The test set
+    is the validation set, because COCO's test annotations are not public.
 
     Args:
-        root: folder that holds the rest.
-        num_classes: number of categories, for a check.
+        root: folder to which all other paths are relative.
+        num_classes: number of categories that the annotations must have.
         train_images: folder of the training images.
         val_images: folder of the validation images.
         train_annotations: file of the training annotations.
@@ -31,9 +35,9 @@ class CocoDataModule(DetectionDataModule):
         **settings: see DetectionDataModule and ImageDataModule.
 
     Raises:
-        FileNotFoundError: when a data set is opened and a file is missing.
-        ValueError: when it is opened and the annotations are broken: no JSON of this form, another
-            number of categories, an annotation of an unknown image or category.
+        FileNotFoundError: when a data set is opened, if a file is missing.
+        ValueError: when a data set is opened, if the annotations are no JSON of COCO's form, have
+            another number of categories, or name an unknown image or category.
     """
 
     def __init__(
@@ -58,20 +62,16 @@ class CocoDataModule(DetectionDataModule):
         }
 
     def entries(self, split: str) -> list[Annotated]:
-        """Of the split's annotation file, in its order."""
+        """Return the images of a split and their boxes, in the order of the annotation file.
+
+        Raises:
+            FileNotFoundError: if the annotation file is missing.
+            ValueError: if the annotations are broken; see the class.
+        """
         images, annotations = self.files["train" if split == "train" else "val"]
         path = self.root / annotations
         content = _read_json(path, ("images", "annotations", "categories"))
-        categories = sorted(content["categories"], key=lambda category: category["id"])
-        if len(categories) != self.num_classes:
-            raise ValueError(
-                f"{path} has {len(categories)} categories and num_classes is {self.num_classes}"
-            )
-        names = [category["name"] for category in categories]
-        if self.class_names not in (None, names):
-            raise ValueError(f"{path} and the training annotations differ in their categories")
-        self.class_names = names
-        label_of = {category["id"]: label for label, category in enumerate(categories)}
+        label_of = self._labels_by_category(content["categories"], path)
         found = {
             image["id"]: Annotated(self.root / images / image["file_name"], [], [], [], [])
             for image in content["images"]
@@ -87,7 +87,7 @@ class CocoDataModule(DetectionDataModule):
             if annotation["category_id"] not in label_of:
                 raise ValueError(
                     f"{what}, of {entry.image.name}, has category {annotation['category_id']}, "
-                    "which the file does not list: mend it, or add the category"
+                    "which the file does not list: correct it, or add the category"
                 )
             x, y, width, height = annotation["bbox"]
             entry.boxes.append([x, y, x + width, y + height])
@@ -97,22 +97,36 @@ class CocoDataModule(DetectionDataModule):
             entry.areas.append(annotation.get("area", width * height))
         return list(found.values())
 
+    def _labels_by_category(self, categories: list[dict[str, Any]], path: Path) -> dict[int, int]:
+        """Set `class_names`, and return the label of each category id."""
+        categories = sorted(categories, key=lambda category: category["id"])
+        if len(categories) != self.num_classes:
+            raise ValueError(
+                f"{path} has {len(categories)} categories and num_classes is {self.num_classes}"
+            )
+        names = [category["name"] for category in categories]
+        if self.class_names not in (None, names):
+            raise ValueError(f"{path} and the training annotations differ in their categories")
+        self.class_names = names
+        return {category["id"]: label for label, category in enumerate(categories)}
+
 
 class VOCDetectionDataModule(DetectionDataModule):
-    """Pascal VOC's boxes, 20 classes, by torchvision's data set.
+    """Pascal VOC with boxes of 20 classes, found through torchvision's data set.
 
-    Objects marked as difficult are ignored, as crowds are. The validation images are the test
-    images here too.
+    Objects marked as difficult are treated like COCO's crowd regions. The test set is the
+    validation set.
 
     Args:
-        root: folder that holds `VOCdevkit/VOC<year>`.
+        root: folder that contains `VOCdevkit/VOC<year>`.
         year: "2007" or "2012".
-        download: fetch it where it is missing.
+        download: download the data set if it is missing.
         **settings: see DetectionDataModule and ImageDataModule.
 
     Raises:
-        FileNotFoundError: when a data set is opened and folders or images are missing.
-        ValueError: when it is opened and an object is of an unknown class.
+        FileNotFoundError: when a data set is opened, if a folder or file is missing.
+        ValueError: when a data set is opened, if an annotation is no XML, or an object has an
+            unknown class or no box.
     """
 
     num_classes = 20
@@ -130,15 +144,20 @@ class VOCDetectionDataModule(DetectionDataModule):
         self.location = str(self.root)
         self.year = str(year)
         self.download = download
-        self.class_names = [*VOC_CLASSES]
+        self.class_names = list(_VOC_CLASSES)
 
     def prepare_data(self) -> None:
-        """Fetch the archive, where asked to."""
+        """Download the data set if `download` is set and it is missing."""
         if self.download and not (self.root / "VOCdevkit" / f"VOC{self.year}").is_dir():
             VOCDetection(self.root, self.year, download=True)
 
     def entries(self, split: str) -> list[Annotated]:
-        """Of the split's list in `ImageSets/Main`."""
+        """Return the images in the split's list in `ImageSets/Main`, and their boxes.
+
+        Raises:
+            FileNotFoundError: if a folder or file is missing.
+            ValueError: if an annotation is broken; see the class.
+        """
         try:
             data = VOCDetection(self.root, self.year, "train" if split == "train" else "val")
         except (RuntimeError, OSError) as error:
@@ -167,32 +186,30 @@ class VOCDetectionDataModule(DetectionDataModule):
             if None in sides:
                 raise ValueError(f"{file} has a {name} without a box of {', '.join(_SIDES)}")
             x1, y1, x2, y2 = (float(str(side)) for side in sides)
-            entry.boxes.append([x1 - 1, y1 - 1, x2, y2])  # pixels count from 1 there
+            entry.boxes.append([x1 - 1, y1 - 1, x2, y2])  # VOC counts pixels from 1
             entry.labels.append(self.class_names.index(name))
             entry.crowd.append(found.findtext("difficult", "0") == "1")
         return entry
 
 
-_SIDES = ("xmin", "ymin", "xmax", "ymax")
-
-
 class YoloDataModule(DetectionDataModule):
-    """YOLO-format folders: a text file an image, with a line `class x y width height` a box.
+    """Folders in YOLO's format: a text file per image, with a line per box.
 
-    Centre and size are parts of the image's. An image without a text file has no boxes.
+    A line is `class x y width height`; x and y are the centre of the box. All four numbers are
+    fractions of the image's width or height. An image without a text file has no boxes.
 
     Args:
-        root: folder that holds `images/SPLIT/NAME.jpg` and `labels/SPLIT/NAME.txt`.
-        class_names: the classes in the order of their numbers.
-        train: folder of the training images in both.
-        val: folder of the validation images in both.
-        test: folder of the test images in both; by default the validation images.
+        root: folder that contains `images/SPLIT/NAME.jpg` and `labels/SPLIT/NAME.txt`.
+        class_names: names of the classes, in the order of their numbers.
+        train: name of the training split's folder, under `images` and `labels`.
+        val: name of the validation split's folder.
+        test: name of the test split's folder; by default that of the validation split.
         **settings: see DetectionDataModule and ImageDataModule.
 
     Raises:
-        FileNotFoundError: when a data set is opened and a folder is missing, or a text file has no
+        FileNotFoundError: when a data set is opened, if a folder is missing or a text file has no
             image.
-        ValueError: when it is opened and a line is broken; names file and line.
+        ValueError: when a data set is opened, if a line is broken or images share a text file.
     """
 
     relative_boxes = True
@@ -215,7 +232,12 @@ class YoloDataModule(DetectionDataModule):
         self.splits = {"train": train, "val": val, "test": test or val}
 
     def entries(self, split: str) -> list[Annotated]:
-        """Of all images of the split's folder, in order."""
+        """Return all images of the split's folder and their boxes, sorted by path.
+
+        Raises:
+            FileNotFoundError: if a folder is missing, or a text file has no image.
+            ValueError: if a line is broken; the message names the file and the line.
+        """
         folder = self.root / "images" / self.splits[split]
         labels = self.root / "labels" / self.splits[split]
         if not folder.is_dir():
@@ -227,10 +249,12 @@ class YoloDataModule(DetectionDataModule):
         files = [labels / path.relative_to(folder).with_suffix(".txt") for path in images]
         lone = {str(path) for path in labels.rglob("*.txt")} - {str(path) for path in files}
         if lone:
-            raise FileNotFoundError(f"{few(lone)} have no image in {folder}: add or remove them")
+            raise FileNotFoundError(
+                f"{abbreviate(lone)} have no image in {folder}: add or remove them"
+            )
         twice = {str(path) for path, count in Counter(files).items() if count > 1}
         if twice:
-            raise ValueError(f"several images share {few(twice)}: rename them")
+            raise ValueError(f"several images share {abbreviate(twice)}: rename them")
         return [self._entry(image, file) for image, file in zip(images, files, strict=True)]
 
     def _entry(self, image: Path, file: Path) -> Annotated:

@@ -1,4 +1,4 @@
-"""What data sets of images with boxes share: reading, mirroring, leaving out what has no area."""
+"""`DetectionDataModule`: reads image files with boxes, checks them, and mirrors them at random."""
 
 import logging
 from collections.abc import Sequence
@@ -13,39 +13,40 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
-from lightning_dist.data.base import ImageDataModule, list_collate
-from lightning_dist.data.image_files import few, load_image
+from lightning_dist.data.base import ImageDataModule, collate_as_lists
+from lightning_dist.data.image_files import abbreviate, load_image
 
 log = logging.getLogger(__name__)
 
 
 class Annotated(NamedTuple):
-    """An image and what is known of it.
+    """An image file with its boxes.
 
-    Boxes are x1, y1, x2, y2: in pixels, or as parts of the image's width and height.
+    A box is x1, y1, x2, y2, in pixels or as fractions of the image's width and height.
     """
 
     image: Path
     boxes: list[list[float]]
     labels: list[int]
-    crowd: list[bool]  # regions that neither reward nor punish a detector, and that none trains on
-    areas: list[float] | None = None  # in pixels; by default those of the boxes
+    crowd: list[bool]  # COCO's iscrowd: not trained on, and detections there count neither way
+    areas: list[float] | None = None  # in square pixels; None stands for the boxes' areas
 
 
 class AnnotatedImages(Dataset):
-    """Reads images and boxes and transforms both alike.
+    """A data set that reads images and boxes, and applies one transform to both.
 
-    A box without area is dropped; how many there were, and where, is logged once.
+    Boxes without area are left out, and a warning lists their images.
 
     Args:
-        entries: the images.
-        transform: takes a tv_tensors image and a target, and returns both.
-        crowd: keep the crowd regions, as evaluation wants them.
-        relative: boxes are parts of the image's size.
+        entries: the images and their boxes.
+        transform: a function of an image (3, H, W), uint8 tv_tensor, and its target dictionary that
+            returns both.
+        crowd: keep the crowd regions, which evaluation needs.
+        relative: the boxes are fractions of the image's width and height.
 
     Raises:
-        FileNotFoundError: if an image is missing; all are looked for at once.
-        OSError: when an image cannot be decoded; names the file.
+        FileNotFoundError: if images are missing; all images are checked at once.
+        OSError: when a sample is read, if the image cannot be decoded.
     """
 
     def __init__(
@@ -54,13 +55,13 @@ class AnnotatedImages(Dataset):
         missing = {str(entry.image) for entry in entries if not entry.image.is_file()}
         if missing:
             raise FileNotFoundError(
-                f"{len(missing)} of {len(entries)} images are missing: {few(missing)}: restore "
-                "them, or remove their annotations"
+                f"{len(missing)} of {len(entries)} images are missing: {abbreviate(missing)}: "
+                "restore them, or remove their annotations"
             )
         self.entries = [self._kept(entry, crowd) for entry in entries]
         flat = [str(e.image) for e in entries for box in e.boxes if not _has_area(box)]
         if flat:
-            log.warning("%d boxes without area are left out: %s", len(flat), few(set(flat)))
+            log.warning("%d boxes without area are left out: %s", len(flat), abbreviate(set(flat)))
         self.transform = transform
         self.relative = relative
 
@@ -100,7 +101,7 @@ class AnnotatedImages(Dataset):
         plain = {name: value.as_subclass(Tensor) for name, value in target.items()}
         return image.as_subclass(Tensor), plain
 
-    collate = staticmethod(list_collate)
+    collate = staticmethod(collate_as_lists)
 
 
 def _has_area(box: Sequence[float]) -> bool:
@@ -108,9 +109,10 @@ def _has_area(box: Sequence[float]) -> bool:
 
 
 class DetectionDataModule(ImageDataModule):
-    """Image files with boxes, in 0..1, mirrored at random in training.
+    """A base class for image files with boxes: pixels in 0..1, mirrored at random in training.
 
-    The detector itself resizes and normalises. A subclass provides `entries`.
+    It neither resizes nor normalises, as torchvision's detectors do both. A subclass defines
+    `entries`.
 
     Args:
         flip: probability of mirroring.
@@ -128,26 +130,26 @@ class DetectionDataModule(ImageDataModule):
         self.skip_empty = skip_empty
 
     def entries(self, split: str) -> list[Annotated]:
-        """The images of "train", "val" or "test", and their boxes."""
+        """Return the images and boxes of a split: "train", "val" or "test"."""
         raise NotImplementedError
 
     def train_transform(self) -> v2.Compose:
-        """Of an image and its target."""
-        return v2.Compose([v2.RandomHorizontalFlip(self.flip), *self._finish()])
+        """Return the transform for training, applied to (image, target)."""
+        return v2.Compose([v2.RandomHorizontalFlip(self.flip), *self._last_steps()])
 
     def eval_transform(self) -> v2.Compose:
-        """Of an image and its target."""
-        return v2.Compose(self._finish())
+        """Return the transform for evaluation, applied to (image, target)."""
+        return v2.Compose(self._last_steps())
 
-    def _finish(self) -> list[Any]:
+    def _last_steps(self) -> list[Any]:
         return [v2.ClampBoundingBoxes(), v2.ToDtype(torch.float32, scale=True)]
 
     def prepare(self, image: Image.Image) -> Tensor:
-        """An image as in evaluation, at its own size."""
-        return self._normalised(image)
+        """Return an image as the evaluation loaders do: (3, H, W) in 0..1, not resized."""
+        return self._to_tensor(image)
 
     def train_dataset(self) -> AnnotatedImages:
-        """The training images, augmented; without crowd regions."""
+        """Return the training images, augmented and without crowd regions."""
         data = AnnotatedImages(
             self.entries("train"), self.train_transform(), False, self.relative_boxes
         )
@@ -156,11 +158,11 @@ class DetectionDataModule(ImageDataModule):
         return data
 
     def val_dataset(self) -> AnnotatedImages:
-        """The validation images."""
+        """Return the validation images."""
         return self._evaluated("val")
 
     def test_dataset(self) -> AnnotatedImages:
-        """The test images."""
+        """Return the test images."""
         return self._evaluated("test")
 
     def _evaluated(self, split: str) -> AnnotatedImages:

@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits: 1,797 real images of 8x8 pixels, always at hand."""
+"""Data module for scikit-learn's handwritten digits: 1,797 images of 8x8 pixels, no download."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -14,22 +14,25 @@ from lightning_dist.data.base import ImageDataModule, stratified_split
 from lightning_dist.data.tensor_images import TensorImages
 
 TEST_FRACTION = 0.2
-WHITE = 16
+WHITE = 16  # the brightest pixel value in scikit-learn's images
 
 
 class DigitsDataModule(ImageDataModule):
-    """Digits as (1, 8, 8) float32, held in memory; 1,437 to train on and 360 to test, stratified.
+    """Digits as (1, 8, 8) float32, in memory: 1,437 images to train on and 360 to test on.
+
+    All splits have the same proportions of classes and do not depend on `seed`.
 
     Args:
-        val_fraction: part of the training images to hold out for validation; 0 validates on the
-            test set. The split is the same in every run, whatever `seed`.
-        train_size: train on this many images only, every class in proportion. The images of a
-            smaller size are among those of a larger one.
+        val_fraction: part of the training images to hold out for validation, from 0 to 0.9; 0
+            validates on the test set.
+        train_size: number of training images to use, with the same proportions of classes; None
+            uses all. A larger set contains every smaller one.
         augment: shift each training image by up to one pixel.
         **settings: see ImageDataModule.
 
     Raises:
-        ValueError: if `train_size` is more than there is, or another setting out of range.
+        ValueError: if `train_size` is more than the number of images, or another setting is out of
+            range.
 
     Example:
         >>> data = DigitsDataModule(global_batch_size=32, train_size=300)
@@ -63,7 +66,11 @@ class DigitsDataModule(ImageDataModule):
         self.class_names = [str(digit) for digit in range(10)]
 
     def train_dataset(self) -> TensorImages:
-        """The training images that validation leaves, or the first `train_size` of them."""
+        """Return the training images without those held out, or `train_size` of them.
+
+        Raises:
+            ValueError: if there are fewer than `train_size`.
+        """
         train, _, _ = self._splits
         if self.train_size is not None:
             if self.train_size > len(train):
@@ -75,12 +82,12 @@ class DigitsDataModule(ImageDataModule):
         return self._images(train, padding=int(self.augment), seed=self.seed)
 
     def val_dataset(self) -> TensorImages:
-        """The held-out training images, or the test set if none are held out."""
+        """Return the held-out training images, or the test set if none are held out."""
         _, val, test = self._splits
         return self._images(val if len(val) else test)
 
     def test_dataset(self) -> TensorImages:
-        """The 360 test images."""
+        """Return the 360 test images."""
         return self._images(self._splits[2])
 
     @cached_property
@@ -94,7 +101,7 @@ class DigitsDataModule(ImageDataModule):
 
     @cached_property
     def _splits(self) -> Sequence[Tensor]:
-        """Indices of the training, validation and test images."""
+        """The indices of the training, validation and test images."""
         train, test = stratified_split(self._labels, TEST_FRACTION)
         rest, val = stratified_split(self._labels[train], self.val_fraction)
         return train[rest], train[val], test
@@ -112,7 +119,10 @@ class DigitsDataModule(ImageDataModule):
 
 
 def stratified_order(labels: Tensor) -> Tensor:
-    """An order of which every beginning holds the classes in proportion.
+    """Return an order (N,) in which the first K samples have the proportions of all, for every K.
+
+    Args:
+        labels: class of each sample, shape (N,).
 
     Example:
         >>> labels = torch.tensor([0, 0, 0, 0, 1, 1])

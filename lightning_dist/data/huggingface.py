@@ -1,4 +1,4 @@
-"""Any image classification data set of Hugging Face's `datasets`, from the hub or from disk."""
+"""Data module for image classification with Hugging Face's `datasets`, from the hub or disk."""
 
 from functools import cached_property
 from pathlib import Path
@@ -16,20 +16,20 @@ class HuggingFaceDataModule(TimmTransformDataModule):
     """A data set with an image column and a label column; needs `lightning-dist[datasets]`.
 
     Args:
-        path: name on the hub, folder that `load_dataset` understands, or folder that a DatasetDict
-            was saved in by `save_to_disk`.
-        config: name of the configuration, where a data set has several.
-        image_column: column of the images.
-        label_column: column of the labels: a ClassLabel, or whole numbers from 0 on.
-        train_split: split to train on.
-        val_split: split to validate on.
-        test_split: split to test on; by default the one to validate on.
+        path: name on the hub, folder for `load_dataset`, or folder to which a DatasetDict was
+            saved by `save_to_disk`.
+        config: name of the data set's configuration, if it has several.
+        image_column: name of the column with the images.
+        label_column: name of the column with the labels: a ClassLabel, or whole numbers from 0.
+        train_split: name of the training split.
+        val_split: name of the validation split.
+        test_split: name of the test split; by default the validation split.
         **settings: see TimmTransformDataModule and ImageDataModule.
 
     Raises:
-        ImportError: when a data set is opened and `datasets` is not installed.
-        ValueError: when it is opened and a split or column is missing, or labels are words.
-        OSError: when an image cannot be decoded; names the row.
+        ImportError: when a data set is opened, if `datasets` is not installed.
+        ValueError: when a data set is opened, if a split or column is missing, or labels are words.
+        OSError: when a sample is read, if the image cannot be decoded.
     """
 
     def __init__(
@@ -56,31 +56,31 @@ class HuggingFaceDataModule(TimmTransformDataModule):
 
     @cached_property
     def class_names(self) -> list[str] | None:  # type: ignore[override]
-        """Names of the label column's classes; None if it holds mere numbers."""
+        """Names of the classes in the order of the labels; None if the labels are numbers only."""
         return getattr(self._rows(self.train_split).features[self.label_column], "names", None)
 
     @cached_property
     def num_classes(self) -> int:  # type: ignore[override]
-        """Number of classes; where they have no names, from the largest training label."""
+        """Number of classes; without class names, the largest training label plus 1."""
         if self.class_names is not None:
             return len(self.class_names)
         return max(self._rows(self.train_split)[self.label_column]) + 1
 
     def prepare_data(self) -> None:
-        """Download what is on the hub and not yet in the cache."""
+        """Download the splits from the hub, unless they are in the cache of `datasets`."""
         for split in {self.train_split, self.val_split, self.test_split}:
             self._rows(split)
 
     def train_dataset(self) -> "RowImages":
-        """The training split, augmented."""
+        """Return the training split, augmented."""
         return self._images(self.train_split, self.train_transform())
 
     def val_dataset(self) -> "RowImages":
-        """The validation split."""
+        """Return the validation split."""
         return self._images(self.val_split, self.eval_transform())
 
     def test_dataset(self) -> "RowImages":
-        """The test split, or the validation split where no other is given."""
+        """Return the test split, by default the validation split."""
         return self._images(self.test_split, self.eval_transform())
 
     def _images(self, split: str, transform: Transform) -> "RowImages":
@@ -93,8 +93,8 @@ class HuggingFaceDataModule(TimmTransformDataModule):
         )
 
     def _rows(self, split: str) -> Any:
-        """A split, reduced to the two columns: others would be decoded for nothing."""
-        rows = self._open(split)
+        """Return the two columns of a split; `datasets` would decode all others too."""
+        rows = self._load_split(split)
         columns = [self.image_column, self.label_column]
         if missing := set(columns) - set(rows.column_names):
             raise ValueError(
@@ -108,7 +108,7 @@ class HuggingFaceDataModule(TimmTransformDataModule):
             )
         return rows.select_columns(columns)
 
-    def _open(self, split: str) -> Any:
+    def _load_split(self, split: str) -> Any:
         datasets = import_datasets()
         if not (Path(self.path) / "dataset_dict.json").is_file():
             return datasets.load_dataset(self.path, self.config, split=split)
@@ -122,14 +122,17 @@ class HuggingFaceDataModule(TimmTransformDataModule):
 
 
 class RowImages(Dataset):
-    """Images and labels from the rows of a Hugging Face data set.
+    """A data set of images and labels from the rows of a Hugging Face data set.
 
     Args:
-        rows: the data set.
-        transform: makes the tensor of an image.
-        image_column: column of the images.
-        label_column: column of the labels.
-        location: where the rows are, for error messages.
+        rows: one split of the Hugging Face data set.
+        transform: a function of a PIL image that returns a tensor (3, H, W).
+        image_column: name of the column with the images.
+        label_column: name of the column with the labels.
+        location: name of the data set and split, for error messages.
+
+    Raises:
+        OSError: when a sample is read, if the image cannot be decoded.
     """
 
     def __init__(
@@ -162,10 +165,10 @@ class RowImages(Dataset):
 
 
 def import_datasets() -> ModuleType:
-    """The `datasets` package, which is optional.
+    """Import and return the optional package `datasets`.
 
     Raises:
-        ImportError: if it is not installed; says how to install it.
+        ImportError: if it is not installed; the message names the pip command.
     """
     try:
         import datasets

@@ -1,4 +1,4 @@
-"""Reading image files and folders of classes; errors name what is wrong in them."""
+"""Read image files and folders with a folder per class; errors name the file or folder."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,36 +11,43 @@ from torchvision.datasets.folder import default_loader, find_classes
 Transform = Callable[[Image.Image], Tensor]
 
 
-def open_folder(
+def open_image_folder(
     path: Path, transform: Transform, class_names: list[str], expected_by: Path
 ) -> ImageFolder:
-    """The images of one folder for each class, whose classes must be the named ones.
+    """Open a folder with a folder of images per class, and check the names of the classes.
 
     Args:
-        path: folder of the class folders.
-        transform: makes the tensor of an image.
-        class_names: the classes that must be there.
-        expected_by: the file or folder that names them, for the error message.
+        path: folder that contains the class folders.
+        transform: a function of a PIL image that returns a tensor (C, H, W).
+        class_names: names that the class folders must have, no more and no fewer.
+        expected_by: file or folder that the names come from, for the error message.
+
+    Returns:
+        A data set of (image, label); the labels follow the sorted names.
 
     Raises:
-        FileNotFoundError: if the folder is missing, or holds no image of some class.
-        ValueError: if the classes are others.
+        FileNotFoundError: if the folder is missing, or the folder of a class has no image.
+        ValueError: if the class folders have other names.
     """
     found = class_folders(path)
     if found != sorted(class_names):
         raise ValueError(
             f"{path} and {expected_by} differ in their classes: "
-            f"missing from {path.name}: {few(set(class_names) - set(found))}; "
-            f"only there: {few(set(found) - set(class_names))}"
+            f"missing from {path.name}: {abbreviate(set(class_names) - set(found))}; "
+            f"only there: {abbreviate(set(found) - set(class_names))}"
         )
     try:
         return ImageFolder(path, transform, loader=load_image)
-    except FileNotFoundError as error:  # a class without images; it names no path
+    except FileNotFoundError as error:  # torchvision names the empty classes, but no path
         raise FileNotFoundError(f"{path}: {error}") from error
 
 
 def class_folders(path: Path) -> list[str]:
-    """Names of the class folders of `path`, in order."""
+    """Return the names of the class folders in `path`, sorted.
+
+    Raises:
+        FileNotFoundError: if `path` is missing or contains no folder.
+    """
     try:
         return find_classes(path)[0]
     except FileNotFoundError as error:
@@ -51,14 +58,18 @@ def class_folders(path: Path) -> list[str]:
 
 
 def load_image(path: str) -> Image.Image:
-    """Read an image file as RGB; an OSError names the file."""
+    """Read an image file as RGB.
+
+    Raises:
+        OSError: if the file is missing or cannot be decoded; the message names the file.
+    """
     try:
         return default_loader(path)
-    except (OSError, SyntaxError) as error:  # PIL's for a broken PNG is a SyntaxError
+    except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for a broken PNG
         raise OSError(f"{path} cannot be read as an image ({error}): restore the file") from error
 
 
-def few(names: set[str]) -> str:
-    """The first names of a set, and how many more there are."""
-    shown = ", ".join(sorted(names)[:5]) or "none"
-    return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+def abbreviate(names: set[str]) -> str:
+    """Return the first five names of a set and the number of the others, for error messages."""
+    first = ", ".join(sorted(names)[:5]) or "none"
+    return first + (f" and {len(names) - 5} more" if len(names) > 5 else "")

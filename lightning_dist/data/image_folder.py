@@ -1,4 +1,4 @@
-"""ImageNet, and any other data set in a folder for each class, with timm's augmentation."""
+"""Data module for ImageNet, or any data set with a folder per class, with timm's augmentation."""
 
 from functools import cached_property
 from pathlib import Path
@@ -6,27 +6,28 @@ from typing import Any
 
 from torchvision.datasets import ImageFolder
 
-from lightning_dist.data.image_files import Transform, class_folders, open_folder
+from lightning_dist.data.image_files import Transform, class_folders, open_image_folder
 from lightning_dist.data.timm_transform import TimmTransformDataModule
 
 
 class ImageFolderDataModule(TimmTransformDataModule):
-    """Images as ROOT/train/CLASS/FILE and ROOT/val/CLASS/FILE: ImageNet, or any data set like it.
+    """Images in ROOT/train/CLASS/FILE and ROOT/val/CLASS/FILE: ImageNet, or any data set like it.
 
-    The labels follow the class folders' names in order.
+    The labels follow the sorted names of the class folders.
 
     Args:
-        root: folder that holds the three below.
-        train_dir: training images, a folder for each class.
-        val_dir: validation images, likewise.
-        test_dir: test images, likewise; by default the validation images, as ImageNet's published
-            numbers are on them.
+        root: folder that contains the folders below.
+        train_dir: folder of the training images, with a folder per class.
+        val_dir: folder of the validation images, with a folder per class.
+        test_dir: folder of the test images, with a folder per class; by default `val_dir`, because
+            ImageNet's published numbers are validation accuracies.
         **settings: see TimmTransformDataModule and ImageDataModule.
 
     Raises:
-        FileNotFoundError: when a data set is opened and a folder, or a class's images, are missing.
-        ValueError: when it is opened and its classes are not those of the training images.
-        OSError: when an image cannot be decoded; names the file.
+        FileNotFoundError: when a data set is opened, if a folder or the images of a class are
+            missing.
+        ValueError: when a data set is opened, if its classes differ from the training classes.
+        OSError: when a sample is read, if the image cannot be decoded.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class ImageFolderDataModule(TimmTransformDataModule):
 
     @cached_property
     def class_names(self) -> list[str]:  # type: ignore[override]
-        """Names of the training images' class folders, in order."""
+        """Names of the class folders of the training images, sorted."""
         return class_folders(self.root / self.train_dir)
 
     @property
@@ -56,18 +57,18 @@ class ImageFolderDataModule(TimmTransformDataModule):
         return len(self.class_names)
 
     def train_dataset(self) -> ImageFolder:
-        """The training images, augmented."""
-        return self._folder(self.train_dir, self.train_transform())
+        """Return the training images, augmented."""
+        return self._images(self.train_dir, self.train_transform())
 
     def val_dataset(self) -> ImageFolder:
-        """The validation images."""
-        return self._folder(self.val_dir, self.eval_transform())
+        """Return the validation images."""
+        return self._images(self.val_dir, self.eval_transform())
 
     def test_dataset(self) -> ImageFolder:
-        """The test images, or the validation images where there are no others."""
-        return self._folder(self.test_dir, self.eval_transform())
+        """Return the test images, by default the validation images."""
+        return self._images(self.test_dir, self.eval_transform())
 
-    def _folder(self, name: str, transform: Transform) -> ImageFolder:
-        return open_folder(
+    def _images(self, name: str, transform: Transform) -> ImageFolder:
+        return open_image_folder(
             self.root / name, transform, self.class_names, expected_by=self.root / self.train_dir
         )

@@ -1,4 +1,4 @@
-"""Scenes: real digits on textured canvases, with a mask, boxes and labels from one generator."""
+"""Data modules for generated scenes: digits on textured backgrounds, with masks and boxes."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -12,37 +12,37 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_dist.data.base import ImageDataModule, list_collate, stratified_split
+from lightning_dist.data.base import ImageDataModule, collate_as_lists, stratified_split
 from lightning_dist.data.tensor_images import TensorImages
 
 SPLITS = ("train", "val", "test")
 
 
 class Scene(NamedTuple):
-    """One image and all that is known of it."""
+    """A generated image with its mask, boxes and labels."""
 
     image: Tensor  # uint8 (3, S, S)
-    mask: Tensor  # int64 (S, S), 0 where there is background, else the digit plus 1
-    boxes: Tensor  # float32 (K, 4), x1 y1 x2 y2 in pixels, of what is visible of each digit
-    labels: Tensor  # int64 (K,), the digit plus 1
+    mask: Tensor  # int64 (S, S): 0 for the background, otherwise the digit plus 1
+    boxes: Tensor  # float32 (K, 4): x1, y1, x2, y2 in pixels, around the visible part of a digit
+    labels: Tensor  # int64 (K,): the digit plus 1
 
 
 class ScenesDataModule(ImageDataModule):
-    """Images (3, S, S) and masks (S, S) composed from scikit-learn's digits, for segmentation.
+    """Generated images (3, S, S) and masks (S, S) of scikit-learn's digits, for segmentation.
 
-    The digits are real, the scenes are not: each places a few digits at random scale and place, in
-    a bright random colour, over a darker random texture; later ones cover earlier ones. A scene is
-    a function of (`scene_seed`, split, index). No digit's image is in two splits.
+    A scene places a few digits at random positions and sizes, in random bright colours, on a darker
+    random texture. Later digits cover earlier ones. A scene depends on (`scene_seed`, split, index)
+    alone, and no digit's image is used in two splits.
 
     Args:
         train_size: number of training scenes.
         val_size: number of validation scenes.
         test_size: number of test scenes.
-        scene_size: height and width of a scene in pixels, at least 16.
-        most_digits: a scene has 1 to so many digits.
-        scales: least and greatest side of a digit, as part of the scene's.
-        texture: contrast of the background, from 0 (plain) to 1.
-        scene_seed: of the scenes; `seed` is that of the training order.
+        scene_size: height and width S of a scene in pixels, at least 16.
+        most_digits: largest number of digits in a scene; the smallest is 1.
+        scales: smallest and largest side of a digit, as fractions of the scene's side.
+        texture: contrast of the background, from 0 (one colour) to 1.
+        scene_seed: seed of the scenes; `seed` is the seed of the training order.
         **settings: see ImageDataModule.
 
     Raises:
@@ -96,16 +96,21 @@ class ScenesDataModule(ImageDataModule):
         self.scene_seed = scene_seed
 
     def scene(self, split: str, index: int) -> Scene:
-        """Compose the scene of an index: its image, mask, boxes and labels."""
+        """Generate a scene.
+
+        Args:
+            split: "train", "val" or "test".
+            index: number of the scene in its split, from 0.
+        """
         rng = np.random.default_rng((self.scene_seed, SPLITS.index(split), index))
         images, digits = self._digits
-        own = self._owned[split]
+        available = self._digits_of_split[split]
         size = self.image_size
         canvas = _texture(rng, size, self.texture)
         instances = torch.full((size, size), -1)
         labels = []
         for instance in range(rng.integers(1, self.most_digits + 1)):
-            chosen = own[rng.integers(len(own))]
+            chosen = available[rng.integers(len(available))]
             side = round(size * rng.uniform(*self.scales))
             top, left = rng.integers(size - side + 1, size=2)
             ink = F.interpolate(
@@ -123,28 +128,28 @@ class ScenesDataModule(ImageDataModule):
         return Scene(image, mask, boxes, torch.tensor([labels[i] for i in visible]))
 
     def prepare(self, image: Image.Image) -> Tensor:
-        """An image as in evaluation, at its own size."""
-        return self._normalised(image)
+        """Return a normalised image (3, H, W) without resizing it."""
+        return self._to_tensor(image)
 
     def train_dataset(self) -> Dataset:
-        """The training scenes."""
+        """Return the training scenes."""
         return self._scenes("train")
 
     def val_dataset(self) -> Dataset:
-        """The validation scenes."""
+        """Return the validation scenes."""
         return self._scenes("val")
 
     def test_dataset(self) -> Dataset:
-        """The test scenes."""
+        """Return the test scenes."""
         return self._scenes("test")
 
     def _scenes(self, split: str) -> Dataset:
         scenes = [self.scene(split, index) for index in range(self.sizes[split])]
         if not scenes:
             raise ValueError(f"{split}_size is 0: the {split} set has at least one scene")
-        return self._open(scenes)
+        return self._to_dataset(scenes)
 
-    def _open(self, scenes: list[Scene]) -> Dataset:
+    def _to_dataset(self, scenes: list[Scene]) -> Dataset:
         images = torch.stack([scene.image for scene in scenes])
         masks = torch.stack([scene.mask for scene in scenes])
         return TensorImages(images, masks, mean=self.mean, std=self.std)
@@ -155,8 +160,8 @@ class ScenesDataModule(ImageDataModule):
         return torch.from_numpy(bunch.images / 16).float(), torch.from_numpy(bunch.target)
 
     @cached_property
-    def _owned(self) -> dict[str, Tensor]:
-        """Which digits each split is composed from."""
+    def _digits_of_split(self) -> dict[str, Tensor]:
+        """Indices of the digits that each split uses."""
         _, digits = self._digits
         train, others = stratified_split(digits, 0.4)
         val, test = stratified_split(digits[others], 0.5)
@@ -164,10 +169,10 @@ class ScenesDataModule(ImageDataModule):
 
 
 class SceneBoxes(Dataset):
-    """Scenes as torchvision's detectors take them; read by index.
+    """A data set of scenes as (image, target), in the form that torchvision's detectors take.
 
     Args:
-        scenes: the scenes.
+        scenes: the scenes, whose labels become the digits 0 to 9.
     """
 
     def __init__(self, scenes: Sequence[Scene]) -> None:
@@ -180,11 +185,11 @@ class SceneBoxes(Dataset):
         scene = self.scenes[index]
         return scene.image / 255, {"boxes": scene.boxes, "labels": scene.labels - 1}
 
-    collate = staticmethod(list_collate)
+    collate = staticmethod(collate_as_lists)
 
 
 class SceneDetectionDataModule(ScenesDataModule):
-    """The scenes for detection: images (3, S, S) in 0..1, boxes, and labels that are the digits.
+    """Generated scenes for detection: images (3, S, S) in 0..1, boxes, and the digits as labels.
 
     Args:
         **settings: see ScenesDataModule.
@@ -204,12 +209,12 @@ class SceneDetectionDataModule(ScenesDataModule):
         super().__init__(**settings)
         self.class_names = [str(digit) for digit in range(10)]
 
-    def _open(self, scenes: list[Scene]) -> SceneBoxes:
+    def _to_dataset(self, scenes: list[Scene]) -> SceneBoxes:
         return SceneBoxes(scenes)
 
 
 def _texture(rng: np.random.Generator, size: int, contrast: float) -> Tensor:
-    """A few waves and noise in each channel around a random colour, in 0..1."""
+    """Return a background (3, size, size) in 0..1: waves and noise around a random colour."""
     y, x = np.mgrid[:size, :size] / size
     waves = np.zeros((3, size, size))
     for _ in range(4):
@@ -223,12 +228,12 @@ def _texture(rng: np.random.Generator, size: int, contrast: float) -> Tensor:
 
 
 def _brighter(rng: np.random.Generator, background: np.ndarray) -> np.ndarray:
-    """A random colour whose channels lie at least 0.25 above the background's, where they can."""
+    """Return a random colour, at least 0.25 brighter than the background unless that exceeds 1."""
     return rng.uniform(np.minimum(background + 0.25, 1), 1).astype(np.float32)
 
 
 def _box(pixels: Tensor) -> Tensor:
-    """The smallest box around them, its far edges exclusive."""
+    """Return the smallest box around the set pixels; x2 and y2 are exclusive."""
     rows, columns = pixels.any(1).nonzero().flatten(), pixels.any(0).nonzero().flatten()
     corners = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
     return torch.tensor(corners, dtype=torch.float32)

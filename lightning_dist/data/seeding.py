@@ -1,4 +1,4 @@
-"""An order of samples, and random transforms of them, that can be repeated to the pixel."""
+"""Deterministic sampling: order and augmentation as a function of (seed, epoch, index)."""
 
 import random
 from collections.abc import Iterator, Sized
@@ -9,11 +9,15 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-Key = tuple[int, int]  # (index, epoch): a sample, and the epoch that decides its augmentation
+Key = tuple[int, int]  # (index, epoch); the augmentation of a sample depends on both
 
 
 def derive_seeds(*parts: int, count: int = 1) -> list[int]:
-    """Mix whole numbers (a seed, an epoch, an index) into `count` unrelated 32-bit seeds.
+    """Return `count` independent 32-bit seeds that depend on all given numbers and their order.
+
+    Args:
+        *parts: whole numbers from 0, such as a seed, an epoch and an index.
+        count: number of seeds.
 
     Example:
         >>> derive_seeds(0, 1) == derive_seeds(1, 0)
@@ -24,10 +28,10 @@ def derive_seeds(*parts: int, count: int = 1) -> list[int]:
 
 @contextmanager
 def seeded(*parts: int) -> Iterator[None]:
-    """Seed torch, NumPy and random from `parts`, and put their streams back afterwards.
+    """Seed torch, NumPy and random from `parts`, and restore their states afterwards.
 
-    Only torch's CPU generator takes part: `torch.manual_seed` would reset the GPUs' too, and with
-    them the dropout of the network that trains in this process.
+    Of torch only the CPU generator is seeded. `torch.manual_seed` would seed the GPUs too, and so
+    change the dropout of the network that trains in this process.
     """
     states = torch.default_generator.get_state(), np.random.get_state(), random.getstate()
     for_torch, for_numpy, for_random = derive_seeds(*parts, count=3)
@@ -43,14 +47,16 @@ def seeded(*parts: int) -> Iterator[None]:
 
 
 class EpochSampler(DistributedSampler):
-    """Shuffles by (seed, epoch) alone and yields Keys; a DistributedSampler, so Lightning keeps it.
+    """A sampler that shuffles by (seed, epoch) alone and yields Keys.
+
+    It is a DistributedSampler, because Lightning replaces any other sampler in distributed runs.
 
     Args:
-        dataset: what is sampled.
-        seed: of the run; two seeds never share an order, whatever the epochs.
-        num_replicas: number of processes among which each epoch is dealt out.
-        rank: which of them this is.
-        drop_last: drop the samples that cannot be dealt out evenly, where some would be repeated.
+        dataset: the data set to sample.
+        seed: seed of the run; runs with different seeds share no order, in whatever epochs.
+        num_replicas: number of processes that share the samples of each epoch.
+        rank: number of this process among them, from 0.
+        drop_last: if the samples cannot be shared evenly, drop the rest instead of repeating some.
     """
 
     def __init__(
@@ -72,11 +78,11 @@ class EpochSampler(DistributedSampler):
 
 
 class ResumableLoader(DataLoader):
-    """A loader of Keys that a checkpoint taken in mid-epoch brings back to its next batch.
+    """A loader that a checkpoint from the middle of an epoch resumes at the next batch.
 
-    Lightning makes the iterator before it tells the sampler the epoch, and worker processes ask for
-    their first batches at once: on a resume they would repeat the order of epoch 0. So everything
-    waits until the first batch is asked for.
+    Lightning creates the iterator before it calls the sampler's `set_epoch`, and worker processes
+    fetch their first batches at once: on a resume they would repeat the order of epoch 0.
+    Therefore `__iter__` is a generator, which does nothing until the first batch is requested.
     """
 
     _position: dict[str, int] | None = None
@@ -84,11 +90,11 @@ class ResumableLoader(DataLoader):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         sampler = self.sampler
-        if not isinstance(sampler, EpochSampler):  # Lightning replaces it under overfit_batches
+        if not isinstance(sampler, EpochSampler):  # Lightning replaced it: overfit_batches
             yield from super().__iter__()
             return
         resume_at, self._resume_at = self._resume_at, None
-        # A checkpoint at an epoch's end names the epoch before: nothing to skip then.
+        # A state saved at an epoch's end is of the epoch just finished; the next starts at batch 0.
         resumes = resume_at is not None and resume_at["epoch"] == sampler.epoch
         done = resume_at["batches"] if resume_at is not None and resumes else 0
         sampler.skip = done * cast(int, self.batch_size)
@@ -97,20 +103,21 @@ class ResumableLoader(DataLoader):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Epoch and number of its batches handed out; Lightning puts it into the checkpoint."""
+        """Return the epoch and its number of finished batches; Lightning saves them."""
         return dict(self._position or {})
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Continue behind the batches that `state_dict` counts, if its epoch is the next to run."""
+        """Skip the batches that `state_dict` counts, if the next epoch is the one it names."""
         self._resume_at = state_dict or None
 
 
 class SeededDataset(Dataset):
-    """Reads samples by Key; what their random transforms draw depends on (seed, Key) alone.
+    """A data set read by Key, whose random transforms depend on (seed, Key) alone.
 
     Args:
         dataset: a map-style data set, read by index.
-        seed: of the run; None where no transform is random, which saves the seeding (some 30 us).
+        seed: seed of the run; None if no transform is random, which saves the seeding, about 30 us
+            for each sample.
     """
 
     def __init__(self, dataset: Dataset, seed: int | None) -> None:

@@ -1,4 +1,4 @@
-"""Data sets for segmentation: Cityscapes, Pascal VOC 2012, and ADE20K-style folders."""
+"""Data modules for segmentation: Cityscapes, Pascal VOC 2012, and folders as ADE20K has them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,25 +6,28 @@ from typing import Any
 
 from torchvision.datasets import Cityscapes, VOCSegmentation
 from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.models.segmentation import DeepLabV3_ResNet50_Weights
 
-from lightning_dist.data.image_files import few
+from lightning_dist.data.image_files import abbreviate
 from lightning_dist.data.segmentation_base import IGNORED, Pair, SegmentationDataModule
-from lightning_dist.data.voc import VOC_CLASSES
+
+# torchvision lists Pascal VOC's classes with the weights that were trained on them.
+_VOC_CLASSES = DeepLabV3_ResNet50_Weights.DEFAULT.meta["categories"][1:]  # without the background
 
 
 class CityscapesDataModule(SegmentationDataModule):
-    """Cityscapes, 19 classes, from its archives leftImg8bit and gtFine, by torchvision's data set.
+    """Cityscapes with 19 classes, found through torchvision's data set.
 
-    The published numbers are on the validation images, which are the test images here too: the
-    test masks are not public.
+    The test set is the validation set, because the test masks are not public. Published numbers
+    are on the validation set too.
 
     Args:
-        root: folder that holds `leftImg8bit/SPLIT/CITY/*_leftImg8bit.png` and
+        root: folder that contains `leftImg8bit/SPLIT/CITY/*_leftImg8bit.png` and
             `gtFine/SPLIT/CITY/*_gtFine_labelIds.png`, or the archives of both.
         **settings: see SegmentationDataModule and ImageDataModule.
 
     Raises:
-        FileNotFoundError: when a data set is opened and folders, images or masks are missing.
+        FileNotFoundError: when a data set is opened, if folders, images or masks are missing.
     """
 
     _trained = sorted((c for c in Cityscapes.classes if 0 <= c.train_id < 255), key=lambda c: c[2])
@@ -40,16 +43,20 @@ class CityscapesDataModule(SegmentationDataModule):
 
     @property
     def class_ids(self) -> list[int]:
-        """The label ids that train."""
+        """The id in the masks of each of the 19 classes, in the order of the classes."""
         return [c.id for c in self._trained]
 
     @property
     def ignored_ids(self) -> list[int]:
-        """All others; the licence plates' -1 is 255 in the files."""
+        """All other ids in the masks; the licence plates' id -1 is stored as 255."""
         return [c.id % 256 for c in Cityscapes.classes if c not in self._trained] + [IGNORED]
 
     def pairs(self, split: str) -> list[Pair]:
-        """Of a split's images, in order."""
+        """Return the files of a split, sorted; "test" is the validation split.
+
+        Raises:
+            FileNotFoundError: if the data set, an image or a mask is missing.
+        """
         split = "train" if split == "train" else "val"
         try:
             data = Cityscapes(str(self.root), split, target_type="semantic")
@@ -63,22 +70,22 @@ class CityscapesDataModule(SegmentationDataModule):
         pairs = sorted(Pair(Path(image), Path(mask)) for image, (mask,) in found)
         have = {pair.mask for pair in pairs}
         masks = (self.root / "gtFine" / split).glob("*/*_gtFine_labelIds.png")
-        _refuse_lone({str(mask) for mask in masks if mask not in have})
+        _refuse_unpaired({str(mask) for mask in masks if mask not in have})
         return pairs
 
 
 class VOC2012DataModule(SegmentationDataModule):
-    """Pascal VOC 2012, 20 classes and the background, by torchvision's data set.
+    """Pascal VOC 2012 with 20 classes and the background, found through torchvision's data set.
 
-    The test masks are not public: the validation images are the test images here too.
+    The test set is the validation set, because the test masks are not public.
 
     Args:
-        root: folder that holds `VOCdevkit/VOC2012`.
-        download: fetch it (2 GB) where it is missing.
+        root: folder that contains `VOCdevkit/VOC2012`.
+        download: download the data set (2 GB) if it is missing.
         **settings: see SegmentationDataModule and ImageDataModule.
 
     Raises:
-        FileNotFoundError: when a data set is opened and folders, images or masks are missing.
+        FileNotFoundError: when a data set is opened, if folders, images or masks are missing.
     """
 
     num_classes = 21
@@ -90,15 +97,19 @@ class VOC2012DataModule(SegmentationDataModule):
         self.root = Path(root)
         self.download = download
         self.location = str(self.root)
-        self.class_names = ["background", *VOC_CLASSES]
+        self.class_names = ["background", *_VOC_CLASSES]
 
     def prepare_data(self) -> None:
-        """Fetch the archive, where asked to."""
+        """Download the data set if `download` is set and it is missing."""
         if self.download and not (self.root / "VOCdevkit" / "VOC2012").is_dir():
             VOCSegmentation(self.root, "2012", download=True)
 
     def pairs(self, split: str) -> list[Pair]:
-        """Of the split's list in `ImageSets/Segmentation`."""
+        """Return the files in the split's list in `ImageSets/Segmentation`.
+
+        Raises:
+            FileNotFoundError: if the data set is missing.
+        """
         try:
             data = VOCSegmentation(self.root, "2012", "train" if split == "train" else "val")
         except (RuntimeError, OSError) as error:
@@ -110,24 +121,26 @@ class VOC2012DataModule(SegmentationDataModule):
 
 
 class MaskFolderDataModule(SegmentationDataModule):
-    """Images and masks of the same names in two folders, as ADE20K has them.
+    """Images and masks with the same names in two folders, as ADE20K has them.
 
     Args:
-        root: folder that holds `images/SPLIT/NAME.jpg` and `annotations/SPLIT/NAME.png`; a split
-            may have folders of its own within.
+        root: folder that contains `images/SPLIT/NAME.jpg` and `annotations/SPLIT/NAME.png`; a split
+            may have subfolders.
         num_classes: number of classes.
-        class_names: their names.
-        reduce_zero_label: id 0 is no class: ids 1 to `num_classes` are, as in ADE20K. Otherwise ids
-            0 to `num_classes` - 1 are the classes. 255 is always ignored.
-        images: folder of the images.
-        masks: folder of the masks.
-        train: folder of the training images in both.
-        val: folder of the validation images in both.
-        test: folder of the test images in both; by default the validation images.
+        class_names: names of the classes, in their order; None if they have none.
+        reduce_zero_label: the classes have ids 1 to `num_classes` in the masks and id 0 is ignored,
+            as in ADE20K. By default they have ids 0 to `num_classes` - 1. Id 255 is always ignored.
+        images: name of the folder of the images.
+        masks: name of the folder of the masks.
+        train: name of the training split's folder, in both.
+        val: name of the validation split's folder.
+        test: name of the test split's folder; by default that of the validation split.
         **settings: see SegmentationDataModule and ImageDataModule.
 
     Raises:
-        FileNotFoundError: when a data set is opened and folders, images or masks are missing.
+        FileNotFoundError: when a data set is opened, if folders, images or masks are missing.
+        ValueError: if `class_names` are not `num_classes` names; when a data set is opened, if two
+            files have the same name without suffix.
     """
 
     def __init__(
@@ -159,24 +172,29 @@ class MaskFolderDataModule(SegmentationDataModule):
 
     @property
     def class_ids(self) -> Sequence[int]:
-        """From 1 on with `reduce_zero_label`, otherwise from 0."""
+        """The id in the masks of each class: from 1 with `reduce_zero_label`, otherwise from 0."""
         first = int(self.reduce_zero_label)
         return range(first, first + self.num_classes)
 
     @property
     def ignored_ids(self) -> Sequence[int]:
-        """255, and 0 with `reduce_zero_label`."""
+        """The ignored ids in the masks: 255, and 0 with `reduce_zero_label`."""
         return (0, IGNORED) if self.reduce_zero_label else (IGNORED,)
 
     def pairs(self, split: str) -> list[Pair]:
-        """Of all images of the split's folder, in order."""
+        """Return the files of a split, sorted by name.
+
+        Raises:
+            FileNotFoundError: if a folder is missing, or an image or a mask has no counterpart.
+            ValueError: if two files have the same name without suffix.
+        """
         images, masks = (self._files(name, self.splits[split]) for name in self.folders)
-        _refuse_lone({str(path) for name, path in images.items() if name not in masks})
-        _refuse_lone({str(path) for name, path in masks.items() if name not in images})
+        _refuse_unpaired({str(path) for name, path in images.items() if name not in masks})
+        _refuse_unpaired({str(path) for name, path in masks.items() if name not in images})
         return [Pair(images[name], masks[name]) for name in sorted(images)]
 
     def _files(self, kind: str, split: str) -> dict[str, Path]:
-        """Paths by their names without suffix."""
+        """Return the image files under a folder, by their names without suffix."""
         folder = self.root / kind / split
         if not folder.is_dir():
             raise FileNotFoundError(
@@ -193,9 +211,9 @@ class MaskFolderDataModule(SegmentationDataModule):
         return files
 
 
-def _refuse_lone(paths: set[str]) -> None:
+def _refuse_unpaired(paths: set[str]) -> None:
     if paths:
         raise FileNotFoundError(
-            f"{len(paths)} of the images and masks have no counterpart: {few(paths)}: add it, or "
-            "remove them"
+            f"{len(paths)} of the images and masks have no counterpart: {abbreviate(paths)}: "
+            "add it, or remove them"
         )

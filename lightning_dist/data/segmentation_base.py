@@ -1,4 +1,4 @@
-"""What data sets of images with a mask each share: reading, augmenting, normalising."""
+"""`SegmentationDataModule`: reads image files with masks, checks, augments and normalises them."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,31 +15,34 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
 from lightning_dist.data.base import ImageDataModule
-from lightning_dist.data.image_files import few, load_image
+from lightning_dist.data.image_files import abbreviate, load_image
 
-IGNORED = 255  # the label of pixels that count nowhere
+IGNORED = 255  # the label of pixels that neither the loss nor the metrics count
 
 
 class Pair(NamedTuple):
-    """The files of an image and its mask."""
+    """The files of an image and of its mask."""
 
     image: Path
     mask: Path
 
 
 class MaskedImages(Dataset):
-    """Reads images and masks, maps the masks' ids to classes, and transforms both alike.
+    """A data set that reads images and masks, and applies one transform to both.
 
     Args:
-        pairs: the files; masks are single-channel images, or palette ones, of ids 0 to 255.
-        class_ids: the id of each class, in the order of the classes.
-        ignored_ids: ids of pixels that count nowhere; they become 255.
-        transform: takes image (3, H, W) and mask (H, W), uint8 tv_tensors, and returns both.
+        pairs: the files. A mask is an image with one channel or a palette, whose pixels are ids
+            from 0 to 255.
+        class_ids: the id in the masks of each class, in the order of the classes.
+        ignored_ids: ids of the pixels to ignore; they become 255.
+        transform: a function of an image (3, H, W) and a mask (H, W), uint8 tv_tensors, that
+            returns both.
 
     Raises:
-        FileNotFoundError: if a file is missing; all are looked for at once.
-        ValueError: when a pair is read: a mask of another size than its image, or with other ids.
-        OSError: when a pair is read and a file cannot be decoded.
+        FileNotFoundError: if files are missing; all files are checked at once.
+        ValueError: when a sample is read, if the mask's size differs from the image's, or the mask
+            has other ids.
+        OSError: when a sample is read, if a file cannot be decoded.
     """
 
     def __init__(
@@ -52,8 +55,8 @@ class MaskedImages(Dataset):
         missing = {str(path) for pair in pairs for path in pair if not path.is_file()}
         if missing:
             raise FileNotFoundError(
-                f"{len(missing)} of {2 * len(pairs)} images and masks are missing: {few(missing)}: "
-                "restore them, or remove their counterparts"
+                f"{len(missing)} of {2 * len(pairs)} images and masks are missing: "
+                f"{abbreviate(missing)}: restore them, or remove their counterparts"
             )
         self.pairs = list(pairs)
         self.known = np.zeros(256, dtype=bool)
@@ -90,17 +93,17 @@ class MaskedImages(Dataset):
         unknown = {str(i) for i in np.unique(ids) if not self.known[i]}
         if unknown:
             raise ValueError(
-                f"{path} has the ids {few(unknown)}, which are neither a class's nor ignored: "
-                "mend the mask, or the class_ids and ignored_ids of the data set"
+                f"{path} has the ids {abbreviate(unknown)}, which are neither a class's nor "
+                "ignored: correct the mask, or the class_ids and ignored_ids of the data set"
             )
         return torch.from_numpy(self.class_of[ids])
 
 
 class RandomScale:
-    """Resize image and mask by a factor drawn from a list, every one alike.
+    """A transform that resizes image and mask by a factor drawn from a list.
 
     Args:
-        factors: to draw from.
+        factors: the factors, all equally likely.
     """
 
     def __init__(self, factors: Sequence[float]) -> None:
@@ -109,24 +112,28 @@ class RandomScale:
     def __call__(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         factor = self.factors[int(torch.randint(len(self.factors), ()))]
         size = [max(round(side * factor), 1) for side in image.shape[-2:]]
-        return tvf.resize(image, size), tvf.resize(mask, size)  # the mask to the nearest pixel
+        return tvf.resize(image, size), tvf.resize(
+            mask, size
+        )  # nearest pixel for a tv_tensors.Mask
 
 
 class SegmentationDataModule(ImageDataModule):
-    """Image files with masks, augmented by random scale, crop and flip; evaluated whole.
+    """A base class for image files with masks: random scale, crop and flip in training.
 
-    A subclass provides `pairs`, `class_ids` and `ignored_ids`.
+    Evaluation uses whole images. A subclass defines `pairs` and, unless the ids in its masks are
+    0 to `num_classes` - 1 and 255, `class_ids` and `ignored_ids`.
 
     Args:
-        crop_size: height and width of the training crops in pixels, padded where the image is
-            smaller with the mean and ignored labels; None trains on whole images.
-        scales: factors of the random resizing before the crop; None for none.
+        crop_size: height and width of the training crops in pixels; smaller images are padded with
+            the mean colour and ignored labels. None trains on whole images.
+        scales: factors of the random resizing before the crop; None does not resize.
         flip: probability of mirroring.
-        eval_size: height and width to which images and masks are resized in evaluation; None keeps
-            theirs, and then images of several sizes need `eval_batch_size` 1.
-        bgr: give the channels in the order blue, green, red; `mean` and `std` are in that order.
-        mean: of each channel, for pixels scaled to 0..1: in a convention of 0..255, over 255.
-        std: of each channel, likewise; 1 / 255 leaves pixels in 0..255.
+        eval_size: height and width in pixels to which evaluation resizes images and masks; None
+            does not resize, and then images that differ in size need `eval_batch_size=1`.
+        bgr: order the channels blue, green, red, also in `mean` and `std`.
+        mean: one value per channel, for pixels scaled to 0..1. Divide published values for pixels
+            in 0..255 by 255.
+        std: one value per channel, for pixels scaled to 0..1; 1 / 255 leaves pixels in 0..255.
         **settings: see ImageDataModule.
     """
 
@@ -151,62 +158,62 @@ class SegmentationDataModule(ImageDataModule):
         self.bgr = bgr
 
     def pairs(self, split: str) -> list[Pair]:
-        """The files of "train", "val" or "test"."""
+        """Return the files of a split: "train", "val" or "test"."""
         raise NotImplementedError
 
     @property
     def class_ids(self) -> Sequence[int]:
-        """The masks' id of each class."""
+        """The id in the masks of each class, in the order of the classes."""
         return range(self.num_classes)
 
     @property
     def ignored_ids(self) -> Sequence[int]:
-        """The masks' ids of pixels that count nowhere."""
+        """The ids in the masks of pixels to ignore."""
         return (IGNORED,)
 
     def train_transform(self) -> v2.Compose:
-        """Random scale, crop and flip, of an image and its mask."""
+        """Return the transform for training, applied to (image, mask): scale, crop and flip."""
         steps: list[Any] = []
         if self.scales is not None:
             steps.append(RandomScale(self.scales))
         if self.crop_size is not None:
-            # In front of the normalisation the mean is what becomes 0.
+            # The crop runs before the normalisation, which turns the mean colour into 0.
             colour = [round(255 * m) for m in (self.mean[::-1] if self.bgr else self.mean)]
             fill = {tv_tensors.Image: colour, tv_tensors.Mask: IGNORED}
             steps.append(v2.RandomCrop(self.crop_size, pad_if_needed=True, fill=fill))
-        return v2.Compose([*steps, v2.RandomHorizontalFlip(self.flip), self._finish])
+        return v2.Compose([*steps, v2.RandomHorizontalFlip(self.flip), self._to_tensors])
 
     def eval_transform(self) -> v2.Compose:
-        """Resize where asked for, of an image and its mask."""
+        """Return the transform for evaluation, applied to (image, mask): resize to `eval_size`."""
         steps = [] if self.eval_size is None else [v2.Resize(self.eval_size)]
-        return v2.Compose([*steps, self._finish])
+        return v2.Compose([*steps, self._to_tensors])
 
     def prepare(self, image: Image.Image) -> Tensor:
-        """An image as in evaluation, at its own size."""
-        return self._normalised(image)
+        """Return a normalised image (3, H, W) without resizing it."""
+        return self._to_tensor(image)
 
     def to_pixels(self, images: Tensor) -> Tensor:
-        """The uint8 images (N, 3, H, W), red first, that a batch of the loaders was made from."""
+        """Undo the normalisation of a batch (N, 3, H, W): return it as uint8 RGB in 0..255."""
         pixels = super().to_pixels(images)
         return pixels.flip(1) if self.bgr else pixels
 
     def train_dataset(self) -> MaskedImages:
-        """The training images and masks, augmented."""
-        return self._open("train", self.train_transform())
+        """Return the training images and masks, augmented."""
+        return self._masked_images("train", self.train_transform())
 
     def val_dataset(self) -> MaskedImages:
-        """The validation images and masks."""
-        return self._open("val", self.eval_transform())
+        """Return the validation images and masks."""
+        return self._masked_images("val", self.eval_transform())
 
     def test_dataset(self) -> MaskedImages:
-        """The test images and masks."""
-        return self._open("test", self.eval_transform())
+        """Return the test images and masks."""
+        return self._masked_images("test", self.eval_transform())
 
-    def _open(self, split: str, transform: v2.Compose) -> MaskedImages:
+    def _masked_images(self, split: str, transform: v2.Compose) -> MaskedImages:
         return MaskedImages(self.pairs(split), self.class_ids, self.ignored_ids, transform)
 
-    def _finish(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        return self._scaled(image.as_subclass(Tensor)), mask.as_subclass(Tensor).long()
+    def _to_tensors(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        return self._normalise(image.as_subclass(Tensor)), mask.as_subclass(Tensor).long()
 
-    def _scaled(self, pixels: Tensor) -> Tensor:
-        return super()._scaled(pixels.flip(0) if self.bgr else pixels)
+    def _normalise(self, pixels: Tensor) -> Tensor:
+        return super()._normalise(pixels.flip(0) if self.bgr else pixels)

@@ -1,4 +1,4 @@
-"""Images in memory, augmented and normalised a whole batch at a time."""
+"""`TensorImages`: a data set in memory that augments and normalises a whole batch at a time."""
 
 import copy
 from collections.abc import Sequence
@@ -12,17 +12,17 @@ from lightning_dist.data.seeding import Key, derive_seeds
 
 
 class TensorImages(Dataset):
-    """Images in memory, read, augmented and normalised a batch at a time; takes Keys or indices.
+    """A data set in memory that takes Keys or indices, one at a time or a whole batch at once.
 
     Args:
-        images: uint8 of shape (N, C, H, W), H = W.
-        labels: int64 of shape (N,).
-        mean: of each channel, for pixels scaled to 0..1.
-        std: of each channel, likewise.
-        white: the pixel value that scales to 1.
-        padding: pad by this many black pixels on each side and crop at random; 0 for none.
-        flip: mirror at random.
-        seed: of the run; decides crops and flips with the Keys' epoch and index.
+        images: uint8 pixels of shape (N, C, H, W), H = W.
+        labels: int64 class indices of shape (N,), or masks (N, H, W).
+        mean: one value per channel, for pixels scaled to 0..1.
+        std: one value per channel, for pixels scaled to 0..1.
+        white: the pixel value that is scaled to 1.
+        padding: pad each side by this many black pixels, then crop at random; 0 does neither.
+        flip: mirror half of the images, at random.
+        seed: seed of the run; with a Key's epoch and index it decides the crop and the flip.
     """
 
     def __init__(
@@ -39,8 +39,8 @@ class TensorImages(Dataset):
     ) -> None:
         self.images = images
         self.labels = labels
-        self.mean = of_channels(mean)
-        self.std = of_channels(std)
+        self.mean = per_channel(mean)
+        self.std = per_channel(std)
         self.white = white
         self.padding = padding
         self.flip = flip
@@ -55,7 +55,10 @@ class TensorImages(Dataset):
         return images[0], labels[0]
 
     def __getitems__(self, keys: Sequence[Key | int]) -> tuple[Tensor, Tensor]:
-        """A whole batch, images (B, C, H, W) and labels (B,); all its Keys are of one epoch."""
+        """Return a batch: normalised images (B, C, H, W) and labels (B,).
+
+        All Keys must have the same epoch.
+        """
         pairs = [key if isinstance(key, tuple) else (key, 0) for key in keys]
         indices = torch.tensor([index for index, _ in pairs])
         images = self.images[indices]
@@ -66,22 +69,22 @@ class TensorImages(Dataset):
 
     @property
     def random(self) -> bool:
-        """Whether anything is drawn at random."""
+        """Whether the images are augmented at random."""
         return bool(self.padding or self.flip)
 
     def with_seed(self, seed: int) -> "TensorImages":
-        """The same images, augmented by another seed."""
+        """Return a copy with the same images and another seed of the augmentation."""
         other = copy.copy(self)
         other.seed, other._draws = seed, None
         return other
 
     @staticmethod
     def collate(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Nothing is left to collate."""
+        """Return the batch as it is, since `__getitems__` has collated it."""
         return batch
 
     def _augment(self, images: Tensor, indices: Tensor, epoch: int) -> Tensor:
-        """Crop and mirror in one gather, which is several times faster than image by image."""
+        """Crop and mirror a batch by one gather, several times faster than image by image."""
         offsets, flips = (draw[indices] for draw in self._draws_of(epoch))
         count, channels, size, _ = images.shape
         pixel = torch.arange(size)
@@ -93,7 +96,7 @@ class TensorImages(Dataset):
         return padded.gather(2, source).view_as(images)
 
     def _draws_of(self, epoch: int) -> tuple[Tensor, Tensor]:
-        """Offsets (N, 2) and flips (N,) of every image in an epoch, drawn once an epoch."""
+        """Return offsets (N, 2) and flips (N,) of all images, drawn once per epoch."""
         if self._draws is None or self._draws[0] != epoch:
             seeds = derive_seeds(self.seed, epoch, count=2)
             crops, mirrors = (torch.Generator().manual_seed(seed) for seed in seeds)
@@ -103,6 +106,6 @@ class TensorImages(Dataset):
         return self._draws[1:]
 
 
-def of_channels(values: Sequence[float]) -> Tensor:
-    """One number a channel, to broadcast over an image."""
+def per_channel(values: Sequence[float]) -> Tensor:
+    """Return one number per channel as a tensor (C, 1, 1), to broadcast over an image."""
     return torch.tensor(values).view(-1, 1, 1)

@@ -1,4 +1,4 @@
-"""What data sets with timm's augmentation and normalisation share."""
+"""`TimmTransformDataModule`: augments and normalises images by timm's `create_transform`."""
 
 from typing import Any
 
@@ -11,22 +11,24 @@ from lightning_dist.data.image_files import Transform
 
 
 class TimmTransformDataModule(ImageDataModule):
-    """Image files through timm's `create_transform`: by default ImageNet's baseline recipe.
+    """A base class for images transformed by timm, with ImageNet's baseline recipe as the default.
 
-    Training takes a random resized crop and a random flip; evaluation resizes the shorter side to
-    image_size / crop_pct and takes the centre. Mixup and CutMix mix whole batches: the
-    LightningModule applies them.
+    Training uses a random resized crop and a random flip. Evaluation resizes the shorter side to
+    `image_size / crop_pct` pixels and crops the centre. Mixup and CutMix are not here: they mix
+    whole batches, so the LightningModule applies them.
 
     Args:
-        image_size: side of the crops in pixels.
-        crop_pct: what the centre crop keeps of the resized image's shorter side.
-        interpolation: "bilinear", "bicubic" or, for training, "random".
-        auto_augment: timm's string for RandAugment and its like, such as "rand-m9-mstd0.5".
+        image_size: height and width of the crops in pixels.
+        crop_pct: part of the resized image's shorter side that the centre crop keeps.
+        interpolation: "bilinear", "bicubic" or "random"; evaluation uses "bilinear" for "random".
+        auto_augment: timm's string for RandAugment or a similar policy, such as
+            "rand-m9-mstd0.5".
         re_prob: probability of random erasing.
-        re_mode: what erasing fills in: "pixel" (noise), "rand" (one colour) or "const" (the mean).
-        color_jitter: strength of colour jitter; timm leaves it out where there is `auto_augment`.
-        mean: of each channel, for the normalisation.
-        std: of each channel, likewise.
+        re_mode: fill of the erased area: "pixel" (noise), "rand" (one colour) or "const" (the
+            mean).
+        color_jitter: strength of colour jitter; timm ignores it if `auto_augment` is set.
+        mean: one value per channel, for pixels scaled to 0..1.
+        std: one value per channel, for pixels scaled to 0..1.
         **settings: see ImageDataModule.
     """
 
@@ -56,7 +58,7 @@ class TimmTransformDataModule(ImageDataModule):
         self.std = tuple(std)
 
     def train_transform(self) -> Transform:
-        """Random crop, flip and what the arguments ask for, up to the normalised tensor."""
+        """Return the training transform, from a PIL image to a normalised tensor (3, H, W)."""
         return create_transform(
             self.image_size,
             is_training=True,
@@ -70,14 +72,14 @@ class TimmTransformDataModule(ImageDataModule):
         )
 
     def prepare(self, image: Image.Image) -> Tensor:
-        """An image as in evaluation."""
+        """Return any image as the evaluation loaders give it to the network: (3, H, W)."""
         return self.eval_transform()(image.convert("RGB"))
 
     def eval_transform(self) -> Transform:
-        """Resize and centre crop, up to the normalised tensor."""
+        """Return the evaluation transform, from a PIL image to a normalised tensor (3, H, W)."""
         return create_transform(
             self.image_size,
-            # "random" is of the training transform alone
+            # timm accepts "random" for the training transform only.
             interpolation="bilinear" if self.interpolation == "random" else self.interpolation,
             crop_pct=self.crop_pct,
             mean=self.mean,

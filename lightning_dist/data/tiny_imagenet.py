@@ -1,4 +1,4 @@
-"""Tiny-ImageNet-200, read from the files as they come out of its archive."""
+"""Data module for Tiny-ImageNet-200, which reads the files as they are in its archive."""
 
 from collections.abc import Callable
 from functools import cached_property
@@ -12,7 +12,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from lightning_dist.data.base import ImageDataModule
-from lightning_dist.data.image_files import few, load_image, open_folder
+from lightning_dist.data.image_files import abbreviate, load_image, open_image_folder
 
 LAYOUT = (
     "expected Tiny-ImageNet-200's own layout: wnids.txt, words.txt, train/CLASS/images/*.JPEG, "
@@ -23,17 +23,17 @@ LAYOUT = (
 class TinyImageNetDataModule(ImageDataModule):
     """Tiny-ImageNet as (3, 64, 64) float32: random crops with 8 pixels of padding, random flips.
 
-    The labels follow the WordNet ids in alphabetical order. The archive's test images have no
-    labels, so that published numbers are on the validation images: validation and test are both.
+    The labels follow the sorted WordNet ids. The test set is the validation set, because the
+    archive's test images have no labels. Published numbers are on the validation set too.
 
     Args:
-        root: folder with wnids.txt, words.txt, train and val.
+        root: folder that contains wnids.txt, words.txt, train and val.
         **settings: see ImageDataModule.
 
     Raises:
-        FileNotFoundError: when a data set is opened and a file or folder is missing.
-        ValueError: when it is opened and its classes are not those of wnids.txt.
-        OSError: when an image cannot be decoded; names the file.
+        FileNotFoundError: when a data set is opened, if a file or folder is missing.
+        ValueError: when a data set is opened, if its classes are not those of wnids.txt.
+        OSError: when a sample is read, if the image cannot be decoded.
     """
 
     mean = (0.4802, 0.4481, 0.3975)
@@ -52,7 +52,7 @@ class TinyImageNetDataModule(ImageDataModule):
 
     @cached_property
     def class_names(self) -> list[str]:  # type: ignore[override]
-        """The classes in words, from words.txt."""
+        """Names of the classes in the order of the labels, from words.txt."""
         lines = self._read("words.txt").splitlines()
         words = dict(line.split("\t", maxsplit=1) for line in lines if "\t" in line)
         return [words.get(wnid, wnid) for wnid in self.wnids]
@@ -63,40 +63,42 @@ class TinyImageNetDataModule(ImageDataModule):
         return len(self.wnids)
 
     def train_dataset(self) -> ImageFolder:
-        """The training images, augmented."""
+        """Return the training images, augmented."""
         crop = transforms.RandomCrop(self.image_size, padding=self.image_size // 8)
         augment = [crop, transforms.RandomHorizontalFlip()]
-        transform = transforms.Compose([*augment, self._to_tensor()])
-        return open_folder(
+        transform = transforms.Compose([*augment, self._eval_transform()])
+        return open_image_folder(
             self.root / "train", transform, self.wnids, expected_by=self.root / "wnids.txt"
         )
 
     def val_dataset(self) -> "ListedImages":
-        """The validation images with the labels of val_annotations.txt."""
-        return ListedImages(self._annotated(), self._to_tensor())
+        """Return the validation images, with the labels of val_annotations.txt."""
+        return ListedImages(self._annotated(), self._eval_transform())
 
     def test_dataset(self) -> "ListedImages":
-        """The validation images, as no others have labels."""
+        """Return the validation images, because the test images have no labels."""
         return self.val_dataset()
 
-    def _to_tensor(self) -> transforms.Compose:
+    def _eval_transform(self) -> transforms.Compose:
         return transforms.Compose(
             [transforms.ToTensor(), transforms.Normalize(self.mean, self.std)]
         )
 
     def _annotated(self) -> list[tuple[Path, int]]:
-        """Path and label of each validation image."""
+        """Return path and label of each validation image."""
         annotations = self.root / "val" / "val_annotations.txt"
         lines = self._read("val/val_annotations.txt").splitlines()
         rows = [line.split("\t")[:2] for line in lines if line.strip()]
         label_of = {wnid: label for label, wnid in enumerate(self.wnids)}
         if unknown := {wnid for _, wnid in rows} - label_of.keys():
-            raise ValueError(f"{annotations} has classes that wnids.txt has not: {few(unknown)}")
+            raise ValueError(
+                f"{annotations} has classes that wnids.txt has not: {abbreviate(unknown)}"
+            )
         images = self.root / "val" / "images"
         present = {path.name for path in images.iterdir()} if images.is_dir() else set()
         if absent := {file for file, _ in rows} - present:
             raise FileNotFoundError(
-                f"{images} lacks {len(absent)} files that {annotations} lists: {few(absent)}"
+                f"{images} lacks {len(absent)} files that {annotations} lists: {abbreviate(absent)}"
             )
         return [(images / file, label_of[wnid]) for file, wnid in rows]
 
@@ -108,11 +110,11 @@ class TinyImageNetDataModule(ImageDataModule):
 
 
 class ListedImages(Dataset):
-    """Images and labels from a list.
+    """A data set of image files and labels from a list.
 
     Args:
         samples: path and label of each image.
-        transform: makes the tensor of an image.
+        transform: a function of a PIL image that returns a tensor (C, H, W).
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Fixed views: a training set in a few augmentations that come again, and each sample's key."""
+"""`Views`: a training set in a fixed number of augmentations, the same in every run."""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, default_collate
 from lightning_dist.data.seeding import Key, SeededDataset
 from lightning_dist.data.tensor_images import TensorImages
 
-VIEW_SEED = 0  # of the views' augmentation, whatever the run's: runs of all seeds share them
+VIEW_SEED = 0  # of the augmentation; fixed, so that runs with different seeds share the views
 
 
 @dataclass
@@ -51,14 +51,15 @@ class KeyedBatch:
 
 
 class Views(Dataset):
-    """A training set of which epoch `e` shows view `e` modulo `count`; gives KeyedBatches.
+    """A training set that uses view `e` modulo `count` in epoch `e`, and returns KeyedBatches.
 
-    A view is an augmentation of every sample that (VIEW_SEED, view, index) alone decides.
+    A view is an augmentation of every sample that depends on (VIEW_SEED, view, index) alone.
 
     Args:
-        dataset: read by index, or by Key if it is a TensorImages.
-        count: number of views; 1 is all there is where nothing is random.
-        random: whether the data set's transforms draw; a TensorImages knows that itself.
+        dataset: the training set, read by index, or by Key if it is a TensorImages.
+        count: number of views; there is one view if no transform is random.
+        random: whether the transforms of the data set are random; ignored for a TensorImages, which
+            has the attribute `random`.
     """
 
     def __init__(self, dataset: Dataset, count: int, random: bool = True) -> None:
@@ -79,29 +80,29 @@ class Views(Dataset):
         return self.samples[index, epoch % self.count]
 
     def __getitems__(self, keys: Sequence[Key | int]) -> KeyedBatch:
-        """A batch; all its Keys are of one epoch.
+        """Return the batch of some Keys, which must all have the same epoch.
 
         Raises:
-            TypeError: if the images are no single tensor.
+            TypeError: if the images differ in size, so that they are not one tensor.
         """
         pairs = [key if isinstance(key, tuple) else (key, 0) for key in keys]
         view = pairs[0][1] % self.count
-        shown = [(index, view) for index, _ in pairs]
+        chosen = [(index, view) for index, _ in pairs]
         if isinstance(self.samples, TensorImages):
-            inputs, target = self.samples.__getitems__(shown)
+            inputs, target = self.samples.__getitems__(chosen)
         else:
-            inputs, target = self.collate_samples([self.samples[key] for key in shown])
+            inputs, target = self.collate_samples([self.samples[key] for key in chosen])
         if not isinstance(inputs, Tensor):
             raise TypeError(
                 f"the batch's images are a {type(inputs).__name__}, no tensor: a cached teacher "
                 "needs images of one size (distill.cache=off asks the teacher itself)"
             )
-        indices = np.array([index for index, _ in shown])
+        indices = np.array([index for index, _ in chosen])
         return KeyedBatch(inputs, target, indices, view, fingerprints(inputs))
 
     @staticmethod
     def collate(batch: KeyedBatch) -> KeyedBatch:
-        """Nothing is left to collate."""
+        """Return the batch as it is, since `__getitems__` has collated it."""
         return batch
 
 

@@ -1,4 +1,4 @@
-"""Distillation losses: as modules, as pure functions, and the streaming operator behind DIST."""
+"""The distillation losses: as modules and as functions, and the operator that computes DIST."""
 
 from lightning_dist.losses.modules import DISTLoss, FeatureMimic, KDLoss
 

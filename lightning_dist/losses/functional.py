@@ -1,4 +1,4 @@
-"""Distillation losses as pure functions of student and teacher logits."""
+"""The distillation losses as pure functions of the logits of student and teacher."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_dist.checks import check_logits_options
-from lightning_dist.losses.streaming import Activation, RelationLoss, compute_dtype
+from lightning_dist.losses.streaming import Activation, DISTFunction, compute_dtype
 
 
 def dist_loss(
@@ -22,18 +22,18 @@ def dist_loss(
     mask: Tensor | None = None,
     sync: bool = False,
 ) -> Tensor:
-    r"""DIST loss: one minus the Pearson correlation of student and teacher, by rows and by columns.
+    r"""Return the DIST loss, which correlates student and teacher by samples and by classes.
 
     With :math:`y = \mathrm{softmax}(z / \tau)` and :math:`\rho` the Pearson correlation,
 
     .. math:: L = \tau^2 \big(\beta (1 - \overline{\rho(y^s_{i,:}, y^t_{i,:})})
         + \gamma (1 - \overline{\rho(y^s_{:,j}, y^t_{:,j})})\big)
 
-    The first mean runs over samples *i* (inter-class), the second over classes *j* (intra-class).
-    Of dense logits every pixel is a sample. The logits are read in blocks, twice: peak memory is
-    the gradient plus O(N + C) statistics and a block (on a GPU up to 0.4 GB). The computation runs
-    in float32 or wider. The teacher is a constant: no gradient flows to it. A constant row or
-    column has correlation 0.
+    The first mean runs over the samples *i* (inter-class term), the second over the classes *j*
+    (intra-class term). In dense logits every pixel is a sample. The forward and the backward pass
+    each read the logits once, in blocks: the peak memory is the gradient, O(N + C) statistics and
+    one block (up to 0.4 GB on a GPU). The computation runs in float32 or float64. No gradient flows
+    to the teacher. The correlation of a constant row or column counts as 0.
 
     Args:
         student: logits of shape ``(N, C)`` or ``(N, C, *spatial)``, any floating dtype and layout.
@@ -41,15 +41,15 @@ def dist_loss(
         tau: temperature, above 0.
         beta: weight of the inter-class term.
         gamma: weight of the intra-class term.
-        activation: ``"softmax"`` over classes, ``"sigmoid"`` for one-vs-all heads, or
-            ``"identity"`` to correlate the given values as they are.
+        activation: ``"softmax"`` over classes, ``"sigmoid"`` for heads with one binary decision a
+            class, or ``"identity"`` to correlate the given values as they are.
         eps: added to the denominator of each correlation.
-        mask: boolean, shape ``(N,)`` or ``(N, *spatial)``; rows where it is ``False`` count in
-            neither term (``mask=target != ignore_index``). With no row left the loss is 0.
-        sync: compute both means over the batches of all ranks of the default process group. One
-            all-gather of ``40 * C + 16`` bytes a rank in the forward pass, none in the backward.
-            The value is the same on every rank, and the gradient is scaled so that the average over
-            ranks (what DDP and FSDP compute) is the gradient of the joined batch.
+        mask: boolean, shape ``(N,)`` or ``(N, *spatial)``; samples where it is ``False`` count in
+            neither term (``mask=target != ignore_index``). If no sample is left, the loss is 0.
+        sync: compute both means over the batches of all ranks of the default process group. The
+            forward pass then gathers ``40 * C + 16`` bytes from each rank; the backward pass does
+            not communicate. Every rank gets the same value, and the gradient is scaled so that its
+            average over the ranks, which DDP and FSDP compute, is the gradient of the joined batch.
 
     Returns:
         The loss, a scalar in float32 (float64 for float64 logits), from 0 to
@@ -81,29 +81,29 @@ def dist_loss(
         x.movedim(1, -1).is_contiguous() for x in (student, teacher)
     )
     inputs: tuple[Tensor | None, ...] = (student, teacher, mask)
-    if classes_last:  # channels_last: the rows lie in memory as a matrix already
+    if classes_last:  # The memory format channels_last already holds the rows as a matrix.
         inputs = tuple(x if x is None else x.movedim(1, -1).flatten(0, -2) for x in inputs)
     elif student.dim() > 2:
         inputs = tuple(x if x is None else x.flatten(2) for x in inputs)
-    return RelationLoss.apply(*inputs, tau, beta, gamma, activation, eps, sync)
+    return DISTFunction.apply(*inputs, tau, beta, gamma, activation, eps, sync)
 
 
 def inter_class_correlation(
     student: Tensor, teacher: Tensor, *, eps: float = 1e-8, mask: Tensor | None = None
 ) -> Tensor:
-    """Mean Pearson correlation over classes, row by row.
+    """Return the mean over samples of the Pearson correlation over classes.
 
     Args:
-        student: scores, usually probabilities, of shape ``(N, C)`` or ``(N, C, *spatial)``.
-        teacher: scores of the same shape; a constant for the gradient.
+        student: values, usually probabilities, of shape ``(N, C)`` or ``(N, C, *spatial)``.
+        teacher: values of the same shape; no gradient flows to them.
         eps: added to the denominator of each correlation.
-        mask: rows to count, boolean of shape ``(N,)`` or ``(N, *spatial)``.
+        mask: boolean, shape ``(N,)`` or ``(N, *spatial)``; ``False`` leaves a sample out.
 
     Returns:
         A scalar from -1 to 1.
 
     Raises:
-        ValueError: as :func:`dist_loss`.
+        ValueError: in the same cases as :func:`dist_loss`.
 
     Example:
         >>> rows = torch.tensor([[0.1, 0.2, 0.7], [0.6, 0.3, 0.1]])
@@ -118,19 +118,9 @@ def inter_class_correlation(
 def intra_class_correlation(
     student: Tensor, teacher: Tensor, *, eps: float = 1e-8, mask: Tensor | None = None
 ) -> Tensor:
-    """Mean Pearson correlation over the batch, class by class.
+    """Return the mean over classes of the Pearson correlation over the samples of the batch.
 
-    Args:
-        student: scores, usually probabilities, of shape ``(N, C)`` or ``(N, C, *spatial)``.
-        teacher: scores of the same shape; a constant for the gradient.
-        eps: added to the denominator of each correlation.
-        mask: rows to count, boolean of shape ``(N,)`` or ``(N, *spatial)``.
-
-    Returns:
-        A scalar from -1 to 1.
-
-    Raises:
-        ValueError: as :func:`dist_loss`.
+    Args, Returns and Raises are those of :func:`inter_class_correlation`.
 
     Example:
         >>> rows = torch.tensor([[0.1, 0.9], [0.6, 0.4], [0.3, 0.7]])
@@ -143,18 +133,21 @@ def intra_class_correlation(
 
 
 def kd_loss(student: Tensor, teacher: Tensor, *, tau: float = 4.0) -> Tensor:
-    """Knowledge distillation loss: ``tau**2 * KL(teacher || student)`` of softened probabilities.
+    """Return the loss of knowledge distillation, ``tau**2 * KL(teacher || student)``.
+
+    KL is the Kullback-Leibler divergence of the probabilities ``softmax(logits / tau)``.
 
     Args:
         student: logits of shape ``(N, C)`` or ``(N, C, *spatial)``.
-        teacher: logits of the same shape; a constant for the gradient.
+        teacher: logits of the same shape; no gradient flows to them.
         tau: temperature, above 0.
 
     Returns:
         The mean over samples (and pixels), a scalar in float32 (float64 for float64 logits).
 
     Raises:
-        ValueError: as :func:`dist_loss`.
+        ValueError: if the inputs are not floating-point tensors of one shape and device, or
+            ``tau`` is out of range.
 
     Example:
         >>> logits = torch.tensor([[2.0, 0.0, 1.0]])
@@ -170,14 +163,14 @@ def kd_loss(student: Tensor, teacher: Tensor, *, tau: float = 4.0) -> Tensor:
     log_student = F.log_softmax(student.to(dtype) / tau, dim=1)
     log_teacher = F.log_softmax(teacher.detach().to(dtype) / tau, dim=1)
     rows = max(student.numel() // student.shape[1], 1)
-    # A class that the teacher rules out (-inf) adds 0, and not 0 * inf.
-    ruled_out = log_teacher == -math.inf
-    log_student, log_teacher = (x.masked_fill(ruled_out, 0) for x in (log_student, log_teacher))
+    # A class to which the teacher gives probability 0 must add 0. F.kl_div would add 0 * inf, NaN.
+    impossible = log_teacher == -math.inf
+    log_student, log_teacher = (x.masked_fill(impossible, 0) for x in (log_student, log_teacher))
     return F.kl_div(log_student, log_teacher, reduction="sum", log_target=True) * (tau**2 / rows)
 
 
 def _check_logits(student: Tensor, teacher: Tensor) -> None:
-    """Refuse pairs whose relation is not defined, naming what differs."""
+    """Raise a ValueError that names the difference if the two tensors cannot be compared."""
     for name, value in (("student", student), ("teacher", teacher)):
         if not isinstance(value, Tensor):
             raise ValueError(f"{name} is a {type(value).__name__}: give a tensor of logits")

@@ -1,4 +1,4 @@
-"""Distillation losses as modules: options in the constructor, tensors in the call."""
+"""The distillation losses as modules: the constructor takes options, the call takes tensors."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -8,22 +8,24 @@ from lightning_dist.losses.functional import Activation, dist_loss, kd_loss
 
 
 class DISTLoss(nn.Module):
-    """DIST: match the teacher's relations between classes and between samples.
+    """The DIST loss: the student learns the teacher's relations between classes and samples.
 
     Args:
-        tau: temperature.
-        beta: weight of the inter-class term (correlation over classes, row by row).
-        gamma: weight of the intra-class term (correlation over the batch, class by class).
-        activation: ``"softmax"``, ``"sigmoid"`` for one-vs-all heads, or ``"identity"``.
-        sync: take the correlations over the global batch of all ranks. The authors' code takes
-            them over each rank's own batch: that is ``sync=False``.
+        tau: temperature, above 0.
+        beta: weight of the inter-class term (correlation over classes, for each sample).
+        gamma: weight of the intra-class term (correlation over the batch, for each class).
+        activation: ``"softmax"``, ``"sigmoid"`` for heads with one binary decision a class, or
+            ``"identity"``. ``None`` leaves it to the task: sigmoid for one-stage detectors, softmax
+            for everything else.
+        sync: compute the correlations over the joined batch of all ranks. The paper's code computes
+            them over the batch of each rank, which is ``sync=False``.
         eps: added to the denominator of each correlation.
 
     Shape:
         student and teacher logits ``(N, C)`` or ``(N, C, *spatial)``; the loss is a scalar.
 
     Raises:
-        ValueError: if an option is out of range; when called, as
+        ValueError: if an option is out of range; the call raises it in the same cases as
             :func:`lightning_dist.functional.dist_loss`.
 
     Example:
@@ -42,14 +44,15 @@ class DISTLoss(nn.Module):
         tau: float = 1.0,
         beta: float = 1.0,
         gamma: float = 1.0,
-        activation: Activation = "softmax",
+        activation: Activation | None = "softmax",
         sync: bool = False,
         eps: float = 1e-8,
     ) -> None:
         super().__init__()
-        numbers = {"tau": tau, "beta": beta, "gamma": gamma, "eps": eps}
-        for name, value in numbers.items():
-            check_number(name, value)
+        self.activation_is_chosen = activation is not None
+        activation = "softmax" if activation is None else activation
+        for name, value in {"tau": tau, "beta": beta, "gamma": gamma, "eps": eps}.items():
+            check_number(name, value)  # A config may hold a word instead.
         check_logits_options(tau, activation, eps=eps)
         self.tau = tau
         self.beta = beta
@@ -59,6 +62,16 @@ class DISTLoss(nn.Module):
         self.eps = eps
 
     def forward(self, student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return the loss of the logits of a batch.
+
+        Args:
+            student: logits of shape ``(N, C)`` or ``(N, C, *spatial)``.
+            teacher: logits of the same shape.
+            mask: boolean, shape ``(N,)`` or ``(N, *spatial)``; ``False`` leaves a sample out.
+
+        Returns:
+            The loss, a scalar in float32 or float64.
+        """
         return dist_loss(
             student,
             teacher,
@@ -79,16 +92,16 @@ class DISTLoss(nn.Module):
 
 
 class KDLoss(nn.Module):
-    """Hinton's knowledge distillation: Kullback-Leibler divergence of softened probabilities.
+    """The loss of knowledge distillation: the student learns the teacher's probabilities.
 
     Args:
-        tau: temperature.
+        tau: temperature, above 0.
 
     Shape:
         student and teacher logits ``(N, C)`` or ``(N, C, *spatial)``; the loss is a scalar.
 
     Raises:
-        ValueError: if ``tau`` is not above 0; when called, as
+        ValueError: if ``tau`` is not above 0; the call raises it in the same cases as
             :func:`lightning_dist.functional.kd_loss`.
 
     Example:
@@ -108,6 +121,15 @@ class KDLoss(nn.Module):
         self.tau = tau
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Return the loss of the logits of a batch.
+
+        Args:
+            student: logits of shape ``(N, C)`` or ``(N, C, *spatial)``.
+            teacher: logits of the same shape.
+
+        Returns:
+            The loss, a scalar in float32 or float64.
+        """
         return kd_loss(student, teacher, tau=self.tau)
 
     def extra_repr(self) -> str:
@@ -115,20 +137,20 @@ class KDLoss(nn.Module):
 
 
 class FeatureMimic(nn.Module):
-    """Mean squared error between a projection of the student's feature map and the teacher's.
+    """The mean squared error between the student's projected feature map and the teacher's.
 
-    The projection, a 1x1 convolution, trains with the student and is no part of it.
+    The projection, a 1x1 convolution, is trained with the student but does not belong to it.
 
     Args:
-        student_channels: channels of the student's map.
-        teacher_channels: channels of the teacher's map.
+        student_channels: number of channels of the student's map.
+        teacher_channels: number of channels of the teacher's map.
 
     Shape:
         maps ``(N, student_channels, H, W)`` and ``(N, teacher_channels, H, W)``; the loss is a
         scalar.
 
     Raises:
-        ValueError: when called, if the projection and the teacher's map differ in shape.
+        ValueError: at a call, if the projected map and the teacher's map differ in shape.
     """
 
     def __init__(self, student_channels: int, teacher_channels: int) -> None:
@@ -136,6 +158,18 @@ class FeatureMimic(nn.Module):
         self.projection = nn.Conv2d(student_channels, teacher_channels, 1)
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Return the loss of the feature maps of a batch.
+
+        Args:
+            student: the student's map, ``(N, student_channels, H, W)``.
+            teacher: the teacher's map, ``(N, teacher_channels, H, W)``.
+
+        Returns:
+            The loss, a scalar in float32.
+
+        Raises:
+            ValueError: if the projected map and the teacher's map differ in shape.
+        """
         projected = self.projection(student)
         if projected.shape != teacher.shape:
             raise ValueError(

@@ -1,1 +1,1 @@
-"""Networks that no library has."""
+"""Networks that neither timm nor torchvision has."""

@@ -1,4 +1,4 @@
-"""Backbones with a pyramid for torchvision's detectors, and its detectors for small images."""
+"""Backbones with a feature pyramid for torchvision's detectors, and detectors for small images."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -17,11 +17,11 @@ from lightning_dist.models.small import conv_block
 
 
 class SmallPyramid(nn.Module):
-    """3x3 convolutions with batch norm, and a feature pyramid of strides 4 and 8 on top of them.
+    """A backbone of 3x3 convolutions with batch norm, and a feature pyramid of strides 4 and 8.
 
     Args:
-        channels: of the stages of strides 2, 4 and 8.
-        out_channels: of the pyramid's levels.
+        channels: number of channels of the three stages, which have strides 2, 4 and 8.
+        out_channels: number of channels of each pyramid level.
 
     Shape:
         ``(N, 3, H, W)`` to ``{"0": (N, out_channels, H / 4, W / 4), "1": (N, ..., H / 8, W / 8)}``.
@@ -42,23 +42,23 @@ class SmallPyramid(nn.Module):
 
 
 class TimmPyramid(nn.Module):
-    """A backbone of timm with a feature pyramid, for torchvision's detectors.
+    """A timm backbone with a feature pyramid, for torchvision's detectors.
 
     Args:
         name: timm's name of the backbone.
-        levels: which of its feature maps, counted from 0, the pyramid has; of a ResNet 1 to 4 are
-            strides 4 to 32.
-        out_channels: of the pyramid.
-        extra_levels: what follows the last one: ``"pool"`` (Faster R-CNN's) or ``"p6p7"``
-            (RetinaNet's).
-        options: of ``timm.create_model``, such as ``pretrained``.
+        levels: numbers of the feature maps that the pyramid uses, from 0. A ResNet's maps 1 to 4
+            have strides 4 to 32.
+        out_channels: number of channels of each pyramid level.
+        extra_levels: coarser levels to add: ``"pool"`` adds Faster R-CNN's one, ``"p6p7"``
+            RetinaNet's two.
+        options: arguments of ``timm.create_model``, such as ``pretrained``.
 
     Shape:
-        ``(N, 3, H, W)``; maps ``(N, out_channels, h, w)`` named ``"0"``, ``"1"``, ... and then
+        ``(N, 3, H, W)`` to maps ``(N, out_channels, h, w)`` named ``"0"``, ``"1"``, ... and then
         ``"pool"``, or ``"p6"`` and ``"p7"``.
 
     Raises:
-        ValueError: if ``extra_levels`` is neither.
+        ValueError: if ``extra_levels`` is another string.
 
     Example:
         >>> backbone = TimmPyramid("resnet18", levels=(1, 2, 3, 4))
@@ -99,14 +99,14 @@ def small_faster_rcnn(
     num_classes: int,
     image_size: int = 64,
 ) -> FasterRCNN:
-    """torchvision's Faster R-CNN for small images of small things.
+    """Build torchvision's Faster R-CNN for small images and objects.
 
     Args:
-        channels: of the backbone, see :class:`SmallPyramid`.
-        out_channels: of the pyramid.
-        width: of the box head's two layers.
+        channels: number of channels of the backbone's stages; see :class:`SmallPyramid`.
+        out_channels: number of channels of each pyramid level.
+        width: output features of the box head's two layers.
         num_classes: number of classes without the background.
-        image_size: shorter side of the images in the network, in pixels.
+        image_size: shorter side in pixels to which the detector resizes its images.
     """
     return FasterRCNN(
         SmallPyramid(channels, out_channels),
@@ -132,16 +132,16 @@ def small_faster_rcnn(
 def small_retinanet(
     channels: Sequence[int], out_channels: int, num_classes: int, image_size: int = 64
 ) -> RetinaNet:
-    """torchvision's RetinaNet for small images of small things.
+    """Build torchvision's RetinaNet for small images and objects.
 
     Args:
-        channels: of the backbone, see :class:`SmallPyramid`.
-        out_channels: of the pyramid and the heads.
+        channels: number of channels of the backbone's stages; see :class:`SmallPyramid`.
+        out_channels: number of channels of each pyramid level and of the heads.
         num_classes: number of classes.
-        image_size: shorter side of the images in the network, in pixels.
+        image_size: shorter side in pixels to which the detector resizes its images.
     """
     anchors = _anchors()
-    (per_place, *_) = anchors.num_anchors_per_location()
+    (per_pixel, *_) = anchors.num_anchors_per_location()
     return RetinaNet(
         SmallPyramid(channels, out_channels),
         num_classes,
@@ -151,14 +151,14 @@ def small_retinanet(
         image_mean=[0.5] * 3,
         image_std=[0.25] * 3,
         anchor_generator=anchors,
-        head=RetinaNetHead(out_channels, per_place, num_classes, norm_layer=_group_norm),
+        head=RetinaNetHead(out_channels, per_pixel, num_classes, norm_layer=_group_norm),
         detections_per_img=20,
         topk_candidates=100,
     )
 
 
 def _group_norm(channels: int) -> nn.GroupNorm:
-    """For layers that levels share: a batch norm's statistics would be none of theirs."""
+    """Build the norm of the heads, which run on all levels: batch statistics differ by level."""
     return nn.GroupNorm(4, channels)
 
 

@@ -1,7 +1,7 @@
-"""MMDetection's published teachers, as far as distillation asks them, and their names."""
+"""MMDetection's published teachers: the parts that distillation calls, and weight conversion."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import SimpleNamespace
 
 import torch
@@ -13,15 +13,20 @@ from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.ops import roi_align
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-from lightning_dist.weights import refuse_unknown
+from lightning_dist.models.renaming import Replacement, rename_entries
 
 _CHANNELS = {"layer1": 256, "layer2": 512, "layer3": 1024, "layer4": 2048}
 
 
 class MMDetector(nn.Module):
-    """The backbone and the classifying head of a detector; it is asked in parts and has no forward.
+    """The backbone and the classification head of a detector.
 
-    Its images are normalised as ImageNet's, as torchvision's detectors normalise them.
+    It has no `forward`: distillation calls its parts. `transform` gives the normalisation of the
+    images, ImageNet's, under the names of torchvision's detectors.
+
+    Args:
+        backbone: maps images (N, 3, H, W) to the levels of a feature pyramid, by name.
+        **parts: the other sub-modules, by name.
     """
 
     def __init__(self, backbone: nn.Module, **parts: nn.Module) -> None:
@@ -35,7 +40,7 @@ class MMDetector(nn.Module):
 
     @staticmethod
     def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """These networks' names for MMDetection's; others stay as they are."""
+        """Return MMDetection's weights under these networks' names, and all others unchanged."""
         if not any(name.startswith("neck.") for name in state_dict):
             return dict(state_dict)
         return convert_mmdetection(state_dict)
@@ -44,12 +49,12 @@ class MMDetector(nn.Module):
 def cascade_rcnn(
     backbone: str = "resnext101_64x4d", num_classes: int = 80, width: int = 1024
 ) -> MMDetector:
-    """Cascade (Mask) R-CNN with an FPN, up to the classes of its first stage.
+    """Build a Cascade (Mask) R-CNN with an FPN, up to the class logits of its first stage.
 
     Args:
         backbone: torchvision's name of a ResNet with bottlenecks.
-        num_classes: number of classes; the background is in front of them, as in torchvision.
-        width: of the box head's two layers.
+        num_classes: number of classes without the background, which has logit 0 as in torchvision.
+        width: output features of the box head's two layers.
     """
     heads = nn.Module()
     heads.box_roi_pool = AlignedRoIPool()
@@ -62,19 +67,19 @@ def cascade_rcnn(
 def retinanet(
     backbone: str = "resnext101_64x4d", num_classes: int = 80, num_anchors: int = 9
 ) -> MMDetector:
-    """RetinaNet with an FPN, up to the classes.
+    """Build a RetinaNet with an FPN, up to the class logits.
 
     Args:
         backbone: torchvision's name of a ResNet with bottlenecks.
         num_classes: number of classes.
-        num_anchors: anchors a place.
+        num_anchors: number of anchors at each pixel of a feature map.
     """
     head = nn.ModuleDict({"classification_head": _ClassMaps(num_anchors, num_classes)})
     return MMDetector(_pyramid(backbone, 2), head=head)
 
 
 class _ClassMaps(nn.Module):
-    """RetinaNet's classifying layers."""
+    """RetinaNet's layers for class logits, under the names of torchvision's classification head."""
 
     def __init__(self, num_anchors: int, num_classes: int) -> None:
         super().__init__()
@@ -85,9 +90,14 @@ class _ClassMaps(nn.Module):
 
 
 class AlignedRoIPool(nn.Module):
-    """RoIAlign with half-pixel alignment, which torchvision's MultiScaleRoIAlign does not have.
+    """RoIAlign with half-pixel alignment, which torchvision 0.29's MultiScaleRoIAlign lacks.
 
-    A box of side 56 to 112 is read from stride 4, twice that from stride 8, and so on up to 32.
+    Boxes with a side below 112 pixels are pooled from the map of stride 4, below 224 from stride 8,
+    below 448 from stride 16, and larger ones from stride 32.
+
+    Shape:
+        maps (N, 256, h, w), of which the first four have strides 4 to 32, and N tensors of boxes
+        (K, 4) in pixels; returns (sum of all K, 256, 7, 7).
     """
 
     def forward(
@@ -106,7 +116,7 @@ class AlignedRoIPool(nn.Module):
 
 
 class _ExtraLevels(LastLevelP6P7):
-    """Two more levels on the last stage, without the ReLU that torchvision has between them."""
+    """Two more pyramid levels on the last stage, without torchvision's ReLU between them."""
 
     def forward(
         self, p: list[Tensor], c: list[Tensor], names: list[str]
@@ -115,8 +125,8 @@ class _ExtraLevels(LastLevelP6P7):
         return [*p, sixth, self.p7(sixth)], [*names, "p6", "p7"]
 
 
-# MMDetection's name, as a pattern, and ours.
-_NAMES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
+# Patterns of MMDetection's names, and the names of the networks above.
+_RENAMES: list[tuple[str, Replacement]] = [
     (r"backbone\.", "backbone.body."),
     (r"neck\.lateral_convs\.(\d)\.conv\.", r"backbone.fpn.inner_blocks.\1.0."),
     (r"neck\.fpn_convs\.(\d)\.conv\.", r"backbone.fpn.layer_blocks.\1.0."),
@@ -128,53 +138,50 @@ _NAMES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"bbox_head\.cls_convs\.(\d)\.conv\.", r"head.classification_head.conv.\1.0."),
     (r"bbox_head\.retina_cls\.", "head.classification_head.cls_logits."),
 ]
-# What distillation does not ask: proposals, boxes, masks, later stages.
-_LEFT_OUT = re.compile(
+# Parts that distillation does not call: proposals, box regression, masks, later stages.
+_UNUSED = re.compile(
     r"rpn_head\.|roi_head\.mask_head\.|roi_head\.semantic_head\.|roi_head\.bbox_head\.[12]\."
     r"|roi_head\.bbox_head\.(?:0\.)?fc_reg\.|bbox_head\.reg_convs\.|bbox_head\.retina_reg\."
 )
 
 
 def convert_mmdetection(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A published detector's weights under the names of :func:`cascade_rcnn` or :func:`retinanet`.
+    """Convert a published detector's weights for :func:`cascade_rcnn` or :func:`retinanet`.
 
-    MMDetection has the background behind the classes of a two-stage detector, these networks in
-    front of them. What distillation does not ask is left out: proposals, box regression, masks, and
-    the cascade's later stages.
+    MMDetection's two-stage detectors have the background behind the classes, these networks in
+    front of them. Proposals, box regression, masks and the cascade's later stages are left out,
+    because distillation does not call them.
 
     Args:
-        state_dict: of a two-stage detector or a RetinaNet with an FPN.
+        state_dict: weights of a two-stage detector or a RetinaNet with an FPN.
 
     Returns:
-        Its tensors, for ``load_state_dict``.
+        The tensors under these networks' names, for ``load_state_dict``.
 
     Raises:
-        ValueError: if it has other names; they are listed.
+        ValueError: if some names are of another network; the message lists them.
     """
-    converted, unknown = {}, []
+    renames = rename_entries(
+        (name for name in state_dict if not _UNUSED.match(name)),
+        _RENAMES,
+        "a two-stage detector or RetinaNet of MMDetection",
+    )
     one_stage = any(name.startswith("bbox_head.") for name in state_dict)
-    for name, value in state_dict.items():
-        if _LEFT_OUT.match(name):
-            continue
-        for pattern, ours in _NAMES:
-            renamed, count = re.subn(f"^{pattern}", ours, name)
-            if count:
-                break
-        else:
-            unknown.append(name)
-            continue
-        if one_stage:  # the pyramid's last two levels have names of their own here
+    converted = {}
+    for name, renamed in renames.items():
+        if one_stage:  # torchvision names the last two levels of RetinaNet's pyramid p6 and p7
             renamed = renamed.replace("fpn.layer_blocks.3.0", "fpn.extra_blocks.p6")
             renamed = renamed.replace("fpn.layer_blocks.4.0", "fpn.extra_blocks.p7")
-        if ".cls_score." in renamed:
-            value = value.roll(1, 0)
-        converted[renamed] = value
-    refuse_unknown(unknown, "a two-stage detector or RetinaNet of MMDetection")
+        value = state_dict[name]
+        converted[renamed] = value.roll(1, 0) if ".cls_score." in renamed else value
     return converted
 
 
 def _pyramid(backbone: str, first: int) -> BackboneWithFPN:
-    """A feature pyramid of 256 channels on the stages from the first one on, and what follows."""
+    """Build a feature pyramid of 256 channels on the stages from `layer{first}` to `layer4`.
+
+    From `layer2` on it is RetinaNet's, which has two extra levels.
+    """
     body = torchvision.models.get_model(backbone, weights=None)
     del body.fc
     stages = list(_CHANNELS)[first - 1 :]

@@ -1,6 +1,5 @@
-"""DeepLabV3 and PSPNet on dilated timm backbones, and the reader of their published checkpoints."""
+"""DeepLabV3 and PSPNet on dilated timm backbones, and conversion of published checkpoints."""
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,22 +11,23 @@ from torch import Tensor, nn
 from torchvision.models.segmentation.deeplabv3 import ASPP
 from torchvision.models.segmentation.fcn import FCNHead
 
-from lightning_dist.weights import load_weights, refuse_unknown
+from lightning_dist.models.renaming import Replacement, rename_entries
+from lightning_dist.weights import load_weights
 
-_DEEP_STEM = {"stem_type": "deep", "stem_width": 64}  # three 3 x 3 convolutions, 64-64-128
+_DEEP_STEM = {"stem_type": "deep", "stem_width": 64}  # 3x3 convolutions to 64, 64, 128 channels
 
 
 class SegmentationNetwork(nn.Module):
     """A backbone and two heads, which return logits at the backbone's resolution.
 
     Args:
-        backbone: returns a list of feature maps, the last two of which have one resolution.
-        classifier: makes the logits from the last one.
-        aux_classifier: makes the auxiliary logits from the one before, or ``None``.
+        backbone: returns a list of feature maps, of which the last two have the same resolution.
+        classifier: computes the logits from the last map.
+        aux_classifier: computes the auxiliary logits from the map before, or ``None``.
 
     Shape:
-        images ``(N, 3, H, W)``; ``{"out": (N, C, h, w), "aux": (N, C, h, w)}``, in training and in
-        evaluation, where ``h`` is ``H`` over the output stride, rounded up.
+        Images ``(N, 3, H, W)`` to ``{"out": (N, C, h, w), "aux": (N, C, h, w)}``, in training and
+        in evaluation, where ``h`` is ``H`` divided by the output stride, rounded up.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class SegmentationNetwork(nn.Module):
 
     @staticmethod
     def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """These networks' names for those of a published checkpoint; others stay as they are."""
+        """Return a published checkpoint under these networks' names, and all others unchanged."""
         state = {name.removeprefix("module."): value for name, value in state_dict.items()}
         if not any(name.startswith("pretrained.") for name in state):
             return dict(state_dict)
@@ -55,7 +55,16 @@ class SegmentationNetwork(nn.Module):
 
 
 class PyramidPooling(nn.Module):
-    """A map beside its averages over grids of several sizes, each a quarter of the channels."""
+    """Append to a feature map its averages over grids of several sizes.
+
+    Args:
+        channels: number of channels of the map.
+        bins: height and width of each grid, in cells; a branch has ``channels // len(bins)``
+            channels.
+
+    Shape:
+        ``(N, channels, H, W)`` to ``(N, channels + len(bins) * (channels // len(bins)), H, W)``.
+    """
 
     def __init__(self, channels: int, bins: Sequence[int]) -> None:
         super().__init__()
@@ -89,24 +98,26 @@ def deeplabv3(
     backbone_weights: str | Path | None = None,
     **options: Any,
 ) -> SegmentationNetwork:
-    """DeepLabV3 (Chen et al., 2017).
+    """Build a DeepLabV3 (Chen et al., 2017).
 
     Args:
-        backbone: timm's name. A ResNet gets the deep stem of the published networks.
+        backbone: timm's name of the backbone; a ResNet gets the published networks' deep stem.
         num_classes: number of classes.
-        width: channels of the head; as published 128 on ResNet-18 and 256 on ResNet-101.
-        rates: dilations of the atrous pyramid, in feature-map pixels.
+        width: channels of the head; the published networks have 128 on ResNet-18 and 256 on
+            ResNet-101.
+        rates: dilations of the atrous pyramid, in pixels of the feature map.
         aux: add an FCN head on the third stage.
-        backbone_weights: file with weights of the backbone, from training on ImageNet: under timm's
-            names or those of the published deep-stem ResNets. Its classifier (``fc``) is left out.
-        options: of ``timm.create_model``, such as ``pretrained`` and ``output_stride`` (8).
+        backbone_weights: file with the backbone's weights from ImageNet, under timm's names or the
+            names of the published deep-stem ResNets; a classifier (``fc``) in it is left out.
+        options: arguments of ``timm.create_model``, such as ``pretrained`` and ``output_stride``
+            (8 by default).
 
     Returns:
-        The network; see :class:`SegmentationNetwork`.
+        The network.
 
     Raises:
-        ValueError: if timm's backbone cannot be dilated so, or the weights are of another.
-        FileNotFoundError: if there are no such weights.
+        ValueError: if timm cannot build or dilate the backbone, or the weights do not fit it.
+        FileNotFoundError: if there is no such weight file.
     """
     features, third, fourth = _backbone(backbone, backbone_weights, options)
     pyramid = ASPP(fourth, list(rates), out_channels=width)
@@ -124,24 +135,23 @@ def pspnet(
     backbone_weights: str | Path | None = None,
     **options: Any,
 ) -> SegmentationNetwork:
-    """PSPNet (Zhao et al., 2017).
+    """Build a PSPNet (Zhao et al., 2017).
 
     Args:
-        backbone: timm's name. A ResNet gets the deep stem of the published networks.
+        backbone: as in :func:`deeplabv3`.
         num_classes: number of classes.
         width: channels of the head.
-        bins: sides of the pooled grids.
+        bins: height and width of the pooled grids, in cells.
         aux: add an FCN head on the third stage.
-        backbone_weights: file with weights of the backbone, from training on ImageNet: under timm's
-            names or those of the published deep-stem ResNets. Its classifier (``fc``) is left out.
-        options: of ``timm.create_model``, such as ``pretrained`` and ``output_stride`` (8).
+        backbone_weights: as in :func:`deeplabv3`.
+        options: as in :func:`deeplabv3`.
 
     Returns:
-        The network; see :class:`SegmentationNetwork`.
+        The network.
 
     Raises:
-        ValueError: if timm's backbone cannot be dilated so, or the weights are of another.
-        FileNotFoundError: if there are no such weights.
+        ValueError: as in :func:`deeplabv3`.
+        FileNotFoundError: if there is no such weight file.
     """
     features, third, fourth = _backbone(backbone, backbone_weights, options)
     pyramid = PyramidPooling(fourth, bins)
@@ -150,61 +160,47 @@ def pspnet(
     return SegmentationNetwork(features, head, FCNHead(third, num_classes) if aux else None)
 
 
-# Published name, as a pattern, and ours. The stem's layers are timm's Sequential and its bn1.
-_NAMES = [
+# Patterns of the published names, and the names of the networks above. timm has the deep stem's
+# convolutions and first two batch norms in one Sequential, conv1, and the third norm in bn1.
+_RENAMES: list[tuple[str, Replacement]] = [
     (r"pretrained\.conv([123])\.", lambda m: f"backbone.conv1.{3 * (int(m[1]) - 1)}."),
     (r"pretrained\.bn([12])\.", lambda m: f"backbone.conv1.{3 * int(m[1]) - 2}."),
-    (r"pretrained\.bn3\.", lambda m: "backbone.bn1."),
-    (r"pretrained\.(layer[1-4])\.", lambda m: f"backbone.{m[1]}."),
-    (r"head\.aspp\.b0\.", lambda m: "classifier.0.convs.0."),
-    (r"head\.aspp\.b([123])\.block\.", lambda m: f"classifier.0.convs.{m[1]}."),
-    (r"head\.aspp\.b4\.gap\.", lambda m: "classifier.0.convs.4."),
-    (r"head\.aspp\.project\.", lambda m: "classifier.0.project."),
-    (r"head\.psp\.conv([1-4])\.", lambda m: f"classifier.0.branches.{int(m[1]) - 1}.1+"),
-    (r"head\.block\.", lambda m: "classifier.1+"),
-    (r"head\.classifier\.", lambda m: "classifier.5."),
-    (r"auxlayer\.block\.", lambda m: "aux_classifier."),
+    (r"pretrained\.bn3\.", "backbone.bn1."),
+    (r"pretrained\.(layer[1-4])\.", r"backbone.\1."),
+    (r"head\.aspp\.b0\.", "classifier.0.convs.0."),
+    (r"head\.aspp\.b([123])\.block\.", r"classifier.0.convs.\1."),
+    (r"head\.aspp\.b4\.gap\.", "classifier.0.convs.4."),
+    (r"head\.aspp\.project\.", "classifier.0.project."),
+    (
+        r"head\.psp\.conv([1-4])\.(\d+)\.",
+        lambda m: f"classifier.0.branches.{int(m[1]) - 1}.{1 + int(m[2])}.",
+    ),
+    (r"head\.block\.(\d+)\.", lambda m: f"classifier.{1 + int(m[1])}."),
+    (r"head\.classifier\.", "classifier.5."),
+    (r"auxlayer\.block\.", "aux_classifier."),
 ]
 
 
 def convert_published(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a published Cityscapes checkpoint under the names of these networks.
+    """Convert a published Cityscapes checkpoint for :func:`deeplabv3` or :func:`pspnet`.
 
     Args:
-        state_dict: of DeepLabV3 or PSPNet on a deep-stem ResNet, as published with DIST.
+        state_dict: weights of DeepLabV3 or PSPNet on a deep-stem ResNet, as published with DIST.
 
     Returns:
-        The same tensors, for ``load_state_dict`` of :func:`deeplabv3` or :func:`pspnet`.
+        The same tensors under these networks' names, for ``load_state_dict``.
 
     Raises:
-        ValueError: if it has other names; they are listed.
+        ValueError: if some names are of another network; the message lists them.
     """
-    converted, unknown = {}, []
-    for name, value in state_dict.items():
-        for pattern, ours in _NAMES:
-            match = re.match(pattern, name)
-            if match:
-                converted[_counted(ours(match), name[match.end() :])] = value
-                break
-        else:
-            unknown.append(name)
-    refuse_unknown(unknown, "a published DeepLabV3 or PSPNet")
-    return converted
-
-
-def _counted(prefix: str, rest: str) -> str:
-    """Join, adding to the layer's number in ``rest`` where the prefix ends in ``NUMBER+``."""
-    if not prefix.endswith("+"):
-        return prefix + rest
-    parent, offset = prefix[:-1].rsplit(".", 1)
-    number, name = rest.split(".", 1)
-    return f"{parent}.{int(offset) + int(number)}.{name}"
+    renames = rename_entries(state_dict, _RENAMES, "a published DeepLabV3 or PSPNet")
+    return {renamed: state_dict[name] for name, renamed in renames.items()}
 
 
 def _backbone(
     name: str, weights: str | Path | None, options: Mapping[str, Any]
 ) -> tuple[nn.Module, int, int]:
-    """A dilated timm network that returns its feature maps, and the channels of the last two."""
+    """Build a dilated timm backbone; return it and the channels of its last two feature maps."""
     options = {"output_stride": 8, **options}
     if name.partition(".")[0].startswith("resnet"):
         options = _DEEP_STEM | options
@@ -222,7 +218,7 @@ def _backbone(
 
 
 def _without_classifier(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A backbone's weights under timm's names."""
+    """Return a backbone's weights under timm's names, without the classifier."""
     state = {name.removeprefix("module."): value for name, value in state_dict.items()}
     state = {name: value for name, value in state.items() if not name.startswith("fc.")}
     if "conv2.weight" not in state:

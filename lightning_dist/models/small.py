@@ -1,4 +1,4 @@
-"""Small convolutional networks for small images, for classification and segmentation."""
+"""Small convolutional networks for classification and segmentation of small images."""
 
 import itertools
 from collections.abc import Sequence
@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 
 class SmallCNN(nn.Module):
-    """3x3 convolutions with batch norm and ReLU, halving the image after each but the last.
+    """A classifier of 3x3 convolutions with batch norm and ReLU, and pooling by 2 between them.
 
     Args:
         channels: output channels of each convolution.
         num_classes: number of classes.
-        in_channels: channels of the image.
+        in_channels: number of channels of an image.
 
     Shape:
         ``(N, in_channels, H, W)`` to logits ``(N, num_classes)``.
@@ -44,15 +44,15 @@ class SmallCNN(nn.Module):
 
 
 class SmallUNet(nn.Module):
-    """A U-Net (Ronneberger et al., 2015) with batch norm, whose finest maps have stride 2.
+    """A U-Net (Ronneberger et al., 2015) with batch norm, whose finest feature maps have stride 2.
 
-    Each level has two 3x3 convolutions on the way down and two on the way up, where the coarser map
-    is added after a 1x1 convolution.
+    Each level has two 3x3 convolutions on the way down. On the way up, the coarser map is resized
+    and added after a 1x1 convolution, and two more 3x3 convolutions follow.
 
     Args:
-        channels: of each level, from fine to coarse.
+        channels: number of channels of each level, from fine to coarse.
         num_classes: number of classes.
-        in_channels: channels of the image.
+        in_channels: number of channels of an image.
 
     Shape:
         ``(N, in_channels, H, W)`` to logits ``(N, num_classes, H / 2, W / 2)``, rounded up.
@@ -92,7 +92,13 @@ class SmallUNet(nn.Module):
 
 
 def conv_block(before: int, after: int, stride: int = 1) -> nn.Sequential:
-    """A 3x3 convolution with batch norm and ReLU."""
+    """Build a 3x3 convolution with batch norm and ReLU.
+
+    Args:
+        before: number of input channels.
+        after: number of output channels.
+        stride: stride of the convolution, in pixels.
+    """
     return nn.Sequential(
         nn.Conv2d(before, after, 3, stride=stride, padding=1, bias=False),
         nn.BatchNorm2d(after),

@@ -1,4 +1,4 @@
-"""Checkpoints that are written whole or not at all."""
+"""``AtomicCheckpointIO``: writes a checkpoint completely or not at all."""
 
 import os
 from pathlib import Path
@@ -9,25 +9,25 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its path and renames it once it is complete.
+    """A checkpoint writer that uses a temporary file and renames it when it is complete.
 
-    Whatever interrupts it, a file of this name is a whole checkpoint, the new one or the one
-    before. (Lightning's own passes through the system's temporary folder, which may be on another
-    disk.)
+    Whenever the run is interrupted, the file at the path is a complete checkpoint: the new one or
+    the one before. (The temporary file lies in the same folder. Lightning's own writer uses the
+    system's temporary folder, which may be on another disk.)
     """
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
     ) -> None:
-        """Write it.
+        """Write a checkpoint.
 
         Args:
-            checkpoint: what to save.
-            path: where.
-            storage_options: there are none.
+            checkpoint: the entries of the checkpoint.
+            path: the file to write. Lightning itself writes to a URL such as ``s3://...``.
+            storage_options: options for Lightning's own writer, which is used if there are any.
 
         Raises:
-            OSError: if it cannot be written; what was there before is intact.
+            OSError: if the checkpoint cannot be written; a file that was there before is intact.
         """
         if "://" in str(path) or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
@@ -45,7 +45,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             before = path.is_file()
             if partial.parent.is_dir():
                 partial.unlink(missing_ok=True)
-            disk: BaseException = error  # torch closes its file, and raises what that raises
+            # When writing fails, torch.save fails again while it closes its file and raises that
+            # second error. The error of the disk is in its context.
+            disk: BaseException = error
             while disk.__context__ is not None and not isinstance(disk, OSError):
                 disk = disk.__context__
             if not isinstance(disk, OSError):
@@ -58,7 +60,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def refuse_unwritable(folder: Path) -> None:
-    """Make a folder for checkpoints; raise an OSError where nothing can be written to it."""
+    """Create a folder for checkpoints, and check that files can be written to it.
+
+    Args:
+        folder: the folder; its parents are created too.
+
+    Raises:
+        OSError: if the folder cannot be created, or no file can be written to it.
+    """
     trial = folder / ".writable"
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Logged curves that continue where a run resumes."""
+"""``ResumableCSVLogger``: a CSVLogger that appends after a resume instead of deleting its file."""
 
 import csv
 import os
@@ -12,37 +12,47 @@ from lightning.pytorch.utilities import rank_zero_only
 
 
 class ResumableCSVLogger(CSVLogger):
-    """Lightning's CSVLogger, which keeps what was logged up to the checkpoint that a run resumes.
+    """A CSVLogger that keeps the rows before the checkpoint from which a run resumes.
 
-    :class:`lightning_dist.resume.ExactResume` rewinds it; without that, a new run moves the file of
-    an old one to ``metrics.before.csv``, where Lightning's logger deletes it. The file is appended
-    to, or replaced by a complete one.
+    :class:`lightning_dist.resume.ExactResume` calls :meth:`rewind`. Without that callback, a new
+    run moves the file of an earlier run to ``metrics.before.csv``; Lightning's logger deletes it.
+    The file is only appended to, or replaced by a complete one, so that an interruption cannot
+    damage it.
 
     Args:
-        args: as of :class:`lightning.pytorch.loggers.CSVLogger`.
-        kwargs: the same.
+        args: the arguments of :class:`lightning.pytorch.loggers.CSVLogger`.
+        kwargs: its keyword arguments.
     """
 
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
+        """Return the object that writes the file."""
         if self._experiment is None:
             os.makedirs(self.log_dir, exist_ok=True)
-            self._experiment = _Curves(self.log_dir)
+            self._experiment = _ResumableWriter(self.log_dir)
         return self._experiment
 
     @rank_zero_only
     def rewind(self, step: int) -> None:
-        """Drop the rows of this step and later ones; 0 starts anew."""
+        """Delete the rows of a step and of all later steps from the file.
+
+        Args:
+            step: number of optimizer updates; 0 deletes all rows.
+        """
         self.experiment.rewind(step)
 
 
-class _Curves(ExperimentWriter):
-    """Lightning's writer, but for what it does to a file that is there already."""
+class _ResumableWriter(ExperimentWriter):
+    """Lightning's writer of a CSV file, changed so that it never deletes an existing file.
+
+    It overrides two private methods of Lightning's writer, read in Lightning 2.6.6.
+    """
 
     rewound = False
 
     def rewind(self, step: int) -> None:
+        """Delete the rows of a step and of all later steps from the file."""
         self.rewound = True
         self.metrics_keys = []
         path = Path(self.metrics_file_path)
@@ -53,7 +63,8 @@ class _Curves(ExperimentWriter):
             kept = [row for row in reader if (row.get("step") or "").isdigit()]
             kept = [row for row in kept if int(row["step"]) < step]
             keys = list(reader.fieldnames or ())
-        # Only columns that have a value: those of dropped rows come back when they are logged.
+        # Keep only the columns that have a value. A column of deleted rows alone is added again
+        # when its metric is logged.
         self.metrics_keys = [key for key in keys if any(row.get(key) for row in kept)]
         if kept:
             self._replace(kept)
@@ -61,6 +72,7 @@ class _Curves(ExperimentWriter):
             path.unlink()
 
     def save(self) -> None:
+        """Append the new rows to the file; before the first ones, move the file of another run."""
         path = Path(self.metrics_file_path)
         try:
             if self.metrics and not self.rewound and path.exists():
@@ -71,13 +83,15 @@ class _Curves(ExperimentWriter):
             raise OSError(error.errno, f"cannot write {path}: {error.strerror}") from error
 
     def _check_log_dir_exists(self) -> None:
-        """Lightning's deletes the file."""
+        """Do nothing, where Lightning's method deletes the file."""
 
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        """Add columns to the file; unlike Lightning's method, never leave it half written."""
         with open(self.metrics_file_path, newline="") as file:
             self._replace(list(csv.DictReader(file)))
 
     def _replace(self, rows: list[dict[str, str]]) -> None:
+        """Write the rows to a temporary file and rename it."""
         partial = f"{self.metrics_file_path}.partial"
         with open(partial, "w", newline="") as file:
             writer = csv.DictWriter(file, self.metrics_keys, extrasaction="ignore")

@@ -1,4 +1,4 @@
-"""Runs that are interrupted and continue as if they never had been."""
+"""``ExactResume``: a callback with which a resumed run ends as an uninterrupted run would."""
 
 import os
 import random
@@ -22,11 +22,18 @@ from lightning_dist.resume.checkpoint_io import AtomicCheckpointIO, refuse_unwri
 from lightning_dist.resume.csv_logger import ResumableCSVLogger
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_STOPPED = "lightning_dist_stopped"  # in a checkpoint: whether a callback had ended the training
+# The entry of a checkpoint that says whether a callback, such as EarlyStopping, ended the training.
+_STOPPED = "lightning_dist_stopped"
 
 
 class Interrupted(SystemExit):
-    """A signal ended the run; the exit status is 128 + its number, 143 for SIGTERM."""
+    """The exception that ends a run after a signal.
+
+    Args:
+        number: the number of the signal.
+        status: the exit status of the process: 128 + the number of the signal (143 for SIGTERM) in
+            the first process, 0 in the others.
+    """
 
     def __init__(self, number: int, status: int) -> None:
         super().__init__(status)
@@ -39,30 +46,31 @@ class Interrupted(SystemExit):
 class ExactResume(Callback):
     """Make a run that is interrupted and resumed end as it would have without the interruption.
 
-    - SIGTERM or SIGINT, sent to any process of the run, lets the current batch end (and its
-      accumulation), saves ``last.ckpt`` in the folder of the Trainer's ModelCheckpoint, and ends
-      every process; the first one's exit status is 143 or 130. In an epoch's last batch and in its
-      validation the epoch is ended first. A second SIGINT ends the run at once.
-    - Whatever a training step draws (dropout, mixup) depends on seed, epoch, batch and process
-      alone, so that no state of a generator has to be saved.
-    - Checkpoints are written beside the old file, which they replace once they are complete.
+    - After SIGTERM or SIGINT, sent to any process of the run, the run completes the current batch
+      and its gradient accumulation, saves ``last.ckpt`` in the folder of the Trainer's
+      ModelCheckpoint, and ends every process. The exit status of the first process is 143 or 130.
+      In the last batch of an epoch and in its validation, the run completes the epoch first. A
+      second SIGINT ends the run at once.
+    - The random numbers of a training step (dropout, mixup) depend only on seed, epoch, batch and
+      process, so that no state of a random generator has to be saved.
+    - A checkpoint is written to a temporary file, which replaces the old one when it is complete.
     - A :class:`lightning_dist.resume.ResumableCSVLogger` continues its file at the checkpoint.
 
     Resume with ``trainer.fit(..., ckpt_path="last")``, or ``resume=true`` of ``lightning-dist
-    train``. The result is the same to the last bit on a CPU, on a GPU as far as its kernels are
-    deterministic (``Trainer(deterministic=True)``), where the order of the samples is a function of
-    the epoch and the training loader has a state, as those of
-    :class:`lightning_dist.data.base.ImageDataModule`. Automatic optimization only. Means over a
-    training epoch (``self.log(..., on_epoch=True)`` in ``training_step``) start again where the run
-    resumes, and ReduceLROnPlateau misses a step there.
+    train``. On a CPU the result is the same to the last bit; on a GPU it is the same if its kernels
+    are deterministic (``Trainer(deterministic=True)``). The order of the samples must be a function
+    of the epoch, and the training loader must have a state, as those of
+    :class:`lightning_dist.data.base.ImageDataModule`. Manual optimization is not supported. Means
+    over a training epoch (``self.log(..., on_epoch=True)`` in ``training_step``) start again where
+    the run resumes, and ReduceLROnPlateau misses a step there.
 
     Args:
-        seed: of the training steps.
+        seed: a whole number from which the random numbers of the training steps are derived.
 
     Raises:
-        ValueError: if the seed is no whole number of at least 0.
-        OSError: at the start of ``fit``, if the folder of the checkpoints cannot be written to;
-            later, if a checkpoint cannot be written. The one before is then intact.
+        ValueError: if the seed is not a whole number of at least 0.
+        OSError: at the start of ``fit``, if no file can be written to the folder of the
+            checkpoints; later, if a checkpoint cannot be written. The one before is then intact.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -70,74 +78,83 @@ class ExactResume(Callback):
         self.seed = seed
         self._received: int | None = None
         self._saved_step: int | None = None
-        self._leaves = False  # all is saved: neither batch nor epoch must begin
-        self._batches = 0  # completed ones of this epoch
+        self._must_end = False  # After saving for a signal, no batch and no epoch may begin.
+        self._batches = 0  # The number of completed batches of this epoch.
         self._resumes = False
         self._trains = False
 
     # Hooks, in the order in which Lightning calls them
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check that checkpoints can be written, and see to it that they are written whole."""
+        """Check that checkpoints can be written, and replace Lightning's writer of checkpoints."""
         if stage != "fit":
             return
-        self._received, self._saved_step, self._leaves = None, None, False
+        self._received, self._saved_step, self._must_end = None, None, False
         self._batches, self._resumes, self._trains = 0, False, False
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
-        folder = _folder(trainer)
+        folder = _checkpoint_folder(trainer)
         if folder is not None and "://" not in folder and trainer.is_global_zero:
             refuse_unwritable(Path(folder))
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Rewind the curves, also of a run that has nothing left to train."""
+        """Rewind the CSV files. This hook runs also if nothing is left to train."""
         if trainer.state.fn != TrainerFn.FITTING:
             return
         self._resumes = True
-        for logger in _curves(trainer):
+        for logger in _csv_loggers(trainer):
             logger.rewind(checkpoint["global_step"])
-        if checkpoint.get(_STOPPED):  # early stopping had ended it
+        if checkpoint.get(_STOPPED):
             trainer.should_stop = True
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the number of completed batches of the epoch, for the checkpoint."""
         return {"batches": self._batches}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the number of completed batches of the epoch from a checkpoint."""
         self._batches = state_dict["batches"]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn of ReduceLROnPlateau, and let a run resume in the right epoch."""
         if any(config.reduce_on_plateau for config in trainer.lr_scheduler_configs):
             rank_zero_warn(
                 "ReduceLROnPlateau misses a step wherever a run resumes (Lightning skips it): the "
                 "run then ends otherwise than without an interruption"
             )
         if self._resumes:
-            _begin_new_epoch_after_a_whole_one(trainer)
+            _do_not_repeat_a_complete_epoch(trainer)
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._listen(trainer)
+        """Handle signals from here on."""
+        self._handle_signals(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._listen(trainer)
+        """Handle signals, empty the CSV files of a new run, and seed the first batch."""
+        self._handle_signals(trainer)
         self._trains = True
         if not self._resumes:
-            for logger in _curves(trainer):
+            for logger in _csv_loggers(trainer):
                 logger.rewind(0)
-        self._reseed(trainer, 0)  # in mid-epoch, on_train_epoch_start does not come
+        # If the run resumes within an epoch, Lightning does not call on_train_epoch_start.
+        self._reseed(trainer, 0)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._leaves:
-            self._leave(trainer)
+        """End the run if it was saved for a signal; otherwise seed the first batch."""
+        if self._must_end:
+            self._end_run(trainer)
         self._batches = 0
         self._reseed(trainer, 0)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self._leaves:  # Lightning logs a batch after on_train_batch_end, so not there
-            self._leave(trainer)
+        """End the run if it was saved for a signal; otherwise seed the training step."""
+        # Not in on_train_batch_end: Lightning logs the metrics of a batch after that hook.
+        if self._must_end:
+            self._end_run(trainer)
         self._reseed(trainer, 1)
 
     def on_train_batch_end(
@@ -148,102 +165,137 @@ class ExactResume(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
+        """Seed the next batch, and save if a process received a signal."""
         self._batches = batch_idx + 1
         self._reseed(trainer, 0)
         accumulates = (batch_idx + 1) % trainer.accumulate_grad_batches != 0
-        # An epoch's last batch is followed by its validation, which no checkpoint could repeat.
-        if self._is_asked_to_stop(trainer) and not accumulates and not trainer.is_last_batch:
+        # After the last batch of an epoch comes its validation. A run that resumed from here would
+        # skip it, so on_train_epoch_end saves instead.
+        if self._any_received_signal(trainer) and not accumulates and not trainer.is_last_batch:
             self._save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Seed the next batch, because the validation may have drawn random numbers."""
         if not trainer.sanity_checking:
             self._reseed(trainer, 0)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._is_asked_to_stop(trainer):
+        """Save if a process received a signal."""
+        if self._any_received_signal(trainer):
             self._save(trainer)
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Let no checkpoint be ahead of the curves on the disk."""
+        """Write the loggers' rows first, so that their files are never behind a checkpoint."""
         self._saved_step = trainer.global_step
         checkpoint[_STOPPED] = trainer.should_stop
         for logger in trainer.loggers:
             logger.save()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._leaves:
-            self._leave(trainer)
+        """End the run if it was saved for a signal, before anything else begins."""
+        if self._must_end:
+            self._end_run(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let a test after this ``fit`` be logged at the right step and epoch."""
         if self._resumes and not self._trains:
-            # Lightning counts the last batch and epoch when it goes on, and logs the test by that.
-            trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
-            if trainer.should_stop or trainer.global_step == trainer.max_steps:
-                trainer.fit_loop.epoch_progress.increment_completed()
+            _count_last_batch_and_epoch(trainer)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._listen(trainer)
+        """Handle signals during a test as well."""
+        self._handle_signals(trainer)
 
     # Helpers of the hooks
 
-    def _listen(self, trainer: Trainer) -> None:
-        """Only note a signal while training. Lightning takes its handlers away when it ends."""
+    def _handle_signals(self, trainer: Trainer) -> None:
+        """Install handlers that store the signal while training, and end the run at other times.
 
+        Lightning puts the former handlers back when ``fit`` or ``test`` ends.
+        """
         own = os.getpid()
 
-        def note(number: int, frame: Any) -> None:
-            if os.getpid() != own:  # a loader's worker: the run tells it when to end
+        def store(number: int, frame: Any) -> None:
+            # A worker of a data loader inherits this handler. The run ends its workers itself.
+            if os.getpid() != own:
                 return
             again = self._received is not None
             self._received = number
-            if trainer.sanity_checking or trainer.testing:  # nothing is lost
-                self._leave(trainer)
+            # A sanity check and a test have nothing to save.
+            if trainer.sanity_checking or trainer.testing:
+                self._end_run(trainer)
             if again and number == signal.SIGINT:
                 raise KeyboardInterrupt
             rank_zero_info(f"{signal.Signals(number).name}: the run stops as soon as it is saved")
 
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
-                signal.signal(number, note)
+                signal.signal(number, store)
 
     def _reseed(self, trainer: Trainer, phase: int) -> None:
-        """Before a batch is moved to its device (phase 0) and before its step (phase 1)."""
+        """Seed all random generators from the place in the run.
+
+        Phase 0 is before a batch is moved to its device, phase 1 is before its training step.
+        """
         place = (self.seed, trainer.current_epoch, self._batches, trainer.global_rank, phase)
         for_torch, for_numpy, for_random = derive_seeds(*place, count=3)
         torch.manual_seed(for_torch)
         np.random.seed(for_numpy)
         random.seed(for_random)
 
-    def _is_asked_to_stop(self, trainer: Trainer) -> bool:
+    def _any_received_signal(self, trainer: Trainer) -> bool:
+        """Return whether any process of the run received a signal: the same in all processes."""
         received = self._received is not None
         return trainer.strategy.reduce_boolean_decision(received, all=False)
 
     def _save(self, trainer: Trainer) -> None:
-        """Save, where there is a place for it, and leave before anything else begins."""
-        folder, saver = _folder(trainer), trainer.checkpoint_callback
+        """Save a checkpoint if there is a folder for it, and let the run end at the next hook."""
+        folder, saver = _checkpoint_folder(trainer), trainer.checkpoint_callback
         if folder is not None and isinstance(saver, ModelCheckpoint):
             path = f"{folder}/last.ckpt"
-            saver.last_model_path = path  # its own next one takes no other name then
+            # Otherwise ModelCheckpoint would write its next one to last-v1.ckpt.
+            saver.last_model_path = path
             trainer.save_checkpoint(path)
-        self._leaves = True
+        self._must_end = True
 
-    def _leave(self, trainer: Trainer) -> None:
+    def _end_run(self, trainer: Trainer) -> None:
+        """Raise the exception that ends this process."""
         number = self._received or signal.SIGTERM
         rank_zero_info(
             f"{signal.Signals(number).name}: stopped at step {trainer.global_step}, "
             f"{'which is saved' if self._saved_step == trainer.global_step else 'nothing is saved'}"
         )
-        # The process that started the others is killed where one of them fails.
+        # Other ranks exit with 0: Lightning's launcher kills rank 0 when a child process fails,
+        # before rank 0 can exit with its own status.
         raise Interrupted(number, status=128 + number if trainer.is_global_zero else 0)
 
 
-def _begin_new_epoch_after_a_whole_one(trainer: Trainer) -> None:
-    """Under ``max_steps`` Lightning would repeat the epoch whose end a checkpoint was taken at.
+def _csv_loggers(trainer: Trainer) -> list[ResumableCSVLogger]:
+    return [logger for logger in trainer.loggers if isinstance(logger, ResumableCSVLogger)]
 
-    It resumes such runs as if in mid-epoch, whatever the checkpoint says. There is no hook between
-    the loading of the loops' state and its use, so the loop's own method is wrapped once.
+
+def _checkpoint_folder(trainer: Trainer) -> str | None:
+    """Return the folder of the Trainer's ModelCheckpoint; None if nothing is saved."""
+    saver = trainer.checkpoint_callback
+    quick = trainer.fast_dev_run  # type: ignore[attr-defined]
+    if not isinstance(saver, ModelCheckpoint) or quick:
+        return None
+    return str(saver.dirpath or trainer.default_root_dir)
+
+
+# The functions below use private parts of Lightning, as they are in Lightning 2.6.6: check them
+# with every new release. They are FitLoop.reset, the setter of FitLoop.restarting,
+# FitLoop.epoch_progress and _TrainingEpochLoop._batches_that_stepped.
+
+
+def _do_not_repeat_a_complete_epoch(trainer: Trainer) -> None:
+    """Let a run with ``max_steps`` that resumes at the end of an epoch begin the next epoch.
+
+    Lightning 2.6.6 would run the epoch again: with ``max_steps``, the setter of
+    ``FitLoop.restarting`` always stores True, as if the checkpoint were from within an epoch.
+    Lightning calls it when it loads the state of the loops, and then calls ``FitLoop.reset``. No
+    hook lies between the two, so ``reset`` is replaced for one call.
     """
     loop = trainer.fit_loop
     reset = loop.reset
@@ -252,19 +304,19 @@ def _begin_new_epoch_after_a_whole_one(trainer: Trainer) -> None:
         del loop.__dict__["reset"]
         progress: Any = loop.epoch_progress.current
         if progress.ready == progress.started == progress.processed:
+            # Call the setter of the base class, because FitLoop's own setter stores True.
             _Loop.restarting.fset(loop, False)  # type: ignore[attr-defined]
         reset()
 
     loop.__dict__["reset"] = reset_once
 
 
-def _curves(trainer: Trainer) -> list[ResumableCSVLogger]:
-    return [logger for logger in trainer.loggers if isinstance(logger, ResumableCSVLogger)]
+def _count_last_batch_and_epoch(trainer: Trainer) -> None:
+    """Complete the counters of a run that resumed with nothing left to train.
 
-
-def _folder(trainer: Trainer) -> str | None:
-    saver = trainer.checkpoint_callback
-    quick = trainer.fast_dev_run  # type: ignore[attr-defined]
-    if not isinstance(saver, ModelCheckpoint) or quick:
-        return None
-    return str(saver.dirpath or trainer.default_root_dir)
+    Lightning 2.6.6 saves a checkpoint before it counts the last batch and epoch, and counts them
+    only if the training goes on. ``_batches_that_stepped`` is the step at which it logs a test.
+    """
+    trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+    if trainer.should_stop or trainer.global_step == trainer.max_steps:
+        trainer.fit_loop.epoch_progress.increment_completed()

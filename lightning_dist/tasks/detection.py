@@ -1,5 +1,6 @@
 """Object detection: torchvision's detectors as they are, DIST on their class logits, COCO's mAP."""
 
+import copy
 import logging
 from collections.abc import Sequence
 from typing import Any, cast
@@ -51,7 +52,8 @@ class DetectionModule(DistillModule):
         frozen: dotted paths of the student's sub-modules that do not train, such as its stem.
         norm_eval: keep the student's batch norms in eval mode, with the statistics that they have.
         kwargs: as in :class:`lightning_dist.DistillModule`. ``distill_loss`` is DIST by default,
-            over softmax for two stages and over sigmoid for one; ``distill_weight`` is 1.
+            over softmax for two stages and over sigmoid for one, as any ``DISTLoss`` with the
+            activation ``None``; ``distill_weight`` is 1.
 
     Raises:
         MisconfigurationException: if the student has no part of a name given.
@@ -153,9 +155,10 @@ class DetectionModule(DistillModule):
     def configure_terms(self) -> dict[str, Term]:
         """Return a term on the class logits, ``class``, and one on each level of ``mimic``."""
         assert self.teacher is not None
-        loss = self.distill_loss
-        if loss is None:
-            loss = DISTLoss(activation="softmax" if self.two_stage else "sigmoid")
+        loss = DISTLoss(activation=None) if self.distill_loss is None else self.distill_loss
+        if not self.two_stage and isinstance(loss, DISTLoss) and not loss.activation_is_chosen:
+            loss = copy.copy(loss)
+            loss.activation = "sigmoid"
         parts = ("roi_heads.box_predictor", "roi") if self.two_stage else (_MAPS, "logits")
         terms = {"class": Term(loss, self.distill_weight, *parts)}
         for level in self.mimic:

@@ -17,7 +17,8 @@ from lightning_dist.cli.run.saved_config import CONFIG_KEY
 from lightning_dist.models.small import SmallCNN
 from lightning_dist.weights import load_weights, read_checkpoint
 
-QUICK = ("trainer=cpu", "trainer.max_epochs=1", "print_config=false", "callbacks.progress=null")
+QUICK = ("trainer=cpu", "experiment=digits", "trainer.max_epochs=1")
+QUICK += ("print_config=false", "callbacks.progress=null")
 
 
 class Runs:

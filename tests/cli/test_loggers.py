@@ -10,7 +10,8 @@ import yaml
 from mlflow.tracking import MlflowClient
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-QUICK = ["trainer=cpu", "trainer.max_epochs=2", "print_config=false", "data.train_size=128"]
+QUICK = ["trainer=cpu", "experiment=digits", "trainer.max_epochs=2"]
+QUICK += ["print_config=false", "data.train_size=128"]
 PLAIN = [*QUICK, "callbacks.progress=null", "test_teacher=false"]
 
 

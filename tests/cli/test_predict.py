@@ -62,7 +62,7 @@ def test_segmentation_writes_a_colour_png_of_classes_for_each_image(command, tmp
 
 @pytest.mark.slow
 def test_classification_writes_a_table(command, tmp_path, images):
-    command("train", *QUICK, "hydra.run.dir=run")
+    command("train", "experiment=digits", *QUICK, "hydra.run.dir=run")
     command("predict", CKPT, f"images={images}", "trainer=cpu")
     with (tmp_path / "predictions" / "predictions.csv").open() as file:
         rows = list(csv.DictReader(file))

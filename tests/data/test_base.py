@@ -1,4 +1,4 @@
-"""Tests that what a data module hands out can be repeated: order, pixels, shards and resumes."""
+"""Tests that batches of a data module can be repeated: order, pixels, shards and resumes."""
 
 import itertools
 import random
@@ -25,7 +25,7 @@ both_worker_counts = pytest.mark.parametrize("num_workers", [0, 2])
 
 
 class Noisy(Dataset):
-    """A sample's own index, and a draw from each of the three random streams."""
+    """A data set that returns a draw from each of the three random generators, and the index."""
 
     def __init__(self, length: int = SAMPLES) -> None:
         self.length = length
@@ -58,7 +58,7 @@ class NoisyData(ImageDataModule):
 
 
 class Recorder(L.LightningModule):
-    """Keeps the batches of each epoch."""
+    """A module that keeps the batches of each epoch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class Recorder(L.LightningModule):
 
 
 class StopAt(Callback):
-    """Saves a checkpoint after a batch of an epoch and breaks off."""
+    """A callback that saves a checkpoint after a batch of an epoch and stops the run."""
 
     def __init__(self, epoch: int, batches: int, path: Path) -> None:
         self.at = (epoch, batches)
@@ -92,7 +92,7 @@ class StopAt(Callback):
 
 
 def epoch_of(data: ImageDataModule, epoch: int) -> Tensor:
-    """All samples that the training loader hands out in an epoch, in their order."""
+    """Return all samples of the training loader in an epoch, in their order."""
     loader = data.train_dataloader()
     loader.sampler.set_epoch(epoch)
     return torch.cat([images for images, _ in loader])
@@ -110,7 +110,7 @@ def fit(data: ImageDataModule, make_trainer: Callable[..., L.Trainer], **kwargs:
 
 
 def on_rank(rank: int, **settings: Any) -> ImageDataModule:
-    """A data module in one of two processes."""
+    """Return a data module as one of two processes has it."""
     data = NoisyData(**settings)
     data.trainer = SimpleNamespace(distributed_sampler_kwargs={"num_replicas": 2, "rank": rank})
     return data
@@ -120,7 +120,7 @@ def on_rank(rank: int, **settings: Any) -> ImageDataModule:
 def test_epoch_has_the_same_order_and_draws_in_every_fresh_module(num_workers: int) -> None:
     expected = epoch_of(NoisyData(), epoch=3)
     data = NoisyData(num_workers=num_workers)
-    for epoch in (0, 3):  # with workers that persist from one epoch to the next
+    for epoch in (0, 3):  # the workers persist between the epochs
         batches = epoch_of(data, epoch)
     assert torch.equal(batches, expected)
 
@@ -287,7 +287,7 @@ def tensor_images(**settings: Any) -> TensorImages:
 
 
 def windows(image: Tensor, padding: int) -> list[Tensor]:
-    """Every crop of the padded image."""
+    """Return every crop of the padded image."""
     padded = nn.functional.pad(image, (padding,) * 4)
     size, steps = image.shape[-1], range(2 * padding + 1)
     return [padded[:, y : y + size, x : x + size] for y in steps for x in steps]

@@ -1,4 +1,4 @@
-"""Tests that CIFAR is read from its own files and augmented as torchvision would."""
+"""Tests that CIFAR is read from its own files and augmented as torchvision does it."""
 
 import hashlib
 import pickle
@@ -19,7 +19,7 @@ both = pytest.mark.parametrize("module", [CIFAR10DataModule, CIFAR100DataModule]
 
 
 def write(path: Path, content: dict[str, object]) -> str:
-    """Pickle a file of the data set; its md5 sum."""
+    """Pickle a file of the data set and return its md5 sum."""
     path.write_bytes(pickle.dumps(content, protocol=2))
     return hashlib.md5(path.read_bytes()).hexdigest()
 
@@ -30,7 +30,7 @@ def batch(count: int, classes: int, key: str, rng: np.random.Generator) -> dict[
 
 
 def write_cifar(root: Path, source: type[CIFAR10], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The files of a small data set, whose md5 sums torchvision takes for the right ones."""
+    """Write the files of a small data set, and make torchvision accept their md5 sums."""
     folder = root / source.base_folder
     folder.mkdir()
     rng = np.random.default_rng(0)
@@ -58,7 +58,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def by_torchvision(data: CIFAR10DataModule, train: bool) -> tuple[Tensor, Tensor]:
-    """All images, normalised by torchvision's own transforms."""
+    """Return all images, normalised by torchvision's own transforms, and labels."""
     normalise = transforms.Normalize(data.mean, data.std)
     to_tensor = transforms.Compose([transforms.ToTensor(), normalise])
     samples = list(data.source(data.root, train=train, transform=to_tensor))

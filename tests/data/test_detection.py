@@ -1,4 +1,4 @@
-"""Tests that images and boxes are read in the data sets' own layouts, alike and checked."""
+"""Tests that images and boxes are read from each data set's own files, and checked."""
 
 import json
 import logging
@@ -23,7 +23,7 @@ def write_image(path: Path, size: tuple[int, int] = SIZE) -> None:
 
 
 def coco() -> dict[str, Any]:
-    """Three images, one without boxes, and a crowd."""
+    """Return COCO annotations of three images, one without boxes, and of a crowd region."""
     return {
         "images": [
             {"id": 5, "file_name": "a.jpg", "height": 32, "width": 48},
@@ -44,7 +44,7 @@ def coco() -> dict[str, Any]:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """COCO's layout."""
+    """Write a data set in COCO's layout."""
     (tmp_path / "annotations").mkdir()
     for split in ("train2017", "val2017"):
         for name in ("a", "b", "c"):

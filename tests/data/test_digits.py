@@ -1,4 +1,4 @@
-"""Tests that the digits are scikit-learn's, split the same way in every run."""
+"""Tests that the digits are those of scikit-learn, with the same split in every run."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def whole(dataset: TensorImages, epoch: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def table(images: Tensor, labels: Tensor) -> dict[Pixels, int]:
-    """Label by image; no two of the 1,797 images are alike."""
+    """Return the label of each image, since no two of the 1,797 images are equal."""
     pixels = (tuple(image.flatten().tolist()) for image in images)
     return dict(zip(pixels, labels.tolist(), strict=True))
 

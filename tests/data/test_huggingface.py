@@ -1,4 +1,4 @@
-"""Tests that Hugging Face data sets are read, on ones saved in their own format."""
+"""Tests that Hugging Face data sets are read, with small ones saved by `datasets`."""
 
 import io
 import sys
@@ -22,7 +22,7 @@ def datasets(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def columns(count: int, image: str = "image", label: str = "label") -> dict[str, list[Any]]:
-    """Images whose shade tells their row: black for row 0, 5 more for each that follows."""
+    """Return labels and images whose shade is five times the row: black for row 0."""
     shades = [Image.new("L" if row % 2 else "RGB", (20, 16), "black") for row in range(count)]
     for row, picture in enumerate(shades):
         picture.paste((5 * row,) * len(picture.getbands()), (0, 0, 20, 16))
@@ -32,7 +32,7 @@ def columns(count: int, image: str = "image", label: str = "label") -> dict[str,
 def save(
     datasets: Any, path: Path, splits: dict[str, int], labels: Any = None, **names: str
 ) -> str:
-    """A DatasetDict on disk, saved as users save it."""
+    """Save a DatasetDict to disk, as users do."""
     features = datasets.Features(
         {
             names.get("image", "image"): datasets.Image(),

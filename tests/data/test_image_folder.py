@@ -1,4 +1,4 @@
-"""Tests that a folder for each class is read, augmented by timm, and checked when it is opened."""
+"""Tests that folders per class are read, augmented by timm, and checked when opened."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ CLASSES = ["n01440764", "n01443537", "n02102040"]
 
 
 def write_image(path: Path, shade: int, size: tuple[int, int] = (80, 64)) -> None:
-    """A smooth image of some shade, so that crops of it can be told apart."""
+    """Write an image that is a smooth gradient, so that no two crops of it are equal."""
     path.parent.mkdir(parents=True, exist_ok=True)
     x, y = np.meshgrid(np.linspace(0, 100, size[0]), np.linspace(0, 100, size[1]))
     pixels = np.stack([x + shade, y + shade, (x + y) / 2 + shade], axis=-1)
@@ -34,7 +34,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def view(data: ImageFolderDataModule, index: int, epoch: int = 0) -> torch.Tensor:
-    """What training sees of an image in an epoch, the same in every run of the tests."""
+    """Return an augmented training image of an epoch, the same in every run of the tests."""
     return data.train_dataloader().dataset[index, epoch][0]
 
 
@@ -95,7 +95,7 @@ def test_strong_augmentation_is_the_same_in_every_fresh_module(
 
 def test_random_erasing_fills_in_noise_by_default_and_only_where_asked_for(root: Path) -> None:
     def jumps(**settings: object) -> list[int]:
-        """Most sudden steps in a row of pixels, of each image; the files are smooth."""
+        """Return the largest number of jumps in a row of pixels per image; the files have none."""
         data = ImageFolderDataModule(root=root, image_size=64, **settings)
         steps = [view(data, index).diff(dim=-1).abs() for index in range(12)]
         return [int((step > 0.5).sum(-1).max()) for step in steps]
@@ -142,7 +142,7 @@ def test_any_other_image_folder_is_the_same_class_with_other_settings(root: Path
     assert all(view(data, index).min() >= -1 for index in range(12))
 
 
-def test_missing_folder_is_an_error_that_shows_the_layout(root: Path, tmp_path: Path) -> None:
+def test_missing_folder_is_an_error_that_names_the_layout(root: Path, tmp_path: Path) -> None:
     (root / "val").rename(root / "valid")
     with pytest.raises(FileNotFoundError, match=r"val is missing: expected .*val/CLASS/FILE"):
         ImageFolderDataModule(root=root).setup("fit")

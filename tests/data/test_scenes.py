@@ -1,4 +1,4 @@
-"""Tests that scenes are composed from real digits, repeatably, and describe themselves rightly."""
+"""Tests that scenes are composed of real digits, repeatable, and have correct masks and boxes."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ def test_a_scene_is_a_function_of_seed_split_and_index(data: ScenesDataModule):
 
 
 @pytest.mark.parametrize("index", range(12))
-def test_mask_boxes_and_labels_tell_the_same(data: ScenesDataModule, index: int):
+def test_mask_boxes_and_labels_agree(data: ScenesDataModule, index: int):
     image, mask, boxes, labels = data.scene("train", index)
     assert (image.dtype, tuple(image.shape)) == (torch.uint8, (3, 64, 64))
     assert (mask.dtype, tuple(mask.shape)) == (torch.int64, (64, 64))
@@ -70,13 +70,13 @@ def test_a_digit_stands_out_from_its_canvas_by_its_shape():
     assert hits >= 18
 
 
-def shown(data: ScenesDataModule, split: str) -> set[int]:
-    """Indices of the digits that a split is composed from."""
-    return set(data._owned[split].tolist())
+def digits_of(data: ScenesDataModule, split: str) -> set[int]:
+    """Return the indices of the digits that a split uses."""
+    return set(data._digits_of_split[split].tolist())
 
 
 def test_no_digit_is_in_two_splits(data: ScenesDataModule):
-    train, val, test = (shown(data, split) for split in ("train", "val", "test"))
+    train, val, test = (digits_of(data, split) for split in ("train", "val", "test"))
     assert not train & val
     assert not train & test
     assert not val & test
@@ -100,7 +100,7 @@ def test_batches_are_normalised_images_and_masks_in_seeded_order(data: ScenesDat
         np.testing.assert_allclose(pixels, scene.image, atol=1e-3)
 
 
-def test_workers_see_the_same(data: ScenesDataModule):
+def test_batches_are_the_same_with_worker_processes(data: ScenesDataModule):
     workers = ScenesDataModule(
         train_size=12, val_size=4, test_size=4, global_batch_size=4, num_workers=2
     )

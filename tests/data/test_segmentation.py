@@ -1,4 +1,4 @@
-"""Tests that images and masks are read in the data sets' own layouts, alike and checked."""
+"""Tests that images and masks are read from each data set's own files, and checked."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -105,7 +105,7 @@ def test_the_published_input_is_bgr_less_the_mean(cityscapes: Path):
 
 
 class Coded(SegmentationDataModule):
-    """Images whose red is their mask's class, so that a mask is known from its image."""
+    """A data set whose images have the class of the mask as their red channel."""
 
     num_classes = 3
     class_names = None
@@ -146,7 +146,7 @@ def test_augmentation_moves_image_and_mask_alike_and_fills_with_what_does_not_co
             sizes.add(int(inside.sum()))
             assert (image[:, ~inside] == 128).all()  # the mean, 0 when normalised
             right = image[0].float() / 100
-            close = (right - mask).abs()[inside] < 0.5  # but for pixels where resizing blends
+            close = (right - mask).abs()[inside] < 0.5  # except where resizing blends two classes
             assert close.float().mean() > 0.9
             seen = mask[mask.shape[0] // 2][mask[mask.shape[0] // 2] < 3]
             flipped += bool(len(seen) and seen[0] > seen[-1])
@@ -205,7 +205,7 @@ def test_voc_and_ade_are_read_in_their_layouts(tmp_path: Path):
     ],
     ids=["cityscapes", "voc", "folder"],
 )
-def test_an_absent_data_set_is_an_error_that_tells_the_layout(
+def test_a_missing_data_set_is_an_error_that_names_the_layout(
     tmp_path: Path, make: Callable[[Path], SegmentationDataModule]
 ):
     with pytest.raises(FileNotFoundError, match=r"no.*expected") as caught:

@@ -1,4 +1,4 @@
-"""Tests that Tiny-ImageNet is read from its own layout, with clear words where that is broken."""
+"""Tests that Tiny-ImageNet is read from its own layout, and that errors name the broken file."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def write_image(path: Path, rng: np.random.Generator) -> None:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A small tree in the archive's layout."""
+    """Write a small data set in the archive's layout."""
     rng = np.random.default_rng(0)
     (tmp_path / "wnids.txt").write_text("\n".join(WNIDS) + "\n")
     unused = [("n00001740", "entity"), *WORDS.items()]
@@ -100,7 +100,7 @@ def test_epoch_is_the_same_in_every_fresh_module(num_workers: int, root: Path) -
 
 
 @pytest.mark.parametrize("name", ["wnids.txt", "words.txt", "val/val_annotations.txt"])
-def test_missing_file_is_an_error_that_shows_the_layout(name: str, root: Path) -> None:
+def test_missing_file_is_an_error_that_names_the_layout(name: str, root: Path) -> None:
     (root / name).unlink()
     data = TinyImageNetDataModule(root=root)
     with pytest.raises(FileNotFoundError, match=rf"{name} is missing: .* train/CLASS/images"):

@@ -1,9 +1,8 @@
 """A script that validates and tests in two processes sets that these cannot share evenly.
 
-Rank 0 saves the logged metrics; run by test_distributed.py.
+Rank 0 saves the logged metrics.
 """
 
-import argparse
 import json
 from pathlib import Path
 
@@ -29,12 +28,7 @@ def new_student() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, CLASSES, 1), nn.BatchNorm2d(CLASSES))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--count", type=int, required=True)
-    parser.add_argument("--batch", type=int, required=True)
-    options = parser.parse_args()
+def main(out: str, count: int, batch: int) -> None:
     trainer = L.Trainer(
         accelerator="cpu",
         devices=2,
@@ -53,14 +47,10 @@ def main() -> None:
     )
     module.student.eval()  # nothing about the student moves
     module.student.train = lambda mode=True: module.student
-    loader = DataLoader(samples(options.count), batch_size=options.batch)
+    loader = DataLoader(samples(count), batch_size=batch)
     trainer.fit(module, DataLoader(samples(4), batch_size=2), loader)
     found = {name: float(value) for name, value in trainer.callback_metrics.items()}
     trainer.test(module, loader, verbose=False)
     found |= {name: float(value) for name, value in trainer.callback_metrics.items()}
     if trainer.is_global_zero:
-        options.out.write_text(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main()
+        Path(out).write_text(json.dumps(found))

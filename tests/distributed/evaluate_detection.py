@@ -1,9 +1,8 @@
 """A script that tests a detector on a set that the processes cannot share evenly.
 
-Rank 0 saves the logged metrics; run by test_distributed.py.
+Rank 0 saves the logged metrics.
 """
 
-import argparse
 import json
 from pathlib import Path
 
@@ -15,15 +14,11 @@ from lightning_dist.tasks.detection import DetectionModule
 from lightning_dist.weights import load_weights
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--devices", type=int, required=True)
-    options = parser.parse_args()
+def main(out: str, devices: int) -> None:
     trainer = L.Trainer(
         accelerator="cpu",
-        devices=options.devices,
-        strategy="ddp" if options.devices > 1 else "auto",
+        devices=devices,
+        strategy="ddp" if devices > 1 else "auto",
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -36,8 +31,4 @@ def main() -> None:
     trainer.test(DetectionModule(student), data, verbose=False)
     if trainer.is_global_zero:
         found = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        options.out.write_text(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main()
+        Path(out).write_text(json.dumps(found))

@@ -1,9 +1,8 @@
-"""A script that trains under a strategy and saves what each rank saw; run by test_distributed.py.
+"""A script that trains under a strategy and saves what each rank saw.
 
 Each of five batches has ROWS[i] rows for rank i; one process takes them joined.
 """
 
-import argparse
 import copy
 import os
 import warnings
@@ -84,46 +83,52 @@ class Plain(Recorded):
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--strategy", default="auto")
-    parser.add_argument("--devices", type=int, default=2)
-    parser.add_argument("--sync", action="store_true")
-    parser.add_argument("--uneven", action="store_true", help="last batch 11 and 5 rows")
-    parser.add_argument("--ema", action="store_true", help="train a DistillModule with StudentEMA")
-    parser.add_argument("--out", type=Path, required=True)
-    options = parser.parse_args()
-    warnings.filterwarnings("error", message=".*unused parameters.*")
+def main(
+    out: str,
+    devices: int = 2,
+    strategy: str = "auto",
+    sync: bool = False,
+    uneven: bool = False,
+    ema: bool = False,
+) -> None:
+    """Train, and save what this rank saw.
 
+    Args:
+        out: the folder.
+        devices: number of processes.
+        strategy: of the Trainer.
+        sync: of the loss.
+        uneven: the ranks' last batches have 11 and 5 rows.
+        ema: train a DistillModule with StudentEMA.
+    """
+    warnings.filterwarnings("error", message=".*unused parameters.*")
     torch.manual_seed(7)
     teacher = nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.Linear(12, 4)).double()
-    if not options.sync:  # a broadcast would show: each rank's teacher is its own
+    if not sync:  # a broadcast would show: each rank's teacher is its own
         teacher[0].bias.data += 0.01 * int(os.environ.get("LOCAL_RANK", 0))
     before = copy.deepcopy(teacher.state_dict())
-    strategy = options.strategy
-    if strategy == "fsdp2":
-        strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
-    loss = DISTLoss(sync=options.sync)
+    loss = DISTLoss(sync=sync)
     callback = DistillationCallback(
         teacher,
         loss=loss,
         # A mean of uneven means is not the joined mean: then the task loss stays out of it.
-        task_weight=0.0 if options.uneven else 1.0,
+        task_weight=0.0 if uneven else 1.0,
     )
+    fsdp2 = {"data_parallel_size": 2, "tensor_parallel_size": 1}
     trainer = L.Trainer(
         accelerator="cpu",
-        devices=options.devices,
-        strategy=strategy,
+        devices=devices,
+        strategy=ModelParallelStrategy(**fsdp2) if strategy == "fsdp2" else strategy,
         max_epochs=1,
-        callbacks=[StudentEMA(0.5)] if options.ema else [callback],
+        callbacks=[StudentEMA(0.5)] if ema else [callback],
         use_distributed_sampler=False,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    module = Plain(options.uneven)
-    if options.ema:
+    module = Plain(uneven)
+    if ema:
         module = Averaged(new_student(), teacher, distill_loss=loss)
     trainer.fit(module)
     weights = {
@@ -131,11 +136,6 @@ def main() -> None:
         for name, value in module.state_dict().items()
     }
     same = all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
-    torch.save(
-        {"weights": weights, "distill": list(module.distill), "teacher_unchanged": same},
-        options.out / f"rank{trainer.global_rank}.pt",
-    )
-
-
-if __name__ == "__main__":
-    main()
+    saved = {"weights": weights, "distill": list(module.distill), "teacher_unchanged": same}
+    Path(out).mkdir(exist_ok=True)
+    torch.save(saved, Path(out) / f"rank{trainer.global_rank}.pt")

@@ -29,7 +29,7 @@ from lightning_dist.weights import load_weights, read_checkpoint
 QUICK = [
     "trainer=cpu",
     "trainer.max_epochs=1",
-    "+trainer.limit_train_batches=2",
+    "trainer.limit_train_batches=2",
     "print_config=false",
     "callbacks.progress=null",
     "distill=none",
@@ -392,7 +392,8 @@ def test_the_files_are_read_without_this_package(tmp_path):
 
 def test_the_command_writes_a_folder_of_timm(command, tmp_path):
     command(
-        "train", *QUICK, "student=timm", "student.model_name=test_resnet", "+student.in_chans=1"
+        *("train", "experiment=digits", *QUICK),
+        *("student=timm", "student.model_name=test_resnet", "+student.in_chans=1"),
     )
     command("export", CKPT, "format=timm")
     network = timm.create_model(f"local-dir:{tmp_path / 'student_timm'}", pretrained=True)
@@ -403,7 +404,9 @@ def test_the_command_writes_a_folder_of_timm(command, tmp_path):
 
 
 def test_the_command_tells_of_the_checkpoints_data(command, tmp_path):
-    command("train", *QUICK, "module.ema_decay=0.5")
+    command(
+        "train", "experiment=digits", *QUICK, "callbacks=[default,ema]", "callbacks.ema.decay=0.5"
+    )
     command("export", CKPT, "format=torch_export", "ema=true", "file=average.pt2")
     run, facts = open_pt2(tmp_path / "average.pt2")
     assert facts["class_names"] == [str(digit) for digit in range(10)]

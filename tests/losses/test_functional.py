@@ -15,7 +15,7 @@ from lightning_dist.functional import (
     intra_class_correlation,
     kd_loss,
 )
-from lightning_dist.losses import streaming
+from lightning_dist.losses import DISTLoss, streaming
 
 DIST_CASES = [
     "classification_n16_c10_tau1",
@@ -272,14 +272,26 @@ def test_without_any_row_the_loss_is_zero(rows):
     ("student", "teacher", "message"),
     [
         (torch.zeros(4, 10), torch.zeros(4, 100), "student has 10 classes and teacher 100"),
-        (torch.zeros(4, 10), torch.zeros(5, 10), "differ in shape"),
+        (
+            torch.zeros(4, 10),
+            torch.zeros(5, 10),
+            r"differ in shape \(student \(4, 10\), teacher \(5, 10\)\)",
+        ),
         (torch.zeros(4, 10, 2, 2), torch.zeros(4, 10, 2, 3), "differ in shape"),
-        (torch.zeros(4), torch.zeros(4), r"give logits \(N, C\)"),
-        (torch.zeros(4, 0), torch.zeros(4, 0), r"give logits \(N, C\)"),
-        (torch.zeros(4, 3, dtype=torch.long), torch.zeros(4, 3), "student has dtype torch.int64"),
+        (torch.zeros(4), torch.zeros(4), r"student has shape \(4,\): give logits \(N, C\)"),
+        (torch.zeros(4, 0), torch.zeros(4, 0), r"student has shape \(4, 0\): give logits \(N, C\)"),
+        (
+            torch.zeros(4, 3, dtype=torch.long),
+            torch.zeros(4, 3),
+            "student has dtype torch.int64: give floa",
+        ),
         (torch.zeros(4, 3), torch.zeros(4, 3, dtype=torch.bool), "teacher has dtype torch.bool"),
-        ([[1.0, 2.0]], torch.zeros(1, 2), "student is a list"),
-        (torch.zeros(4, 3), torch.zeros(4, 3, device="meta"), "teacher on meta"),
+        ([[1.0, 2.0]], torch.zeros(1, 2), "student is a list: give a tensor of logits"),
+        (
+            torch.zeros(4, 3),
+            torch.zeros(4, 3, device="meta"),
+            "student is on cpu and teacher on meta",
+        ),
     ],
 )
 def test_logits_that_do_not_pair_are_refused(loss, student, teacher, message):
@@ -290,16 +302,27 @@ def test_logits_that_do_not_pair_are_refused(loss, student, teacher, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tau": 0.0}, "tau is 0.0"),
-        ({"tau": float("nan")}, "tau is nan"),
-        ({"activation": "relu"}, "activation is 'relu'"),
-        ({"mask": torch.ones(4)}, "mask is torch.float32"),
-        ({"mask": torch.ones(5, dtype=torch.bool)}, r"mask is torch.bool of shape \(5,\)"),
+        ({"tau": 0.0}, "tau is 0.0: the temperature must be above 0"),
+        ({"tau": float("nan")}, "tau is nan: (the temperature must be above 0|give a number)"),
+        ({"tau": float("inf")}, "tau is inf: (the temperature must be finite|give a number)"),
+        ({"beta": float("nan")}, "beta is nan: give a (finite weight|number)"),
+        ({"eps": 0}, "eps is 0: give a small number above 0"),
+        ({"eps": -1.0}, "eps is -1.0: give a small number above 0"),
+        ({"activation": "relu"}, "activation is 'relu': use 'softmax', 'sigmoid' or 'identity'"),
     ],
 )
 def test_options_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         dist_loss(torch.zeros(4, 3), torch.zeros(4, 3), **options)
+    with pytest.raises(ValueError, match=message):
+        DISTLoss(**options)
+
+
+@pytest.mark.parametrize("mask", [torch.ones(4), torch.ones(5, dtype=torch.bool)], ids=str)
+def test_a_mask_that_does_not_pair_with_the_rows_is_refused(mask):
+    message = rf"mask is {mask.dtype} of shape \({len(mask)},\): give torch.bool \(4,\)"
+    with pytest.raises(ValueError, match=message):
+        dist_loss(torch.zeros(4, 3), torch.zeros(4, 3), mask=mask)
 
 
 def test_no_gradient_flows_to_the_teacher():

@@ -1,4 +1,4 @@
-"""Fixtures of the networks' tests: the authors' names and shapes, and the rule that fills them."""
+"""Fixtures: names and shapes of the authors' networks, and the values of their weights."""
 
 import gzip
 import json
@@ -13,7 +13,7 @@ from torch import Tensor
 
 @pytest.fixture(scope="session")
 def golden_shapes(golden: Path) -> dict[str, dict[str, list[int]]]:
-    """Shape of every entry of every network."""
+    """Load the shape of every entry of every network."""
     with gzip.open(golden / "state_dict_shapes.json.gz", "rt") as file:
         return json.load(file)
 
@@ -25,13 +25,13 @@ def _sine(shape: Sequence[int], step: float, offset: float = 0.0) -> Tensor:
 
 @pytest.fixture(scope="session")
 def sine() -> Callable[..., Tensor]:
-    """Values of a shape that both sides can compute."""
+    """Return a function that fills a shape with values that any program can compute."""
     return _sine
 
 
 @pytest.fixture(scope="session")
 def golden_value() -> Callable[[str, Sequence[int]], Tensor]:
-    """The rule that filled the authors' networks, see the notes of the golden files."""
+    """Return the rule that filled the authors' networks; see the notes of the golden files."""
 
     def value(name: str, shape: Sequence[int]) -> Tensor:
         if name.endswith("num_batches_tracked"):

@@ -1,4 +1,4 @@
-"""Tests that MMDetection's checkpoints become the networks that distillation asks."""
+"""Tests that MMDetection's checkpoints load into the parts that distillation calls."""
 
 import math
 
@@ -14,7 +14,7 @@ from lightning_dist.teacher import Teacher
 
 
 def published_backbone(name):
-    """MMDetection calls a ResNet's parts as torchvision does."""
+    """Return a ResNet's weights under MMDetection's names, which are torchvision's."""
     body = torchvision.models.get_model(name, weights=None)
     return {f"backbone.{k}": v for k, v in body.state_dict().items() if not k.startswith("fc.")}
 
@@ -25,7 +25,7 @@ def layer(name, *shape):
 
 
 def published_cascade(backbone="resnext101_64x4d", classes=80, width=1024):
-    """Names and shapes of MMDetection's Cascade Mask R-CNN with an FPN."""
+    """Return random weights as in MMDetection's Cascade Mask R-CNN with an FPN."""
     state = published_backbone(backbone)
     for i, channels in enumerate((256, 512, 1024, 2048)):
         state |= layer(f"neck.lateral_convs.{i}.conv", 256, channels, 1, 1)
@@ -44,7 +44,7 @@ def published_cascade(backbone="resnext101_64x4d", classes=80, width=1024):
 
 
 def published_retinanet(backbone="resnext101_64x4d", classes=80):
-    """Names and shapes of MMDetection's RetinaNet."""
+    """Return random weights as in MMDetection's RetinaNet."""
     state = published_backbone(backbone)
     for i, channels in enumerate((512, 1024, 2048)):
         state |= layer(f"neck.lateral_convs.{i}.conv", 256, channels, 1, 1)
@@ -77,7 +77,7 @@ def convolve(state, name, x, stride=1):
 
 
 def pyramid(state, images, stages):
-    """The FPN in the checkpoint's own names, on torchvision's ResNet."""
+    """Compute the FPN from a checkpoint's own names, on torchvision's ResNet."""
     body = torchvision.models.resnet50(weights=None).eval()
     body.load_state_dict(
         {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")},

@@ -1,4 +1,4 @@
-"""Tests that the segmentation networks are the published ones, and dilated as asked."""
+"""Tests that the segmentation networks are the published ones, and dilated to their stride."""
 
 import numpy as np
 import pytest

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from PIL import Image
 from torchvision.transforms import v2
 
+import composition
 from lightning_dist.data.segmentation_base import RandomScale
 
 # The settings of the paper, written down apart from conf/.
@@ -31,8 +31,7 @@ every_recipe = pytest.mark.parametrize("recipe", RECIPES)
 
 
 def composed(recipe: str, *overrides: str) -> DictConfig:
-    with initialize_config_module("lightning_dist.conf", version_base="1.3"):
-        return compose("train", overrides=[f"experiment={recipe}", *overrides])
+    return composition.composed(f"experiment={recipe}", *overrides)
 
 
 def built(config: DictConfig) -> Any:
@@ -101,7 +100,7 @@ def test_optimizer_batch_and_processes_are_the_papers(recipe):
     assert type(optimizer) is torch.optim.SGD
     assert (group["momentum"], group["weight_decay"], group["nesterov"]) == (0.9, 5e-4, False)
     assert config.data.global_batch_size == 16
-    assert (config.trainer.devices, config.distributed) == (8, True)
+    assert config.trainer.devices == 8
     assert config.trainer.sync_batchnorm is True
     assert config.num_classes == 19
     assert config.module.window is None, "whole images are evaluated"
@@ -148,7 +147,7 @@ def test_two_steps_run_with_the_real_networks(recipe, root, make_trainer):
     config = composed(
         recipe,
         *UNTAUGHT,
-        *("trainer=cpu", "distill.loss.sync=false", "trainer.max_steps=2"),
+        *("trainer=cpu", "trainer.max_steps=2"),
         *(f"data.root={root}", "data.global_batch_size=2", "data.num_workers=0"),
         "data.crop_size=[64,128]",
     )

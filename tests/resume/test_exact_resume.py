@@ -6,8 +6,6 @@ import re
 import resource
 import signal
 import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +21,7 @@ from lightning_dist import DistillModule
 from lightning_dist.data.digits import DigitsDataModule
 from lightning_dist.resume import ExactResume, Interrupted, ResumableCSVLogger
 from lightning_dist.resume.checkpoint_io import AtomicCheckpointIO
+from processes import TIMEOUT, wait_until
 
 QUICK = ["train", "experiment=digits", "trainer=cpu", "print_config=false"]
 QUICK += ["callbacks.progress=null", "test_teacher=false", "hydra.run.dir=run"]
@@ -57,15 +56,25 @@ def fit(make_trainer: Callable[..., L.Trainer], tmp_path: Path) -> Callable[...,
     return run
 
 
+@pytest.fixture(scope="module")
+def whole_runs() -> dict[str, tuple[dict, str]]:
+    """Weights and curves of runs that are not interrupted, by their limits."""
+    return {}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"]
 )
 @pytest.mark.parametrize("limits", [{}, {"max_steps": 42}], ids=["epochs", "steps"])
 @pytest.mark.parametrize("batch", [0, 12, 20, 30, 41])
 def test_a_run_that_is_told_to_stop_resumes_to_the_last_bit(
-    fit, tmp_path, number, status, batch, limits
+    fit, whole_runs, tmp_path, number, status, batch, limits
 ):
-    whole = fit("whole", **limits)
+    if str(limits) not in whole_runs:
+        weights = fit("whole", **limits).state_dict()
+        whole_runs[str(limits)] = weights, (tmp_path / "whole" / "metrics.csv").read_text()
+    weights, curves = whole_runs[str(limits)]
     before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
     with pytest.raises(Interrupted) as stopped:
         fit("stopped", Send(number, batch), **limits)
@@ -74,10 +83,9 @@ def test_a_run_that_is_told_to_stop_resumes_to_the_last_bit(
     saved = torch.load(tmp_path / "stopped" / "last.ckpt", weights_only=True)
     assert saved["global_step"] == batch + 1  # the batch that ran was not lost
     resumed = fit("stopped", resume=True, **limits)
-    for name, value in whole.state_dict().items():
+    for name, value in weights.items():
         assert torch.equal(resumed.state_dict()[name], value)
-    curves = [(tmp_path / name / "metrics.csv").read_text() for name in ("whole", "stopped")]
-    assert curves[0] == curves[1]
+    assert (tmp_path / "stopped" / "metrics.csv").read_text() == curves
 
 
 def test_an_accumulation_is_ended_before_a_run_stops(fit, tmp_path):
@@ -225,7 +233,7 @@ def test_an_interruption_and_the_end_of_an_epoch_save_under_one_name(make_traine
             *("trainer.max_epochs=9", "callbacks=[default,early_stopping]"),
             *("callbacks.early_stopping.patience=1", "optimizer.lr=0"),
         ],
-        ["trainer.max_epochs=3", "+trainer.max_steps=30"],
+        ["trainer.max_epochs=3", "trainer.max_steps=30"],
     ],
     ids=["all epochs", "early stopping", "ends in mid-epoch"],
 )
@@ -242,60 +250,50 @@ def test_a_run_that_was_killed_in_its_test_resumes_to_the_same(command, tmp_path
 
 
 @pytest.mark.slow
-def test_interrupted_processes_resume_to_the_last_bit(tmp_path):
-    command = [sys.executable, "-m", "tests.soak", "--rounds=1", "--variants=two-processes"]
-    run = subprocess.run(
-        [*command, "--folder", tmp_path],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+def test_interrupted_processes_resume_to_the_last_bit(processes, tmp_path):
+    soak = ["-m", "tests.soak", "--rounds=1", "--variants=two-processes", "--folder", tmp_path]
+    run = processes.run(*soak, cwd=Path(__file__).parents[2], timeout=600)
     assert run.stdout.endswith("1 rounds, 0 mismatches\n"), run.stdout + run.stderr
+
+
+@pytest.fixture
+def start_sweep(processes, tmp_path) -> Callable[..., subprocess.Popen]:
+    """Start a sweep of runs that do not end by themselves, and wait until the first one trains."""
+
+    def start(*options: str) -> subprocess.Popen:
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        command = ["-m", "lightning_dist", "train", "-m", "experiment=digits", *options]
+        command += ["trainer.max_epochs=1000000", "print_config=false", "hydra.sweep.dir=sweep"]
+        sweep = processes.start(*command, cwd=tmp_path, **quiet)
+        curves = tmp_path / "sweep" / "0" / "logs" / "metrics.csv"
+        wait_until(lambda: curves.exists() or sweep.poll() is not None)
+        assert sweep.poll() is None
+        return sweep
+
+    return start
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "how", [["own_process=true"], ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]], ids=str
 )
-def test_runs_of_a_sweep_that_is_killed_save_and_end(tmp_path, how):
-    arguments = ["trainer=cpu", "trainer.max_epochs=5000", "print_config=false", *how]
-    sweep = subprocess.Popen(
-        [sys.executable, "-m", "lightning_dist", "train", "-m", *arguments, "hydra.sweep.dir=k"],
-        cwd=tmp_path,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    run = tmp_path / "k" / "0"
-    wait_until(lambda: (run / "logs" / "metrics.csv").exists())
+def test_runs_of_a_sweep_that_is_killed_save_and_end(start_sweep, processes, tmp_path, how):
+    sweep = start_sweep("trainer=cpu", *how)
     sweep.kill()
     sweep.wait()
-    wait_until(lambda: "stopped by SIGTERM" in (run / "result.json").read_text())
+    wait_until(lambda: not processes.alive())
+    run = tmp_path / "sweep" / "0"
+    assert "stopped by SIGTERM" in (run / "result.json").read_text()
     assert (run / "checkpoints" / "last.ckpt").exists()
-    wait_until(lambda: subprocess.run(["pgrep", "-f", "trainer.max_epochs=5000"]).returncode == 1)
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 @pytest.mark.slow
-def test_a_sweep_that_is_told_to_stop_lets_its_processes_save(tmp_path):
-    arguments = ["train", "-m", "trainer=ddp_sim", "trainer.max_epochs=500", "hydra.sweep.dir=s"]
-    sweep = subprocess.Popen(
-        [sys.executable, "-m", "lightning_dist", *arguments, "seed=0,1"],
-        cwd=tmp_path,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    wait_until((tmp_path / "s" / "0" / "logs" / "metrics.csv").exists)
+def test_a_sweep_that_is_told_to_stop_lets_its_processes_save(start_sweep, processes, tmp_path):
+    sweep = start_sweep("trainer=ddp_sim", "seed=0,1")
     sweep.terminate()
-    assert sweep.wait(timeout=60) == 143
-    assert (tmp_path / "s" / "0" / "checkpoints" / "last.ckpt").exists()
-    assert "stopped by SIGTERM" in (tmp_path / "s" / "0" / "result.json").read_text()
-    assert not (tmp_path / "s" / "1").exists()
-    alive = subprocess.run(["pgrep", "-f", "hydra.sweep.dir=s|trainer.max_epochs=500"])
-    assert alive.returncode == 1
+    assert sweep.wait(timeout=TIMEOUT) == 143
+    assert not processes.alive()
+    run = tmp_path / "sweep" / "0"
+    assert (run / "checkpoints" / "last.ckpt").exists()
+    assert "stopped by SIGTERM" in (run / "result.json").read_text()
+    assert not (tmp_path / "sweep" / "1").exists()

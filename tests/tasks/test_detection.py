@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_dist import DISTLoss
-from lightning_dist.data.base import list_collate
+from lightning_dist.data.base import collate_as_lists
 from lightning_dist.data.scenes import SceneDetectionDataModule
 from lightning_dist.losses import FeatureMimic
 from lightning_dist.models.detection import TimmPyramid, small_faster_rcnn, small_retinanet
@@ -138,6 +138,17 @@ def test_one_stage_learns_from_the_teachers_class_maps_level_by_level(
     )
     found = trainer.callback_metrics["train/distill/class"]
     assert found.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+@both
+def test_dist_takes_the_activation_of_the_head_unless_one_is_chosen(kind):
+    own = "softmax" if kind == "two" else "sigmoid"
+    for given, expected in [(None, own), ("softmax", "softmax"), ("identity", "identity")]:
+        loss = DISTLoss(tau=2.0, activation=given)
+        module = make_module(kind, BUILD[kind](6, 12, 12), distill_loss=loss)
+        used = module.configure_distillation().terms["class"].loss
+        assert (used.tau, used.activation) == (2.0, expected)
+        assert loss.activation == (given or "softmax"), "the user's own stays as it is"
 
 
 @both
@@ -340,7 +351,7 @@ def test_map_is_that_of_pycocotools_over_the_whole_set(data, make_trainer):
 def test_images_without_boxes_are_trained_on_and_evaluated(kind, data, make_trainer):
     empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
     samples = [(image, empty) for image, _ in (data.train_dataset()[i] for i in range(4))]
-    loader = DataLoader(samples, batch_size=2, collate_fn=list_collate)
+    loader = DataLoader(samples, batch_size=2, collate_fn=collate_as_lists)
     trainer = make_trainer()
     trainer.fit(make_module(kind, BUILD[kind](6, 12, 12)), loader, loader)
     metrics = trainer.callback_metrics

@@ -53,12 +53,14 @@ def test_each_teacher_of_an_ensemble_has_its_own_bridge_and_classes():
 
 
 def test_an_ensemble_that_cannot_be_is_refused():
-    with pytest.raises(ValueError, match="no teachers"):
+    with pytest.raises(ValueError, match="the ensemble has no teachers"):
         EnsembleTeacher([])
-    with pytest.raises(ValueError, match="'probabilities' or 'logits'"):
+    with pytest.raises(ValueError, match="mean is 'median': use 'probabilities' or 'logits'"):
         EnsembleTeacher([nn.Linear(4, 3)], mean="median")
     odd = EnsembleTeacher([nn.Linear(4, 3), Teacher(nn.Linear(4, 2))])
-    with pytest.raises(ValueError, match=r"teacher 1 .*\(5, 2\) and teacher 0 \(5, 3\).*class_map"):
+    with pytest.raises(
+        ValueError, match=r"teacher 1 .*\(5, 2\) and teacher 0 \(5, 3\).*give each a class_map"
+    ):
         odd(torch.rand(5, 4))
 
 

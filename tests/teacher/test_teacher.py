@@ -60,7 +60,7 @@ def test_an_object_with_logits_is_mapped_in_a_copy():
 
 
 def test_a_class_map_that_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match="index 5 and Linear 3 classes"):
+    with pytest.raises(ValueError, match="class_map has the index 5 and Linear 3 classes"):
         Teacher(nn.Linear(4, 3), class_map=[0, 5])(torch.rand(2, 4))
     with pytest.raises(ValueError, match="counted from 0"):
         Teacher(nn.Linear(4, 3), class_map=[0, -1])

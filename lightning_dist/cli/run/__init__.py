@@ -1,1 +1,1 @@
-"""What one run of ``lightning-dist train`` reads and writes in its folder."""
+"""One run of ``lightning-dist train``: its folder, its result, and the config in its checkpoint."""

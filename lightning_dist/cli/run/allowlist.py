@@ -1,4 +1,4 @@
-"""What the config inside a checkpoint may name and hold, where nobody vouches for the file."""
+"""Allowlist: what the config in a checkpoint may build or load without ``trust=true``."""
 
 import importlib
 import re
@@ -17,11 +17,12 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_dist.cli import UserError
+from lightning_dist.cli.errors import UserError
 from lightning_dist.training import warmup_multistep
 
-# Classes of these kinds, from where their constructors do nothing but build. Whole packages would
-# be too much: torchmetrics.text and timm.task load files by name, torch.distributed writes code.
+# Each base class, and the packages in which the constructors of its subclasses only build objects.
+# Whole libraries would be too much: torchmetrics.text and timm.task load files by name, and
+# torch.distributed writes code.
 _CLASSES: tuple[tuple[type, tuple[str, ...]], ...] = (
     (
         nn.Module,
@@ -57,26 +58,29 @@ _FUNCTIONS = (
 )
 _PACKAGES = ("lightning_dist", "timm", "torch", "torchmetrics", "torchvision")
 
-# With these timm reads a file or asks a hub; this package hands them on to it as they are.
+# Arguments and names for which timm reads a file or downloads from a hub; this package passes them
+# on to timm unchanged.
 _TIMM_LOADS = re.compile("checkpoint_path|cache_dir|pretrained_.*")
 _TIMM_SOURCE = re.compile("(hf|local)[-_](hub|dir):", re.IGNORECASE)
 
-_DEEPEST, _MOST = 32, 100_000  # levels and values; no genuine config comes near
+# Levels and values of a config, far above those of any that train saves.
+_MAX_DEPTH, _MAX_VALUES = 32, 100_000
 
 
-def check_harmless(config: Any, path: str) -> None:
+def check_allowed(config: Any, path: str) -> None:
     """Refuse a config that can do more than build networks, data, optimizers and schedules.
 
     Args:
-        config: what is to be instantiated.
+        config: plain data, to be instantiated by Hydra.
         path: the file that holds it, for the message.
 
     Raises:
-        UserError: saying what it holds.
+        UserError: naming the value that is refused.
     """
     for count, node in enumerate(_nodes(config, path)):
-        if count > _MOST:  # what a few levels hold in common is many values, once each is built
-            raise UserError(f"{path} is damaged: its config has more than {_MOST} values")
+        # A list that holds another list twice, which does the same, doubles with every level.
+        if count > _MAX_VALUES:
+            raise UserError(f"{path} is damaged: its config has more than {_MAX_VALUES} values")
         if isinstance(node, Mapping):
             for key in node:
                 _check_text(key, path)
@@ -89,8 +93,8 @@ def check_harmless(config: Any, path: str) -> None:
 
 
 def _nodes(config: Any, path: str, depth: int = 0) -> Iterator[Any]:
-    """Every value within, mappings before what they hold."""
-    if depth > _DEEPEST:
+    """Yield a config and every value inside it, a mapping before its values."""
+    if depth > _MAX_DEPTH:
         raise UserError(f"{path} is damaged: its config is nested without end")
     yield config
     if isinstance(config, (Mapping, list, tuple)):
@@ -99,9 +103,10 @@ def _nodes(config: Any, path: str, depth: int = 0) -> Iterator[Any]:
 
 
 def _check_text(value: Any, path: str) -> None:
-    """Refuse what is resolved when a config is read: resolvers call functions, before any check.
+    """Refuse an interpolation, or a name for which timm loads a file.
 
-    A config is saved resolved, so that a genuine one has none.
+    OmegaConf resolves interpolations when it reads a config, and a resolver is a function call.
+    ``train`` saves its config resolved, so that a genuine one has none.
     """
     if isinstance(value, str) and "${" in value:
         raise _refusal(path, f"would resolve {value!r:.100}")
@@ -118,7 +123,7 @@ def _check_call(node: Mapping[str, Any], path: str) -> None:
             f"would run {target!r:.100}, which is no network, data module, metric, optimizer or "
             f"scheduler of {', '.join(_PACKAGES)}",
         )
-    # By position an argument would have no name to know it by.
+    # Arguments by position have no names, by which the others are checked.
     if node.get("_args_") and not _is_known_class(found):
         raise _refusal(path, f"would run {target!r} with arguments that it does not name")
     if found is timm.create_model and not timm.is_model(str(node.get("model_name"))):
@@ -144,7 +149,7 @@ def _is_known_function(found: Any) -> bool:
 
 
 def _locate(target: str) -> Any:
-    """What Hydra would call, without importing any other package; private names are nobody's."""
+    """Return what Hydra would call, or None; only allowed packages are imported for it."""
     parts = target.split(".")
     if parts[0] not in _PACKAGES or any(part.startswith("_") or not part for part in parts):
         return None
@@ -153,7 +158,7 @@ def _locate(target: str) -> Any:
         if not hasattr(found, part):
             try:
                 importlib.import_module(".".join(parts[:i]))
-            except Exception:  # whatever an import raises: it is not there to be called
+            except Exception:  # an import can raise anything, and Hydra could not import it either
                 return None
         found = getattr(found, part, None)
     return found

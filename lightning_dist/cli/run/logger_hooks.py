@@ -1,4 +1,4 @@
-"""What the loggers of a run are told besides metrics: its config first, and when it ends."""
+"""Hyper-parameters for the loggers, and closing W&B between the runs of a sweep."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +10,11 @@ from omegaconf import DictConfig, OmegaConf
 
 
 class LogConfig(Callback):
-    """Log the whole config as hyper-parameters, in the process that logs the metrics."""
+    """Log the whole config as hyper-parameters, in the process that logs the metrics.
+
+    Args:
+        config: composed.
+    """
 
     def __init__(self, config: DictConfig) -> None:
         self.settings: Any = OmegaConf.to_container(config, resolve=True)
@@ -22,7 +26,13 @@ class LogConfig(Callback):
 
 @contextmanager
 def closed_loggers(trainer: Trainer) -> Iterator[None]:
-    """Close what the next run of a sweep would take for its own: the run of Weights & Biases."""
+    """Close the run of Weights & Biases at the end of the block.
+
+    It is global to the process, so that the next run of a sweep would go on logging to it.
+
+    Args:
+        trainer: whose loggers are closed.
+    """
     failed = True
     try:
         yield
@@ -35,7 +45,14 @@ def closed_loggers(trainer: Trainer) -> Iterator[None]:
 
 @contextmanager
 def without_loggers(trainer: Trainer) -> Iterator[dict[str, float]]:
-    """Keep what happens here from the loggers; they get the metrics put in the dict, if any."""
+    """Run the block without the trainer's loggers.
+
+    Args:
+        trainer: gets its loggers back at the end of the block.
+
+    Returns:
+        An empty dict; the metrics that the block puts into it are logged after all.
+    """
     loggers, trainer.loggers = trainer.loggers, []
     metrics: dict[str, float] = {}
     try:

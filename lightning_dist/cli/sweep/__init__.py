@@ -1,1 +1,1 @@
-"""What a sweep of runs needs beside them: launching, checks, pruning, its report."""
+"""Sweeps: launch a run as its own process, check the launcher, prune trials, report at the end."""

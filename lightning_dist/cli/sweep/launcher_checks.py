@@ -1,4 +1,4 @@
-"""A Hydra callback that refuses a launcher or sweeper which Hydra would silently ignore."""
+"""A Hydra callback that refuses a launcher or sweeper which Hydra would ignore."""
 
 from collections.abc import Iterator
 from contextlib import suppress
@@ -10,20 +10,20 @@ from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_dist.cli import fail
+from lightning_dist.cli.errors import fail
 
 
-class RefuseLateChoices(Callback):
-    """End a sweep before its first job if one of its configs chooses who launches the jobs.
+class RefuseSweptLauncher(Callback):
+    """Refuse a sweep over config files of which one sets the launcher or the sweeper.
 
-    The launcher and the sweeper are there before Hydra reads what is swept over, so that the choice
-    of an experiment file counts when it is the only one and not when there are several.
+    Hydra picks both before it composes the configs that are swept over (Hydra issue 2946). It would
+    ignore the choice of an experiment file in a sweep over several, and follow it for a single one.
     """
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         for choice, job in _swept_configs(config):
             for part in ("launcher", "sweeper"):
-                if _plain(job.hydra[part]) != _plain(config.hydra[part]):
+                if _unresolved(job.hydra[part]) != _unresolved(config.hydra[part]):
                     name = job.hydra.runtime.choices[f"hydra/{part}"]
                     fail(
                         f"{choice} sets hydra.{part}, which is too late in a sweep over it: choose "
@@ -32,7 +32,7 @@ class RefuseLateChoices(Callback):
 
 
 def _swept_configs(config: DictConfig) -> Iterator[tuple[str, DictConfig]]:
-    """Each config file that the sweep goes over, composed as its jobs will."""
+    """Yield each config file that is swept over, by its override, and a config composed with it."""
     loader = GlobalHydra.instance().config_loader()
     params = config.hydra.sweeper.get("params") or {}
     parser = OverridesParser.create(config_loader=loader)
@@ -44,9 +44,9 @@ def _swept_configs(config: DictConfig) -> Iterator[tuple[str, DictConfig]]:
             continue
         for value in override.sweep_string_iterator():
             choice = f"{override.get_key_element()}={value}"
-            with suppress(HydraException):  # Hydra checks every job next, and says what is wrong
+            with suppress(HydraException):  # Hydra composes every job next, and raises it then
                 yield choice, loader.load_sweep_config(config, [*fixed, choice])
 
 
-def _plain(config: DictConfig) -> Any:
+def _unresolved(config: DictConfig) -> Any:
     return OmegaConf.to_container(config, resolve=False)

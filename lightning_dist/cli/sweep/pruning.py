@@ -1,4 +1,4 @@
-"""What a trial of an Optuna search does in its own process: report validations, and give up."""
+"""`PruneTrial`: a trial of an Optuna search reports its validations and ends early if it lags."""
 
 from pathlib import Path
 from typing import Any
@@ -8,21 +8,21 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from hydra_plugins.lightning_dist_optuna.sweeper import PRUNED, STUDY, open_storage
-from lightning_dist.cli import UserError
+from lightning_dist.cli.errors import UserError
 
 
 class Pruned(UserError):  # noqa: N818 - it is no error
-    """A trial ends early because it promises little."""
+    """Ends a trial early, because its pruner expects no good result."""
 
 
 class PruneTrial(Callback):
     """Report ``monitor`` after each validation, and end a run that lags behind the other trials.
 
     Args:
-        storage: file of the sweeper.
+        storage: the journal file of the sweeper.
         trial: number of the trial.
-        monitor: the metric.
-        pruner: of Optuna. Its steps are epochs.
+        monitor: the metric to report.
+        pruner: an Optuna pruner; its steps are epochs.
 
     Raises:
         UserError: before training, if there is no such file.
@@ -56,7 +56,7 @@ class PruneTrial(Callback):
             )
 
     def _report(self, epoch: int, value: float) -> bool:
-        """Whether the trial should end."""
+        """Report a validation to the study, and return whether the trial should end."""
         import optuna
 
         storage = open_storage(self.storage)

@@ -1,8 +1,8 @@
-"""The CIFAR networks of the distillation literature, whose published checkpoints load as they are.
+"""CIFAR networks of the distillation literature; their published checkpoints load unchanged.
 
 Every builder takes `num_classes` and returns a network that maps images (N, 3, 32, 32) to logits
-(N, num_classes). Parameter names are those of the zoo released with Tian, Krishnan, Isola,
-"Contrastive Representation Distillation" (ICLR 2020), which later work trains and publishes.
+(N, num_classes). The parameters have the names of the networks released with Tian, Krishnan, Isola,
+"Contrastive Representation Distillation" (ICLR 2020), which later work trains and publishes too.
 """
 
 from lightning_dist.models.cifar.mobilenet import mobilenet_v2_half

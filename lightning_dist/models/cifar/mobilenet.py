@@ -13,8 +13,8 @@ from lightning_dist.models.cifar.layers import (
     stage,
 )
 
-# (expansion, channels, stride, depth) of each stage: the paper's table 2 with half the channels,
-# and stride 1 in the second stage because the images are small.
+# (expansion, channels, stride, depth) of each stage: table 2 of the paper with half the channels.
+# The second stage has stride 1, because the images are small.
 STAGES = (
     (1, 8, 1, 1),
     (6, 12, 1, 2),
@@ -27,9 +27,15 @@ STAGES = (
 
 
 class InvertedResidual(nn.Module):
-    """1x1 expansion, 3x3 depthwise, linear 1x1: (N, in, H, W) to (N, out, H/stride, W/stride).
+    """A block of 1x1 expansion, 3x3 depthwise and linear 1x1 convolutions.
 
-    The input is added where the shapes allow it.
+    Maps (N, in, H, W) to (N, out, H/stride, W/stride), and adds the input if it has that shape.
+
+    Args:
+        in_channels: number of input channels.
+        out_channels: number of output channels.
+        stride: stride of the depthwise convolution, in pixels.
+        expansion: factor on `in_channels` that gives the channels inside.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, expansion: int) -> None:
@@ -50,8 +56,8 @@ class InvertedResidual(nn.Module):
 class CifarMobileNetV2(nn.Module):
     """MobileNetV2 at half width: images (N, 3, 32, 32) to logits (N, num_classes).
 
-    It departs from torchvision's and timm's MobileNetV2: ReLU for ReLU6, an expansion convolution
-    in the first stage too, widths not rounded to multiples of eight, no dropout.
+    It differs from torchvision's and timm's MobileNetV2: ReLU instead of ReLU6, an expansion
+    convolution in the first stage too, channels not rounded to multiples of eight, no dropout.
 
     Args:
         num_classes: number of logits.
@@ -73,7 +79,7 @@ class CifarMobileNetV2(nn.Module):
         self.blocks = nn.Sequential(*stages)
         self.conv2 = _norm_relu(conv(in_channels, 1280, 1))
         linear = nn.Linear(1280, num_classes)
-        # A sequence of one, as published checkpoints name the layer classifier.0.
+        # A Sequential of one layer, because published checkpoints name the layer classifier.0.
         self.classifier = nn.Sequential(linear)
         init_convs(self)
         init_classifier(linear)
@@ -88,5 +94,5 @@ def _norm_relu(convolution: nn.Conv2d) -> nn.Sequential:
 
 
 def mobilenet_v2_half(num_classes: int = 100) -> CifarMobileNetV2:
-    """MobileNetV2 at half width: seven stages, 8 to 160 channels."""
+    """Build MobileNetV2 at half width: seven stages, 8 to 160 channels."""
     return CifarMobileNetV2(num_classes)

@@ -7,7 +7,13 @@ from lightning_dist.models.cifar.layers import conv, global_average, init_convs,
 
 
 def projection(in_channels: int, out_channels: int, stride: int) -> nn.Module:
-    """Shortcut of a residual block: the identity wherever the shapes allow it."""
+    """Build the shortcut of a residual block: the identity if input and output shapes are equal.
+
+    Args:
+        in_channels: number of input channels.
+        out_channels: number of output channels.
+        stride: stride in pixels.
+    """
     if stride == 1 and in_channels == out_channels:
         return nn.Identity()
     return nn.Sequential(
@@ -17,7 +23,13 @@ def projection(in_channels: int, out_channels: int, stride: int) -> nn.Module:
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions around a shortcut: (N, in, H, W) to (N, out, H/stride, W/stride)."""
+    """A residual block of two 3x3 convolutions: (N, in, H, W) to (N, out, H/stride, W/stride).
+
+    Args:
+        in_channels: number of input channels.
+        out_channels: number of output channels.
+        stride: stride of the first convolution, in pixels.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
@@ -34,9 +46,12 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 convolutions around a shortcut, a quarter as wide inside as outside.
+    """A residual block of 1x1, 3x3 and 1x1 convolutions: (N, in, H, W) to (N, out, H/s, W/s).
 
-    The 3x3 convolution has the stride, as in torchvision. Shapes are those of `BasicBlock`.
+    Args:
+        in_channels: number of input channels.
+        out_channels: number of output channels; the 3x3 convolution has a quarter of them.
+        stride: stride s of the 3x3 convolution, in pixels; torchvision puts it there too.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
@@ -62,8 +77,8 @@ class CifarResNet(nn.Module):
 
     Args:
         depth: 6n + 2, for n basic blocks in each of the three stages.
-        stem: channels of the first convolution.
-        widths: channels of the three stages.
+        stem: number of channels of the first convolution.
+        widths: number of channels of each of the three stages.
         num_classes: number of logits.
 
     Reference:
@@ -91,7 +106,7 @@ class CifarResNet(nn.Module):
 
 
 class CifarResNet50(nn.Module):
-    """ImageNet's ResNet-50 behind a 3x3 stem that keeps 32x32: (N, 3, 32, 32) to logits.
+    """ImageNet's ResNet-50 with a 3x3 stem of stride 1: (N, 3, 32, 32) to (N, num_classes).
 
     Args:
         num_classes: number of logits.
@@ -123,55 +138,55 @@ def _thin(depth: int, num_classes: int) -> CifarResNet:
 
 
 def _four_times_wider(depth: int, num_classes: int) -> CifarResNet:
-    # The stem is only twice as wide, so the first stage needs a projection too.
+    # The stem is only twice as wide, so the first stage also needs a projection.
     return CifarResNet(depth, stem=32, widths=(64, 128, 256), num_classes=num_classes)
 
 
 def resnet8(num_classes: int = 100) -> CifarResNet:
-    """ResNet-8: one basic block a stage, 16-32-64 channels."""
+    """Build ResNet-8: one basic block per stage, 16-32-64 channels."""
     return _thin(8, num_classes)
 
 
 def resnet14(num_classes: int = 100) -> CifarResNet:
-    """ResNet-14: two basic blocks a stage, 16-32-64 channels."""
+    """Build ResNet-14: two basic blocks per stage, 16-32-64 channels."""
     return _thin(14, num_classes)
 
 
 def resnet20(num_classes: int = 100) -> CifarResNet:
-    """ResNet-20: three basic blocks a stage, 16-32-64 channels."""
+    """Build ResNet-20: three basic blocks per stage, 16-32-64 channels."""
     return _thin(20, num_classes)
 
 
 def resnet32(num_classes: int = 100) -> CifarResNet:
-    """ResNet-32: five basic blocks a stage, 16-32-64 channels."""
+    """Build ResNet-32: five basic blocks per stage, 16-32-64 channels."""
     return _thin(32, num_classes)
 
 
 def resnet44(num_classes: int = 100) -> CifarResNet:
-    """ResNet-44: seven basic blocks a stage, 16-32-64 channels."""
+    """Build ResNet-44: seven basic blocks per stage, 16-32-64 channels."""
     return _thin(44, num_classes)
 
 
 def resnet56(num_classes: int = 100) -> CifarResNet:
-    """ResNet-56: nine basic blocks a stage, 16-32-64 channels."""
+    """Build ResNet-56: nine basic blocks per stage, 16-32-64 channels."""
     return _thin(56, num_classes)
 
 
 def resnet110(num_classes: int = 100) -> CifarResNet:
-    """ResNet-110: eighteen basic blocks a stage, 16-32-64 channels."""
+    """Build ResNet-110: eighteen basic blocks per stage, 16-32-64 channels."""
     return _thin(110, num_classes)
 
 
 def resnet8x4(num_classes: int = 100) -> CifarResNet:
-    """ResNet-8x4: one basic block a stage, 64-128-256 channels."""
+    """Build ResNet-8x4: one basic block per stage, 64-128-256 channels."""
     return _four_times_wider(8, num_classes)
 
 
 def resnet32x4(num_classes: int = 100) -> CifarResNet:
-    """ResNet-32x4: five basic blocks a stage, 64-128-256 channels."""
+    """Build ResNet-32x4: five basic blocks per stage, 64-128-256 channels."""
     return _four_times_wider(32, num_classes)
 
 
 def resnet50(num_classes: int = 100) -> CifarResNet50:
-    """ResNet-50: 3-4-6-3 bottleneck blocks, 256-512-1024-2048 channels."""
+    """Build ResNet-50: 3-4-6-3 bottleneck blocks, 256-512-1024-2048 channels."""
     return CifarResNet50(num_classes)

@@ -1,7 +1,7 @@
 """ShuffleNet V1 and V2 for 32x32 images.
 
-Both start with a 1x1 convolution at full resolution, where the papers have a strided 3x3 one and
-a max pooling. Both keep PyTorch's default initialisation, as published.
+Both start with a 1x1 convolution at full resolution. The papers, for larger images, have a strided
+3x3 convolution and a max pooling. Both keep PyTorch's initialisation, as the published networks do.
 """
 
 import torch
@@ -15,15 +15,28 @@ GROUPS_V1 = 3
 
 
 def channel_shuffle(x: Tensor, groups: int) -> Tensor:
-    """Interleave the channels of `groups` groups; the shape (N, C, H, W) stays."""
+    """Interleave the channels of several groups, so that the next convolution mixes them.
+
+    Args:
+        x: feature map (N, C, H, W).
+        groups: number of groups of adjacent channels; C is a multiple of it.
+
+    Returns:
+        The map (N, C, H, W) with its channels reordered.
+    """
     return x.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)
 
 
 class ShuffleUnitV1(nn.Module):
-    """Grouped 1x1, shuffle, depthwise 3x3, grouped 1x1, around a shortcut.
+    """A unit of grouped 1x1, shuffle, depthwise 3x3 and grouped 1x1, with a shortcut.
 
-    Maps (N, in, H, W) to (N, out, H/stride, W/stride). At stride 1 the shortcut is added, at
-    stride 2 it is average-pooled and concatenated, so that the branch makes only the new channels.
+    Maps (N, in, H, W) to (N, out, H/stride, W/stride). At stride 1 the shortcut is added. At
+    stride 2 it is average-pooled and concatenated, so the convolutions only make the new channels.
+
+    Args:
+        in_channels: number of input channels.
+        out_channels: number of output channels; equal to `in_channels` at stride 1.
+        stride: 1 or 2, in pixels.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
@@ -31,7 +44,7 @@ class ShuffleUnitV1(nn.Module):
         self.stride = stride
         branch = out_channels if stride == 1 else out_channels - in_channels
         inner = branch // 4
-        # The stem has too few channels to be worth splitting into groups.
+        # The paper uses one group here, because the stem has few channels.
         self.groups = 1 if in_channels == STEM else GROUPS_V1
         self.conv1 = conv(in_channels, inner, 1, groups=self.groups)
         self.bn1 = nn.BatchNorm2d(inner)
@@ -78,7 +91,11 @@ class CifarShuffleNetV1(nn.Module):
 
 
 class ShuffleUnitV2(nn.Module):
-    """Half of the channels pass 1x1, depthwise 3x3, 1x1; then all shuffle: (N, C, H, W) stays."""
+    """A unit that convolves half of the channels, then shuffles all: (N, C, H, W) to the same.
+
+    Args:
+        channels: number C of input and output channels.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -99,17 +116,22 @@ class ShuffleUnitV2(nn.Module):
 
 
 class ShuffleDownV2(nn.Module):
-    """Two strided branches over all channels: (N, in, H, W) to (N, out, H/2, W/2)."""
+    """A unit of two branches with stride 2: (N, in, H, W) to (N, out, H/2, W/2).
+
+    Args:
+        in_channels: number of input channels of both branches.
+        out_channels: number of output channels; each branch makes half of them.
+    """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         half = out_channels // 2
-        # Short branch: depthwise, 1x1.
+        # The short branch is depthwise, 1x1.
         self.conv1 = depthwise(in_channels, stride=2)
         self.bn1 = nn.BatchNorm2d(in_channels)
         self.conv2 = conv(in_channels, half, 1)
         self.bn2 = nn.BatchNorm2d(half)
-        # Long branch: 1x1, depthwise, 1x1.
+        # The long branch is 1x1, depthwise, 1x1.
         self.conv3 = conv(in_channels, half, 1)
         self.bn3 = nn.BatchNorm2d(half)
         self.conv4 = depthwise(half, stride=2)
@@ -162,10 +184,10 @@ def _stage_v2(in_channels: int, out_channels: int, depth: int) -> nn.Sequential:
 
 
 def shufflenet_v1(num_classes: int = 100) -> CifarShuffleNetV1:
-    """ShuffleNet V1, three groups: 4-8-4 units, 240-480-960 channels."""
+    """Build ShuffleNet V1 with three groups: 4-8-4 units, 240-480-960 channels."""
     return CifarShuffleNetV1(num_classes)
 
 
 def shufflenet_v2(num_classes: int = 100) -> CifarShuffleNetV2:
-    """ShuffleNet V2, width 1: 4-8-4 units, 116-232-464 channels."""
+    """Build ShuffleNet V2 at width 1: 4-8-4 units, 116-232-464 channels."""
     return CifarShuffleNetV2(num_classes)

@@ -9,11 +9,12 @@ from lightning_dist.models.cifar.layers import global_average, init_classifier, 
 class CifarVGG(nn.Module):
     """VGG with one linear classifier: images (N, 3, 32, 32) to logits (N, num_classes).
 
-    The names count the paper's three linear layers, of which one is left: VGG-8 has five
-    convolutions.
+    The number in a name counts the paper's three linear layers, although only one is left here:
+    VGG-8 has five convolutions.
 
     Args:
-        depths: convolutions in each of the five blocks, of 64, 128, 256, 512 and 512 channels.
+        depths: number of convolutions in each of the five blocks, which have 64, 128, 256, 512 and
+            512 channels.
         num_classes: number of logits.
 
     Reference:
@@ -52,25 +53,25 @@ def _block(in_channels: int, channels: int, depth: int) -> nn.Sequential:
 
 
 def vgg8(num_classes: int = 100) -> CifarVGG:
-    """VGG-8: five convolutions, one a block; no configuration of the paper."""
+    """Build VGG-8: five convolutions, one per block; the paper has no such configuration."""
     return CifarVGG((1, 1, 1, 1, 1), num_classes)
 
 
 def vgg11(num_classes: int = 100) -> CifarVGG:
-    """VGG-11: eight convolutions, as in configuration A."""
+    """Build VGG-11: eight convolutions, as in configuration A."""
     return CifarVGG((1, 1, 2, 2, 2), num_classes)
 
 
 def vgg13(num_classes: int = 100) -> CifarVGG:
-    """VGG-13: ten convolutions, as in configuration B."""
+    """Build VGG-13: ten convolutions, as in configuration B."""
     return CifarVGG((2, 2, 2, 2, 2), num_classes)
 
 
 def vgg16(num_classes: int = 100) -> CifarVGG:
-    """VGG-16: thirteen convolutions, as in configuration D."""
+    """Build VGG-16: thirteen convolutions, as in configuration D."""
     return CifarVGG((2, 2, 3, 3, 3), num_classes)
 
 
 def vgg19(num_classes: int = 100) -> CifarVGG:
-    """VGG-19: sixteen convolutions, as in configuration E."""
+    """Build VGG-19: sixteen convolutions, as in configuration E."""
     return CifarVGG((2, 2, 4, 4, 4), num_classes)

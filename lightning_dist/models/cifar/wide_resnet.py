@@ -9,9 +9,14 @@ from lightning_dist.models.cifar.layers import conv, global_average, init_convs,
 
 
 class PreActivationBlock(nn.Module):
-    """Two 3x3 convolutions, each after its norm and ReLU, around a shortcut without either.
+    """A residual block of two 3x3 convolutions, each behind a batch norm and ReLU.
 
     Maps (N, in, H, W) to (N, out, H/stride, W/stride).
+
+    Args:
+        in_channels: number of input channels.
+        out_channels: number of output channels.
+        stride: stride of the first convolution, in pixels.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
@@ -20,7 +25,7 @@ class PreActivationBlock(nn.Module):
         self.conv1 = conv(in_channels, out_channels, 3, stride)
         self.bn2 = nn.BatchNorm2d(out_channels)
         self.conv2 = conv(out_channels, out_channels, 3)
-        # None and not the identity: which tensor the shortcut reads depends on it (see forward).
+        # None instead of nn.Identity, because forward then adds another tensor.
         self.convShortcut = (
             None if in_channels == out_channels else conv(in_channels, out_channels, 1, stride)
         )
@@ -28,7 +33,7 @@ class PreActivationBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         activated = relu(self.bn1(x))
         out = relu(self.bn2(self.conv1(activated)))
-        # The shortcut projects the activated input, but passes the raw one on.
+        # A projection reads the activated input; without one, the raw input is added.
         shortcut = x if self.convShortcut is None else self.convShortcut(activated)
         return shortcut + self.conv2(out)
 
@@ -38,7 +43,7 @@ class WideResNet(nn.Module):
 
     Args:
         depth: 6n + 4, for n blocks in each of the three stages.
-        width: factor on the stages' 16, 32 and 64 channels.
+        width: factor on the 16, 32 and 64 channels of the stages.
         num_classes: number of logits.
 
     Reference:
@@ -65,26 +70,26 @@ class WideResNet(nn.Module):
 
 
 def _named_stage(in_channels: int, out_channels: int, stride: int, depth: int) -> nn.Sequential:
-    # Published checkpoints call the blocks block1.layer.0, block1.layer.1, ...
+    # Published checkpoints name the blocks block1.layer.0, block1.layer.1, ...
     blocks = stage(PreActivationBlock, in_channels, out_channels, stride, depth)
     return nn.Sequential(OrderedDict(layer=blocks))
 
 
 def wrn_16_1(num_classes: int = 100) -> WideResNet:
-    """WRN-16-1: two blocks a stage, 16-32-64 channels."""
+    """Build WRN-16-1: two blocks per stage, 16-32-64 channels."""
     return WideResNet(16, 1, num_classes)
 
 
 def wrn_16_2(num_classes: int = 100) -> WideResNet:
-    """WRN-16-2: two blocks a stage, 32-64-128 channels."""
+    """Build WRN-16-2: two blocks per stage, 32-64-128 channels."""
     return WideResNet(16, 2, num_classes)
 
 
 def wrn_40_1(num_classes: int = 100) -> WideResNet:
-    """WRN-40-1: six blocks a stage, 16-32-64 channels."""
+    """Build WRN-40-1: six blocks per stage, 16-32-64 channels."""
     return WideResNet(40, 1, num_classes)
 
 
 def wrn_40_2(num_classes: int = 100) -> WideResNet:
-    """WRN-40-2: six blocks a stage, 32-64-128 channels."""
+    """Build WRN-40-2: six blocks per stage, 32-64-128 channels."""
     return WideResNet(40, 2, num_classes)

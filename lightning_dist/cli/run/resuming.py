@@ -1,0 +1,101 @@
+"""Find and check the checkpoint that a run goes on from."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from lightning_dist.cli.errors import UserError
+from lightning_dist.cli.run.saved_config import config_in, to_save
+from lightning_dist.weights import read_checkpoint
+
+log = logging.getLogger(__name__)
+
+
+def checkpoint_to_begin_with(config: DictConfig, folder: Path) -> str | None:
+    """Return the path of the checkpoint that a run goes on from, or None where it starts anew.
+
+    Args:
+        config: the config ``train``. With ``resume=true`` or ``ckpt_path=last`` the run goes on
+            from its own last checkpoint, otherwise from the file ``ckpt_path``.
+        folder: of the run.
+
+    Raises:
+        UserError: if its own checkpoint is another run's, or if no run can go on from it.
+        ValueError, FileNotFoundError: if ``ckpt_path`` is no checkpoint.
+    """
+    named = config.ckpt_path
+    if config.resume or named == "last":
+        own = _last_checkpoint(config, folder)
+        if own is not None or named == "last":
+            return own
+    if named is not None:
+        named = str(named)
+        _read_resumable(named, config.trust)
+    return named
+
+
+def _last_checkpoint(config: DictConfig, folder: Path) -> str | None:
+    """Return the path of the last checkpoint in the folder of a run, if it got so far.
+
+    Raises:
+        UserError: if the checkpoint is another run's.
+    """
+    path = folder / "checkpoints" / "last.ckpt"
+    if not path.exists():
+        log.warning("there is nothing to resume in %s: the run begins", folder)
+        return None
+    checkpoint = _read_resumable(str(path), config.trust)
+    if checkpoint is None:
+        return str(path)
+    saved = config_in(checkpoint)
+    saved = saved if isinstance(saved, Mapping) else {}
+    if any(saved.get(key) != value for key, value in to_save(config).items()):
+        raise UserError(
+            f"{path} is of a run with other data, networks or settings: resume with the overrides "
+            "that it was started with, or choose another folder"
+        )
+    return str(path)
+
+
+# The entries of a checkpoint that Lightning 2.6 reads without a check of its own.
+_ENTRIES: dict[str, type] = {
+    "pytorch-lightning_version": str,
+    "state_dict": Mapping,
+    "epoch": int,
+    "global_step": int,
+    "loops": Mapping,
+    "callbacks": Mapping,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+}
+
+
+def _read_resumable(path: str, trust: bool) -> dict[str, Any] | None:
+    """Return the checkpoint, or None for a folder, which only its strategy can read.
+
+    The pieces in a folder are pickles, and reading a pickle runs the code that it names.
+
+    Raises:
+        UserError: if it is a folder without ``trust=true``, or no whole checkpoint.
+    """
+    if Path(path).expanduser().is_dir():
+        if not trust:
+            raise UserError(
+                f"{path} is a folder, whose pieces can run code when they are read: if you trust "
+                "it, add trust=true; otherwise give a checkpoint that is one file"
+            )
+        return None
+    checkpoint = read_checkpoint(path)
+    missing = [key for key, kind in _ENTRIES.items() if not isinstance(checkpoint.get(key), kind)]
+    if not missing and not checkpoint["loops"].get("fit_loop"):
+        missing = ["loops"]
+    if missing:
+        raise UserError(
+            f"{path} is no checkpoint that a run can go on from, it has no {', '.join(missing)}: "
+            "give one that 'lightning-dist train' has written; weights alone are for "
+            "teacher.weights"
+        )
+    return checkpoint

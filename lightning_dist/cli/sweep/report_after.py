@@ -1,0 +1,51 @@
+"""A Hydra callback that reports a sweep after its last job."""
+
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+from lightning_dist.cli.errors import fail
+from lightning_dist.cli.report import print_report
+from lightning_dist.cli.run.result import read_result
+from lightning_dist.report.runs import RESULT_FILE
+
+
+class ReportAfterSweep(Callback):
+    """Print the report of a multirun when its last job has ended; exit with 1 if one failed.
+
+    Refuse, before the first job, a folder whose runs would be taken for this sweep's.
+    """
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        if config.hydra.job.config_name != "train" or config.resume:
+            return
+        folder = Path(config.hydra.sweep.dir)
+        runs = len(list(folder.rglob(RESULT_FILE)))
+        if runs:
+            fail(
+                f"{folder} holds {runs} run{'s' * (runs > 1)} already: resume=true goes on with "
+                "them, or choose another hydra.sweep.dir"
+            )
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        if config.hydra.job.config_name != "train":  # the other verbs write no results
+            return
+        folder = Path(config.hydra.sweep.dir)
+        reasons = []
+        try:
+            print_report([folder], folder)
+        except (ValueError, OSError) as error:  # Hydra 1.3 would only warn of it
+            reasons.append(f"there is no report: {error}")
+        # An unreadable result counts as a failed job.
+        results = [
+            read_result(path.parent) or {"status": "failed"} for path in folder.rglob(RESULT_FILE)
+        ]
+        failed = sum(result["status"] != "completed" for result in results)
+        failed -= sum(str(result.get("error")).startswith("Pruned") for result in results)
+        if failed:
+            why = "" if reasons else ", for the reasons below the table"
+            reasons.append(f"{failed} of {len(results)} jobs failed{why}")
+        if reasons:
+            fail("; ".join(reasons))

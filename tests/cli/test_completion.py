@@ -1,0 +1,137 @@
+"""Completion on TAB: the candidates, and the scripts of the shells."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from lightning_dist.cli import VERBS
+from lightning_dist.cli.completion import complete
+
+SHELLS = ("bash", "zsh", "fish")
+
+
+def test_verbs_are_completed():
+    assert complete("lightning-dist ") == sorted(VERBS)
+    assert complete("/usr/bin/lightning-dist pre") == ["predict"]
+    assert complete("lightning-dist --v") == ["--version"]
+    assert complete("lightning-dist completion z") == ["zsh"]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("train exp", ["experiment="]),
+        ("train hydra/la", ["hydra/launcher="]),
+        ("train +sw", ["+sweep="]),
+        ("train ~exp", ["~experiment"]),
+        ("train experiment=digi", ["experiment=digits", "experiment=digits_teacher"]),
+        ("train -m experiment=digits distill=none,k", ["distill=none,kd"]),
+        ("train callbacks=[default,ea", ["callbacks=[default,early_stopping"]),
+        ("train student=cif", ["student=cifar/"]),
+        ("train student=cifar/resnet5", ["student=cifar/resnet50", "student=cifar/resnet56"]),
+        ("train trainer.max_e", ["trainer.max_epochs="]),
+        ("train -m trainer.max_e", ["trainer.max_epochs="]),
+        ("train seed=0,1 trainer.max_e", ["trainer.max_epochs="]),
+        ("train 'student.channels=[4, 8]' trainer.max_e", ["trainer.max_epochs="]),
+        ("train ++trainer.max_e", ["++trainer.max_epochs="]),
+        ("train optimizer=adamw optimizer.l", ["optimizer.lr="]),
+        ("train monitor_mode=", ["monitor_mode=max"]),
+        ("train --multi", ["--multirun"]),
+        ("eval ck", ["ckpt="]),
+    ],
+)
+def test_groups_values_and_keys_are_completed(words, expected):
+    assert complete(f"lightning-dist {words}") == expected
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["train student.channels=", "eval ckpt=", "eval exp", "report ou", "trian ", "train 'e"],
+)
+def test_there_may_be_no_candidates(words):
+    """The shell then completes file names."""
+    assert complete(f"lightning-dist {words}") == []
+
+
+def test_configs_of_the_users_own_are_completed(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").touch()
+    line = f"lightning-dist train --config-dir {tmp_path} experiment=mi"
+    assert complete(line) == ["experiment=mine"]
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_candidates_are_printed_one_a_line_as_the_shell_reads_them(command, capsys, shell):
+    space = " " if shell == "bash" else ""  # its script lets bash add none
+    command("completion", shell, "lightning-dist e")
+    assert capsys.readouterr().out == f"eval{space}\nexport{space}\n"
+    command("completion", shell, "lightning-dist train experiment=digits")
+    printed = capsys.readouterr().out
+    assert printed == f"experiment=digits{space}\nexperiment=digits_teacher{space}\n"
+    command("completion", shell, "lightning-dist train trainer.max_e")
+    assert capsys.readouterr().out == "trainer.max_epochs=\n"
+    command("completion", shell, "lightning-dist train ckpt_path=")
+    assert capsys.readouterr().out == ""
+
+
+def test_a_shell_that_has_no_script_is_refused(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        command("completion", "tcsh")
+    assert stop.value.code == 2
+    assert "'bash', 'zsh', 'fish'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_script_has_no_syntax_error(command, capsys, tmp_path, shell):
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed")
+    command("completion", shell)
+    (tmp_path / "script").write_text(capsys.readouterr().out)
+    subprocess.run([shell, "-n", "script"], check=True, cwd=tmp_path, timeout=60)
+
+
+@pytest.fixture
+def in_bash(tmp_path):
+    """Complete a line in bash, as its TAB does; what takes the place of the last part of a word."""
+    if shutil.which("bash") is None:
+        pytest.skip("bash is not installed")
+    program = tmp_path / "bin" / "lightning-dist"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m lightning_dist "$@"\n')
+    program.chmod(0o755)
+
+    def run(line: str, setup: str = "") -> list[str]:
+        script = (
+            f'{setup}\neval "$(lightning-dist completion bash)"\n'
+            '[[ "$(complete -p lightning-dist)" == *_lightning_dist* ]] || exit 1\n'
+            'COMP_LINE="$1 and what follows the cursor" COMP_POINT=${#1}\n'
+            "_lightning_dist lightning-dist\n"
+            'printf "%s\\n" "${COMPREPLY[@]}"'
+        )
+        path = os.pathsep.join([str(program.parent), os.environ["PATH"]])
+        ended = subprocess.run(
+            ["bash", "-c", script, "bash", line],
+            env=os.environ | {"PATH": path},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert ended.returncode == 0, ended.stderr
+        return ended.stdout.splitlines()
+
+    return run
+
+
+def test_bash_completes(in_bash):
+    assert in_bash("lightning-dist ex") == ["export "]
+    assert in_bash("lightning-dist train -m experiment=digi") == ["digits ", "digits_teacher "]
+    assert in_bash("lightning-dist train trainer.max_e") == ["trainer.max_epochs="]
+
+
+def test_bash_completes_whole_words_where_the_equals_sign_breaks_none(in_bash):
+    line, setup = "lightning-dist train experiment=digits_", "COMP_WORDBREAKS=${COMP_WORDBREAKS//=}"
+    assert in_bash(line, setup) == ["experiment=digits_teacher "]
