@@ -241,10 +241,11 @@ class DistillationCallback(Callback):
             to_student_classes=self.teacher.to_student_classes,
         )
         self.skipped += found.skipped
-        self._say_once(found.waiting)
         if not trainer.barebones:
             self._log(pl_module, found)
-        return add_to_loss(result, found.total, self.task_weight, pl_module)
+        result = add_to_loss(result, found.total, self.task_weight, pl_module)
+        self._wait(found.waiting, result)
+        return result
 
     def _log(self, pl_module: LightningModule, found: TermsSum) -> None:
         # Logged per step, so that the batch size never weighs a mean. Without it Lightning would
@@ -257,8 +258,15 @@ class DistillationCallback(Callback):
         if self.nonfinite == "skip":
             log("train/distill_skipped", float(self.skipped))
 
-    def _say_once(self, waiting: list[str]) -> None:
+    def _wait(self, waiting: list[str], result: Any) -> None:
+        """Say once that a term waits; refuse a step in which nothing trains."""
+        loss = result if isinstance(result, Tensor) else result["loss"]
         for name in waiting:
+            if not loss.requires_grad:
+                raise MisconfigurationException(
+                    f"term {name!r}: the student is frozen, and so is all else in the step: let "
+                    f"parameters of {self.student or 'the module'!r} require a gradient"
+                )
             if name not in self._said:
                 self._said.add(name)
                 rank_zero_warn(

@@ -70,13 +70,14 @@ def test_logits_are_replaced_where_they_were():
 
 def test_a_recording_ends_with_its_context_also_after_an_error():
     network = nn.Sequential(nn.Linear(3, 2), nn.ReLU())
-    with recording(network, ["", "0"]) as outputs:
+    with recording(network, ["", "0"]) as recorded:
         hidden = network(torch.ones(1, 3))
         with pytest.raises(RuntimeError):
             network(torch.ones(1, 4))
     network(torch.ones(1, 3))
-    assert [len(outputs[path]) for path in ("", "0")] == [1, 1]
-    assert logits_of(outputs[""][0]) is hidden
+    assert [len(recorded.outputs[path]) for path in ("", "0")] == [1, 1]
+    assert logits_of(recorded.outputs[""][0]) is hidden
+    assert not recorded.without_grad
     with pytest.raises(RuntimeError), recording(network, ["0"]):
         network(torch.ones(1, 4))
     assert not any(m._forward_hooks for m in network.modules())

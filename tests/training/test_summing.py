@@ -9,7 +9,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_dist import DISTLoss, Term
-from lightning_dist.training.summing import sum_terms
+from lightning_dist.taps import Recording
+from lightning_dist.training.summing import current_weights, sum_terms
 
 TRAINER = SimpleNamespace(
     global_step=7,
@@ -21,7 +22,10 @@ TRAINER = SimpleNamespace(
 
 
 def summed(terms, student, teacher, nonfinite="raise"):
-    return sum_terms(terms, student, teacher, TRAINER, place="net", nonfinite=nonfinite)
+    weights = current_weights(terms, TRAINER)
+    recorded = Recording(nn.ModuleDict({"head": nn.Linear(3, 3)}), student)
+    options = {"place": "net", "nonfinite": nonfinite, "to_student_classes": lambda logits: logits}
+    return sum_terms(terms, weights, recorded, teacher, TRAINER, **options)
 
 
 def test_the_sum_is_weighted_and_runs_over_terms_and_calls():

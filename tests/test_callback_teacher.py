@@ -1,0 +1,312 @@
+"""The callback and its teacher: what the teacher is called for, and what it cannot disturb."""
+
+import warnings
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import BackboneFinetuning
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_dist import DistillationCallback, DISTLoss, Teacher, Term, WeightSchedule
+from lightning_dist.functional import dist_loss
+from lightning_dist.losses import FeatureMimic
+from lightning_dist.teacher import EnsembleTeacher
+
+STEPS = 6
+
+
+class Plain(L.LightningModule):
+    """A module as users have it: nothing in it knows of distillation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.net = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 4))
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+    def train_dataloader(self):
+        generator = torch.Generator().manual_seed(1)
+        inputs = torch.randn(STEPS * 8, 6, generator=generator)
+        target = torch.randint(0, 4, (len(inputs),), generator=generator)
+        return DataLoader(TensorDataset(inputs, target), batch_size=8)
+
+
+class Counting(nn.Module):
+    """A teacher that counts its calls."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.network(x)
+
+
+def teacher_net(*first: nn.Module) -> nn.Module:
+    torch.manual_seed(7)
+    return nn.Sequential(*first, nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 4))
+
+
+def fitted(make_trainer, *callbacks, module=Plain, **options):
+    trainer = make_trainer(callbacks=list(callbacks), **options)
+    trainer.fit(module := module())
+    return module, trainer
+
+
+def assert_same_bits(left: nn.Module, right: nn.Module) -> None:
+    torch.testing.assert_close(left.state_dict(), right.state_dict(), rtol=0, atol=0)
+
+
+# What it is called for
+
+
+def test_a_teacher_is_not_called_at_weight_0(make_trainer):
+    teacher = Counting(teacher_net())
+    module, _ = fitted(make_trainer, DistillationCallback(teacher, weight=0.0))
+    assert teacher.calls == 0
+    assert_same_bits(module, fitted(make_trainer)[0])
+
+
+def test_a_schedule_calls_the_teacher_where_it_is_not_0_and_trains_the_same(make_trainer):
+    weight = WeightSchedule({0: 0.0, 2: 0.0, 3: 2.0, STEPS - 2: 0.0}, unit="step")
+    teacher = Counting(teacher_net())
+    module, _ = fitted(make_trainer, DistillationCallback(teacher, weight=weight))
+    assert teacher.calls == 1
+    net, teacher = Plain().net, teacher_net().eval()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    for step, (inputs, target) in enumerate(Plain().train_dataloader()):
+        output = net(inputs)
+        loss = F.cross_entropy(output, target)
+        if step == 3:
+            loss = loss + 2.0 * dist_loss(output, teacher(inputs).detach())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert_same_bits(module.net, net)
+
+
+def test_one_term_of_weight_0_leaves_the_others_alone(make_trainer):
+    terms = {"a": Term(DISTLoss(), 2.0), "b": Term(F.mse_loss, 0.0, student="0", teacher="0")}
+    both, trainer = fitted(make_trainer, DistillationCallback(teacher_net(), terms=terms))
+    del terms["b"]
+    one, _ = fitted(make_trainer, DistillationCallback(teacher_net(), terms=terms))
+    assert_same_bits(both, one)
+    assert "train/distill/b" not in trainer.callback_metrics
+
+
+def test_a_teacher_is_not_called_where_the_student_has_no_gradient(make_trainer):
+    class Labelling(Plain):
+        def training_step(self, batch, batch_idx):
+            with torch.no_grad():
+                for _ in range(3):
+                    self.net(batch[0])
+            return super().training_step(batch, batch_idx)
+
+    teacher = Counting(teacher_net())
+    module, _ = fitted(make_trainer, DistillationCallback(teacher), module=Labelling)
+    assert teacher.calls == STEPS
+    assert_same_bits(module, fitted(make_trainer, DistillationCallback(teacher_net()))[0])
+
+
+# What it cannot disturb
+
+
+class Scaling(nn.Module):
+    """Writes to its input, from a call on."""
+
+    def __init__(self, first_call: int) -> None:
+        super().__init__()
+        self.left = first_call
+
+    def forward(self, x):
+        self.left -= 1
+        return x.mul_(0.5) if self.left < 0 else x
+
+
+@pytest.mark.parametrize("first", [Scaling(0), nn.ReLU(inplace=True)], ids=["scaling", "relu"])
+def test_a_teacher_that_writes_to_its_input_leaves_the_students_alone(make_trainer, first):
+    """The student sees its own batch: training is as with a teacher that works on a copy."""
+
+    class Copying(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return self.inner(x.clone())
+
+    writing, _ = fitted(make_trainer, DistillationCallback(teacher_net(first)))
+    copying, _ = fitted(make_trainer, DistillationCallback(teacher_net(Copying(first))))
+    assert_same_bits(writing, copying)
+
+
+def test_a_write_that_begins_later_is_refused_before_the_student_trains_on_it(make_trainer):
+    callback = DistillationCallback(teacher_net(Scaling(3)))
+    with pytest.raises(MisconfigurationException, match=r"changed its input in place.*x\.clone"):
+        fitted(make_trainer, callback)
+
+
+def test_a_part_of_the_teacher_in_train_mode_goes_back_to_eval_mode(make_trainer):
+    network = teacher_net(nn.BatchNorm1d(6))
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+
+    class Switching(L.Callback):
+        def on_train_batch_start(self, *args):
+            network[0].train()
+
+    fitted(make_trainer, DistillationCallback(network), Switching())
+    assert not network[0].training
+    torch.testing.assert_close(network.state_dict(), before, rtol=0, atol=0)
+
+
+def test_a_teacher_in_inference_mode_teaches_as_without(make_trainer):
+    class Inference(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = teacher_net()
+
+        @torch.inference_mode()
+        def forward(self, x):
+            return self.inner(x)
+
+    for loss in (DISTLoss(), F.mse_loss):
+        quick, _ = fitted(make_trainer, DistillationCallback(Inference(), loss=loss))
+        plain, _ = fitted(make_trainer, DistillationCallback(teacher_net(), loss=loss))
+        assert_same_bits(quick, plain)
+
+
+# Its classes
+
+
+def test_a_class_map_applies_to_a_part_that_gives_classes(make_trainer):
+    values = []
+    for class_map in (None, [3, 2, 1, 0], [0, 0, 0, 0]):
+        teacher = Teacher(teacher_net(), class_map=class_map)
+        terms = {"head": Term(DISTLoss(), student="2", teacher="2")}
+        callback = DistillationCallback(teacher, terms=terms)
+        _, trainer = fitted(make_trainer, callback, max_steps=1)
+        values.append(trainer.callback_metrics["train/distill"].item())
+        inputs, _ = next(iter(Plain().train_dataloader()))
+        logits = teacher_net()(inputs).detach()
+        expected = dist_loss(Plain().net(inputs), logits[:, class_map or [0, 1, 2, 3]])
+        assert values[-1] == pytest.approx(expected.item(), rel=1e-5)
+    assert len(set(values)) == 3
+
+
+def test_a_class_map_leaves_features_alone_and_asks_where_it_cannot_know(make_trainer):
+    teacher = Teacher(teacher_net(), class_map=[3, 2, 1, 0])
+    terms = {"hidden": Term(F.mse_loss, student="0", teacher="0")}
+    with pytest.raises(
+        MisconfigurationException, match=r"'hidden' compares its part '0'.*classes="
+    ):
+        fitted(make_trainer, DistillationCallback(teacher, terms=terms))
+    terms = {"hidden": Term(FeatureMimic(4, 4), student="0", teacher="0")}
+    DistillationCallback(teacher, terms=terms)
+    assert terms["hidden"].compares_classes() is False
+    terms = {"hidden": Term(F.mse_loss, student="0", teacher="0", classes=False)}
+    mapped, _ = fitted(make_trainer, DistillationCallback(teacher, terms=terms))
+    plain, _ = fitted(make_trainer, DistillationCallback(teacher_net(), terms=terms))
+    assert_same_bits(mapped, plain)
+
+
+def test_a_part_of_a_mapped_teacher_in_an_ensemble_is_refused(make_trainer):
+    ensemble = EnsembleTeacher([Teacher(teacher_net(), class_map=[3, 2, 1, 0])])
+    terms = {"head": Term(DISTLoss(), student="2", teacher="0.2")}
+    with pytest.raises(MisconfigurationException, match=r"'0\.2' of an ensemble.*teacher 0 has a"):
+        fitted(make_trainer, DistillationCallback(ensemble, terms=terms))
+
+
+# What waits, and what is said
+
+
+class Finetuned(Plain):
+    """A module whose backbone is frozen at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone, self.head = self.net[0], self.net[2]
+        del self.net
+
+    def forward(self, x):
+        return self.head(self.backbone(x).relu())
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        held = [p for p in self.parameters() if p.requires_grad]  # the backbone joins later
+        return torch.optim.SGD(held, lr=0.1)
+
+
+@pytest.mark.parametrize("loss", [F.mse_loss, "projection"])
+def test_a_term_on_a_frozen_part_waits_until_it_trains(make_trainer, loss):
+    if loss == "projection":
+        loss = Projected()
+    terms = {"hidden": Term(loss, student="backbone", teacher="0")}
+    callback = DistillationCallback(teacher_net(), student="", terms=terms)
+    values = []
+
+    class Values(L.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            values.append(trainer.logged_metrics["train/distill"].item())
+
+    finetuning = BackboneFinetuning(unfreeze_backbone_at_epoch=1, verbose=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        callbacks = [callback, finetuning, Values()]
+        fitted(make_trainer, *callbacks, module=Finetuned, max_epochs=2)
+    assert values[:STEPS] == [0.0] * STEPS
+    assert min(values[STEPS:]) > 0
+    assert sum("term 'hidden' waits" in str(warning.message) for warning in caught) == 1
+
+
+class Projected(nn.Module):
+    """A loss with a projection of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.projection = nn.Linear(12, 12)
+
+    def forward(self, student, teacher):
+        return F.mse_loss(self.projection(student), teacher)
+
+
+def test_a_tap_within_a_compiled_student_is_warned_of(make_trainer):
+    class Compiled(Plain):
+        def __init__(self):
+            super().__init__()
+            self.net = torch.compile(self.net, backend="eager")
+
+    terms = {"hidden": Term(F.mse_loss, student="_orig_mod.0", teacher="0")}
+    callback = DistillationCallback(teacher_net(), terms=terms)
+    with pytest.warns(UserWarning, match=r"term 'hidden' compares a part within.*is compiled"):
+        fitted(make_trainer, callback, module=Compiled, max_steps=1)
+
+
+def test_a_run_that_resumes_with_another_teacher_is_warned_with_both(make_trainer, tmp_path):
+    _, trainer = fitted(make_trainer, DistillationCallback(teacher_net()), max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+
+    def resume(teacher):
+        trainer = make_trainer(max_epochs=2, callbacks=[DistillationCallback(teacher)])
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer.fit(Plain(), ckpt_path=tmp_path / "one.ckpt")
+        return [str(w.message) for w in caught if "goes on with" in str(w.message)]
+
+    assert resume(teacher_net()) == []
+    other = teacher_net()
+    other[0].bias.data[0] += 1
+    (message,) = resume(other)
+    assert message.count("Teacher(Sequential), 136 numbers, checksum ") == 2
