@@ -1,67 +1,79 @@
-"""CachedTeacher: a teacher that is asked once about each view of each sample, for many runs."""
+"""`CachedTeacher`: a teacher that is called once for each view of each sample, for many runs."""
 
+import functools
 import importlib.metadata
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_dist.cache.digest import digest
-from lightning_dist.cache.files import ViewFiles
-from lightning_dist.cache.filling import PRINTS, Answers, Tap, fill, name_of
-from lightning_dist.data.views import VIEW_SEED, KeyedBatch, Views
-from lightning_dist.taps import find_submodule as find
+from lightning_dist.cache.files import Claim, ViewFiles
+from lightning_dist.cache.filling import FINGERPRINT, TeacherRows, fill, name_of
+from lightning_dist.cache.refusals import (
+    image_data_module,
+    refuse_other_images,
+    refuse_other_inputs,
+)
+from lightning_dist.cache.samples import check_answers
+from lightning_dist.data.views import VIEW_SEED, KeyedBatch
+from lightning_dist.taps import find_submodule, refuse_shared_tensors
 from lightning_dist.teacher import Teacher
+from lightning_dist.teacher.base import Tap, TeacherBase
 
 if TYPE_CHECKING:  # imported where it is needed: it brings scikit-learn and torchvision along
     from lightning_dist.data.base import ImageDataModule
 
 AUTO = "data/teacher_cache"
-FORMAT = 1
-SAMPLES = 16  # of which the pixels are part of the cache's key
+FORMAT = 2
+SAMPLES = 16  # their pixels are part of the cache's key, and the answers to them are compared
 POLL_SECONDS = 30.0
 _NO_FOLDERS = ("", "false", "no", "none", "null", "on", "true", "yes")
 _DRAWN_BY = ("lightning-dist", "numpy", "pillow", "timm", "torch", "torchvision")
 
 
-class CachedTeacher(Teacher):
+class CachedTeacher(TeacherBase):
     """A teacher whose answers to a training set are computed once and kept in files.
 
-    Where a teacher goes, in a DistillModule or a DistillationCallback, this one goes too. The
-    training set is then shown in ``views`` fixed augmentations in turn, epoch by epoch, and the
-    student sees exactly the image that the teacher saw. They are the same whatever the run's seed,
-    which still shuffles, so that all runs of a sweep share one cache. A view is computed when the
-    first run needs it, by all of its processes together, and read from then on; runs that need the
-    same view at the same time wait for the one that computes it.
+    It takes the place of a teacher in a DistillModule or a DistillationCallback. The training set
+    is then loaded in ``views`` fixed augmentations in turn, epoch by epoch, and the student gets
+    exactly the image that the teacher got. They are the same whatever the run's seed, which still
+    shuffles, so that all runs of a sweep share one cache. A view is computed when the first run
+    needs it, by all of its processes together, and read from then on; runs that need the same view
+    at the same time wait for the one that computes it.
 
-    A folder below ``path`` is chosen by a digest of the teacher (weights, code, bridge, class map,
-    dtype), of what the distillation terms take from it, and of the data module's training set
-    (settings, code, size and the pixels of some samples). Each row also knows a fingerprint of its
-    image, which training compares with the student's: other images end the run.
+    A folder below ``path`` is chosen by a digest of the teacher (weights, settings, bridge, class
+    map, dtype), of what the distillation terms take from it, and of the data module's training set
+    (settings, size and the pixels of 16 samples). The folder also holds the teacher's answers to
+    those samples. Each run calls the teacher with them before it trains, and ends where the answers
+    differ by more than rounding: something that is not in the digest has changed them, such as the
+    network's code, a hook or a file. A change that acts on other images only, such as a hook that
+    looks for one of them, goes unnoticed. Each row also holds a fingerprint of its image, which
+    training compares with the student's: other images end the run.
 
-    Needs a :class:`lightning_dist.data.base.ImageDataModule` whose images are of one size, and a
-    module that hands them to the student as they are: no Mixup, no augmentation on the device. It
-    is computed in the teacher's own dtype, without autocast.
+    It needs a :class:`lightning_dist.data.base.ImageDataModule` whose images are of one size, and a
+    module that gives them to the student as they are: no Mixup, no augmentation on the device. The
+    answers are computed in the teacher's own dtype, without autocast.
 
     Args:
         teacher: the network, or any Teacher.
         path: folder of all caches; ``"auto"`` is ``data/teacher_cache``.
         views: number of augmentations; where the training set draws nothing at random it is 1.
-        dtype: what is stored, ``"float16"`` or ``"float32"``.
+        dtype: of the stored answers, ``"float16"`` or ``"float32"``.
 
     Raises:
         ValueError: if ``views`` or ``dtype`` are out of range.
 
     Example:
         >>> teacher = CachedTeacher(nn.Linear(4, 3), path="caches", views=4)
-        >>> teacher(torch.ones(5, 4)).shape  # asked directly, it is the teacher itself
+        >>> teacher(torch.ones(5, 4)).shape  # a direct call goes to the teacher itself
         torch.Size([5, 3])
     """
 
@@ -78,142 +90,183 @@ class CachedTeacher(Teacher):
         if dtype not in ("float16", "float32"):
             raise ValueError(f"dtype is {dtype!r}: use 'float16' or 'float32'")
         self.teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
-        super().__init__(self.teacher.network)
-        # Nothing here uses them: they say what the teacher is.
-        self.dtype, self.inputs = self.teacher.dtype, self.teacher.inputs
-        self.class_map = self.teacher.class_map
         self.root = Path(AUTO if str(path) == "auto" else path).expanduser()
         self.views = views
         self.stored = np.dtype(dtype)
         self._taps: list[Tap] = []
+        self._trainer: Trainer | None = None
         self._data: ImageDataModule | None = None
         self._files: ViewFiles | None = None
         self._open: dict[int, np.ndarray] = {}
 
-    @torch.no_grad()
+    @property
+    def network(self) -> nn.Module:  # type: ignore[override]
+        """The network of the teacher itself."""
+        return self.teacher.network
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Ask the teacher itself, as in :class:`Teacher`."""
+        """Call the teacher itself, as in :class:`lightning_dist.Teacher`."""
         return self.teacher(*args, **kwargs)
 
     def as_network(self) -> nn.Module:
-        """The teacher itself as any network."""
+        """Return the teacher itself as an ordinary network."""
         return self.teacher.as_network()
 
-    def to(self, device: torch.device | str) -> "CachedTeacher":
-        """Stay where it is: the network moves when a view is computed, and back."""
-        return self
-
     def release(self) -> None:
-        """Give the network back as it was given."""
+        """Give the network back as it was given: with its gradients and modes."""
         self.teacher.release()
-
-    def shard(self, mesh: DeviceMesh) -> None:
-        """Refuse: a network that is hardly ever asked is whole, and on the CPU.
-
-        Raises:
-            MisconfigurationException: always.
-        """
-        raise MisconfigurationException(
-            "shard_teacher has no use for a CachedTeacher, which leaves the device when a view is "
-            "computed: leave out shard_teacher, or the cache (distill.cache=off)"
-        )
 
     # What DistillationCallback calls, in this order
 
-    def attach(self, trainer: Trainer, taps: list[Tap], inputs: Mapping[str, str]) -> None:
-        """Have the Trainer's data module show its views.
+    def attach(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        taps: Sequence[Tap],
+        inputs: Mapping[str, str],
+    ) -> None:
+        """Let the Trainer's data module load fixed views, and find the folder of the answers.
+
+        All processes call this. The first one chooses the folder, and compares the teacher's
+        answers to some samples with those that are stored there.
 
         Args:
-            trainer: before it has made its loaders.
-            taps: what the distillation terms take from the teacher.
-            inputs: the callback's.
+            trainer: the Trainer, before it has made its data loaders.
+            pl_module: the module that is trained.
+            taps: the part of the teacher and the entry of its output that each term compares.
+            inputs: the callback's; a cache knows ``{"": ""}`` only.
 
         Raises:
-            MisconfigurationException: if the teacher is asked about other than whole images, or
-                there is no ImageDataModule.
+            MisconfigurationException: if the module, its data module or its terms need more than
+                answers to whole images, if the teacher shares tensors with the module, draws random
+                numbers, or answers otherwise than when the folder was filled.
         """
-        if dict(inputs) != {"": ""}:
-            raise MisconfigurationException(
-                f"the teacher is asked about what the student hands over within ({dict(inputs)}), "
-                "as in detection, and a CachedTeacher knows whole images only: give the teacher "
-                "itself (distill.cache=off)"
-            )
-        from lightning_dist.data.base import ImageDataModule
-
-        data = getattr(trainer, "datamodule", None)
-        if not isinstance(data, ImageDataModule):
-            raise MisconfigurationException(
-                f"a CachedTeacher needs to know which samples a batch holds, and the Trainer has "
-                f"{f'a {type(data).__name__}' if data is not None else 'no data module'}: give "
-                "fit(datamodule=...) a subclass of lightning_dist.data.base.ImageDataModule, which "
-                "needs train_dataset, val_dataset and test_dataset, or give the teacher itself "
-                "(distill.cache=off)"
-            )
+        try:
+            refuse_shared_tensors(self.network, pl_module)
+        except MisconfigurationException:
+            self.release()  # Teacher() froze the shared tensors, which the student needs.
+            raise
+        refuse_other_inputs(pl_module, inputs)
         for part, _ in taps:
-            find(self.network, part, "the teacher", "the teacher path of a term")
-        self._taps, self._data = sorted(set(taps), key=str), data
-        data.views = self.views
+            find_submodule(self.network, part, "the teacher", "the teacher path of a term")
+        self._taps = sorted(set(taps), key=str)
+        self._trainer, self._data = trainer, image_data_module(trainer)
+        # The step runs under the default dtype of the Trainer's precision, but its loaders do not.
+        self._dtype = torch.get_default_dtype()
+        try:
+            self._data.views = self.views
+            name = _on_first_process(trainer, functools.partial(self._choose_folder, trainer))
+            self._files = ViewFiles(self.root / name, len(self._data.train_views()))
+        except BaseException:
+            self.detach()
+            raise
 
-    def locate(self, trainer: Trainer) -> None:
-        """Find the folder of this teacher and this data; all processes take the first one's."""
-        assert self._data is not None
-        views = self._data.train_views()
-        about = self._about(self._data, views) if trainer.is_global_zero else {}
-        about = trainer.strategy.broadcast(about)
-        self._files = ViewFiles(self.root / digest(about), len(views))
-        described = self._files.folder / "about.json"  # for people: nothing reads it
-        if trainer.is_global_zero and not described.exists():
-            described.parent.mkdir(parents=True, exist_ok=True)
-            described.write_text(json.dumps(about, indent=2) + "\n")
+    @contextmanager
+    def answers(
+        self, student: nn.Module, batch: Any, parts: Sequence[str], inputs: Mapping[str, str]
+    ) -> Iterator[dict[str, list[Any]]]:
+        """Read the answers to a batch, and refuse a student that is called with other images.
 
-    def provide(self, trainer: Trainer, batch: Any) -> None:
-        """Have the view of a batch at hand: compute it, or wait for it, where it is not there.
+        The batch's view is computed first where it is absent: all processes call this.
+
+        Args:
+            student: the student, which is called within the context.
+            batch: the training batch.
+            parts: dotted paths of the teacher's parts; ``""`` is the teacher itself.
+            inputs: as in :meth:`attach`.
+
+        Returns:
+            A context manager. It gives for each part the output of its one call, which holds what
+            the terms take from it, in float32 on the batch's device.
 
         Raises:
-            MisconfigurationException: if the batch does not know its samples.
+            MisconfigurationException: if the batch or the student's inputs are not as the data
+                module made them.
+            ValueError: if the answers are to other images than the batch's.
         """
         if not isinstance(batch, KeyedBatch):
             raise MisconfigurationException(
                 f"the training batch is a {type(batch).__name__} that does not know its samples: "
-                f"a hook of {type(trainer.lightning_module).__name__} that transfers batches has "
-                "replaced it. A CachedTeacher needs the images as the data module made them: "
-                "augment there, or give the teacher itself (distill.cache=off)"
+                f"a hook of {type(self._attached_to().lightning_module).__name__} that transfers "
+                "batches has replaced it. A CachedTeacher needs the images as the data module made "
+                "them: augment there, or give the teacher itself (distill.cache=off)"
             )
+        self._provide(batch)
+        outputs = self._recall(batch, parts)
+        check = functools.partial(refuse_other_images, batch, batch.inputs._version)
+        hook = student.register_forward_pre_hook(check, with_kwargs=True)
+        try:
+            yield outputs
+        finally:
+            hook.remove()
+
+    def detach(self) -> None:
+        """Let the data module draw new augmentations again, and close the files."""
+        if self._data is not None:
+            self._data.views = None
+        self._trainer, self._data, self._files, self._open = None, None, None, {}
+
+    # Parts of attach and answers
+
+    def _choose_folder(self, trainer: Trainer) -> str:
+        """Return the name of this teacher's and this data's folder, once the teacher fits it."""
+        assert self._data is not None
+        views = self._data.train_views()
+        some = np.linspace(0, len(views) - 1, min(SAMPLES, len(views))).astype(int).tolist()
+        samples = list(self._data.view_dataloader(0, some))
+        about = {
+            "format": FORMAT,
+            "teacher": digest(self.teacher),
+            "parts": [name_of(tap) for tap in self._taps],
+            "data": digest([type(self._data), self._data.sample_settings()]),
+            "samples": len(views),
+            "pixels_of_some": digest([batch.inputs for batch in samples]),
+            "view_seed": VIEW_SEED,
+            "dtype": str(self.stored),
+            "versions": {name: importlib.metadata.version(name) for name in _DRAWN_BY},
+        }
+        folder = self.root / digest(about)
+        rows = TeacherRows(self.teacher, self._taps, np.dtype(np.float32))
+        check_answers(folder, rows, samples, trainer.strategy.root_device)
+        described = folder / "about.json"  # for people: nothing reads it
+        if not described.exists():
+            described.write_text(json.dumps(about, indent=2) + "\n")
+        return folder.name
+
+    def _provide(self, batch: KeyedBatch) -> None:
+        """Open the view of a batch; compute it, or wait for it, where it is absent."""
         if batch.view in self._open:
             return
+        assert self._data is not None
         assert self._files is not None
-        files, strategy = self._files, trainer.strategy
+        trainer, files = self._attached_to(), self._files
         try:
-            state = "theirs"
-            while state == "theirs":  # in short turns, or the other processes' patience would end
-                claimed = files.claim(batch.view, POLL_SECONDS) if trainer.is_global_zero else ""
-                state = strategy.broadcast(claimed)
-            if state == "ours":
-                assert self._data is not None
-                answers = Answers(self.teacher, self._taps, self.stored)
-                fill(batch.view, files, self._data, answers, trainer)
+            claim = Claim.WAIT
+            # In short rounds: a broadcast that blocks for minutes hits the process group's timeout.
+            while claim is Claim.WAIT:
+                if trainer.is_global_zero:
+                    claim = files.claim(batch.view, POLL_SECONDS)
+                claim = trainer.strategy.broadcast(claim)
+            if claim is Claim.WRITE:
+                rows = TeacherRows(self.teacher, self._taps, self.stored)
+                with _outside_of_precision(trainer.strategy.root_device, self._dtype):
+                    fill(batch.view, files, self._data, rows, trainer)
         finally:
             if trainer.is_global_zero:
                 files.release(batch.view)
         try:
-            self._open[batch.view] = files.open(batch.view, [PRINTS, *map(name_of, self._taps)])
+            fields = [FINGERPRINT, *map(name_of, self._taps)]
+            self._open[batch.view] = files.open(batch.view, fields)
         except FileNotFoundError as error:
             raise MisconfigurationException(
                 f"{error.filename} is on the first process's machine and not on this one: choose a "
                 "folder that all machines share (distill.cache=PATH)"
             ) from error
 
-    def recall(self, batch: KeyedBatch) -> dict[str, list[Any]]:
-        """The answers to a batch, in float32 on its device.
-
-        Returns:
-            For each part the output of its one call, as far as the terms take something from it.
-
-        Raises:
-            ValueError: if the teacher saw other images.
-        """
+    def _recall(self, batch: KeyedBatch, parts: Sequence[str]) -> dict[str, list[Any]]:
+        """Read the answers to a batch, once its images are found to be those of the rows."""
         rows = self._open[batch.view][batch.indices]
-        same = np.isclose(rows[PRINTS], batch.prints, rtol=1e-6, atol=1e-4)
+        same = np.isclose(rows[FINGERPRINT], batch.fingerprints, rtol=1e-6, atol=1e-4)
         if not same.all():
             assert self._files is not None
             raise ValueError(
@@ -222,40 +275,56 @@ class CachedTeacher(Teacher):
                 f"code that draws the views, has changed. Delete {self._files.folder}, to fill it "
                 "anew"
             )
-        outputs: dict[str, dict[str | int, Tensor]] = {}
+        outputs: dict[str, dict[str | int, Tensor]] = {part: {} for part in parts}
         for part, entry in self._taps:
-            column = np.ascontiguousarray(rows[name_of((part, entry))])
-            answer = torch.from_numpy(column).to(batch.inputs.device).float()
-            outputs.setdefault(part, {})["logits" if entry is None else entry] = answer
+            if part in outputs:
+                column = np.ascontiguousarray(rows[name_of((part, entry))])
+                answer = torch.from_numpy(column).to(batch.inputs.device).float()
+                outputs[part]["logits" if entry is None else entry] = answer
         return {part: [output] for part, output in outputs.items()}
 
-    def detach(self) -> None:
-        """Let the data module draw as ever."""
-        if self._data is not None:
-            self._data.views = None
-        self._data, self._files, self._open = None, None, {}
+    def _attached_to(self) -> Trainer:
+        assert self._trainer is not None, "attach comes first"
+        return self._trainer
 
-    def _about(self, data: "ImageDataModule", views: Views) -> dict[str, Any]:
-        """What decides the answers: the folder's name is a digest of it."""
-        some = np.linspace(0, len(views) - 1, min(SAMPLES, len(views))).astype(int).tolist()
-        pixels = [batch.inputs for batch in data.view_dataloader(0, some)]
-        return {
-            "format": FORMAT,
-            "teacher": digest(self.teacher),
-            "parts": [name_of(tap) for tap in self._taps],
-            "data": digest([type(data), data.sample_settings()]),
-            "samples": len(views),
-            "pixels_of_some": digest(pixels),
-            "view_seed": VIEW_SEED,
-            "dtype": str(self.stored),
-            "versions": {name: importlib.metadata.version(name) for name in _DRAWN_BY},
-        }
+    # A copy of the module needs no second teacher, and a pickle no open file.
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CachedTeacher":
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_data": None, "_files": None, "_open": {}}
+        return vars(self) | {"_trainer": None, "_data": None, "_files": None, "_open": {}}
 
     def __repr__(self) -> str:
         return f"CachedTeacher({self.teacher!r}, {str(self.root)!r})"
+
+
+def _on_first_process(trainer: Trainer, compute: Callable[[], str]) -> str:
+    """Compute a text in the first process and return it in all, or raise its error in all."""
+    text, error = "", None
+    if trainer.is_global_zero:
+        try:
+            text = compute()
+        except Exception as caught:
+            text, error = str(caught), caught
+    failed, text = trainer.strategy.broadcast((error is not None, text))
+    if error is not None:
+        raise error
+    if failed:
+        raise MisconfigurationException(text)
+    return text
+
+
+@contextmanager
+def _outside_of_precision(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Leave the autocast and the default dtype under which the Trainer runs a training step."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def cached(
@@ -263,8 +332,8 @@ def cached(
     cache: str | Path | bool = "auto",
     views: int = 8,
     dtype: Literal["float16", "float32"] = "float16",
-) -> nn.Module | Teacher:
-    """The teacher as ``distill.cache`` asks for it: itself, or cached.
+) -> nn.Module | Teacher | CachedTeacher:
+    """Return the teacher as ``distill.cache`` wants it: itself, or cached.
 
     Args:
         teacher: the network, or any Teacher.
@@ -272,6 +341,9 @@ def cached(
             ``on``, are ``"off"`` and ``"auto"``.
         views: see :class:`CachedTeacher`.
         dtype: likewise.
+
+    Returns:
+        The teacher itself, or a CachedTeacher.
 
     Raises:
         ValueError: if ``cache`` is a word for yes or no that would become a folder's name.

@@ -1,8 +1,9 @@
 """Filling a view of a teacher cache: every process of a run computes its share of the rows."""
 
+import random
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,33 +14,32 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from lightning_dist.cache.digest import digest
 from lightning_dist.cache.files import ViewFiles
 from lightning_dist.data.views import KeyedBatch
-from lightning_dist.taps import logits_of as select
-from lightning_dist.taps import record_outputs as record
+from lightning_dist.taps import logits_of, record_outputs
 from lightning_dist.teacher import Teacher
+from lightning_dist.teacher.base import Tap
 
 if TYPE_CHECKING:
     from lightning_dist.data.base import ImageDataModule
 
-PRINTS = "(images)"  # the entry of a row that tells its image from others
-
-Tap = tuple[str, str | int | None]  # a part of the teacher, and the entry of its output
+FINGERPRINT = "(images)"  # the entry of a row that holds the fingerprint of its image
 
 
 def name_of(tap: Tap) -> str:
-    """The entry of a row that holds a tap."""
+    """Return the name of the entry of a row that holds a tap."""
     part, entry = tap
     return (part or "(output)") + ("" if entry is None else f"[{entry!r}]")
 
 
 @dataclass
-class Answers:
-    """What a teacher says of batches, as rows.
+class TeacherRows:
+    """Compute a teacher's answers to batches, as structured rows.
 
     Args:
-        teacher: is asked.
-        taps: what is taken from it.
+        teacher: the live teacher.
+        taps: the parts of the teacher, and the entries of their outputs, that a row holds.
         stored: dtype of the rows' numbers.
     """
 
@@ -47,44 +47,75 @@ class Answers:
     taps: Sequence[Tap]
     stored: np.dtype
 
+    @contextmanager
+    def on_device(self, device: torch.device) -> Iterator[None]:
+        """Keep the frozen teacher on a device for a while; afterwards it is on the CPU."""
+        self.teacher.freeze()
+        self.teacher.network.to(device)
+        try:
+            yield
+        finally:
+            self.teacher.network.to("cpu")
+
     def rows(self, batch: KeyedBatch, device: torch.device) -> np.ndarray:
-        """The rows of a batch, one a sample, computed on a device where the teacher is.
+        """Compute the rows of a batch on the device where the teacher is.
+
+        Args:
+            batch: N images on the CPU, and their fingerprints.
+            device: of the teacher.
+
+        Returns:
+            A structured array ``(N,)``.
 
         Raises:
-            MisconfigurationException: if there is no one answer a sample, or the stored dtype
-                cannot hold it.
+            MisconfigurationException: if the teacher does not give one answer for each image, if
+                an answer is NaN, or if the stored dtype cannot hold it.
         """
-        columns = {PRINTS: batch.prints}
-        for tap, answer in self._ask(batch.inputs.to(device)).items():
-            if answer.shape[:1] != (len(batch.prints),):
+        columns = {FINGERPRINT: batch.fingerprints}
+        for tap, answer in self._outputs(batch.inputs.to(device)).items():
+            if answer.shape[:1] != (len(batch.fingerprints),):
                 raise MisconfigurationException(
                     f"the teacher's {name_of(tap)} gives {tuple(answer.shape)} for "
-                    f"{len(batch.prints)} images: a CachedTeacher needs one answer an image "
+                    f"{len(batch.fingerprints)} images: a CachedTeacher needs one answer an image "
                     "(distill.cache=off asks the teacher itself)"
                 )
-            column = answer.float().cpu().numpy()
-            with np.errstate(over="ignore"):
-                columns[name_of(tap)] = column.astype(self.stored)
-            if not np.isfinite(columns[name_of(tap)]).all():
-                raise MisconfigurationException(
-                    f"the teacher's {name_of(tap)} has values up to {np.abs(column).max():.3g}, "
-                    f"which {self.stored} cannot hold: give CachedTeacher dtype='float32' "
-                    "(distill.cache_dtype=float32), or a teacher whose outputs are finite"
-                )
+            columns[name_of(tap)] = self._narrowed(name_of(tap), answer)
         kinds = [(name, column.dtype, column.shape[1:]) for name, column in columns.items()]
-        rows = np.empty(len(batch.prints), np.dtype(kinds))
+        rows = np.empty(len(batch.fingerprints), np.dtype(kinds))
         for name, column in columns.items():
             rows[name] = column
         return rows
 
+    def _narrowed(self, name: str, answer: Tensor) -> np.ndarray:
+        """Return an answer in the stored dtype; an infinity of the teacher's own stays one."""
+        wide = answer.to(torch.promote_types(answer.dtype, torch.float32)).cpu().numpy()
+        if np.isnan(wide).any():
+            raise MisconfigurationException(
+                f"the teacher's {name} is NaN for some training images, so it cannot teach: look "
+                "at its weights, its dtype and the normalisation of its images"
+            )
+        with np.errstate(over="ignore"):
+            narrow = wide.astype(self.stored)
+        if (np.isinf(narrow) & np.isfinite(wide)).any():
+            largest = np.abs(wide[np.isfinite(wide)]).max()
+            advice = "give CachedTeacher dtype='float32' (distill.cache_dtype=float32), or "
+            raise MisconfigurationException(
+                f"the teacher's {name} has values up to {largest:.3g}, which {self.stored} cannot "
+                f"hold: {advice if self.stored.itemsize < 4 else 'give '}a teacher whose outputs "
+                "are smaller"
+            )
+        return narrow
+
     @torch.no_grad()
-    def _ask(self, images: Tensor) -> dict[Tap, Tensor]:
-        """What the teacher itself says of a batch."""
+    def _outputs(self, images: Tensor) -> dict[Tap, Tensor]:
+        """Call the teacher with images, and return what each tap takes from its parts."""
         outputs: dict[str, list[Any]] = {part: [] for part, _ in self.taps}
         with ExitStack() as hooks:
             for part in outputs:
                 if part:
-                    hooks.callback(record(self.teacher.network.get_submodule(part), outputs[part]))
+                    hooks.callback(
+                        record_outputs(self.teacher.network.get_submodule(part), outputs[part])
+                    )
             whole = self.teacher(images)
         if "" in outputs:
             outputs[""].append(whole)
@@ -94,33 +125,34 @@ class Answers:
                     f"the teacher's {part!r} was called {len(calls)} times for one batch: a "
                     "CachedTeacher keeps one answer (distill.cache=off asks the teacher itself)"
                 )
-        return {tap: select(outputs[tap[0]][0], tap[1]) for tap in self.taps}
+        return {tap: logits_of(outputs[tap[0]][0], tap[1]) for tap in self.taps}
 
 
 def fill(
-    view: int, files: ViewFiles, data: "ImageDataModule", answers: Answers, trainer: Trainer
+    view: int, files: ViewFiles, data: "ImageDataModule", answers: TeacherRows, trainer: Trainer
 ) -> None:
     """Compute a view that the first process has claimed; all processes call this.
 
+    The global random generators stay as they are.
+
     Args:
         view: its number.
-        files: where it goes.
-        data: shows the view.
-        answers: the teacher's, which moves to the device and back to the CPU.
-        trainer: whose processes share the work.
+        files: the folder that it is written to.
+        data: the data module that loads the view.
+        answers: of the teacher, which moves to the device and back to the CPU.
+        trainer: the Trainer whose processes share the work.
 
     Raises:
-        MisconfigurationException: if the rows differ in shape, or see :meth:`Answers.rows`.
+        MisconfigurationException: if the rows differ in shape, or see :meth:`TeacherRows.rows`.
         OSError: if there is no room for them.
     """
-    strategy, network = trainer.strategy, answers.teacher.network
+    strategy = trainer.strategy
+    device = strategy.root_device
     share = np.array_split(np.arange(files.rows), trainer.world_size)[trainer.global_rank]
     begun, seconds = None, time.monotonic()
-    network.to(strategy.root_device)
-    answers.teacher.freeze()
-    try:
+    with answers.on_device(device), kept_generators(device):
         for batch in data.view_dataloader(view, share.tolist()):
-            rows = answers.rows(batch, strategy.root_device)
+            rows = answers.rows(batch, device)
             if begun is None:
                 begun = _begin(view, files, data, rows.dtype, trainer)
             if rows.dtype != begun:
@@ -130,8 +162,6 @@ def fill(
                     "itself)"
                 )
             files.write(view, int(batch.indices[0]), rows)
-    finally:
-        network.to("cpu")
     if begun is None:  # more processes than samples
         _begin(view, files, data, np.dtype("V"), trainer)
     files.flush(view)
@@ -142,10 +172,36 @@ def fill(
     rank_zero_info(f"teacher cache: view {view} took {time.monotonic() - seconds:.1f} s")
 
 
+@contextmanager
+def kept_generators(device: torch.device) -> Iterator[Callable[[], bool]]:
+    """Put the global random generators back as they were, also after an error.
+
+    Args:
+        device: whose generator is kept too, beside those of the CPU, NumPy and Python.
+
+    Returns:
+        A context manager. It gives a function that says whether anything was drawn from them.
+    """
+    generators: list[tuple[Callable[[], Any], Callable[[Any], Any]]] = [
+        (torch.get_rng_state, torch.set_rng_state),
+        (np.random.get_state, np.random.set_state),
+        (random.getstate, random.setstate),
+    ]
+    if device.type != "cpu":
+        module = torch.get_device_module(device)
+        generators.append((module.get_rng_state, module.set_rng_state))
+    before = [get() for get, _ in generators]
+    try:
+        yield lambda: digest([get() for get, _ in generators]) != digest(before)
+    finally:
+        for (_, put), state in zip(generators, before, strict=True):
+            put(state)
+
+
 def _begin(
     view: int, files: ViewFiles, data: "ImageDataModule", row: np.dtype, trainer: Trainer
 ) -> np.dtype:
-    """Say how much is to come, and make the file; the first process's kind of row."""
+    """Log how much is to come, make the file, and return the dtype of the first process's rows."""
     if trainer.is_global_zero:
         views = data.train_views().count
         rank_zero_info(

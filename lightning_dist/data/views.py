@@ -25,14 +25,14 @@ class KeyedBatch:
         target: whatever belongs to them.
         indices: int64 ``(N,)``, of the samples in the training set.
         view: in which of the views they are.
-        prints: float64 ``(N,)``, the images' :func:`fingerprints`.
+        fingerprints: float64 ``(N,)``, the images' :func:`fingerprints`.
     """
 
     inputs: Tensor
     target: Any
     indices: np.ndarray
     view: int
-    prints: np.ndarray
+    fingerprints: np.ndarray
 
     def __iter__(self) -> Iterator[Any]:
         yield self.inputs
@@ -47,7 +47,9 @@ class KeyedBatch:
     def pin_memory(self) -> "KeyedBatch":
         """The same in pinned memory, for DataLoaders that pin."""
         target = self.target.pin_memory() if isinstance(self.target, Tensor) else self.target
-        return KeyedBatch(self.inputs.pin_memory(), target, self.indices, self.view, self.prints)
+        return KeyedBatch(
+            self.inputs.pin_memory(), target, self.indices, self.view, self.fingerprints
+        )
 
 
 class Views(Dataset):

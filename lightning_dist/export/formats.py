@@ -1,4 +1,4 @@
-"""export_student: a trained network as a file that is used without this package."""
+"""``export_student``: write a trained network to a file that works without this package."""
 
 import copy
 import json
@@ -18,26 +18,26 @@ from torch import nn
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from lightning_dist.export.graphs import (
-    compare,
+    Shape,
+    as_refusal,
+    assert_same_outputs,
     detections_graph,
     logits_graph,
-    refusing,
     save_onnx,
     save_pt2,
 )
 
-# What each format is written to where no path is given.
+# The formats, and the file or folder to which each is written if no path is given.
 FORMATS = {
     "safetensors": "student.safetensors",
     "timm": "student_timm",
     "torch_export": "student.pt2",
     "onnx": "student.onnx",
 }
-Shape = tuple[int, int, int]
 
-# Arguments of timm.create_model that are no arguments of the network.
+# Arguments of timm.create_model that it does not pass on to the network.
 _OF_CREATION = ("model_name", "num_classes", "cache_dir", "checkpoint_path")
-# What timm knows of a network's published weights that is not true of the student's.
+# Entries of timm's pretrained_cfg that describe the published weights and not the student's.
 _OF_OTHER_WEIGHTS = (
     *("url", "file", "hf_hub_id", "hf_hub_filename", "source", "state_dict", "tag", "custom_load"),
     *("test_input_size", "test_crop_pct", "pool_size", "paper_ids", "paper_name", "origin_url"),
@@ -59,48 +59,51 @@ def export_student(
     dynamic_size: bool = False,
     extra: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a network in evaluation mode to a file that nothing of this package is needed to use.
+    """Write a network in evaluation mode to a file that can be used without this package.
 
-    The network stays as it was trained: it takes normalised images. What normalises them travels
-    along with the other facts, each as JSON: in the header of ``safetensors``, the
-    ``metadata_props`` of ``onnx``, the extra file ``metadata.json`` of ``torch_export``, and for
-    ``timm`` as far as its ``config.json`` has a place for them.
+    The exported network takes normalised images, as the student does. The facts about it (``mean``,
+    ``std``, ``class_names`` and so on) are stored with it, each as JSON: in the header of
+    ``safetensors``, in ``metadata_props`` of ``onnx``, in the extra file ``metadata.json`` of
+    ``torch_export``, and for ``timm`` as far as ``config.json`` has entries for them.
 
-    All formats but ``safetensors`` are read back and compared with the network on random images, at
-    other batch sizes than they were traced with: outputs may differ by 1e-5, and by 1e-5 of the
-    largest one. Only then the file gets its name, so that there is never half of one.
+    All formats except ``safetensors`` are read back and compared with the network on random images,
+    with other batch sizes than in tracing. Outputs may differ by 1e-5 plus 1e-5 of the largest one.
+    The file gets its name only after that, so that it is never incomplete or wrong.
 
-    - ``safetensors``: the weights, of any network. Its own code builds the network again.
-    - ``timm``: a folder for ``timm.create_model("local-dir:FOLDER", pretrained=True)``, of a
-      network of timm.
+    - ``safetensors``: the weights of any network. The network's own code must build it again.
+    - ``timm``: a folder for ``timm.create_model("local-dir:FOLDER", pretrained=True)``, if the
+      student is a network of timm.
     - ``torch_export``: the network's graph, for ``torch.export.load(path).module()``. It takes
-      float32 images (N, C, H, W) and returns logits; of a network that returns a mapping, ``out``.
-    - ``onnx``: the same graph, from ``images`` to ``logits``. Of a detector of torchvision, from
-      one ``image`` (3, H, W) of any size to its ``boxes``, ``labels`` and ``scores``.
+      float32 images (N, C, H, W) and returns logits. If the network returns a mapping, the graph
+      returns its entry ``out``.
+    - ``onnx``: the same graph, from ``images`` to ``logits``. The graph of a torchvision detector
+      takes one ``image`` (3, H, W) of any size and returns ``boxes``, ``labels`` and ``scores``.
 
     Args:
-        student: the network; it stays as it is.
-        path: file to write, or folder for ``timm``; replaced where it exists. By default
+        student: the network; it is not changed.
+        path: the file to write, or the folder for ``timm``; an existing one is replaced. By default
             ``student.safetensors``, ``student_timm``, ``student.pt2`` or ``student.onnx``.
-        format: one of the above.
-        input_size: channels, height and width of an image in the network, in pixels.
-        mean: of each channel, which is subtracted from pixels scaled to 0..1.
-        std: of each channel, by which they are then divided.
-        class_names: in the order of the logits, or of a detector's labels.
-        architecture: what builds the network: its Hydra config. ``timm`` needs those of its
-            arguments that are not in the network's name, such as ``in_chans``.
-        label_offset: subtracted from a detector's labels in ``onnx``, so that they count from 0. By
-            default 1 of a two-stage detector, whose 0 is the background, and 0 of another.
-        dynamic_size: let height and width be free in ``torch_export`` and ``onnx``, as the batch
-            is.
-        extra: further facts to write beside these, of JSON's types.
+        format: one of the four formats above.
+        input_size: (C, H, W): the channels of the network's images, their height and width in
+            pixels.
+        mean: the mean of each channel, subtracted from pixels scaled to 0..1.
+        std: the standard deviation of each channel, by which the pixels are then divided.
+        class_names: names in the order of the logits, or of a detector's labels.
+        architecture: the Hydra config that builds the network. The format ``timm`` needs those of
+            its arguments that the network's name does not imply, such as ``in_chans``.
+        label_offset: a number subtracted from a detector's labels in ``onnx``, so that they count
+            from 0. By default 1 for a two-stage detector, whose label 0 is the background, and 0
+            for other detectors.
+        dynamic_size: let the graph of ``torch_export`` and ``onnx`` take images of any height and
+            width. (It always takes any number of images.)
+        extra: further facts to store, of types that JSON has.
 
     Returns:
-        The path.
+        The path of the file or folder.
 
     Raises:
-        ValueError: if there is no such format, it cannot hold this network, or what it holds
-            computes something else; if weights are not finite, or the facts do not fit.
+        ValueError: if the format is unknown, cannot hold this network, or gives other outputs; if
+            weights are not finite; or if ``input_size``, ``mean`` and ``std`` do not fit together.
         ImportError: if ``onnx`` needs packages that are not installed.
         OSError: if the file cannot be written.
 
@@ -116,17 +119,13 @@ def export_student(
     """
     if format not in FORMATS:
         raise ValueError(f"there is no format {format!r}: use {_one_of(FORMATS)}")
-    student = getattr(student, "_orig_mod", student)  # of torch.compile
+    student = getattr(student, "_orig_mod", student)  # torch.compile keeps the network there.
     network = copy.deepcopy(student).cpu().eval().requires_grad_(False)
     network.to(memory_format=torch.contiguous_format)
     _refuse_nonfinite(network)
     shape = None if input_size is None else _image_shape(input_size)
-    for name, values in {"mean": mean, "std": std}.items():
-        if shape is not None and values is not None and len(values) not in (1, shape[0]):
-            raise ValueError(
-                f"{name} has {len(values)} entries and input_size {shape[0]} channels: give one "
-                "for each, or one for all"
-            )
+    if shape is not None:
+        _check_channels(shape[0], mean=mean, std=std)
     facts = {
         "architecture": architecture,
         "input_size": shape,
@@ -149,10 +148,10 @@ def _saver(
     label_offset: int | None,
     dynamic_size: bool,
 ) -> Callable[[Path, dict[str, Any]], None]:
-    """What writes the network to a path, with facts.
+    """Return a function that writes the network and facts about it to a path.
 
     Raises:
-        ValueError: if the format cannot hold the network; says which one can.
+        ValueError: if the format cannot hold the network; the message names the formats that can.
     """
     detector = isinstance(getattr(network, "transform", None), GeneralizedRCNNTransform)
     others = _one_of(["safetensors", "onnx"] if detector else set(FORMATS) - {"timm"})
@@ -174,8 +173,8 @@ def _saver(
         graph = detections_graph(network, label_offset, shape)
     elif shape is None:
         raise ValueError(
-            f"format={format} follows the student on images of some size, and the data do not tell "
-            "theirs: set input_size"
+            f"format={format} traces the student on images of some size, and the size of its "
+            "images is unknown: set input_size"
         )
     else:
         graph = logits_graph(network, shape, dynamic_size)
@@ -189,14 +188,22 @@ def _save_safetensors(network: nn.Module, path: Path, facts: Mapping[str, Any]) 
     path.touch()
     mode = path.stat().st_mode
     safetensors.torch.save_model(network, str(path), metadata=header)
-    path.chmod(mode)  # for its owner alone, as safetensors leaves it
+    # safetensors creates the file with mode 0600 (only its owner may read it): restore the usual
+    # mode.
+    path.chmod(mode)
 
 
-def _save_timm(network: Any, path: Path, facts: Mapping[str, Any], mend: str) -> None:
-    """The folder that timm's own networks are published as: config.json and model.safetensors."""
-    told = ("input_size", "mean", "std", "interpolation", "crop_pct")
+def _save_timm(network: Any, path: Path, facts: Mapping[str, Any], advice: str) -> None:
+    """Write the two files of timm's own networks: config.json and model.safetensors.
+
+    Raises:
+        ValueError: if timm builds a network with other outputs from them; the message ends with the
+            advice.
+    """
     preset = {k: v for k, v in network.pretrained_cfg.items() if k not in _OF_OTHER_WEIGHTS}
-    preset |= {name: facts[name] for name in told if name in facts}
+    for name in ("input_size", "mean", "std", "interpolation", "crop_pct"):
+        if name in facts:
+            preset[name] = facts[name]
     config = {
         "architecture": preset.pop("architecture"),
         "num_classes": network.num_classes,
@@ -214,17 +221,18 @@ def _save_timm(network: Any, path: Path, facts: Mapping[str, Any], mend: str) ->
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     safetensors.torch.save_model(network, str(path / "model.safetensors"))
     shape = facts.get("input_size") or timm.data.resolve_model_data_config(network)["input_size"]
-    with refusing("timm", mend), torch.random.fork_rng(devices=[]):  # a new network draws weights
-        again = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
-        compare(again, network, [torch.randn(2, *shape)])
+    # A new network draws random weights: leave the global random generator as it was.
+    with as_refusal("timm", advice), torch.random.fork_rng(devices=[]):
+        rebuilt = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
+        assert_same_outputs(rebuilt, network, [torch.randn(2, *shape)])
 
 
 @contextmanager
 def _staged(path: Path) -> Iterator[Path]:
-    """A path to write to; what is there in the end, a file or a folder of files, becomes `path`.
+    """Yield a temporary path to write a file or a folder of files to, then move it to `path`.
 
     Raises:
-        OSError: if that cannot be.
+        OSError: if `path` cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -242,6 +250,7 @@ def _staged(path: Path) -> Iterator[Path]:
 
 
 def _refuse_nonfinite(network: nn.Module) -> None:
+    """Raise a ValueError if a weight of the network is NaN or infinite."""
     for name, value in network.state_dict().items():
         if value.is_floating_point() and not value.isfinite().all():
             raise ValueError(
@@ -251,12 +260,23 @@ def _refuse_nonfinite(network: nn.Module) -> None:
 
 
 def _image_shape(size: Sequence[int]) -> Shape:
+    """Return (C, H, W); raise a ValueError if the size is something else."""
     if len(size) != 3 or any(not isinstance(n, int) or n < 1 for n in size):
         raise ValueError(
             f"input_size is {list(size)}: give the channels, height and width of an image in pixels"
         )
     channels, height, width = size
     return channels, height, width
+
+
+def _check_channels(channels: int, **statistics: Sequence[float] | None) -> None:
+    """Raise a ValueError if a mean or standard deviation has another number of channels."""
+    for name, values in statistics.items():
+        if values is not None and len(values) not in (1, channels):
+            raise ValueError(
+                f"{name} has {len(values)} entries and input_size {channels} channels: give one "
+                "for each, or one for all"
+            )
 
 
 def _is_of_timm(network: nn.Module) -> bool:

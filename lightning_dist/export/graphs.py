@@ -1,4 +1,4 @@
-"""Networks as graphs that run without their Python code: torch.export and ONNX, both checked."""
+"""torch.export and ONNX: write a network as a graph, read it back and compare the outputs."""
 
 import copy
 import json
@@ -13,28 +13,34 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-TOLERANCE = 1e-5  # absolute, and again relative to the largest output
-METADATA = "metadata.json"  # in a .pt2 file
-_TRACED_BATCH = 2  # one image would fix the batch at one
+Shape = tuple[int, int, int]
+
+TOLERANCE = 1e-5  # The largest difference allowed: absolute, plus relative to the largest output.
+METADATA = "metadata.json"  # The extra file of a .pt2 file that holds the facts.
+_TRACED_BATCH = 2  # With one image, torch.export would fix the batch size at 1.
 _CHECKED_BATCHES = (1, 3)
-_MORE = (32, 64)  # pixels of height and width by which a free size is checked; strides divide them
+# A graph with free height and width is also checked on images that are larger by this many pixels.
+# Both are multiples of a network's usual strides.
+_EXTRA_PIXELS = (32, 64)
 
 
 @dataclass
 class Graph:
-    """A network that takes one tensor and returns tensors, and how it is traced and checked.
+    """A network that takes one tensor and returns tensors, and how to trace and check it.
 
     Args:
-        network: the network.
-        shapes: of the input: first the one to trace with, then those to check with.
-        inputs: what the input is called.
-        outputs: what the outputs are called.
-        dynamic: which dimensions of the input are free, with their names.
-        dynamic_size: whether height and width are.
-        draw: ``torch.randn`` or ``torch.rand``, what images are drawn with.
-        mend: what to do where it cannot be written.
-        rehearsal: what is written and checked first where the network's own outputs are empty on
-            random images, which would compare nothing: the same with a lower threshold.
+        network: the network, on the CPU and in evaluation mode.
+        shapes: shapes of the input: the first for tracing, the others for the check. They are
+            (N, C, H, W), or (C, H, W) for a network that takes one image; H and W in pixels.
+        inputs: the name of the input.
+        outputs: the names of the outputs.
+        dynamic: the dimensions of the input that are free: their names by their index.
+        dynamic_size: whether height and width are free.
+        draw: ``torch.randn`` or ``torch.rand``, which draws the images.
+        advice: what a user can do if the network cannot be written; the end of an error message.
+        probe: the same graph with a lower score threshold, which is written and checked first. It
+            is needed if a detector finds nothing in random images: comparing empty outputs would
+            check nothing.
     """
 
     network: nn.Module
@@ -44,35 +50,52 @@ class Graph:
     dynamic: dict[int, str]
     dynamic_size: bool
     draw: Callable[..., Tensor] = torch.randn
-    mend: str = "use safetensors"
-    rehearsal: "Graph | None" = None
+    advice: str = "use safetensors"
+    probe: "Graph | None" = None
 
     def example(self) -> Tensor:
-        """An input to trace with."""
+        """Return a random input for tracing, of the first shape."""
         return _random(self.shapes[0], 0, self.draw)
 
     def checked_with(self) -> list[Tensor]:
-        """The inputs to check with."""
+        """Return random inputs for the check, of the other shapes."""
         return [_random(shape, i, self.draw) for i, shape in enumerate(self.shapes[1:], start=1)]
 
-    def check(self, found: Callable[[Tensor], Any]) -> None:
-        """See :func:`compare`."""
-        compare(found, self.network, self.checked_with())
+    def check(self, written: Callable[[Tensor], Any]) -> None:
+        """Raise a ValueError if the network that was read back gives other outputs.
+
+        Args:
+            written: the network that was read back, as a function of the input.
+
+        Raises:
+            ValueError: if an output differs by more than `TOLERANCE`.
+        """
+        assert_same_outputs(written, self.network, self.checked_with())
 
 
 class MainOutput(nn.Module):
-    """``out`` of a network that returns a mapping, as segmentation networks do."""
+    """A network that returns the entry ``out`` of another one's output, as segmentation needs.
+
+    Args:
+        network: a network that returns a mapping, such as those of torchvision for segmentation.
+    """
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, images: Tensor) -> Tensor:
+        """Return the logits (N, C, H, W) of images (N, C, H, W)."""
         return self.network(images)["out"]
 
 
 class Detections(nn.Module):
-    """What a detector of torchvision finds in one image: boxes, labels from 0 on, and scores."""
+    """A torchvision detector as a network from one image to tensors, with labels that start at 0.
+
+    Args:
+        detector: a detector of torchvision.
+        label_offset: a number that is subtracted from the detector's labels.
+    """
 
     def __init__(self, detector: nn.Module, label_offset: int) -> None:
         super().__init__()
@@ -80,23 +103,32 @@ class Detections(nn.Module):
         self.label_offset = label_offset
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return boxes (K, 4) in pixels, labels (K,) and scores (K,) of an image (3, H, W)."""
         (found,) = self.detector([image])
         return found["boxes"], found["labels"] - self.label_offset, found["scores"]
 
 
-def logits_graph(network: nn.Module, shape: tuple[int, int, int], dynamic_size: bool) -> Graph:
-    """The graph of a classifier or segmentation network, from any number of images to logits.
+def logits_graph(network: nn.Module, shape: Shape, dynamic_size: bool) -> Graph:
+    """Return the graph of a network for classification or segmentation, from images to logits.
+
+    Args:
+        network: a network that returns logits, or a mapping with logits under ``out``.
+        shape: (C, H, W) of an image; H and W in pixels.
+        dynamic_size: let height and width be free. The number of images always is.
+
+    Returns:
+        The graph, with the input ``images`` (N, C, H, W) and the output ``logits``.
 
     Raises:
-        ValueError: if the network does not take such images, or returns something else.
+        ValueError: if the network fails on images of this shape, or returns something else.
     """
     network = network.float()
     try:
         output = network(torch.zeros(_TRACED_BATCH, *shape))
-    except Exception as error:  # whatever a network's layers say of other inputs
+    except Exception as error:  # Layers raise errors of many kinds for unsuitable inputs.
         raise ValueError(
             f"the student does not run on images of {' x '.join(map(str, shape))} "
-            f"({_line(error)}): set input_size"
+            f"({_first_line(error)}): set input_size"
         ) from error
     if isinstance(output, Mapping) and isinstance(output.get("out"), Tensor):
         network = MainOutput(network).eval()
@@ -107,25 +139,36 @@ def logits_graph(network: nn.Module, shape: tuple[int, int, int], dynamic_size: 
         )
     sizes = [shape]
     dynamic = {0: "batch"}
-    mend = "use safetensors"
+    advice = "use safetensors"
     if dynamic_size:
         channels, height, width = shape
-        sizes.append((channels, height + _MORE[0], width + _MORE[1]))
+        sizes.append((channels, height + _EXTRA_PIXELS[0], width + _EXTRA_PIXELS[1]))
         dynamic |= {2: "height", 3: "width"}
-        mend = "leave out dynamic_size"
+        advice = "leave out dynamic_size"
     checked = [(batch, *size) for size in sizes for batch in _CHECKED_BATCHES]
     shapes = [(_TRACED_BATCH, *shape), *checked]
-    return Graph(network, shapes, "images", ["logits"], dynamic, dynamic_size, mend=mend)
+    return Graph(network, shapes, "images", ["logits"], dynamic, dynamic_size, advice=advice)
 
 
-def detections_graph(
-    detector: Any, label_offset: int | None, shape: tuple[int, int, int] | None
-) -> Graph:
-    """The graph of a detector of torchvision, from one image of any size to what is found."""
+def detections_graph(detector: Any, label_offset: int | None, shape: Shape | None) -> Graph:
+    """Return the graph of a torchvision detector, from one image of any size to detections.
+
+    Args:
+        detector: a detector of torchvision.
+        label_offset: a number that is subtracted from the detector's labels; by default 1 for a
+            two-stage detector, whose label 0 is the background, and 0 for other detectors.
+        shape: (C, H, W) of an image to trace with, H and W in pixels; by default a square of the
+            detector's own size.
+
+    Returns:
+        The graph, with the input ``image`` (C, H, W) and the outputs ``boxes``, ``labels`` and
+        ``scores``.
+    """
     if label_offset is None:
         label_offset = int(hasattr(detector, "roi_heads"))
     channels, height, width = shape or (3, *2 * (detector.transform.min_size[-1],))
-    shapes = [(channels, height + i * _MORE[0], width + i * _MORE[1]) for i in range(2)]
+    larger = (channels, height + _EXTRA_PIXELS[0], width + _EXTRA_PIXELS[1])
+    shapes = [(channels, height, width), larger]
     graph = Graph(
         Detections(detector.float(), label_offset).eval(),
         [shapes[0], *shapes],
@@ -133,57 +176,68 @@ def detections_graph(
         ["boxes", "labels", "scores"],
         {1: "height", 2: "width"},
         dynamic_size=True,
-        draw=torch.rand,  # it normalises itself
+        draw=torch.rand,  # A detector normalises pixels in 0..1 itself.
     )
     images = graph.checked_with()
     if all(len(graph.network(image)[-1]) for image in images):
         return graph
-    finding = Detections(_finding(detector, images), label_offset).eval()
-    return replace(graph, rehearsal=replace(graph, network=finding))
+    probe = Detections(_with_low_threshold(detector, images), label_offset).eval()
+    return replace(graph, probe=replace(graph, network=probe))
 
 
-def _finding(detector: Any, images: Sequence[Tensor]) -> Any:
-    """A copy of a detector whose score threshold lets about ten boxes of each image pass."""
+def _with_low_threshold(detector: Any, images: Sequence[Tensor]) -> Any:
+    """Return a copy of a detector whose score threshold keeps about ten boxes of each image."""
     detector = copy.deepcopy(detector)
     holder = getattr(detector, "roi_heads", detector)
     holder.score_thresh = 0.0
     best = (detector([image])[0]["scores"].sort().values[-11:] for image in images)
-    # Between two scores, so that a rounding does not decide.
+    # The threshold lies between two scores, so that rounding cannot move a box across it.
     holder.score_thresh = min((float(x[:2].mean()) if len(x) > 10 else 0.0) for x in best)
     return detector
 
 
 def save_pt2(graph: Graph, path: Path, facts: Mapping[str, Any]) -> None:
-    """Write what ``torch.export.load`` reads, with the facts in the extra file of `METADATA`.
+    """Write a file for ``torch.export.load``, and check it.
+
+    Args:
+        graph: the network.
+        path: the file to write.
+        facts: facts about the network, stored as JSON in the extra file `METADATA`.
 
     Raises:
-        ValueError: if torch.export cannot follow the network, or what it read back computes
-            something else.
+        ValueError: if torch.export cannot trace the network, or the file gives other outputs.
     """
-    with refusing("torch_export", graph.mend):
+    with as_refusal("torch_export", graph.advice):
         program = _exported(graph)
         torch.export.save(program, path, extra_files={METADATA: json.dumps(facts)})
         graph.check(torch.export.load(path).module())
 
 
 def save_onnx(graph: Graph, path: Path, facts: Mapping[str, Any]) -> None:
-    """Write an ONNX file, with the facts in its ``metadata_props``, and check it in onnxruntime.
+    """Write an ONNX file, and check it in onnxruntime.
+
+    Args:
+        graph: the network.
+        path: the file to write.
+        facts: facts about the network, each stored as JSON in ``metadata_props``.
 
     Raises:
-        ImportError: if a package is missing; says how to install it.
-        ValueError: if the exporter cannot follow the network, or onnxruntime computes something
-            else.
+        ImportError: if a package is missing; the message says how to install it.
+        ValueError: if the exporter cannot trace the network, or the file gives other outputs.
     """
     onnx, onnxruntime = _import_onnx()
-    if graph.rehearsal is not None:
-        save_onnx(graph.rehearsal, path, facts)
-    with refusing("onnx", graph.mend):
-        (_trace if isinstance(graph.network, Detections) else _translate)(graph, path)
+    if graph.probe is not None:
+        save_onnx(graph.probe, path, facts)
+    with as_refusal("onnx", graph.advice):
+        if isinstance(graph.network, Detections):
+            _write_onnx_by_tracing(graph, path)
+        else:
+            _write_onnx(graph, path)
         model = onnx.load(path)
         onnx.helper.set_model_props(model, {name: json.dumps(x) for name, x in facts.items()})
         onnx.save(model, path)
         quiet = onnxruntime.SessionOptions()
-        quiet.log_severity_level = 4  # its errors are raised too
+        quiet.log_severity_level = 4  # Do not print errors, because they are raised as well.
         session = onnxruntime.InferenceSession(path, quiet, providers=["CPUExecutionProvider"])
 
         def run(images: Tensor) -> list[Tensor]:
@@ -193,7 +247,8 @@ def save_onnx(graph: Graph, path: Path, facts: Mapping[str, Any]) -> None:
         graph.check(run)
 
 
-def _translate(graph: Graph, path: Path) -> None:
+def _write_onnx(graph: Graph, path: Path) -> None:
+    """Write an ONNX file from the graph that torch.export makes."""
     program = torch.onnx.export(
         _exported(graph),
         input_names=[graph.inputs],
@@ -205,8 +260,11 @@ def _translate(graph: Graph, path: Path) -> None:
     program.save(path, external_data=False)
 
 
-def _trace(graph: Graph, path: Path) -> None:
-    """For detectors, which torch.export cannot follow; torchvision supports this tracer."""
+def _write_onnx_by_tracing(graph: Graph, path: Path) -> None:
+    """Write an ONNX file of a detector with the older exporter of torch.
+
+    torch.export cannot trace a detector. torchvision supports the older exporter.
+    """
     free = {name: {0: "found"} for name in graph.outputs} | {graph.inputs: graph.dynamic}
     torch.onnx.export(
         graph.network,
@@ -220,14 +278,22 @@ def _trace(graph: Graph, path: Path) -> None:
 
 
 @contextmanager
-def refusing(format: str, mend: str) -> Iterator[None]:
-    """Whatever goes wrong while a format is written and checked, as a refusal of the student.
+def as_refusal(format: str, advice: str) -> Iterator[None]:
+    """Turn any error while a format is written and checked into a ValueError that names the format.
 
-    Warnings are silenced: they are about what the check finds out.
+    Warnings are silenced, because the check finds what they warn of.
+
+    Args:
+        format: the name of the format.
+        advice: what a user can do instead; the end of the error message.
+
+    Returns:
+        A context manager.
 
     Raises:
-        ValueError: says why, and the mend.
-        OSError, ImportError: as they were.
+        ValueError: if an error occurs; the message gives its first line and the advice.
+        OSError: if the disk fails; it is not changed.
+        ImportError: if a package is missing; it is not changed.
     """
     try:
         with warnings.catch_warnings():
@@ -235,40 +301,46 @@ def refusing(format: str, mend: str) -> Iterator[None]:
             yield
     except (OSError, ImportError):
         raise
-    except Exception as error:  # exporters and runtimes raise errors of many kinds
+    except Exception as error:  # Exporters and runtimes raise errors of many kinds.
         raise ValueError(
-            f"format={format} cannot hold this student ({_line(error)}): {mend}"
+            f"format={format} cannot hold this student ({_first_line(error)}): {advice}"
         ) from error
 
 
-def compare(
-    found: Callable[[Tensor], Any],
+def assert_same_outputs(
+    written: Callable[[Tensor], Any],
     network: Callable[[Tensor], Any],
     inputs: Sequence[Tensor],
 ) -> None:
-    """Run what was written beside the network.
+    """Raise a ValueError if a network that was read back gives other outputs than the original.
+
+    Args:
+        written: the network that was read back; returns a tensor or several.
+        network: the original network.
+        inputs: tensors to call both with, of the shapes that the network takes.
 
     Raises:
-        ValueError: if it gives other outputs.
+        ValueError: if an output has another shape, or differs by more than `TOLERANCE`.
     """
     for images in inputs:
-        pairs = zip(_tuple(found(images)), _tuple(network(images)), strict=True)
-        if not all(_close(ours, expected) for ours, expected in pairs):
+        pairs = zip(_tuple(written(images)), _tuple(network(images)), strict=True)
+        if not all(_close(output, expected) for output, expected in pairs):
             shape = tuple(images.shape)
             raise ValueError(f"it gives other outputs on images of the shape {shape}")
 
 
-def _close(found: Tensor, expected: Tensor) -> bool:
-    if found.shape != expected.shape:
+def _close(output: Tensor, expected: Tensor) -> bool:
+    if output.shape != expected.shape:
         return False
-    if not found.numel():
+    if not output.numel():
         return True
     allowed = TOLERANCE * (1 + expected.abs().max().item())
-    return (found - expected).abs().max().item() <= allowed
+    return (output - expected).abs().max().item() <= allowed
 
 
 def _exported(graph: Graph) -> ExportedProgram:
-    # Named where nothing but "any number" will do; a network may want a size of even numbers.
+    # The batch must be completely free (Dim). Height and width may have constraints, such as even
+    # numbers, so torch.export finds those (Dim.AUTO).
     free = {i: Dim(name) if name == "batch" else Dim.AUTO for i, name in graph.dynamic.items()}
     return torch.export.export(graph.network, (graph.example(),), dynamic_shapes=(free,))
 
@@ -277,7 +349,7 @@ def _import_onnx() -> tuple[Any, Any]:
     try:
         import onnx
         import onnxruntime
-        import onnxscript  # noqa: F401 -- torch.onnx writes with it
+        import onnxscript  # noqa: F401 -- torch.onnx imports it.
     except ImportError as error:
         raise ImportError(
             f"format=onnx needs packages that are not installed ({error}): "
@@ -287,7 +359,7 @@ def _import_onnx() -> tuple[Any, Any]:
 
 
 def _random(shape: Sequence[int], seed: int, draw: Callable[..., Tensor]) -> Tensor:
-    """The global stream stays as it is."""
+    """Return a random tensor, and leave the global random generator as it is."""
     return draw(tuple(shape), generator=torch.Generator().manual_seed(seed))
 
 
@@ -295,5 +367,5 @@ def _tuple(outputs: Any) -> tuple[Tensor, ...]:
     return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
 
 
-def _line(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

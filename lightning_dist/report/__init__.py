@@ -1,4 +1,4 @@
-"""Reports on finished runs: table, CSV, plot, and a page that needs nothing but a browser."""
+"""Reports on finished runs: a table, a CSV file, a plot, and a single-file HTML page."""
 
 from pathlib import Path
 
@@ -41,18 +41,18 @@ __all__ = [
 
 
 def write_report(folders: Folders, out: PathLike | None = None, metric: str | None = None) -> Table:
-    """Read all runs under the folders, write report.csv, .png and .html, return the table.
+    """Read all runs under some folders, write report.csv, report.png and report.html.
 
     Args:
-        folders: a folder, or several whose runs are merged; the files go to the first.
-        out: another folder for the files.
-        metric: metric to compare by, by default the one that all runs optimise.
+        folders: a folder, or several whose runs are merged.
+        out: folder for the files; by default the first of `folders`.
+        metric: metric to compare by; by default the one that all runs optimise.
 
     Returns:
-        The table, for ``rich.print``.
+        The table of results, for ``rich.print``.
 
     Raises:
-        ValueError: if a folder holds no run or a broken one, or the runs share no metric.
+        ValueError: if a folder contains no run or a broken one, or the runs share no metric.
     """
     runs = read_runs(folders)
     table, figure = report_table(runs, metric), plot_runs(runs, metric)

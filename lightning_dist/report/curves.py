@@ -1,29 +1,33 @@
-"""Learning curves of a run, from the file that Lightning's CSV logger leaves in its folder."""
+"""Read a run's learning curves from the file of Lightning's CSV logger."""
 
 import csv
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-LOG_FILE = "logs/metrics.csv"  # as conf/logger/csv.yaml names it
+LOG_FILE = "logs/metrics.csv"  # the path that conf/logger/csv.yaml sets
 
 
 @dataclass
 class Curve:
-    """The values of a metric after so many optimizer steps."""
+    """The values of a metric, and the number of optimizer steps before each."""
 
     steps: list[float] = field(default_factory=list)
     values: list[float] = field(default_factory=list)
 
 
 def read_curves(folder: Path) -> dict[str, Curve]:
-    """Read the metrics that a run logged while it trained, each with its own steps.
+    """Read the metrics that a run logged during training, each with its own steps.
 
     Args:
-        folder: the run's folder.
+        folder: folder of the run.
+
+    Returns:
+        The curve of each metric, by name.
 
     Raises:
-        ValueError: if there is no log of the CSV logger in it, or one without steps.
+        ValueError: if the folder has no log of the CSV logger, or the log has no metric with a
+            step.
     """
     path = folder / LOG_FILE
     try:
@@ -35,10 +39,10 @@ def read_curves(folder: Path) -> dict[str, Curve]:
         raise ValueError(f"{path} cannot be read: {error}") from error
     curves: dict[str, Curve] = {}
     for row in rows:
-        step = _number(row.get("step"))
+        step = _parse_number(row.get("step"))
         for name in row.keys() - {"step", "epoch", None}:
-            value = _number(row[name])
-            # Each metric is in some rows only; a killed run may end in the middle of a row.
+            value = _parse_number(row[name])
+            # Each row has some of the metrics, and a killed run may leave half a row at the end.
             if value is not None and step is not None:
                 curve = curves.setdefault(name, Curve())
                 curve.steps.append(step)
@@ -48,8 +52,8 @@ def read_curves(folder: Path) -> dict[str, Curve]:
     return curves
 
 
-def _number(text: str | None) -> float | None:
-    """The number, nan where it is not finite, None where there is none."""
+def _parse_number(text: str | None) -> float | None:
+    """Return the number in a field: nan if it is not finite, None if the field has no number."""
     try:
         number = float(text or "")
     except ValueError:

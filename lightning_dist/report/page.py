@@ -1,4 +1,4 @@
-"""The HTML page of a report: one file, with tables to sort, plots, and each run's command."""
+"""Write the HTML page of a report: one file with sortable tables, plots, and each run's command."""
 
 import base64
 import hashlib
@@ -21,20 +21,21 @@ from lightning_dist.report.runs import (
     Group,
     PathLike,
     Run,
+    all_keys,
     group_runs,
-    names,
     optimized_metric,
-    plain,
-    shown_metrics,
+    printable,
+    table_metrics,
 )
 from lightning_dist.report.significance import Comparison, compare_groups, numbers_by_seed
 
 if TYPE_CHECKING:
+    from jinja2 import Template
     from matplotlib.figure import Figure
 
 
 class Cell(NamedTuple):
-    """A table's cell: its text, what it is sorted by if that is another, its CSS class."""
+    """A cell of a table: its text, its sort key unless that is the text, and its CSS class."""
 
     text: str
     key: str | None = None
@@ -42,25 +43,24 @@ class Cell(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A table's row, and the number of the group that it belongs to."""
+    """A row of a table, and the number of its group, if it belongs to one."""
 
     cells: list[Cell]
     group: int | None = None
 
 
 def write_page(runs: Sequence[Run], path: PathLike, metric: str | None = None) -> None:
-    """Write a page that works without a server or network.
+    """Write a page that a browser opens without a server or network.
 
     Args:
-        runs: as :func:`read_runs` returns them; the learning curves are read from their folders.
-        path: of the file.
-        metric: metric to compare by, by default the one that all runs optimise.
-    """
-    from jinja2 import Environment, PackageLoader, StrictUndefined  # not at the top: slow to import
-    from markupsafe import Markup
+        runs: the runs, as :func:`read_runs` returns them; their folders have the learning curves.
+        path: path of the HTML file.
+        metric: metric to compare by; by default the one that all runs optimise.
 
-    def on_one_line(value: Any) -> Any:
-        return plain(value) if type(value) is str else value
+    Raises:
+        ValueError: if the runs share no metric.
+    """
+    from markupsafe import Markup
 
     groups, metric = group_runs(runs), optimized_metric(runs, metric)
     files = resources.files("lightning_dist.report") / "templates"
@@ -68,16 +68,7 @@ def write_page(runs: Sequence[Run], path: PathLike, metric: str | None = None) -
     alone = [group for group in groups if len(numbers_by_seed(group, metric)) < 2]
     tested = compare_groups([group for group in groups if group not in alone], metric)
     curves, without_curves = _curves(runs, metric)
-    # What is not Markup is escaped, and control characters are shown as what they are.
-    environment = Environment(
-        loader=PackageLoader("lightning_dist.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=on_one_line,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("page.html").render(
+    page = _template().render(
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         style=Markup((files / "page.css").read_text(encoding="utf-8")),
@@ -98,8 +89,26 @@ def write_page(runs: Sequence[Run], path: PathLike, metric: str | None = None) -
     Path(path).write_text(page, encoding="utf-8")
 
 
+def _template() -> "Template":
+    """Load the page's template, which escapes HTML and control characters in all text."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined  # imported late: slow to import
+
+    def printable_text(value: Any) -> Any:
+        return printable(value) if type(value) is str else value
+
+    environment = Environment(
+        loader=PackageLoader("lightning_dist.report"),
+        autoescape=True,  # a Markup is HTML already and stays as it is
+        undefined=StrictUndefined,
+        finalize=printable_text,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html")
+
+
 def _curves(runs: Sequence[Run], metric: str) -> tuple[dict[str, dict[Path, Curve]], list[str]]:
-    """The learning curves by name and folder, and why some runs have none."""
+    """Return the learning curves by name and folder, and the reasons why some runs have none."""
     found: dict[Path, dict[str, Curve]] = {}
     reasons = []
     for run in runs:
@@ -107,9 +116,9 @@ def _curves(runs: Sequence[Run], metric: str) -> tuple[dict[str, dict[Path, Curv
             found[run.folder] = read_curves(run.folder)
         except ValueError as error:
             reasons.append(str(error))
-    # What is tested was validated under the name of that split.
+    # A test metric has no curve, but training logged the same metric of the validation set.
     first = [metric.replace("test/", "val/", 1), "val/loss"]
-    logged = sorted(names(found.values()))
+    logged = sorted(all_keys(found.values()))
     chosen = [name for name in dict.fromkeys(first) if name in logged]
     chosen += [name for name in logged if name.startswith("train/") and name not in chosen]
     curves = {
@@ -125,7 +134,7 @@ def _plots(
     metric: str,
     curves: Mapping[str, Mapping[Path, Curve]],
 ) -> dict[str, list[tuple[str, str]]]:
-    """The titles and pictures of each section; what no run tells about is left out."""
+    """Return title and SVG of the figures in each section, without those that have no data."""
     from markupsafe import Markup
 
     figures: dict[str, list[tuple[str, Figure | None]]] = {
@@ -143,12 +152,12 @@ def _plots(
 def _group_table(
     groups: Sequence[Group], runs: Sequence[Run], metric: str
 ) -> tuple[list[str], list[Row]]:
-    metrics = shown_metrics(runs, metric)
+    metrics = table_metrics(runs, metric)
     rows = []
     for number, group in enumerate(groups):
         summaries = map(group.summary, metrics)
         cells = [
-            Cell(x.text(len(group.completed)), _key(x.mean), "number") if x else _NOTHING
+            Cell(x.text(len(group.completed)), _sort_key(x.mean), "number") if x else _EMPTY
             for x in summaries
         ]
         count = Cell(group.count, str(len(group.completed)), "number")
@@ -159,9 +168,9 @@ def _group_table(
 def _test_table(tested: Sequence[Comparison]) -> tuple[list[str], list[Row]]:
     rows = []
     for pair in tested:
-        p = Cell(f"not testable: {pair.reason}", "") if pair.reason else _number(pair.p, ".3g")
-        difference = _number(pair.difference, "+.4g")
-        cells = [Cell(pair.setting.name), Cell(pair.baseline.name), _number(pair.seeds, "d")]
+        p = Cell(f"not testable: {pair.reason}", "") if pair.reason else _number_cell(pair.p, ".3g")
+        difference = _number_cell(pair.difference, "+.4g")
+        cells = [Cell(pair.setting.name), Cell(pair.baseline.name), _number_cell(pair.seeds, "d")]
         rows.append(Row([*cells, difference, p]))
     return ["setting", "compared with", "common seeds", "mean difference", "p"], rows
 
@@ -169,7 +178,7 @@ def _test_table(tested: Sequence[Comparison]) -> tuple[list[str], list[Row]]:
 def _run_table(
     groups: Sequence[Group], runs: Sequence[Run], metric: str
 ) -> tuple[list[str], list[Row]]:
-    metrics = shown_metrics(runs, metric)
+    metrics = table_metrics(runs, metric)
     keys = [*groups[0].values, *(["seed"] if any("seed" in run.overrides for run in runs) else [])]
     rows = []
     for number, group in enumerate(groups):
@@ -178,7 +187,7 @@ def _run_table(
             status = (
                 Cell(run.status) if run.completed else Cell(f"failed: {run.reason}", kind="bad")
             )
-            numbers = [_number(run.metrics.get(name), ".4g") for name in metrics]
+            numbers = [_number_cell(run.metrics.get(name), ".4g") for name in metrics]
             rows.append(
                 Row(
                     [
@@ -186,9 +195,9 @@ def _run_table(
                         status,
                         *(Cell("(default)" if x is None else x or "''") for x in values),
                         *numbers,
-                        _number(run.student_parameters, ",d"),
-                        Cell(run.teacher) if run.teacher else _NOTHING,
-                        _number(run.seconds, ".1f"),
+                        _number_cell(run.student_parameters, ",d"),
+                        Cell(run.teacher) if run.teacher else _EMPTY,
+                        _number_cell(run.seconds, ".1f"),
                         Cell(run.command, kind="command"),
                     ],
                     number,
@@ -198,15 +207,15 @@ def _run_table(
     return ["folder", "status", *keys, *metrics, *others], rows
 
 
-_NOTHING = Cell("-", "", "number")
+_EMPTY = Cell("-", "", "number")
 
 
-def _number(value: float | None, form: str) -> Cell:
-    return _NOTHING if value is None else Cell(format(value, form), _key(value), "number")
+def _number_cell(value: float | None, form: str) -> Cell:
+    return _EMPTY if value is None else Cell(format(value, form), _sort_key(value), "number")
 
 
-def _key(value: float) -> str:
-    """A number as JavaScript reads it; nothing for nan, which has no place in an order."""
+def _sort_key(value: float) -> str:
+    """Return a number as JavaScript reads it; nan becomes "", which the page sorts last."""
     if math.isinf(value):
         return "Infinity" if value > 0 else "-Infinity"
     return "" if math.isnan(value) else repr(value)

@@ -1,4 +1,4 @@
-"""Plots of the runs: by setting, against the student's size and the teacher, and over time."""
+"""Plot runs: by setting, over the student's size, by teacher, and over optimizer steps."""
 
 import html
 import io
@@ -16,79 +16,101 @@ from lightning_dist.report.runs import (
     Run,
     Summary,
     group_runs,
-    of_teacher,
     optimized_metric,
-    plain,
+    printable,
     summarize,
+    teacher_metric,
 )
 
 if TYPE_CHECKING:
-    # Slow to import. Not pyplot anywhere: it keeps global state and may open windows.
+    # Matplotlib is slow to import, so functions import it when they run. This file never imports
+    # pyplot, which keeps global state and may open windows.
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_POINTS = 150  # of a curve
-# Names come from users: they may be long, and matplotlib would read $…$ as mathematics.
-_short = partial(re.sub, "(?<=^.{39}).+(?=.{40}$)", "…")
+_MOST_POINTS = 150  # per curve
+# Users choose the names: they may be long. And they may have $, hence parse_math=False everywhere.
+_shorten = partial(re.sub, "(?<=^.{39}).+(?=.{40}$)", "…")
 
 
 def plot_runs(runs: Sequence[Run], metric: str | None = None) -> "Figure":
-    """A figure of the optimised metric: a row a group, mean ± std, below it a dot for each run."""
+    """Plot a metric with a row per group: mean ± std, and below it a dot per run.
+
+    Args:
+        runs: the runs, as :func:`read_runs` returns them.
+        metric: the metric; by default the one that all runs optimise.
+    """
     groups, metric = group_runs(runs), optimized_metric(runs, metric)
-    figure, axes = _rows(len(groups), 0.42)
+    figure, axes = _figure_of_rows(len(groups), 0.42)
     for y, (group, color) in enumerate(zip(groups, group_colors(groups), strict=True)):
         if summary := group.summary(metric):
-            _mark_group(_mean(axes, summary, y, color), y)
+            _mark_group(_draw_mean(axes, summary, y, color), y)
             dots = [y + 0.22] * len(summary.numbers)
             line = axes.plot(summary.numbers, dots, "o", ms=4, color="gray", alpha=0.6, mew=0)
             _mark_group(line, y)
         else:
             axes.text(0.02, y, "no result", transform=axes.get_yaxis_transform(), va="center")
-    labels = [_short(" · ".join(group.labels) or "all runs") for group in groups]
-    keys = _short(" · ".join(map(plain, groups[0].values)))
+    labels = [_shorten(" · ".join(group.labels) or "all runs") for group in groups]
+    keys = _shorten(" · ".join(map(printable, groups[0].values)))
     axes.set_yticks(range(len(groups)), labels, parse_math=False)
-    axes.set_title(_short(plain(metric)), parse_math=False)
+    axes.set_title(_shorten(printable(metric)), parse_math=False)
     axes.set_title(keys, loc="left", ha="right", size="medium", weight="bold", parse_math=False)
     axes.set(ylim=(len(groups) - 0.4, -0.6), xlabel="mean ± standard deviation; a dot is one run")
     return figure
 
 
 def plot_teachers(groups: Sequence[Group], metric: str) -> "Figure | None":
-    """The metric of each group below its teacher; None if no result names the teachers."""
+    """Plot a metric of each group, sorted by teacher.
+
+    Args:
+        groups: the groups, as :func:`group_runs` returns them.
+        metric: the metric.
+
+    Returns:
+        The figure, or None if no result names its teacher.
+    """
     teachers: dict[str, dict[int, list[Run]]] = {}
     for number, run in _with_result(groups, metric):
         name = "no teacher"
         if run.teacher_parameters is not None:
-            name = plain(f"{run.teacher} ({run.teacher_parameters:,} parameters)")
+            name = printable(f"{run.teacher} ({run.teacher_parameters:,} parameters)")
         teachers.setdefault(name, {}).setdefault(number, []).append(run)
     if not teachers:
         return None
     colors = group_colors(groups)
     rows = sum(map(len, teachers.values())) + len(teachers)
-    figure, axes = _rows(rows, 0.2)
+    figure, axes = _figure_of_rows(rows, 0.2)
     ticks, y = [], 0
     for of_groups in teachers.values():
         top = y
         for number, runs in of_groups.items():
             summary = summarize([run.metrics[metric] for run in runs])
             assert summary is not None
-            _mark_group(_mean(axes, summary, y, colors[number]), number)
+            _mark_group(_draw_mean(axes, summary, y, colors[number]), number)
             y += 1
         ticks.append((top + y - 1) / 2)
-        own = of_teacher(metric)
+        own = teacher_metric(metric)
         everyone = [run for runs in of_groups.values() for run in runs]
         if own_result := summarize([x.metrics[own] for x in everyone if own in x.metrics]):
             axes.plot([own_result.mean] * 2, [top - 0.4, y - 0.6], "--", color="gray")
         y += 1
         axes.axhline(y - 1, color="gray", lw=0.5, alpha=0.5)
-    axes.set_yticks(ticks, [_short(name) for name in teachers], parse_math=False)
+    axes.set_yticks(ticks, [_shorten(name) for name in teachers], parse_math=False)
     axes.set_ylim(rows - 0.9, -0.9)
-    axes.set_xlabel(f"{_short(plain(metric))}; dashed: the teacher's own", parse_math=False)
+    axes.set_xlabel(f"{_shorten(printable(metric))}; dashed: the teacher's own", parse_math=False)
     return figure
 
 
 def plot_sizes(groups: Sequence[Group], metric: str) -> "Figure | None":
-    """The metric of each group over its student's parameters; None if no result has them."""
+    """Plot a metric of each group over the number of the student's parameters.
+
+    Args:
+        groups: the groups, as :func:`group_runs` returns them.
+        metric: the metric.
+
+    Returns:
+        The figure, or None if no result has that number.
+    """
     from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
     sizes: dict[tuple[int, int], list[float]] = {}
@@ -98,7 +120,7 @@ def plot_sizes(groups: Sequence[Group], metric: str) -> "Figure | None":
     if not sizes:
         return None
     colors = group_colors(groups)
-    figure, axes = _frame()
+    figure, axes = _empty_figure()
     for (number, size), numbers in sizes.items():
         summary = summarize(numbers)
         assert summary is not None
@@ -112,19 +134,24 @@ def plot_sizes(groups: Sequence[Group], metric: str) -> "Figure | None":
         axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_xlabel("parameters of the student")
-    axes.set_ylabel(_short(plain(metric)), parse_math=False)
+    axes.set_ylabel(_shorten(printable(metric)), parse_math=False)
     return figure
 
 
 def plot_curves(groups: Sequence[Group], curves: Mapping[Path, Curve]) -> "Figure":
-    """A metric over the optimizer steps, a line for each run whose folder has a curve."""
+    """Plot a metric over the optimizer steps, with a line for each run that has a curve.
+
+    Args:
+        groups: the groups, as :func:`group_runs` returns them.
+        curves: the curve of each run, by the run's folder.
+    """
     colors = group_colors(groups)
-    figure, axes = _frame()
+    figure, axes = _empty_figure()
     for number, group in enumerate(groups):
         for curve in [curves[run.folder] for run in group.runs if run.folder in curves]:
             count = len(curve.steps)
-            # Long runs log more points than a picture has pixels, and a page should stay small.
-            at = np.unique(np.linspace(0, count - 1, min(count, _POINTS)).round().astype(int))
+            # Fewer points keep the page small; a long run logs more than the plot has pixels.
+            at = np.unique(np.linspace(0, count - 1, min(count, _MOST_POINTS)).round().astype(int))
             steps, values = np.array(curve.steps)[at], np.array(curve.values)[at]
             marker = "o" if count == 1 else ""
             style: dict[str, Any] = {"color": colors[number], "lw": 1.2, "ms": 4, "alpha": 0.8}
@@ -134,7 +161,7 @@ def plot_curves(groups: Sequence[Group], curves: Mapping[Path, Curve]) -> "Figur
 
 
 def group_colors(groups: Sequence[Group]) -> list[str]:
-    """A colour for each group, the same in all plots, to be seen on white and on black."""
+    """Return a colour for each group, visible on white and on black, as "#rrggbb"."""
     import matplotlib
     from matplotlib.colors import to_hex
 
@@ -145,18 +172,24 @@ def group_colors(groups: Sequence[Group]) -> list[str]:
 
 
 def to_svg(figure: "Figure", groups: Sequence[Group]) -> str:
-    """A figure as an element of an HTML page; what belongs to a group has its number and name."""
+    """Convert a figure to an SVG element for an HTML page.
+
+    Args:
+        figure: the figure.
+        groups: the groups in it; their lines and marks get the attribute ``data-group`` (the
+            group's position in this list) and a title.
+    """
     import matplotlib
 
     def tag(match: re.Match[str]) -> str:
         number = match[1].removeprefix(_GROUP)
-        if number == match[1]:  # matplotlib's own names would not be unique in the page
+        if number == match[1]:  # an id of matplotlib's own, which is not unique in the page
             return "<g>"
         name = html.escape(groups[int(number)].name)
         return f'<g data-group="{number}"><title>{name}</title>'
 
     file = io.StringIO()
-    # Text as text, and the same figure gives the same file.
+    # Write text as text and not as paths, and ids that are the same in every run.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lightning-dist"}):
         nothing = dict.fromkeys(["Creator", "Date", "Format", "Type"])
         options: dict[str, Any] = {"metadata": nothing, "transparent": True}
@@ -174,21 +207,22 @@ def _mark_group(artists: Iterable[Any], number: int) -> None:
 
 
 def _with_result(groups: Sequence[Group], metric: str) -> list[tuple[int, Run]]:
-    """Runs with the metric and a known student, each with its group's number."""
+    """Return the runs that have the metric and the student's size, each with its group's number."""
     runs = [(number, run) for number, group in enumerate(groups) for run in group.completed]
     return [x for x in runs if metric in x[1].metrics and x[1].student_parameters is not None]
 
 
-def _mean(axes: "Axes", summary: Summary, y: float, color: str) -> Iterable[Any]:
+def _draw_mean(axes: "Axes", summary: Summary, y: float, color: str) -> Iterable[Any]:
     bar = axes.errorbar(summary.mean, y, xerr=summary.std, fmt="D", capsize=4, color=color)
     return bar.get_children()
 
 
-def _rows(count: int, inches: float) -> tuple["Figure", "Axes"]:
-    """A figure with so many rows of a height."""
+def _figure_of_rows(count: int, inches: float) -> tuple["Figure", "Axes"]:
+    """Return a figure with a number of rows, each of a height in inches."""
     from matplotlib.figure import Figure
 
-    height = min(1.1 + inches * count, 200.0)  # the canvas ends at 65536 pixels
+    # matplotlib's Agg canvas has at most 65536 pixels a side.
+    height = min(1.1 + inches * count, 200.0)
     figure = Figure(figsize=(6.4, height), dpi=150)
     axes = figure.add_axes((0.0, 0.5 / height, 1.0, 1.0 - 0.9 / height))
     axes.grid(axis="x", alpha=0.3)
@@ -196,7 +230,7 @@ def _rows(count: int, inches: float) -> tuple["Figure", "Axes"]:
     return figure, axes
 
 
-def _frame() -> tuple["Figure", "Axes"]:
+def _empty_figure() -> tuple["Figure", "Axes"]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 3.6))

@@ -1,4 +1,4 @@
-"""Finished runs: read their folders, group them over seeds."""
+"""Read the folders of finished runs, and group runs that differ in nothing but the seed."""
 
 import json
 import os
@@ -13,15 +13,18 @@ import numpy as np
 PathLike = str | os.PathLike[str]
 Folders = PathLike | Sequence[PathLike]
 RESULT_FILE = "result.json"
-_NO_SETTING = ("seed", "print_config", "own_process")  # they make no group of runs
+# Overrides that leave runs in one group.
+_NOT_SETTINGS = ("seed", "print_config", "own_process")
 _LATER_FIELDS = {"student_parameters": int, "teacher": str, "teacher_parameters": int}
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder's result.json says; ``overrides`` maps each key to its last value.
+    """A run as its result.json describes it; ``overrides`` maps each key to its last value.
 
-    The parameters are None in results of earlier versions; ``teacher`` also without a teacher.
+    ``metrics`` maps names to values, ``seconds`` is the run's duration, ``error`` the message of a
+    failed run. Results of earlier versions have no numbers of parameters (None).
+    ``teacher`` is None there too, and in a run without a teacher.
     """
 
     folder: Path
@@ -39,75 +42,86 @@ class Run:
 
     @property
     def completed(self) -> bool:
+        """True if the run ended without an error."""
         return self.status == "completed"
 
     @property
     def reason(self) -> str:
-        """Why it failed."""
+        """The error message of a failed run."""
         return self.error or "no reason given"
 
 
 @dataclass(frozen=True)
 class Summary:
-    """A metric of several runs; ``std`` is the sample standard deviation, None for one run."""
+    """A metric over several runs; ``std`` is the sample standard deviation, None for one run."""
 
     numbers: list[float]
     mean: float
     std: float | None
 
     def text(self, runs: int) -> str:
-        """``mean ± std``, and of how many where not all the runs have the metric."""
+        """Return ``mean ± std``, and the number of values if only some of `runs` runs have it."""
         text = f"{self.mean:.4g}" + ("" if self.std is None else f" ± {self.std:.4g}")
         return text if len(self.numbers) == runs else f"{text} (of {len(self.numbers)})"
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in nothing but the seed; a value is None where no run overrides the key."""
+    """Runs that differ in nothing but the seed.
+
+    ``values`` maps each setting that varies between groups to its value, None for the default.
+    """
 
     values: dict[str, str | None]
     runs: list[Run]
 
     @property
     def completed(self) -> list[Run]:
+        """The runs that ended without an error."""
         return [run for run in self.runs if run.completed]
 
     @property
     def labels(self) -> list[str]:
-        """The values, each on one line."""
-        return ["(default)" if x is None else plain(x) or "''" for x in self.values.values()]
+        """The values as text without control characters, for a table or plot."""
+        return ["(default)" if x is None else printable(x) or "''" for x in self.values.values()]
 
     @property
     def name(self) -> str:
-        """Keys and values on one line."""
-        pairs = zip(map(plain, self.values), self.labels, strict=True)
+        """The keys and values as one line of text."""
+        pairs = zip(map(printable, self.values), self.labels, strict=True)
         return ", ".join("=".join(pair) for pair in pairs) or "all runs"
 
     @property
     def count(self) -> str:
-        """How many runs have completed, and how many failed."""
+        """The numbers of completed and of failed runs, as text."""
         lost = len(self.runs) - len(self.completed)
         return f"{len(self.completed)} + {lost} failed" if lost else str(len(self.completed))
 
     def summary(self, metric: str) -> Summary | None:
-        """The metric over the completed runs that logged it, None if there are none."""
+        """Summarise a metric over the completed runs that logged it; None if no run did."""
         return summarize([x.metrics[metric] for x in self.completed if metric in x.metrics])
 
 
 def summarize(numbers: list[float]) -> Summary | None:
-    """Mean and sample standard deviation, None of no numbers."""
+    """Return mean and sample standard deviation of some numbers, or None if there are none."""
     if not numbers:
         return None
-    with np.errstate(invalid="ignore"):  # a diverged run makes them nan, which says it all
+    with np.errstate(invalid="ignore"):  # a diverged run makes both nan, as it should
         std = float(np.std(numbers, ddof=1)) if len(numbers) > 1 else None
         return Summary(numbers, float(np.mean(numbers)), std)
 
 
 def read_runs(folders: Folders) -> list[Run]:
-    """Read each run at any depth under one or several folders, in natural order (10 follows 9).
+    """Read all runs at any depth under one or several folders.
+
+    Args:
+        folders: a folder or several; a run under two of them is read once.
+
+    Returns:
+        The runs, folder by folder, in natural order of their paths (10 follows 9).
 
     Raises:
-        ValueError: if a folder holds no run, or a result.json is broken or incomplete.
+        ValueError: if a folder contains no run, or a result.json is broken or incomplete.
     """
     found: dict[Path, Path] = {}
     for top in as_paths(folders):
@@ -116,14 +130,14 @@ def read_runs(folders: Folders) -> list[Run]:
             gone = "" if top.is_dir() else " (no such folder)"
             why = f"a run folder contains the {RESULT_FILE} that `lightning-dist train` writes"
             raise ValueError(f"no runs found under {top}{gone}: {why}")
-        for folder in sorted(inside, key=lambda folder: _natural(folder.relative_to(top))):
+        for folder in sorted(inside, key=lambda folder: _natural_order(folder.relative_to(top))):
             found.setdefault(folder.resolve(), folder)  # folders may overlap: each run once
     return [_read_run(folder) for folder in found.values()]
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
-    """Group runs, failed ones too, by the overridden settings that vary; the seed is none."""
-    keys = [key for key in names(run.overrides for run in runs) if key not in _NO_SETTING]
+    """Group runs, also failed ones, by the values of all overrides that vary except the seed."""
+    keys = [key for key in all_keys(run.overrides for run in runs) if key not in _NOT_SETTINGS]
     keys = [key for key in keys if len({run.overrides.get(key) for run in runs}) > 1]
     groups: dict[tuple[str | None, ...], list[Run]] = {}
     for run in runs:
@@ -132,13 +146,18 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
 
 
 def optimized_metric(runs: Sequence[Run], metric: str | None = None) -> str:
-    """The metric that runs are compared by: the given one, or the one that all runs name.
+    """Return the metric to compare runs by, and check that a completed run has it.
+
+    Args:
+        runs: the runs, as :func:`read_runs` returns them.
+        metric: the metric; by default the one that all runs optimise.
 
     Raises:
-        ValueError: if runs disagree, none names one, or no completed run logged it.
+        ValueError: if the runs optimise different metrics or none, or no completed run has logged
+            the metric.
     """
     named = {run.metric: run.folder for run in runs if run.metric}
-    logged = names(run.metrics for run in runs if run.completed)
+    logged = all_keys(run.metrics for run in runs if run.completed)
     choose = f"choose with metric= or --metric, out of {', '.join(logged) or 'none'}"
     if metric is None and len(named) > 1:
         who = ", ".join(f"{folder} optimises {name}" for name, folder in named.items())
@@ -149,23 +168,33 @@ def optimized_metric(runs: Sequence[Run], metric: str | None = None) -> str:
     return metric
 
 
-def shown_metrics(runs: Sequence[Run], metric: str) -> list[str]:
-    """The metrics of a table: those of the same split, the given one first, and the teacher's own.
+def table_metrics(runs: Sequence[Run], metric: str) -> list[str]:
+    """Return the metrics of a table that fits a screen; the CSV file has all metrics.
 
-    So it fits a screen; the CSV has every metric.
+    Args:
+        runs: the runs, as :func:`read_runs` returns them.
+        metric: the metric that the runs are compared by, such as "test/accuracy".
+
+    Returns:
+        The given metric first, then all of the same split, and the teacher's own result.
     """
     split = metric.rpartition("/")[0]
-    metrics = names([{metric: 0}, *(run.metrics for run in runs if run.completed)])
-    own = of_teacher(metric)
+    metrics = all_keys([{metric: 0}, *(run.metrics for run in runs if run.completed)])
+    own = teacher_metric(metric)
     return [name for name in metrics if name.rpartition("/")[0] == split or name == own]
 
 
-def of_teacher(metric: str) -> str:
-    """The name under which a run reports the metric of the teacher itself."""
+def teacher_metric(metric: str) -> str:
+    """Return the name under which a run reports the teacher's own result in a metric."""
     return f"teacher/{metric.rpartition('/')[2]}"
 
 
 def as_paths(folders: Folders) -> list[Path]:
+    """Return one or several folders as a list of paths.
+
+    Raises:
+        ValueError: if the list is empty.
+    """
     several = [folders] if isinstance(folders, str | os.PathLike) else folders
     if not several:
         raise ValueError("no folder given: name one that holds runs")
@@ -184,7 +213,7 @@ def _read_run(folder: Path) -> Run:
         for name, kind in _LATER_FIELDS.items():
             if not isinstance(content.get(name), kind | None):
                 raise ValueError(f"{name} is {content[name]!r}")
-        # By name: a field that a later version adds does no harm, nor one that an earlier lacks.
+        # Pick the fields by name: results of later versions may have more, earlier ones fewer.
         wanted = [x for x in fields(Run)[1:] if x.default is MISSING or x.name in content]
         return Run(folder, **{field.name: content[field.name] for field in wanted})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -192,7 +221,7 @@ def _read_run(folder: Path) -> Run:
 
 
 def _parse_override(text: str) -> tuple[str, str]:
-    """Key and value of a Hydra override, without the signs and quotes that guard them."""
+    """Return key and value of a Hydra override, without its `+` signs and quotes."""
     key, equals, value = text.partition("=")
     if key.startswith("~"):
         return key[1:], "(removed)"
@@ -200,21 +229,22 @@ def _parse_override(text: str) -> tuple[str, str]:
         raise ValueError(f"{text!r} is no override like key=value")
     if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
         value = value[1:-1].replace("\\" + value[0], value[0])
-    elif value.lower() in ("true", "false", "null"):  # a sweep writes True where a user does true
+    elif value.lower() in ("true", "false", "null"):  # Hydra's sweeps write True for true
         value = value.lower()
     return key.lstrip("+"), value
 
 
-def _natural(path: Path) -> list[list[str | int]]:
-    # Splitting alternates text and digits, so that text is only ever compared with text.
+def _natural_order(path: Path) -> list[list[str | int]]:
+    # The split alternates text and digits, so text is compared with text and numbers with numbers.
     pieces = [enumerate(re.split("([0-9]+)", part)) for part in path.parts]
     return [[int(x) if i % 2 else x for i, x in part] for part in pieces]
 
 
-def names(mappings: Iterable[dict[str, Any]]) -> list[str]:
+def all_keys(mappings: Iterable[dict[str, Any]]) -> list[str]:
+    """Return the keys of all mappings, each once, in the order of their first appearance."""
     return list(dict.fromkeys(name for mapping in mappings for name in mapping))
 
 
-def plain(text: str) -> str:
-    """Text on one line: control characters, which a terminal would obey, as escapes."""
+def printable(text: str) -> str:
+    """Return text on one line, with escapes for control characters, which terminals execute."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -1,4 +1,4 @@
-"""Whether two settings differ by more than the seeds do."""
+"""Test whether two settings differ by more than runs with different seeds do."""
 
 import statistics
 from collections.abc import Sequence
@@ -12,15 +12,15 @@ from lightning_dist.report.runs import Group
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two settings over the seeds that both have.
+    """The comparison of two settings over the seeds that both have.
 
     Args:
-        setting: one of them.
-        baseline: the other, which comes before it in the report.
-        seeds: how many seeds have a result in both.
-        difference: mean of ``setting - baseline`` over these seeds, None without any.
-        p: two-sided p-value of the paired t-test, None where it cannot be computed.
-        reason: why it cannot.
+        setting: the group that comes later in the report.
+        baseline: the group that comes earlier in the report.
+        seeds: number of seeds with a result in both groups.
+        difference: mean of ``setting - baseline`` over these seeds, None if there are none.
+        p: two-sided p-value of the paired t-test, None if it cannot be computed.
+        reason: the reason why it cannot be computed.
     """
 
     setting: Group
@@ -32,13 +32,16 @@ class Comparison:
 
 
 def compare_groups(groups: Sequence[Group], metric: str) -> list[Comparison]:
-    """Compare each two groups by a t-test on their runs, paired by seed.
+    """Compare every pair of groups by a t-test on their runs, paired by seed.
 
-    Runs of one group with the same seed, as in a sweep that was run twice, count as their mean.
+    Runs of a group with the same seed, as in a sweep that was run twice, count as one: their mean.
 
     Args:
-        groups: the settings, as :func:`group_runs` returns them.
-        metric: what they are compared by.
+        groups: the groups, as :func:`group_runs` returns them.
+        metric: the metric to compare by.
+
+    Returns:
+        A comparison for each pair of groups.
     """
     numbers = [numbers_by_seed(group, metric) for group in groups]
     pairs = combinations(zip(groups, numbers, strict=True), 2)
@@ -46,7 +49,12 @@ def compare_groups(groups: Sequence[Group], metric: str) -> list[Comparison]:
 
 
 def numbers_by_seed(group: Group, metric: str) -> dict[str, float]:
-    """The metric for each seed of the completed runs; a seed that is left alone is one too."""
+    """Return a group's metric by seed, the mean where completed runs share a seed.
+
+    Args:
+        group: the runs; those without an override of the seed share the seed "(default)".
+        metric: the metric.
+    """
     found: dict[str, list[float]] = {}
     for run in group.completed:
         if metric in run.metrics:
@@ -55,7 +63,7 @@ def numbers_by_seed(group: Group, metric: str) -> dict[str, float]:
 
 
 def _compare(setting: Group, base: Group, x: dict[str, float], y: dict[str, float]) -> Comparison:
-    from scipy.stats import ttest_rel  # not at the top: slow to import
+    from scipy.stats import ttest_rel  # imported late: slow to import
 
     seeds = sorted(x.keys() & y.keys())
     first, second = (np.array([numbers[seed] for seed in seeds]) for numbers in (x, y))
@@ -65,7 +73,7 @@ def _compare(setting: Group, base: Group, x: dict[str, float], y: dict[str, floa
     mean = float(differences.mean()) if seeds else None
     if len(seeds) < 2:
         return Comparison(setting, base, len(seeds), mean, None, "fewer than 2 common seeds")
-    # Equal but for rounding: the test would divide by their variance.
+    # Differences that are equal up to rounding have variance 0, by which the test divides.
     if np.ptp(differences) <= 1e-12 * np.abs([first, second]).max():
         return Comparison(setting, base, len(seeds), mean, None, "the differences are identical")
     return Comparison(setting, base, len(seeds), mean, float(ttest_rel(first, second).pvalue))

@@ -1,4 +1,4 @@
-"""The console's table of groups, and the CSV file of runs."""
+"""Make the table of groups for the console, and the CSV file of runs."""
 
 import csv
 from collections.abc import Sequence
@@ -9,24 +9,36 @@ from rich.text import Text
 from lightning_dist.report.runs import (
     PathLike,
     Run,
+    all_keys,
     group_runs,
-    names,
     optimized_metric,
-    plain,
-    shown_metrics,
+    printable,
+    table_metrics,
 )
 
 
 def report_table(runs: Sequence[Run], metric: str | None = None) -> Table:
-    """The console table: a row a group, ``mean ± std`` of each metric, the optimised one first."""
+    """Make a table with a row per group and the ``mean ± std`` of each metric.
+
+    Args:
+        runs: the runs, as :func:`read_runs` returns them.
+        metric: metric to compare by, which comes first; by default the one that all runs optimise.
+
+    Returns:
+        The table, for ``rich.print``; its caption lists the failed runs.
+
+    Raises:
+        ValueError: if the runs share no metric.
+    """
     groups, metric = group_runs(runs), optimized_metric(runs, metric)
-    metrics = shown_metrics(runs, metric)
-    reasons = [plain(f"failed: {x.folder}: {x.reason}") for x in runs if not x.completed]
-    # Text, not str: rich would read [brackets] in a value as markup.
-    caption, width = Text("\n".join(reasons)), 79 if reasons else 0  # wraps at the table's width
+    metrics = table_metrics(runs, metric)
+    reasons = [printable(f"failed: {x.folder}: {x.reason}") for x in runs if not x.completed]
+    # rich reads [brackets] in a str as markup, but not in a Text.
+    # A caption is wrapped to the width of its table, which may be narrow.
+    caption, width = Text("\n".join(reasons)), 79 if reasons else 0
     table = Table(caption=caption, caption_justify="left", min_width=width)
     for name in [*groups[0].values, "runs", *metrics]:
-        table.add_column(Text(plain(name)), overflow="fold")
+        table.add_column(Text(printable(name)), overflow="fold")
     for group in groups:
         summaries = map(group.summary, metrics)
         numbers = [x.text(len(group.completed)) if x else "-" for x in summaries]
@@ -35,9 +47,14 @@ def report_table(runs: Sequence[Run], metric: str | None = None) -> Table:
 
 
 def write_csv(runs: Sequence[Run], path: PathLike) -> None:
-    """Write one row a run: folder, status, seconds, error, all overrides, all metrics, command."""
-    keys, metrics = names(run.overrides for run in runs), names(run.metrics for run in runs)
-    # Rows are lists: an override may be called like a column, and a dict would lose one of them.
+    """Write a CSV file with a row per run: folder, status, all overrides, all metrics, and more.
+
+    Args:
+        runs: the runs, as :func:`read_runs` returns them.
+        path: path of the file.
+    """
+    keys, metrics = all_keys(run.overrides for run in runs), all_keys(run.metrics for run in runs)
+    # Rows are lists, because an override may have a column's name and a dict would lose one.
     with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.writer(file)
         writer.writerow(["folder", "status", "seconds", "error", *keys, *metrics, "command"])

@@ -99,6 +99,6 @@ class TeacherBase(ABC):
             MisconfigurationException: if this kind of teacher cannot take another network.
         """
         raise MisconfigurationException(
-            f"{self} cannot answer for a part of its network, as detection needs it: give the "
-            "teacher itself (distill.cache=off)"
+            f"{self} knows whole images only, and detection calls parts of the teacher with what "
+            "the student computes within: give the teacher itself (distill.cache=off)"
         )

@@ -1,5 +1,6 @@
 """CachedTeacher: what it trains, what it keeps in files, who shares them, and what it refuses."""
 
+import copy
 import json
 import logging
 import multiprocessing
@@ -20,10 +21,18 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from caching import SIZE, TRAINED, digits, files, same_weights, teacher
 from counted import CountedCNN
-from lightning_dist import CachedTeacher, DistillationCallback, DistillModule, Teacher, Term
+from lightning_dist import (
+    CachedTeacher,
+    DistillationCallback,
+    DistillModule,
+    KDLoss,
+    Teacher,
+    Term,
+)
 from lightning_dist.cache import cached
 from lightning_dist.data.digits import DigitsDataModule
 from lightning_dist.data.scenes import ScenesDataModule
@@ -33,8 +42,7 @@ from lightning_dist.tasks.segmentation import SegmentationModule
 from lightning_dist.teacher import EnsembleTeacher, InputBridge
 
 HELPERS = Path(__file__).parents[1] / "helpers"
-TRAINED = "pkg://lightning_dist/assets/digits_teacher.safetensors"
-SIZE = 150
+SAMPLES = 16  # the teacher is called with so many images before training
 
 
 class Asked(SmallCNN):
@@ -59,33 +67,6 @@ def _reset() -> None:
     Asked.images = Asked.moves = 0
 
 
-def digits(**settings) -> DigitsDataModule:
-    return DigitsDataModule(augment=True, train_size=SIZE, **settings)
-
-
-def teacher() -> Teacher:
-    return Teacher(SmallCNN([32, 64, 128]), TRAINED)
-
-
-@pytest.fixture
-def train(make_trainer):
-    """Train a student of a teacher on digits; the module."""
-
-    def run(teacher, data=None, module=None, epochs=3, **kwargs):
-        if module is None:
-            torch.manual_seed(0)
-            module = ClassificationModule(SmallCNN([4, 8]), teacher, num_classes=10)
-        trainer = make_trainer(max_epochs=epochs, limit_val_batches=0, **kwargs)
-        trainer.fit(module, datamodule=data or digits())
-        return module
-
-    return run
-
-
-def files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*/view-*.npy"))
-
-
 def assert_rows_are_fresh_answers(folder: Path, data: DigitsDataModule, ask=None) -> None:
     """Every row of every view, against a forward of the sample that the view shows."""
     images = data.train_dataset().with_seed(0)
@@ -99,11 +80,6 @@ def assert_rows_are_fresh_answers(folder: Path, data: DigitsDataModule, ask=None
         np.testing.assert_allclose(rows, fresh, rtol=2**-10, atol=2**-10)
 
 
-def same_weights(one: nn.Module, other: nn.Module) -> bool:
-    ours, theirs = one.state_dict(), other.state_dict()
-    return all(torch.equal(value, theirs[name]) for name, value in ours.items())
-
-
 # What it trains
 
 
@@ -114,6 +90,31 @@ def test_it_trains_the_student_that_the_teacher_itself_trains(train, tmp_path, w
     warm = CachedTeacher(teacher(), tmp_path, views=3, dtype="float32")
     assert same_weights(live, train(warm, digits(num_workers=workers)))
     assert same_weights(live, train(warm, digits(num_workers=workers)))
+
+
+def test_a_student_that_draws_random_numbers_draws_those_of_the_live_teacher(train, tmp_path):
+    def run(teacher):
+        torch.manual_seed(0)
+        student = nn.Sequential(SmallCNN([4, 8]), nn.Dropout(0.1))
+        module = ClassificationModule(student, teacher, num_classes=10)
+        return train(None, digits(num_workers=1), module)
+
+    kept = CachedTeacher(teacher(), tmp_path, views=3, dtype="float32")
+    live = run(teacher())
+    assert same_weights(live, run(kept))
+    assert same_weights(live, run(kept))
+
+
+def test_a_copy_of_the_module_shares_the_teacher_and_a_pickle_holds_no_file(train, tmp_path):
+    kept = CachedTeacher(teacher(), tmp_path, views=1)
+    before = len(pickle.dumps(kept))
+
+    class Copying(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            assert copy.deepcopy(pl_module).teacher is kept
+            assert len(pickle.dumps(kept)) < before + 2000
+
+    train(kept, epochs=1, callbacks=[Copying()])
 
 
 def test_float16_changes_the_student_by_a_rounding(train, tmp_path):
@@ -136,6 +137,30 @@ def test_every_precision_of_the_student(train, tmp_path, precision):
     module = train(kept, epochs=1, precision=precision)
     assert all(value.isfinite().all() for value in module.student.state_dict().values())
     assert_rows_are_fresh_answers(tmp_path, digits())
+
+
+def test_a_view_is_drawn_in_the_loaders_default_dtype(train, tmp_path):
+    """A step under bf16-true has another one, in which torch.rand draws other numbers."""
+
+    class Noisy(Dataset):
+        def __init__(self, samples):
+            self.samples = samples
+
+        def __len__(self):
+            return len(self.samples)
+
+        def __getitem__(self, index):
+            image, label = self.samples[index]
+            return image + torch.rand(image.shape), label
+
+    class NoisyDigits(DigitsDataModule):
+        def train_dataset(self):
+            return Noisy(super().train_dataset())
+
+    data = NoisyDigits(train_size=SIZE)
+    train(CachedTeacher(teacher(), tmp_path, views=1), data, epochs=1, precision="bf16-true")
+    train(CachedTeacher(teacher(), tmp_path, views=1), data, epochs=1)
+    assert len(files(tmp_path)) == 1
 
 
 def test_the_callback_on_a_module_of_the_users(train, tmp_path):
@@ -238,27 +263,27 @@ def test_dense_logits(make_trainer, tmp_path, network):
 def test_each_view_is_asked_about_once_by_runs_of_all_seeds(train, tmp_path):
     kept = CachedTeacher(Asked(), tmp_path, views=2)
     train(kept, digits(seed=1), epochs=1)
-    assert Asked.images == SIZE
+    assert Asked.images == SIZE + 2 * SAMPLES  # twice, to see whether it draws random numbers
     train(kept, digits(seed=1), epochs=5)
     train(kept, digits(seed=2, num_workers=1, global_batch_size=32, drop_last=True), epochs=5)
-    assert Asked.images == 2 * SIZE
+    assert Asked.images == 2 * SIZE + 4 * SAMPLES
 
 
-def test_a_warm_run_neither_asks_nor_moves_the_teacher(train, tmp_path):
+def test_a_warm_run_asks_and_moves_the_teacher_for_the_samples_only(train, tmp_path):
     kept = CachedTeacher(Asked(), tmp_path, views=1)
     train(kept, epochs=1)
-    assert Asked.images > 0
-    assert Asked.moves > 0
+    assert Asked.images > SIZE
     Asked.images = Asked.moves = 0
     train(kept, epochs=2)
-    assert Asked.images == Asked.moves == 0
+    assert Asked.images == SAMPLES
+    assert Asked.moves == 2  # to the device, and back to the CPU
 
 
 def test_more_views_keep_those_that_are_there(train, tmp_path):
     network = Asked()
     for views in (1, 3):
         train(CachedTeacher(network, tmp_path, views=views), epochs=3)
-    assert Asked.images == 3 * SIZE
+    assert Asked.images == 3 * SIZE + 3 * SAMPLES
     assert len({path.parent for path in files(tmp_path)}) == 1
 
 
@@ -281,15 +306,11 @@ def with_a_setting_that_few_pixels_show() -> DigitsDataModule:
     return data
 
 
-def changed_teacher(**settings) -> Teacher:
-    return Teacher(SmallCNN([32, 64, 128]), TRAINED, **settings)
-
-
 CHANGES = {
     "weights": lambda: (CachedTeacher(SmallCNN([32, 64, 128])), digits()),
-    "code": lambda: (CachedTeacher(Teacher(Asked(), TRAINED)), digits()),
-    "class map": lambda: (CachedTeacher(changed_teacher(class_map=range(10))), digits()),
-    "teacher's dtype": lambda: (CachedTeacher(changed_teacher(dtype="float64")), digits()),
+    "class": lambda: (CachedTeacher(Teacher(Asked(), TRAINED)), digits()),
+    "class map": lambda: (CachedTeacher(teacher(class_map=range(10))), digits()),
+    "teacher's dtype": lambda: (CachedTeacher(teacher(dtype="float64")), digits()),
     "stored dtype": lambda: (CachedTeacher(teacher(), dtype="float32"), digits()),
     "normalisation": lambda: (CachedTeacher(teacher()), digits(mean=[0.3])),
     "samples": lambda: (CachedTeacher(teacher()), digits(val_fraction=0.2)),
@@ -368,7 +389,9 @@ def test_a_damaged_file_is_refused_by_name(train, tmp_path, damage):
         path.write_bytes(pickle.dumps(Exploding()))
     else:
         path.write_bytes(b"" if damage == "empty" else b"logits")
-    with pytest.raises(ValueError, match=rf"{path.name} (is damaged|is no view).*delete it"):
+    with pytest.raises(
+        ValueError, match=rf"{path.name} (is damaged|is not a file of 150).*delete it"
+    ):
         train(CachedTeacher(teacher(), tmp_path, views=1), epochs=1)
 
 
@@ -377,14 +400,36 @@ class Exploding:
         return pytest.fail, ("it was unpickled",)
 
 
-def test_mixup_is_refused_before_training(tmp_path):
-    with pytest.raises(ValueError, match=r"module.mixup=null.*distill.cache=off"):
-        ClassificationModule(
-            SmallCNN([4]),
-            CachedTeacher(teacher(), tmp_path),
-            num_classes=10,
-            mixup=lambda x, y: (x, y),
-        )
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"mixup": lambda x, y: (x, y)}, r"module.mixup=null.*distill.cache=off"),
+        ({"shard_teacher": True}, r"leave out shard_teacher.*distill.cache=off"),
+    ],
+    ids=["mixup", "shard_teacher"],
+)
+def test_options_that_it_cannot_serve_are_refused_before_training(train, tmp_path, option, message):
+    kept, data = CachedTeacher(teacher(), tmp_path), digits()
+    module = ClassificationModule(SmallCNN([4]), kept, num_classes=10, **option)
+    with pytest.raises(MisconfigurationException, match=message):
+        train(None, data, module)
+    assert data.views is None
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_unknown_part_is_refused_before_training(train, tmp_path):
+    term = Term(nn.MSELoss(), 1.0, "head", "heat")
+    callback = DistillationCallback(
+        CachedTeacher(teacher(), tmp_path), student="student", terms={"head": term}
+    )
+    module = ClassificationModule(SmallCNN([4, 8]), num_classes=10)
+    with pytest.raises(MisconfigurationException, match=r"no sub-module 'heat'.*'head'"):
+        train(None, module=module, callbacks=[callback])
+
+
+def test_another_network_is_refused(tmp_path):
+    with pytest.raises(MisconfigurationException, match=r"whole images only.*distill.cache=off"):
+        CachedTeacher(teacher(), tmp_path).with_network(SmallCNN([4]))
 
 
 class InPlace(DistillModule):
@@ -441,7 +486,7 @@ def test_detection_is_refused_before_training(refused):
         "print_config=false",
         "data.train_size=4",
     )
-    assert "as in detection, and a CachedTeacher knows whole images only" in line
+    assert "knows whole images only, and detection calls parts of the teacher" in line
 
 
 def test_a_part_that_is_called_twice_is_refused(train, tmp_path):
@@ -468,6 +513,50 @@ def test_logits_that_float16_cannot_hold_are_refused(train, tmp_path):
     train(CachedTeacher(network, tmp_path, dtype="float32"), epochs=1)
 
 
+def test_logits_beyond_float32_are_refused_without_advice_that_does_not_help(train, tmp_path):
+    network = SmallCNN([4, 8]).double()
+    network.head.weight.data *= 1e80
+    with pytest.raises(MisconfigurationException, match=r"float32 cannot hold: give a teacher"):
+        train(CachedTeacher(network, tmp_path, dtype="float32"), epochs=1)
+
+
+class RulesOut(SmallCNN):
+    """Rules a class out: its logit is `value`."""
+
+    def __init__(self, value: float) -> None:
+        torch.manual_seed(3)
+        super().__init__([4, 8])
+        self.value = value
+
+    def forward(self, images):
+        return super().forward(images).index_fill(1, torch.tensor([3]), self.value)
+
+
+def test_a_class_that_the_teacher_rules_out_stays_ruled_out(train, tmp_path):
+    def run(network, dtype=None):
+        torch.manual_seed(0)
+        kept = CachedTeacher(network, tmp_path, dtype=dtype) if dtype else network
+        return train(
+            None,
+            module=ClassificationModule(
+                SmallCNN([4, 8]), kept, num_classes=10, distill_loss=KDLoss()
+            ),
+        )
+
+    live = run(RulesOut(-float("inf")))
+    assert same_weights(live, run(RulesOut(-float("inf")), "float32"))
+    run(RulesOut(-float("inf")), "float16")
+    rows = np.load(files(tmp_path)[-1], allow_pickle=False)["(output)"]
+    assert np.isneginf(rows[:, 3]).all()
+    assert np.isfinite(np.delete(rows, 3, axis=1)).all()
+
+
+def test_a_teacher_that_answers_nan_is_refused(train, tmp_path):
+    with pytest.raises(MisconfigurationException, match=r"teacher's \(output\) is NaN"):
+        train(CachedTeacher(RulesOut(float("nan")), tmp_path, dtype="float32"), epochs=1)
+    assert not files(tmp_path)
+
+
 def test_a_disk_without_room_is_refused_with_both_sizes(train, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2000))
     with (
@@ -490,13 +579,14 @@ def test_settings_out_of_range_are_refused(settings):
 
 @pytest.fixture
 def counted(tmp_path, monkeypatch):
-    """A teacher of any process that writes down what it is asked, and what was written."""
+    """A teacher of any process that writes down what it is asked; the batches of views."""
     monkeypatch.setenv("COUNTED", str(tmp_path / "counted.txt"))
     monkeypatch.setenv("PYTHONPATH", str(HELPERS))
 
     def batches() -> list[int]:
         path = tmp_path / "counted.txt"
-        return [int(line) for line in path.read_text().split()] if path.exists() else []
+        sizes = [int(line) for line in path.read_text().split()] if path.exists() else []
+        return [size for size in sizes if size != SAMPLES]
 
     def new() -> CachedTeacher:
         network = Teacher(CountedCNN([32, 64, 128]), TRAINED)
@@ -518,11 +608,11 @@ def fork(train, *args, **kwargs) -> multiprocessing.Process:
 
 
 def test_a_fill_that_is_killed_is_completed_by_the_next_run(train, counted, tmp_path, monkeypatch):
-    data = digits(global_batch_size=10)
+    data = digits(global_batch_size=20)
     monkeypatch.setenv("SLOWLY", "0.2")
     victim = fork(train, counted.teacher(), data, epochs=1)
     deadline = time.monotonic() + 60
-    while sum(counted.batches()) < 30:
+    while sum(counted.batches()) < 60:
         assert victim.is_alive()
         assert time.monotonic() < deadline
         time.sleep(0.02)

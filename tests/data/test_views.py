@@ -67,7 +67,7 @@ def test_a_batch_knows_its_samples_on_another_device_and_in_pinned_memory(monkey
     monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)  # needs a GPU
     for other in (moved, batch.pin_memory()):
         assert (other.indices == batch.indices).all()
-        assert (other.view, other.prints.shape) == (batch.view, batch.prints.shape)
+        assert (other.view, other.fingerprints.shape) == (batch.view, batch.fingerprints.shape)
 
 
 def test_a_data_set_that_draws_nothing_has_one_view():

@@ -284,7 +284,7 @@ REFUSED = {
     "no size": (
         lambda: SmallCNN([4, 8]),
         {"format": "torch_export", "input_size": None},
-        "the data do not tell theirs: set input_size",
+        "the size of its images is unknown: set input_size",
     ),
     "half a size": (
         lambda: SmallCNN([4, 8]),

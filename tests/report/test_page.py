@@ -1,4 +1,4 @@
-"""Tests that the report's page shows what the runs measured, in a real browser too."""
+"""Tests that the report's page shows the runs' results, also in a real browser."""
 
 import json
 import math
@@ -39,7 +39,7 @@ SHOWN = [*EVIL[:-1], r"a\x00\x1b[2Jb\ud800\u202ec"]  # control characters as esc
 
 
 class Page(HTMLParser):
-    """A page's elements, each with its attributes, and its text."""
+    """A parsed page: its elements with their attributes, and its text."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ def put_log(put_run: PutRun) -> PutRun:
 
 @pytest.fixture
 def sweep(tmp_path: Path, put_log: PutRun) -> Path:
-    """Two widths with and without a teacher, three seeds each, and a run that failed."""
+    """Write runs of two widths with and without a teacher, three seeds each, and a failed run."""
     number = 0
     for width, size in ((9, 438), (10, 5178)):
         for distill, gain in (("none", 0.0), ("dist", 0.1)):
@@ -255,7 +255,7 @@ def test_runs_that_diverged_or_failed_do_not_break_the_page(
 
 @pytest.fixture(scope="module")
 def evil(tmp_path_factory: pytest.TempPathFactory, put_log: PutRun) -> Path:
-    """The page of runs with hostile text wherever a user or a file gives text."""
+    """Write the page of runs with hostile text wherever text comes from a user or a file."""
     tmp_path = tmp_path_factory.mktemp("runs")
     for number, text in enumerate(EVIL):
         for seed in range(2):
@@ -296,7 +296,7 @@ def test_hostile_names_are_text_and_nothing_else(evil: Path) -> None:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[webdriver.Chrome]:
-    """Debian's chromium, without a window."""
+    """Start Debian's chromium without a window."""
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if chromium is None or driver is None:
         pytest.skip("no chromium with chromedriver: apt-get install chromium chromium-driver")
@@ -315,7 +315,7 @@ def browser() -> Iterator[webdriver.Chrome]:
 
 
 def opened(browser: webdriver.Chrome, page: Path) -> list[str]:
-    """Open a page; return what it asked for."""
+    """Open a page and return the addresses that it requested."""
     browser.get_log("browser")
     browser.get_log("performance")
     browser.get(page.as_uri())
@@ -329,7 +329,7 @@ def column(browser: webdriver.Chrome, table: str, number: int) -> list[str]:
 
 
 def texts(browser: webdriver.Chrome, selector: str) -> list[str]:
-    """What elements show, from top to bottom, in one round trip."""
+    """Return the visible text of elements, from top to bottom, in one round trip."""
     script = """
         const found = [...document.querySelectorAll(arguments[0])];
         found.sort((a, b) => a.getBoundingClientRect().top - b.getBoundingClientRect().top);
@@ -338,7 +338,7 @@ def texts(browser: webdriver.Chrome, selector: str) -> list[str]:
 
 
 def header(browser: webdriver.Chrome, table: str, name: str) -> tuple[WebElement, int]:
-    """A column's head, and its number."""
+    """Return a column's header and number."""
     names = browser.execute_script(
         f"return [...document.querySelectorAll('#{table} th')].map((head) => head.innerText)"
     )
@@ -347,7 +347,7 @@ def header(browser: webdriver.Chrome, table: str, name: str) -> tuple[WebElement
 
 
 def clicked(browser: webdriver.Chrome, table: str, name: str) -> list[str]:
-    """Click on a column's title; return the column, and check that it alone says it is sorted."""
+    """Click on a column's title, check that only it is marked as sorted, return its texts."""
     head, number = header(browser, table, name)
     head.find_element(By.TAG_NAME, "button").click()
     marked = browser.find_elements(By.CSS_SELECTOR, f"#{table} [aria-sort]")

@@ -1,4 +1,4 @@
-"""Tests that reports tell what the runs measured, whatever their names hold."""
+"""Tests that reports show the runs' results, whatever characters their names have."""
 
 import csv
 import os
@@ -46,7 +46,7 @@ def test_the_teachers_number_stands_beside_the_students(tmp_path: Path, put_run:
 
 @pytest.fixture
 def sweep(tmp_path: Path, put_run: PutRun) -> Path:
-    """Three settings with three seeds each, in numbered folders."""
+    """Write runs of three settings with three seeds each, in numbered folders."""
     jobs = [(name, seed) for name in ACCURACY for seed in range(3)]
     for number, (name, seed) in enumerate(jobs):
         value = ACCURACY[name][seed]

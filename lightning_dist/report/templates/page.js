@@ -1,6 +1,6 @@
 "use strict";
 
-// Numbers come before text, in either direction, and what is missing comes last.
+// In both directions, numbers come before text and empty cells come last.
 function keyOf(cell) {
   const text = cell.dataset.key ?? cell.textContent;
   const number = Number(text);
@@ -30,14 +30,14 @@ for (const button of document.querySelectorAll("th button")) {
   button.addEventListener("click", () => sortBy(button.parentNode));
 }
 
-// What belongs to the setting under the pointer or the focus stands out from the others.
+// Fade everything except the setting under the pointer or the focus.
 const marked = [...document.querySelectorAll("[data-group]")];
-let shown;
+let highlighted;
 
 function highlight(event) {
   const group = event.target.closest?.("[data-group]")?.dataset.group;
-  if (group === shown) return;
-  shown = group;
+  if (group === highlighted) return;
+  highlighted = group;
   for (const element of marked) {
     element.classList.toggle("faded", group !== undefined && element.dataset.group !== group);
   }

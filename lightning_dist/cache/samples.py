@@ -1,0 +1,99 @@
+"""The teacher's answers to a few samples, by which a later run notices that it has changed."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import FileLock
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_dist.cache.files import read_rows, write_rows
+from lightning_dist.cache.filling import FINGERPRINT, TeacherRows, kept_generators
+from lightning_dist.data.views import KeyedBatch
+
+TOLERANCE = "(tolerance)"  # the entry of a row that holds what `_tolerance` returned
+_TF32_EPS = 2.0**-10  # of TensorFloat-32, in which GPUs compute float32 convolutions by default
+
+
+def check_answers(
+    folder: Path, answers: TeacherRows, batches: Sequence[KeyedBatch], device: torch.device
+) -> None:
+    """Compare a teacher's answers to some samples with those of the run that made a folder.
+
+    The first run stores them. The teacher runs without autocast and without torch.compile. The
+    global random generators stay as they are.
+
+    Args:
+        folder: of a cache; it is made if it does not exist.
+        answers: of the teacher, in float32.
+        batches: the samples, which are always the same.
+        device: where the teacher runs.
+
+    Raises:
+        MisconfigurationException: if the answers differ from the stored ones by more than rounding,
+            if the teacher draws random numbers, or see :meth:`TeacherRows.rows`.
+        ValueError: if the file of the stored answers is damaged.
+    """
+    path = folder / "samples.npy"
+    with answers.on_device(device), kept_generators(device) as drawn:
+        rows = _rows(answers, batches, device)
+        found = path.exists()
+        if found and not drawn() and not _differences(_read(path, rows), rows):
+            return  # the common case calls the teacher once
+        again = _rows(answers, batches, device)
+        if drawn() or _differences(rows, again):
+            raise MisconfigurationException(
+                f"{answers.teacher} draws random numbers, or its answers to the same images differ "
+                "from call to call for another reason: a CachedTeacher would keep one draw. Switch "
+                "that off in the teacher, or give the teacher itself (distill.cache=off)"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        if not path.exists():
+            write_rows(path, rows)
+        different = _differences(_read(path, rows), rows)
+    if different:
+        raise MisconfigurationException(
+            f"the teacher answers otherwise than when {folder} was filled ({', '.join(different)} "
+            "of some samples): its code, or a file or object that it uses, has changed. Delete the "
+            "folder, or choose another one (distill.cache=PATH)"
+        )
+
+
+def _rows(answers: TeacherRows, batches: Sequence[KeyedBatch], device: torch.device) -> np.ndarray:
+    # Eager: compiling takes longer than calling the teacher with a few images.
+    with torch.compiler.set_stance("force_eager"):
+        rows = np.concatenate([answers.rows(batch, device) for batch in batches])
+    with_tolerance = np.empty(len(rows), np.dtype([*rows.dtype.descr, (TOLERANCE, np.float64)]))
+    for name in rows.dtype.names or ():
+        with_tolerance[name] = rows[name]
+    with_tolerance[TOLERANCE] = _tolerance(answers, device)
+    return with_tolerance
+
+
+def _tolerance(answers: TeacherRows, device: torch.device) -> float:
+    """Return how far rounding may move an answer, relative to the largest answer."""
+    dtypes = {p.dtype for p in answers.teacher.network.parameters() if p.is_floating_point()}
+    eps = max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
+    if device.type != "cpu":
+        eps = max(eps, _TF32_EPS)
+    return max(8 * eps, 1e-4)
+
+
+def _read(path: Path, like: np.ndarray) -> np.ndarray:
+    return read_rows(path, len(like), like.dtype.names or (), delete=path.parent)
+
+
+def _differences(stored: np.ndarray, rows: np.ndarray) -> list[str]:
+    """Return the names of the entries in which two sets of rows differ by more than rounding."""
+    if stored.dtype != rows.dtype:
+        return [name for name in rows.dtype.names or () if stored.dtype[name] != rows.dtype[name]]
+    tolerance = max(stored[TOLERANCE].max(), rows[TOLERANCE].max())
+    different = []
+    for name in set(rows.dtype.names or ()) - {FINGERPRINT, TOLERANCE}:
+        one, other = stored[name], rows[name]
+        scale = np.abs(one[np.isfinite(one)]).max(initial=0.0) or 1.0
+        if not np.isclose(one, other, rtol=0.0, atol=tolerance * scale).all():
+            different.append(name)
+    return sorted(different)

@@ -1,0 +1,33 @@
+"""What the tests of the teacher cache share: small data, a trained teacher, the files of views."""
+
+from pathlib import Path
+
+from torch import nn
+
+from lightning_dist import Teacher
+from lightning_dist.data.digits import DigitsDataModule
+from lightning_dist.models.small import SmallCNN
+
+TRAINED = "pkg://lightning_dist/assets/digits_teacher.safetensors"
+SIZE = 150
+
+
+def digits(**settings) -> DigitsDataModule:
+    """Shifted digits."""
+    return DigitsDataModule(augment=True, train_size=SIZE, **settings)
+
+
+def teacher(**settings) -> Teacher:
+    """A network that knows digits."""
+    return Teacher(SmallCNN([32, 64, 128]), TRAINED, **settings)
+
+
+def files(folder: Path) -> list[Path]:
+    """The complete views of all caches in a folder."""
+    return sorted(folder.glob("*/view-*.npy"))
+
+
+def same_weights(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two networks are equal to the last bit."""
+    ours, theirs = one.state_dict(), other.state_dict()
+    return all(bool((value == theirs[name]).all()) for name, value in ours.items())
