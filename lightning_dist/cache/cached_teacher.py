@@ -108,6 +108,19 @@ class CachedTeacher(TeacherBase):
         """Call the teacher itself, as in :class:`lightning_dist.Teacher`."""
         return self.teacher(*args, **kwargs)
 
+    @property
+    def class_map(self) -> list[int] | None:  # type: ignore[override]
+        """The class map of the teacher itself."""
+        return self.teacher.class_map
+
+    def to_student_classes(self, logits: Tensor) -> Tensor:
+        """Map classes as the teacher itself does."""
+        return self.teacher.to_student_classes(logits)
+
+    def fingerprint(self) -> str:
+        """Return the fingerprint of the teacher itself: with and without a cache it is the same."""
+        return self.teacher.fingerprint()
+
     def as_network(self) -> nn.Module:
         """Return the teacher itself as an ordinary network."""
         return self.teacher.as_network()

@@ -321,6 +321,7 @@ class Teacher(TeacherBase):
         return self.__dict__ | {
             "_compiled": None,
             "_listed": None,
+            "_writes": None,
             "_found": [],
             "_trained": [],
         }
