@@ -1,1 +1,1 @@
-"""Benchmarks against peers, side by side in one run: each module prints one table of ratios."""
+"""Benchmarks against other libraries in the same run; each module prints one table of ratios."""

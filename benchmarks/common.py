@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved timing, the authors' formulation, tables and peers."""
+"""Helpers of the benchmarks: interleaved timing, peak memory, the authors' DIST loss, tables."""
 
 import importlib
 import os
@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler reports each start and stop
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler prints each start
 
 import torch
 from rich.console import Console
@@ -26,17 +26,20 @@ def interleave(
     most: int = 40,
     slice_seconds: float = 0.02,
 ) -> dict[str, list[float]]:
-    """Seconds a call of each contestant, one entry a round.
+    """Time several functions in rounds, so that other processes slow all of them equally.
 
-    A round runs all contestants back to back, starting with another one each time, so that the load
-    of other processes falls on all of them alike. Quick calls are repeated to fill a slice.
+    A round calls all contestants one after the other, starting with another one each time. Fast
+    calls are repeated until they take `slice_seconds`.
 
     Args:
-        contestants: what to call, by name; called before, so that nothing compiles any more.
-        seconds: budget; rounds start until it is spent.
-        least: fewest rounds, whatever the budget.
-        most: most rounds.
-        slice_seconds: shortest duration to time.
+        contestants: the functions, by name; call each once before, so that it is compiled.
+        seconds: duration after which no further round starts.
+        least: smallest number of rounds, whatever their duration.
+        most: largest number of rounds.
+        slice_seconds: shortest duration to time, in seconds.
+
+    Returns:
+        The seconds per call of each contestant, one value per round.
     """
     repeats = {
         name: max(1, round(slice_seconds / _seconds(call, 1))) for name, call in contestants.items()
@@ -54,15 +57,21 @@ def interleave(
 
 
 def ratios(times: Times, slower: str, *faster: str) -> list[float]:
-    """Round by round, one contestant's time over another's, or over the sum of several."""
+    """Return one contestant's time divided by another's, or by the sum of several, per round.
+
+    Args:
+        times: seconds of each contestant, one value per round.
+        slower: name of the contestant in the numerator.
+        *faster: names of those in the denominator.
+    """
     rounds = zip(times[slower], *(times[name] for name in faster), strict=True)
     return [first / sum(rest) for first, *rest in rounds]
 
 
 def peak_bytes(call: Callable[[], object]) -> int:
-    """The most memory that a call holds at once, beyond what was there before.
+    """Return the peak of the memory that a call allocates, in bytes.
 
-    Of the GPU, once one is in use.
+    It measures the GPU's memory if this process uses one, otherwise the CPU's.
     """
     if torch.cuda.is_initialized():
         before = torch.cuda.memory_allocated()
@@ -81,19 +90,26 @@ def peak_bytes(call: Callable[[], object]) -> int:
 
 
 def plain_dist(student: Tensor, teacher: Tensor, tau: float = 1.0, eps: float = 1e-8) -> Tensor:
-    """DIST as the authors formulate it: Pearson's formula over rows, then over the transpose."""
+    """Compute DIST as the authors do: Pearson correlations of the rows, then of the columns.
+
+    Args:
+        student: logits of shape (N, C, ...).
+        teacher: logits of the same shape.
+        tau: temperature.
+        eps: added to the denominators.
+    """
     y_s, y_t = rows(student / tau).softmax(1), rows(teacher / tau).softmax(1)
     relations = _correlation(y_s, y_t, eps) + _correlation(y_s.T, y_t.T, eps)
     return tau**2 * (2 - relations)
 
 
 def rows(logits: Tensor) -> Tensor:
-    """``(N, C, *spatial)`` as the matrix that the peers want, every pixel a row."""
+    """Reshape logits (N, C, ...) to the matrix that other libraries take, with a row per pixel."""
     return logits.movedim(1, -1).reshape(-1, logits.shape[1])
 
 
 def peer(module: str) -> Any:
-    """Import a package that a benchmark compares with, or say how to get it and stop."""
+    """Import a package to compare with; if it is missing, print how to install it and exit."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -102,7 +118,7 @@ def peer(module: str) -> Any:
 
 
 def torchdistill_loss() -> Callable[[Tensor, Tensor], Tensor]:
-    """torchdistill's DISTLoss as a function of two tensors."""
+    """Return torchdistill's DISTLoss as a function of two logits tensors."""
     module = peer("torchdistill.losses.mid_level").DISTLoss("logits", "output", "logits", "output")
 
     def loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -112,7 +128,7 @@ def torchdistill_loss() -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def show(table: Table, *lines: str) -> None:
-    """Print a table and the lines below it, also where the terminal is narrow or absent."""
+    """Print a table and lines below it, at least 130 columns wide whatever the terminal."""
     console = Console()
     console.width = max(console.width, 130)
     console.print(table)
@@ -121,7 +137,13 @@ def show(table: Table, *lines: str) -> None:
 
 
 def bar(value: float, limit: str, met: bool) -> str:
-    """A measured number beside the bar that it has to meet."""
+    """Format a measured number and the bar that it has to meet.
+
+    Args:
+        value: the number.
+        limit: the bar, such as "<= 1.3".
+        met: whether the number meets the bar.
+    """
     return f"{value:.3g} (bar {limit}: {'met' if met else '[bold red]missed[/]'})"
 
 

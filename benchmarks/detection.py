@@ -1,10 +1,10 @@
-"""Memory of DIST on RetinaNet's class maps: ``python -m benchmarks.detection``.
+"""Measure the memory of DIST on RetinaNet's class maps: ``python -m benchmarks.detection``.
 
 Two images of 800 x 1333 pixels, padded to 1344, give five maps of 9 anchors x 80 classes = 720
-channels. Each level's loss is computed with sigmoid, the five are summed and differentiated: by
-DISTLoss, and by torchdistill's formula (its module has softmax only, so its correlation of sigmoids
-is spelled out here). The most that each holds beyond its inputs, of which the gradient is one, is
-given in units of the maps' bytes, from the events of PyTorch's CPU allocator.
+channels. The losses of the five maps, with sigmoid, are summed and differentiated: by DISTLoss, and
+by torchdistill's formula (written out here, because its module has softmax only). The table shows
+the peak that each allocates beyond its inputs, with the gradient, in units of the maps' bytes. It
+comes from the events of PyTorch's CPU allocator.
 """
 
 import torch
@@ -18,18 +18,19 @@ IMAGES, CHANNELS, HEIGHT, WIDTH = 2, 9 * 80, 800, 1344
 
 
 def correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Mean cosine of the rows' deviations, as torchdistill computes it."""
+    """Return the mean Pearson correlation of the rows of two matrices, as torchdistill does."""
     a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
     return torch.nn.functional.cosine_similarity(a, b, eps=1e-8).mean()
 
 
-def theirs(student: Tensor, teacher: Tensor) -> Tensor:
-    """torchdistill's formula, over sigmoid."""
-    ours, other = rows(student).sigmoid(), rows(teacher).sigmoid()
-    return 2 - correlation(ours, other) - correlation(ours.t(), other.t())
+def torchdistill_formula(student: Tensor, teacher: Tensor) -> Tensor:
+    """Compute torchdistill's DIST loss of logits (N, C, H, W), with sigmoid for softmax."""
+    y_s, y_t = rows(student).sigmoid(), rows(teacher).sigmoid()
+    return 2 - correlation(y_s, y_t) - correlation(y_s.t(), y_t.t())
 
 
 def main() -> None:
+    """Measure both losses and print the table."""
     torch.manual_seed(0)
     sides = [(-(-HEIGHT // 2**level), -(-WIDTH // 2**level)) for level in range(3, 8)]
     shapes = [(IMAGES, CHANNELS, *side) for side in sides]
@@ -47,7 +48,8 @@ def main() -> None:
     for column in ("loss", "peak, in units of the maps"):
         table.add_column(column)
     held = {}
-    for name, loss in {"ours": DISTLoss(activation="sigmoid"), "torchdistill": theirs}.items():
+    losses = {"ours": DISTLoss(activation="sigmoid"), "torchdistill": torchdistill_formula}
+    for name, loss in losses.items():
         for x in student:
             x.grad = None
         held[name] = peak_bytes(lambda loss=loss: run(loss)) / total

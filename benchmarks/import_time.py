@@ -1,9 +1,8 @@
-"""Import time of the package over that of what it stands on: ``python -m benchmarks.import_time``.
+"""Time the import against that of Lightning and timm: ``python -m benchmarks.import_time``.
 
-``import lightning_dist`` against ``import lightning, timm``, each in fresh interpreters, in turn.
-The interpreters time the import themselves, so their own start is in neither number. The first
-round fills the file cache and counts for nothing. CPU time stands beside wall time because it
-hardly feels what else the machine does.
+``import lightning_dist`` and ``import lightning, timm`` take turns, each in a fresh interpreter.
+The interpreter times the import itself, so its own start is not counted. The first round only fills
+the file cache. The table has CPU time besides wall time, because other processes hardly change it.
 """
 
 import statistics
@@ -26,7 +25,7 @@ print(time.perf_counter() - wall, time.process_time() - cpu)
 
 
 def seconds(statement: str) -> tuple[float, float]:
-    """How long a statement takes in a fresh interpreter, by the wall's clock and by the CPU's."""
+    """Return the wall time and CPU time of a statement in a fresh interpreter, in seconds."""
     result = subprocess.run(
         [sys.executable, "-c", PROGRAM.format(statement=statement)],
         check=True,
@@ -38,6 +37,7 @@ def seconds(statement: str) -> tuple[float, float]:
 
 
 def main() -> None:
+    """Time both imports and print the table."""
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in STATEMENTS}
     names = list(STATEMENTS)
     for index in track(range(ROUNDS + 1), "measuring", transient=True):

@@ -1,20 +1,22 @@
-"""Speed, memory and accuracy of DISTLoss: ``python -m benchmarks.loss [--quick]``.
+"""Measure speed, memory and accuracy of DISTLoss: ``python -m benchmarks.loss [--quick]``.
 
-For each shape of logits, float32 and 3 * randn, forward + backward to the student's logits:
+For each shape of logits, 3 * randn in float32, it measures forward and backward to the student's
+logits. "Ours" is this package's DISTLoss.
 
-- time of a peer over ours, above 1 where ours is faster. The peers are torchdistill's DISTLoss and
-  a plain KL divergence (log_softmax and kl_div). All run interleaved in this process; the ratio is
-  the median over rounds. torchdistill takes matrices, so dense logits are permuted for it.
-- peak extra memory in units of one logits tensor, above the two inputs and with the gradient (1.0),
-  from PyTorch's allocation events. Its bar is that of the streaming operator, which holds a block
-  at a time; when compiled, inductor materialises about two tensors of its own choice.
-- gradient error: largest difference from the float64 gradient over the largest entry of that. Ours
-  is compared with the authors' plain formulation, torchdistill with itself in float64, since it
-  treats eps otherwise.
+- Speed is the time of another loss divided by ours, so above 1 ours is faster. The other losses are
+  torchdistill's DISTLoss and a KL divergence (log_softmax and kl_div). All run interleaved in this
+  process, and the ratio is the median over the rounds. torchdistill takes matrices, so dense logits
+  are permuted for it.
+- Memory is the peak beyond the two inputs, with the gradient, in units of one logits tensor. It
+  comes from PyTorch's allocation events. The bar is for the eager operator, which streams over
+  blocks; when compiled, inductor stores about two more tensors.
+- Gradient error is the largest difference from the float64 gradient, divided by that gradient's
+  largest entry. Ours is compared with the authors' formulation, and torchdistill with itself in
+  float64, because it uses eps in another way.
 
-The bars are for the CPU. On a GPU (``--device cuda``) a block is larger, and counts in the memory.
+The bars are for the CPU. On a GPU (``--device cuda``) the blocks are larger, and so is the memory.
 
-"Compiled" is ``torch.compile(DISTLoss(), fullgraph=True)``, each shape for itself.
+"Compiled" is ``torch.compile(DISTLoss(), fullgraph=True)``, compiled for each shape.
 """
 
 import argparse
@@ -55,14 +57,14 @@ SHAPES: list[tuple[int, ...]] = [
     (200000, 100),
 ]
 QUICK: list[tuple[int, ...]] = [(256, 100), (2, 19, 16, 32)]
-LEAN = {(200000, 100), (2, 720, 100, 152)}  # the shapes whose memory has a bar
-SECONDS = 6.0
+MEMORY_BAR_SHAPES = {(200000, 100), (2, 720, 100, 152)}  # large enough to compare with the bar
+SECONDS = 6.0  # of timing per shape
 OURS, COMPILED = "ours", "ours compiled"
-THEIRS, THEIRS_COMPILED, KL = "torchdistill", "torchdistill compiled", "KL"
+TORCHDISTILL, TORCHDISTILL_COMPILED, KL = "torchdistill", "torchdistill compiled", "KL"
 
 
 class Row(NamedTuple):
-    """What was measured for one shape."""
+    """The measurements of one shape: times, memory and gradient errors by loss."""
 
     shape: tuple[int, ...]
     times: dict[str, list[float]]
@@ -70,40 +72,48 @@ class Row(NamedTuple):
     error: dict[str, float]
 
     def speed(self, slower: str, faster: str) -> float:
+        """Return the median ratio of two losses' times; nan if `slower` was not measured."""
         if slower not in self.times:
             return float("nan")
         return statistics.median(ratios(self.times, slower, faster))
 
 
 def kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """Plain distillation at temperature 1."""
+    """Compute the KL divergence of student from teacher, both logits (N, C, ...)."""
     log_student, target = F.log_softmax(student, dim=1), F.softmax(teacher, dim=1)
     return F.kl_div(log_student, target, reduction="sum") * (student.shape[1] / student.numel())
 
 
 def gradient(loss: Loss, student: Tensor, teacher: Tensor) -> Tensor:
-    """Forward and backward."""
+    """Run a loss forward and backward; return the gradient of the student's logits."""
     return torch.autograd.grad(loss(student, teacher), student)[0]
 
 
-def measure(shape: tuple[int, ...], theirs: Loss, seconds: float, device: str) -> Row:
-    """All numbers of one shape."""
-    torch._dynamo.reset()  # a graph for this shape, not one for any shape
+def measure(shape: tuple[int, ...], torchdistill: Loss, seconds: float, device: str) -> Row:
+    """Measure all losses on one shape.
+
+    Args:
+        shape: shape (N, C, ...) of the logits.
+        torchdistill: torchdistill's loss.
+        seconds: duration of the timing.
+        device: "cpu" or "cuda".
+    """
+    torch._dynamo.reset()  # else it compiles a graph with dynamic shapes from the second shape on
     generator = torch.Generator().manual_seed(0)
     student, teacher = (3 * torch.randn(shape, generator=generator).to(device) for _ in range(2))
     student.requires_grad_()
     losses: dict[str, Loss] = {
         OURS: DISTLoss(),
         COMPILED: torch.compile(DISTLoss(), fullgraph=True),
-        THEIRS: theirs,
-        THEIRS_COMPILED: torch.compile(theirs),
+        TORCHDISTILL: torchdistill,
+        TORCHDISTILL_COMPILED: torch.compile(torchdistill),
         KL: kl,
     }
     try:
-        gradient(losses[THEIRS_COMPILED], student, teacher)
-    except Exception as error:  # a peer that does not compile is a finding, no failure
+        gradient(losses[TORCHDISTILL_COMPILED], student, teacher)
+    except Exception as error:  # worth printing, but the benchmark goes on
         print(f"torchdistill does not compile for {shape}: {error}")
-        del losses[THEIRS_COMPILED]
+        del losses[TORCHDISTILL_COMPILED]
     calls = {
         name: lambda loss=loss: gradient(loss, student, teacher) for name, loss in losses.items()
     }
@@ -112,7 +122,7 @@ def measure(shape: tuple[int, ...], theirs: Loss, seconds: float, device: str) -
 
 
 def errors(losses: Mapping[str, Loss], student: Tensor, teacher: Tensor) -> dict[str, float]:
-    """Gradient error of each DIST loss."""
+    """Return the gradient error of each DIST loss on logits (N, C, ...)."""
 
     def off(names: list[str], reference: Loss) -> dict[str, float]:
         wide = gradient(reference, student.detach().double().requires_grad_(), teacher.double())
@@ -122,11 +132,11 @@ def errors(losses: Mapping[str, Loss], student: Tensor, teacher: Tensor) -> dict
             for name in names
         }
 
-    return off([OURS, COMPILED], plain_dist) | off([THEIRS], losses[THEIRS])
+    return off([OURS, COMPILED], plain_dist) | off([TORCHDISTILL], losses[TORCHDISTILL])
 
 
 def table_of(results: list[Row]) -> Table:
-    """One line a shape."""
+    """Make the table of results, with a row per shape."""
     table = Table(
         title="DIST loss, forward + backward, float32",
         caption="td: torchdistill · c: compiled · memory in logits tensors",
@@ -140,29 +150,29 @@ def table_of(results: list[Row]) -> Table:
         table.add_column(title, justify="right", no_wrap=True)
     for row in results:
         speeds = [
-            row.speed(THEIRS, OURS),
-            row.speed(THEIRS, COMPILED),
-            row.speed(THEIRS_COMPILED, COMPILED),
+            row.speed(TORCHDISTILL, OURS),
+            row.speed(TORCHDISTILL, COMPILED),
+            row.speed(TORCHDISTILL_COMPILED, COMPILED),
             row.speed(KL, OURS),
         ]
         table.add_row(
             " x ".join(map(str, row.shape)),
             *(f"{speed:.2f}" for speed in speeds),
-            *(f"{row.memory[name]:.2f}" for name in (OURS, COMPILED, THEIRS, KL)),
-            *(f"{row.error[name]:.0e}" for name in (OURS, COMPILED, THEIRS)),
+            *(f"{row.memory[name]:.2f}" for name in (OURS, COMPILED, TORCHDISTILL, KL)),
+            *(f"{row.error[name]:.0e}" for name in (OURS, COMPILED, TORCHDISTILL)),
         )
     return table
 
 
 def verdict(results: list[Row], device: str) -> list[str]:
-    """Means and extremes, beside their bars where they have one."""
+    """Return lines of means and extremes, with their bars on the CPU."""
 
     def judged(value: float, limit: str, met: bool) -> str:
         return bar(value, limit, met) if device == "cpu" else f"{value:.3g}"
 
     lines = []
     for name, least in ((OURS, 1.8), (COMPILED, 3.0)):
-        speeds = [row.speed(THEIRS, name) for row in results]
+        speeds = [row.speed(TORCHDISTILL, name) for row in results]
         mean = statistics.geometric_mean(speeds)
         error = max(row.error[name] for row in results)
         line = [
@@ -170,7 +180,7 @@ def verdict(results: list[Row], device: str) -> list[str]:
             f"least {judged(min(speeds), '>= 1.0', min(speeds) >= 1)}",
             f"gradient error {judged(error, '<= 1e-6', error <= 1e-6)}",
         ]
-        lean = [row.memory[name] for row in results if row.shape in LEAN]
+        lean = [row.memory[name] for row in results if row.shape in MEMORY_BAR_SHAPES]
         if lean and name == OURS:
             line.append(f"memory {judged(max(lean), '<= 1.3', max(lean) <= 1.3)}")
         lines.append(", ".join(line))
@@ -178,18 +188,21 @@ def verdict(results: list[Row], device: str) -> list[str]:
 
 
 def main() -> None:
+    """Measure all shapes and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a few small shapes, as a smoke test")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="of timing a shape")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="of timing per shape")
     options = parser.parse_args()
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # no CUDA: no matter
-    theirs = torchdistill_loss()
+    logging.getLogger("torch.utils.cpp_extension").setLevel(
+        logging.ERROR
+    )  # warns if there is no CUDA
+    torchdistill = torchdistill_loss()
     known = torch.randn(1000, 1000, device=options.device)
     meter = peak_bytes(known.exp) / (4 * known.numel())
     shapes = QUICK if options.quick else SHAPES
     results = [
-        measure(shape, theirs, 1.0 if options.quick else options.seconds, options.device)
+        measure(shape, torchdistill, 1.0 if options.quick else options.seconds, options.device)
         for shape in track(shapes, "measuring", transient=True)
     ]
     where = f"{torch.get_num_threads()} threads"

@@ -1,13 +1,13 @@
-"""Memory of DIST in a segmentation step: ``python -m benchmarks.segmentation``.
+"""Measure the memory of DIST in a segmentation step: ``python -m benchmarks.segmentation``.
 
-A DeepLabV3-ResNet18 student of images (2, 3, 512, 1024), 19 classes: forward, cross-entropy at full
-resolution on the main and the auxiliary head, and backward; with no distillation, with DIST on the
-logits of both heads at their own resolution (stride 8), and with torchdistill's DISTLoss in its
-place. The teacher's logits are there before: what a teacher costs is its own.
+The step is forward, cross-entropy at full resolution on the main and the auxiliary head, and
+backward, of a DeepLabV3-ResNet18 student with 19 classes on images (2, 3, 512, 1024). It runs
+without distillation, with this package's DIST on the logits of both heads (stride 8), and with
+torchdistill's DISTLoss instead. The teacher's logits are computed before, so they do not count.
 
-The peak is the most that PyTorch's CPU allocator holds at once during the step, from its allocation
-events. What a loss adds is also given apart from the step, where nothing hides it: the most that it
-holds beyond its inputs, in units of the logits' bytes.
+The peak of the step comes from the events of PyTorch's CPU allocator. The last column measures each
+loss outside of the step, where no other memory hides it: the peak beyond its inputs, in units of
+the logits' bytes.
 """
 
 import torch
@@ -22,6 +22,7 @@ CLASSES, AUX_WEIGHT = 19, 0.4
 
 
 def main() -> None:
+    """Measure the step with each loss and print the table."""
     torch.manual_seed(0)
     student = deeplabv3("resnet18", CLASSES).train()
     images = torch.randn(2, 3, 512, 1024)
@@ -29,24 +30,24 @@ def main() -> None:
     task = PixelLoss(AUX_WEIGHT, ignore_index=255, align_corners=True)
     with torch.no_grad():
         shape = student(images)["out"].shape
-    taught = {"out": 3 * torch.randn(shape), "aux": 3 * torch.randn(shape)}
+    teacher_logits = {"out": 3 * torch.randn(shape), "aux": 3 * torch.randn(shape)}
     losses = {"none": None, "ours": DISTLoss(), "torchdistill": torchdistill_loss()}
 
     def step(loss) -> None:
         outputs = student(images)
         total = task(outputs, masks)
         if loss is not None:
-            total = total + loss(outputs["out"], taught["out"])
-            total = total + AUX_WEIGHT * loss(outputs["aux"], taught["aux"])
+            total = total + loss(outputs["out"], teacher_logits["out"])
+            total = total + AUX_WEIGHT * loss(outputs["aux"], teacher_logits["aux"])
         total.backward()
 
     def apart(loss) -> None:
-        leaves = {name: torch.randn(shape, requires_grad=True) for name in taught}
-        total = sum(loss(leaves[name], taught[name]) for name in taught)
+        leaves = {name: torch.randn(shape, requires_grad=True) for name in teacher_logits}
+        total = sum(loss(leaves[name], teacher_logits[name]) for name in teacher_logits)
         total.backward()
 
     one = 4 * shape.numel()  # bytes of one head's logits
-    step(None)  # gradients are there from now on
+    step(None)  # allocates the parameters' gradients, which all later steps have
     table = Table(title=f"DeepLabV3-ResNet18, {tuple(images.shape)}, logits {tuple(shape)}")
     for column in ("loss", "peak of the step, MB", "added to it", "held by the loss apart"):
         table.add_column(column, justify="left" if column == "loss" else "right")

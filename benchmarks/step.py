@@ -1,18 +1,18 @@
-"""Cost of a whole distillation step: ``python -m benchmarks.step``.
+"""Time a whole distillation step: ``python -m benchmarks.step``.
 
 A step is the student's and the teacher's forward, cross-entropy and distillation loss, backward and
-the optimizer, of a small CNN on 128 colour images of 32 x 32 pixels and 100 classes, through
+the optimizer, for a small CNN on 128 colour images of 32 x 32 pixels and 100 classes. It runs in
 
 - DistillationCallback in Lightning's Trainer, its logging included;
 - a plain PyTorch loop with the authors' formulation of the loss;
 - timm's LogitDistillationTask in a plain loop (a KL divergence: it has no DIST loss);
 - torchdistill's training box with its DISTLoss;
-- the parts that nothing avoids: a supervised step of the same student in the same Trainer, and the
-  teacher's forward without gradients, timed apart and added.
+- the two parts that every implementation needs: a supervised step of the same student in the same
+  Trainer, and the teacher's forward without gradients, timed apart and added.
 
-Each round runs a few steps of every contestant, the first ones untimed, and keeps the median step.
-A ratio is the median over the rounds, with its quartiles: the noise of this run. Ours counts as
-slower than a peer where three rounds of four say so.
+Each round runs a few steps of every contestant, of which the first are not timed, and keeps the
+median. A ratio is the median over the rounds, with quartiles that show the noise. "Ours", the
+callback, counts as slower than another library if it was slower in three of four rounds.
 """
 
 import logging
@@ -35,7 +35,7 @@ from lightning_dist import DistillationCallback, DISTLoss
 from lightning_dist.models.cifar import resnet8, resnet20
 
 Batch = tuple[Tensor, Tensor]
-Run = Callable[[list[Batch]], list[float]]  # trains on batches, returns when each step started
+Run = Callable[[list[Batch]], list[float]]  # trains on batches, returns the start time of each
 
 SECONDS, LEAST_ROUNDS, STEPS, WARM_UP = 150.0, 4, 6, 2
 CLASSES, WEIGHT = 100, 2.0
@@ -47,36 +47,40 @@ PARTS = "the two parts above"
 
 
 class Classifier(LightningModule):
-    """An ordinary module that knows nothing of distillation."""
+    """An ordinary LightningModule without distillation."""
 
     def __init__(self) -> None:
         super().__init__()
         self.net = resnet8(num_classes=CLASSES)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the cross-entropy of a batch."""
         images, target = batch
         return F.cross_entropy(self.net(images), target)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return the same optimizer as all other contestants."""
         return sgd(self.net)
 
 
 class Clock(Callback):
-    """Notes when each batch starts."""
+    """A callback that stores the start time of each training batch, in seconds."""
 
     def __init__(self) -> None:
         self.starts: list[float] = []
 
     def on_train_batch_start(self, *_: Any) -> None:
+        """Store the current time."""
         self.starts.append(time.perf_counter())
 
 
 def sgd(network: nn.Module) -> torch.optim.SGD:
+    """Build the optimizer that all contestants use."""
     return torch.optim.SGD(network.parameters(), **SGD)
 
 
 def lightning(*callbacks: Callback) -> Run:
-    """Steps inside ``fit``, of a new Trainer each time."""
+    """Return a contestant that trains in ``fit``, with a new Trainer for each call."""
     module = Classifier()
 
     def run(batches: list[Batch]) -> list[float]:
@@ -97,7 +101,7 @@ def lightning(*callbacks: Callback) -> Run:
 
 
 def loop(step: Callable[[Tensor, Tensor], Any]) -> Run:
-    """A plain loop over the batches."""
+    """Return a contestant that calls a step for each batch in a plain loop."""
 
     def run(batches: list[Batch]) -> list[float]:
         starts = []
@@ -109,16 +113,16 @@ def loop(step: Callable[[Tensor, Tensor], Any]) -> Run:
     return run
 
 
-def plain(teacher: nn.Module) -> Run:
-    """What a user writes without any library."""
+def plain_loop(teacher: nn.Module) -> Run:
+    """Return a contestant as a user writes it without any library."""
     student = resnet8(num_classes=CLASSES)
     optimizer = sgd(student)
 
     def step(images: Tensor, target: Tensor) -> None:
         with torch.no_grad():
-            theirs = teacher(images)
-        ours = student(images)
-        loss = F.cross_entropy(ours, target) + WEIGHT * plain_dist(ours, theirs)
+            teacher_logits = teacher(images)
+        logits = student(images)
+        loss = F.cross_entropy(logits, target) + WEIGHT * plain_dist(logits, teacher_logits)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -127,7 +131,7 @@ def plain(teacher: nn.Module) -> Run:
 
 
 def timm_task(teacher: nn.Module) -> Run:
-    """timm's task; student and teacher are said to be normalised alike, so it need not convert."""
+    """Return timm's task; equal normalisations of student and teacher save it the conversion."""
     student = resnet8(num_classes=CLASSES)
     student.pretrained_cfg = teacher.pretrained_cfg = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
     student.in_chans = 3
@@ -153,7 +157,7 @@ def timm_task(teacher: nn.Module) -> Run:
 
 
 def training_box(teacher: nn.Module) -> Run:
-    """torchdistill's box, driven as its example scripts do."""
+    """Return torchdistill's training box, called as in its example scripts."""
     distillation = peer("torchdistill.core.distillation")
     logging.getLogger("torchdistill").setLevel(logging.WARNING)
     tap = {"is_from_teacher": False, "module_path": ".", "io": "output"}
@@ -191,12 +195,12 @@ def training_box(teacher: nn.Module) -> Run:
 
 
 def contestants() -> dict[str, Run]:
-    """All of them, each with its own student; the frozen teacher is the same."""
+    """Return all contestants, each with its own student; they share the frozen teacher."""
     teacher = resnet20(num_classes=CLASSES).eval().requires_grad_(False)
     callback = DistillationCallback(teacher, student="net", loss=DISTLoss(), weight=WEIGHT)
     return {
         OURS: lightning(callback),
-        PLAIN: plain(teacher),
+        PLAIN: plain_loop(teacher),
         TIMM: timm_task(teacher),
         BOX: training_box(teacher),
         SUPERVISED: lightning(),
@@ -205,7 +209,7 @@ def contestants() -> dict[str, Run]:
 
 
 def measure(runs: dict[str, Run]) -> dict[str, list[float]]:
-    """Seconds a step of each, one entry a round."""
+    """Return the seconds per step of each contestant, one value per round."""
     batch = torch.randn(128, 3, 32, 32), torch.randint(CLASSES, (128,))
     times: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)
@@ -219,13 +223,14 @@ def measure(runs: dict[str, Run]) -> dict[str, list[float]]:
 
 
 def spread(values: list[float]) -> str:
-    """Median and quartiles."""
+    """Format the median and the quartiles of some numbers."""
     low, middle, high = statistics.quantiles(values, n=4)
     return f"{middle:.3f} ({low:.3f} to {high:.3f})"
 
 
 def main() -> None:
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # notes on devices, each fit
+    """Time all contestants and print the table."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # each fit logs its devices
     warnings.simplefilter("ignore")
     times = measure(contestants())
     times[PARTS] = [a + b for a, b in zip(times[SUPERVISED], times[TEACHER], strict=True)]
@@ -235,8 +240,8 @@ def main() -> None:
         table.add_column(title, justify="right")
     over = {name: ratios(times, OURS, name) for name in (PLAIN, TIMM, BOX, PARTS)}
     for name, values in times.items():
-        shown = spread(over[name]) if name in over else ""
-        table.add_row(name, f"{1000 * statistics.median(values):.1f}", shown)
+        ratio = spread(over[name]) if name in over else ""
+        table.add_row(name, f"{1000 * statistics.median(values):.1f}", ratio)
     parts = statistics.median(over[PARTS])
     fastest = max((over[name] for name in (PLAIN, TIMM, BOX)), key=statistics.median)
     slower = statistics.quantiles(fastest, n=4)[0] > 1

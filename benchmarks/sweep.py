@@ -1,12 +1,13 @@
-"""What a teacher cache saves a sweep, and what it costs: ``python -m benchmarks.sweep``.
+"""Measure time saved and accuracy lost by a teacher cache: ``python -m benchmarks.sweep``.
 
-One step of a student in Lightning: alone, with the teacher's answers from a warm cache, and with
-the teacher itself, on the same images from memory, cropped and flipped. Each round runs a few steps
-of the first two, and the first rounds of the third too; the first steps are untimed. A ratio is the
-median over the rounds, with its quartiles: the noise of this run.
+First it times a student's step in Lightning: alone, with the teacher's outputs from a filled cache,
+and with the teacher itself, on the same images from memory, cropped and flipped. Each round runs a
+few steps of the first two, and the first rounds also of the third; the first steps of each are not
+timed. A ratio is the median over the rounds, with quartiles that show the noise.
 
-Then the accuracy of ``experiment=digits`` with shifted images over five seeds, with eight cached
-views and with a new augmentation each epoch, and how much float16 changes the loss.
+Then it trains ``experiment=digits`` with shifted images and five seeds, and compares the accuracy
+of eight cached views with that of a new augmentation each epoch. Last, it measures how much storing
+the teacher's outputs as float16 changes the loss.
 """
 
 import functools
@@ -46,12 +47,13 @@ SWEEP = f"{DIGITS} distill.cache=off,auto seed=0,1,2,3,4"
 
 
 class Noise(ImageDataModule):
-    """Images of noise in CIFAR's size, cropped and flipped."""
+    """A data module of random pixels in CIFAR's size, cropped and flipped."""
 
     mean, std = (0.5,) * 3, (0.25,) * 3
     location = "noise"
 
     def train_dataset(self) -> TensorImages:
+        """Return one epoch of random images and labels."""
         generator = torch.Generator().manual_seed(0)
         count = BATCH * STEPS
         images = torch.randint(256, (count, 3, 32, 32), generator=generator, dtype=torch.uint8)
@@ -59,11 +61,12 @@ class Noise(ImageDataModule):
         return TensorImages(images, labels, mean=self.mean, std=self.std, padding=4, flip=True)
 
     def val_dataset(self) -> TensorImages:
+        """Return the training set, since nothing is validated."""
         return self.train_dataset()
 
 
 class Steps:
-    """Steps of a student in Lightning, of a new Trainer each time."""
+    """A contestant: a student that trains in Lightning, with a new Trainer for each call."""
 
     def __init__(self, teacher: Teacher | None) -> None:
         optimizer = functools.partial(torch.optim.SGD, **SGD)
@@ -74,7 +77,7 @@ class Steps:
         self.data = Noise(global_batch_size=BATCH)
 
     def seconds(self) -> float:
-        """The median step."""
+        """Train a few steps and return the seconds of the median step."""
         clock = Clock()
         trainer = Trainer(
             accelerator="cpu",
@@ -91,18 +94,21 @@ class Steps:
 
 
 def flops(network: nn.Module) -> int:
-    """Of one image's forward."""
+    """Return the FLOPs of a network's forward on one image (3, 32, 32)."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network.eval()(torch.zeros(1, 3, 32, 32))
     return counter.get_total_flops()
 
 
 def measure(folder: str) -> dict[str, list[float]]:
-    """Seconds a step of each, one entry a round."""
+    """Return the seconds per step of each contestant, one value per round.
+
+    The folder is that of the cache.
+    """
     teacher = Teacher(wrn_40_2(num_classes=CLASSES))
     contestants = {ALONE: None, WARM: CachedTeacher(teacher, folder), LIVE: teacher}
     runs = {name: Steps(teacher) for name, teacher in contestants.items()}
-    runs[WARM].seconds()  # fills
+    runs[WARM].seconds()  # fills the cache
     times: dict[str, list[float]] = {name: [] for name in runs}
     end = time.perf_counter() + SECONDS
     names = [ALONE, WARM]
@@ -115,7 +121,7 @@ def measure(folder: str) -> dict[str, list[float]]:
 
 
 def accuracies(folder: str) -> dict[str, list[float]]:
-    """Test accuracy of each seed, by distill.cache."""
+    """Run the sweep of digits in a folder; return the test accuracies by distill.cache."""
     options = ["trainer=cpu", "test_teacher=false", "print_config=false", "callbacks.progress=null"]
     words = [*SWEEP.split()[1:], *options, "hydra.sweep.dir=runs"]
     command = [sys.executable, "-m", "lightning_dist", *words]
@@ -129,7 +135,7 @@ def accuracies(folder: str) -> dict[str, list[float]]:
 
 
 def rounding() -> float:
-    """The largest relative change of DIST by float16, over the batches of an epoch of digits."""
+    """Return the largest relative change of DIST by float16, over an epoch's batches of digits."""
     teacher = Teacher(
         SmallCNN([32, 64, 128]), "pkg://lightning_dist/assets/digits_teacher.safetensors"
     )
@@ -137,14 +143,16 @@ def rounding() -> float:
     changes = []
     for images, _ in DigitsDataModule(augment=True).train_dataloader():
         with torch.no_grad():
-            ours, theirs = student(images), teacher(images)
-            exact, rounded = loss(ours, theirs), loss(ours, theirs.half().float())
+            logits, teacher_logits = student(images), teacher(images)
+            exact = loss(logits, teacher_logits)
+            rounded = loss(logits, teacher_logits.half().float())
         changes.append(abs(rounded / exact - 1).item())
     return max(changes)
 
 
 def main() -> None:
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # notes on devices, each fit
+    """Run all measurements and print the tables."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # each fit logs its devices
     warnings.simplefilter("ignore")
     stats = peer("scipy.stats")
     torch.manual_seed(0)
@@ -155,8 +163,8 @@ def main() -> None:
         for title in ("with", "ms", "over the student alone"):
             table.add_column(title, justify="left" if title == "with" else "right")
         for name, values in times.items():
-            few = {key: column[: len(values)] for key, column in times.items()}
-            over = spread(ratios(few, name, ALONE)) if name != ALONE else ""
+            common = {key: column[: len(values)] for key, column in times.items()}
+            over = spread(ratios(common, name, ALONE)) if name != ALONE else ""
             table.add_row(name, f"{1000 * statistics.median(values):.1f}", over)
         warm = statistics.median(ratios(times, WARM, ALONE))
         show(
@@ -172,8 +180,8 @@ def main() -> None:
     table.add_column("distill.cache")
     table.add_column("test/accuracy (mean ± std)", justify="right")
     for cache, values in found.items():
-        spoken = f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}"
-        table.add_row("auto, 8 views" if cache == "auto" else cache, spoken)
+        mean_std = f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}"
+        table.add_row("auto, 8 views" if cache == "auto" else cache, mean_std)
     p = stats.ttest_rel(found["auto"], found["off"], alternative="less").pvalue
     show(
         table,

@@ -46,7 +46,7 @@ def count_samples(batch: tuple[Any, Any]) -> int:
 
 
 def stratified_split(labels: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
-    """Split sample indices in two parts with the same proportions of classes.
+    """Split sample indices into two parts with the same proportions of classes.
 
     The split depends on `labels` and `fraction` alone, so all runs have the same one.
 

@@ -29,7 +29,7 @@ class Annotated(NamedTuple):
     boxes: list[list[float]]
     labels: list[int]
     crowd: list[bool]  # COCO's iscrowd: not trained on, and detections there count neither way
-    areas: list[float] | None = None  # in square pixels; None stands for the boxes' areas
+    areas: list[float] | None = None  # in square pixels; None for the boxes' own
 
 
 class AnnotatedImages(Dataset):

@@ -53,7 +53,7 @@ class EpochSampler(DistributedSampler):
 
     Args:
         dataset: the data set to sample.
-        seed: seed of the run; runs with different seeds share no order, in whatever epochs.
+        seed: seed of the run; no two seeds share an order, whatever the epochs.
         num_replicas: number of processes that share the samples of each epoch.
         rank: number of this process among them, from 0.
         drop_last: if the samples cannot be shared evenly, drop the rest instead of repeating some.
