@@ -1,4 +1,4 @@
-"""Reading weight files as data: nothing in a file is ever executed."""
+"""Load weight files and checkpoints without running code that a file may contain."""
 
 import importlib.resources
 import pickle
@@ -13,14 +13,14 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-# Where training programs put the weights in their checkpoints, and what they prefix the names with.
-# Averaged weights come first: they are what such a program evaluates and publishes.
+# Training programs store weights under these entries of a checkpoint, and put these prefixes before
+# the names. Averaged weights come first, because such a program evaluates and publishes them.
 _WRAPPERS = ("state_dict_ema", "model_ema", "ema_model", "state_dict", "model")
 _PREFIXES = ("", "student_ema.module.", "module.", "student.", "model.", "net.", "_orig_mod.")
 
 
 class _Unread:
-    """Stands for what training programs put beside the weights, and takes nothing from the file."""
+    """A placeholder for objects beside the weights; it ignores their data in the file."""
 
     def __init__(self, *args: Any) -> None:
         pass
@@ -29,7 +29,8 @@ class _Unread:
         pass
 
 
-# Command-line arguments and NumPy's numbers, as old and new releases name them.
+# Objects that training programs store beside the weights: command-line arguments, and NumPy's
+# numbers under the names of NumPy 1 and NumPy 2.
 _BESIDE_WEIGHTS = (
     "argparse.Namespace",
     "numpy.dtype",
@@ -46,22 +47,22 @@ def load_weights(
     path: str | Path,
     convert: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None,
 ) -> None:
-    """Load a weight file into a network, every entry or none.
+    """Load a weight file into a network: all entries, or none if one does not fit.
 
     Args:
-        network: what the weights are for.
-        path: a ``.safetensors`` file, or a torch file such as ``.pth`` or a Lightning ``.ckpt``;
-            ``pkg://PACKAGE/FILE`` names a file that a Python package ships. The weights may lie
-            under ``state_dict``, ``model``, ``state_dict_ema``, ``model_ema`` or ``ema_model``, and
-            their names may start with ``module.``, ``student.``, ``model.``, ``net.`` or
-            ``_orig_mod.``. Averaged (EMA) weights are taken where the file has them too.
-        convert: translates other programs' names to the network's; by default the network's own
-            method ``convert_state_dict``, where it has one.
+        network: the network to load the weights into.
+        path: a ``.safetensors`` file, or a torch file such as ``.pth`` or a Lightning ``.ckpt``.
+            ``pkg://PACKAGE/FILE`` is a file inside a Python package. The weights may lie under
+            ``state_dict``, ``model``, ``state_dict_ema``, ``model_ema`` or ``ema_model``, and their
+            names may start with ``module.``, ``student.``, ``model.``, ``net.`` or ``_orig_mod.``.
+            If the file holds averaged (EMA) weights as well, those are loaded.
+        convert: a function that renames the entries of another program to the network's names; by
+            default the network's own method ``convert_state_dict``, if it has one.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the file is damaged, holds code, or does not fit the network; the entries
-            that are missing, unexpected or of another shape are listed.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if the file is damaged, holds code, or does not fit the network; the message
+            lists the entries that are missing, unexpected or of another shape.
     """
     expected = network.state_dict()
     state = _unwrap(read_checkpoint(path), path)
@@ -93,20 +94,21 @@ def load_weights(
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The contents of a weight file or checkpoint, tensors on the CPU.
+    """Return the contents of a weight file or checkpoint, with tensors on the CPU.
 
-    Command-line arguments (``argparse.Namespace``) and NumPy values beside the weights are left
-    unread: inert placeholders stand in their places.
+    Command-line arguments (``argparse.Namespace``) and NumPy values beside the weights are not
+    loaded: objects without data replace them.
 
     Args:
-        path: as in :func:`load_weights`.
+        path: a path as in :func:`load_weights`.
 
     Returns:
-        The entries of the file.
+        The entries of the file by their names.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the file is damaged or holds other objects than tensors and plain containers.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if the file is damaged, or holds other objects than tensors, numbers, strings
+            and plain containers.
     """
     file = _resolve(path)
     if not file.is_file():
@@ -126,7 +128,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         ) from error
     except PermissionError:
         raise
-    except Exception as error:  # whatever a reader meets in bytes that are no weights
+    except Exception as error:  # Damaged files cause errors of many kinds.
         raise ValueError(f"{path} is damaged or no weight file: {error}") from error
     if not isinstance(contents, Mapping):
         raise ValueError(f"{path} holds a {type(contents).__name__}: expected a state_dict")
@@ -134,11 +136,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def _refuse_strange_archive(file: Path) -> None:
-    """Refuse a zip that torch.save does not write.
+    """Raise an error if the file is a zip archive that torch.save cannot have written.
 
-    torch reads its entries in memory, so a path out of the archive harms nobody here; whoever
-    unpacks the file next is another matter. torch.save compresses nothing, so that what is small
-    on the disk cannot fill the memory.
+    torch.save does not compress. Without compressed entries, a small file cannot fill the memory.
+    A path that leads out of the archive is harmless here, because torch reads the entries in
+    memory, but it would let a program that unpacks the file write elsewhere.
 
     Raises:
         ValueError: if an entry is compressed or has a path that leads out of the archive.
@@ -157,6 +159,7 @@ def _refuse_strange_archive(file: Path) -> None:
 
 
 def _resolve(path: str | Path) -> Path:
+    """Return the file of a path, which may be ``pkg://PACKAGE/FILE`` or start with ``~``."""
     text = str(path)
     if not text.startswith("pkg://"):
         return Path(text).expanduser()
@@ -165,6 +168,7 @@ def _resolve(path: str | Path) -> Path:
 
 
 def _unwrap(contents: Mapping[str, Any], path: str | Path) -> dict[str, Tensor]:
+    """Return the weights in a checkpoint's contents; raise a ValueError if there are none."""
     for _ in _WRAPPERS:
         inner = (contents.get(key) for key in _WRAPPERS)
         contents = next((x for x in inner if isinstance(x, Mapping) and x), contents)
@@ -183,7 +187,7 @@ def _unwrap(contents: Mapping[str, Any], path: str | Path) -> dict[str, Tensor]:
 
 
 def _strip(state: dict[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Take off the prefixes under which the most names fit, level by level."""
+    """Remove the prefix, of one or two levels, with which the most names fit the network."""
 
     def fitting(prefix: str) -> int:
         return sum(prefix + name in state for name in expected)
@@ -197,6 +201,7 @@ def _strip(state: dict[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str
 
 
 def _listed(what: str, names: set[str]) -> list[str]:
+    """Return one line of a message with the first names, or no line if there are no names."""
     if not names:
         return []
     shown = sorted(names)[:8]
@@ -205,14 +210,15 @@ def _listed(what: str, names: set[str]) -> list[str]:
 
 
 def _advice(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
-    """What to set so that the network fits: the number of classes, if that is all that differs."""
+    """Return what to set so that the file fits: num_classes, if only that differs."""
     heads = set()
     same_names = state.keys() == expected.keys()
     for name in expected.keys() & state.keys():
-        ours, theirs = expected[name].shape, state[name].shape
-        if ours != theirs:
-            same_names &= len(ours) > 0 and len(theirs) > 0 and ours[1:] == theirs[1:]
-            heads.add(theirs[:1])
+        in_network, in_file = expected[name].shape, state[name].shape
+        if in_network != in_file:
+            both_have_dimensions = len(in_network) > 0 and len(in_file) > 0
+            same_names &= both_have_dimensions and in_network[1:] == in_file[1:]
+            heads.add(in_file[:1])
     if same_names and len(heads) == 1:
         (classes,) = heads.pop()
         return f"The file's head has {classes} classes: set num_classes={classes} of the network"

@@ -1,1 +1,1 @@
-"""Hydra finds its plugins in this namespace only."""
+"""The Optuna sweeper, in the package where Hydra looks for plugins."""

@@ -1,6 +1,6 @@
-"""A Hydra sweeper over Optuna: each job is a trial, which its validations may end early.
+"""``OptunaSweeper``: search hyper-parameters with Optuna, where each Hydra job is one trial.
 
-``hydra-optuna-sweeper`` holds Optuna below version 3 and knows no pruning.
+``hydra-optuna-sweeper`` 1.2 requires Optuna below version 3 and does not support pruning.
 """
 
 import copy
@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from lightning_dist.checks import check_number
 
-if TYPE_CHECKING:  # slow to import, and optional
+if TYPE_CHECKING:  # Optuna is optional, and slow to import.
     from optuna import Study
     from optuna.distributions import BaseDistribution
     from optuna.samplers import BaseSampler
@@ -28,24 +28,25 @@ if TYPE_CHECKING:  # slow to import, and optional
 
 STUDY = "lightning-dist"
 _MISSING = object()
-PRUNED = "pruned"  # an attribute of the trials that ended early
+PRUNED = "pruned"  # The attribute of a trial that ended early.
 
 
 class OptunaSweeper(Sweeper):
-    """Search the values that Hydra's sweep syntax describes for the best ``monitor``.
+    """A Hydra sweeper that searches for the values with the best ``monitor``.
 
-    A trial's number is its job's. What Optuna knows lies in a file, in which
-    :class:`lightning_dist.cli.sweep.pruning.PruneTrial` reports the validations of the jobs. A
-    trial that fails, or is interrupted, stays open there: ``resume=true`` runs it again, in its
-    folder, and then what is missing.
+    The number of a trial is the number of its job. Optuna's data lie in one file, to which
+    :class:`lightning_dist.cli.sweep.pruning.PruneTrial` also writes the validations of the jobs. A
+    trial that fails or is interrupted stays open in that file. ``resume=true`` runs it again, in
+    its folder, and then the trials that are missing.
 
     Args:
-        n_trials: how many trials there shall be, those of a resumed search included.
-        n_jobs: how many trials are given to the launcher at once.
-        storage: the file.
-        sampler: of Optuna.
-        params: sweeps by key, such as ``{"distill.weight": "interval(0.1, 10.0)"}``; those of the
-            command line come on top. An interval tagged ``log`` is searched by its logarithm.
+        n_trials: the number of trials, including those of a resumed search.
+        n_jobs: the number of trials that the launcher gets at once.
+        storage: the path of the file.
+        sampler: a sampler of Optuna.
+        params: values to search, in Hydra's sweep syntax, such as
+            ``{"distill.weight": "interval(0.1, 10.0)"}``. The command line can add to them and
+            replace them. An interval with the tag ``log`` is searched on a logarithmic scale.
 
     Raises:
         ValueError: if ``n_trials`` or ``n_jobs`` is below 1.
@@ -70,20 +71,36 @@ class OptunaSweeper(Sweeper):
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
+        """Store the config and create the launcher; Hydra calls this before :meth:`sweep`.
+
+        Args:
+            hydra_context: Hydra's loader of configs and its callbacks, for the launcher.
+            task_function: the function that runs a job.
+            config: the composed config without the overrides of the jobs.
+        """
         self.config = config
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
 
     def sweep(self, arguments: list[str]) -> None:
-        assert self.launcher is not None  # setup came first
+        """Run all trials and print the best one.
+
+        Args:
+            arguments: the overrides of the command line, some of which are sweeps.
+
+        Raises:
+            HydraException: if a key is not in the config, or the search that is resumed has other
+                values for a key.
+        """
+        assert self.launcher is not None  # Hydra calls setup first.
         assert self.config is not None
         space, fixed = self._search_space(arguments)
         for key in space:
             if OmegaConf.select(self.config, key, default=_MISSING) is _MISSING:
                 raise HydraException(
-                    f"the search has {key}, which this config has not (distill=dist has those of "
-                    "the preset): fix it on the command line, or set hydra.sweeper.params"
+                    f"the search has {key}, which is not in this config (distill=dist has the keys "
+                    "of the preset): fix it on the command line, or set hydra.sweeper.params"
                 )
         study = self._open_study(self.config)
         _check_space(study, space)
@@ -92,13 +109,13 @@ class OptunaSweeper(Sweeper):
             jobs = [[*fixed, *map(_override, t.params, t.params.values())] for t in batch]
             returns = self.launcher.launch(jobs, initial_job_idx=batch[0].number)
             for trial, job in zip(batch, returns, strict=True):
-                _tell(study, trial.number, job)
+                _store_result(study, trial.number, job)
         self._print_best(study, self.config)
 
     def _search_space(
         self, arguments: list[str]
     ) -> tuple[dict[str, "BaseDistribution"], list[str]]:
-        """What is searched, by key, and the overrides that all trials have."""
+        """Return the values to search by key, and the overrides that all trials share."""
         presets = [f"{key}={value!s}" for key, value in self.params.items()]
         overrides = OverridesParser.create().parse_overrides([*presets, *arguments])
         last = {override.get_key_element(): override for override in overrides}
@@ -106,6 +123,7 @@ class OptunaSweeper(Sweeper):
         return space, [x.input_line or "" for key, x in last.items() if key not in space]
 
     def _open_study(self, config: DictConfig) -> "Study":
+        """Create the study, or load it if the search resumes."""
         import optuna
 
         self.storage.parent.mkdir(parents=True, exist_ok=True)
@@ -118,14 +136,14 @@ class OptunaSweeper(Sweeper):
             direction="maximize" if config.monitor_mode == "max" else "minimize",
             load_if_exists=True,
         )
-        if study.trials:  # with its seed the sampler would draw the first trials again
+        if study.trials:  # With its seed, the sampler would draw the first trials again.
             self.sampler.reseed_rng()
         return study
 
     def _batches(
         self, study: "Study", space: dict[str, "BaseDistribution"]
     ) -> Iterator[Sequence["Trial | FrozenTrial"]]:
-        """Trials to run: those that have not ended well, then new ones."""
+        """Yield the trials to run together: first those that are open, then new ones."""
         from optuna.trial import TrialState
 
         for trial in study.get_trials(states=[TrialState.RUNNING]):
@@ -136,6 +154,7 @@ class OptunaSweeper(Sweeper):
             missing -= self.n_jobs
 
     def _print_best(self, study: "Study", config: DictConfig) -> None:
+        """Print the best trial, its values and its folder."""
         from optuna.trial import TrialState
 
         if not study.get_trials(states=[TrialState.COMPLETE]):
@@ -152,7 +171,13 @@ class OptunaSweeper(Sweeper):
 
 
 def _check_space(study: "Study", space: dict[str, "BaseDistribution"]) -> None:
-    """Refuse a space that Optuna would, in the middle of a trial that then stays half made."""
+    """Raise an error if a resumed search has other kinds of values for a key.
+
+    Optuna would raise it too, but only while it creates a trial, which would then stay incomplete.
+
+    Raises:
+        HydraException: if the values for a key are not compatible with those of earlier trials.
+    """
     from optuna.distributions import check_distribution_compatibility
 
     for trial in study.trials:
@@ -161,12 +186,13 @@ def _check_space(study: "Study", space: dict[str, "BaseDistribution"]) -> None:
                 check_distribution_compatibility(trial.distributions[key], space[key])
             except ValueError as error:
                 raise HydraException(
-                    f"the search that goes on has {key} in another space ({error}): resume with "
-                    "the sweeps that it was started with, or choose another hydra.sweep.dir"
+                    f"the resumed search has {key} in another space ({error}): resume with the "
+                    "sweeps with which it was started, or choose another hydra.sweep.dir"
                 ) from error
 
 
 def _distribution(override: Override) -> "BaseDistribution":
+    """Return Optuna's form of a sweep: an interval of numbers, or a list of choices."""
     from optuna.distributions import (
         CategoricalDistribution,
         FloatDistribution,
@@ -185,22 +211,30 @@ def _distribution(override: Override) -> "BaseDistribution":
 
 
 def _override(key: str, value: Any) -> str:
-    """A parameter for the command line; four digits are enough, and fit a table."""
+    """Return a value as an override; four digits are enough, and fit into a table."""
     return f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}"
 
 
-def _tell(study: "Study", number: int, job: JobReturn) -> None:
+def _store_result(study: "Study", number: int, job: JobReturn) -> None:
+    """Store the result of a job in its trial; a trial without a result stays open."""
     from optuna.trial import TrialState
 
     value = job.return_value
-    if value is not None and value == value:  # a run that did not complete returns nan
+    if value is not None and value == value:  # A run that did not complete returns NaN.
         study.tell(number, value)
     elif PRUNED in study.trials[number].user_attrs:
         study.tell(number, state=TrialState.PRUNED)
 
 
 def open_storage(path: Path) -> "JournalStorage":
-    """The file in which the processes of a search write what happens."""
+    """Return Optuna's storage in a file, to which all processes of a search can write.
+
+    Args:
+        path: the file, which is created if it does not exist.
+
+    Returns:
+        The storage.
+    """
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
 

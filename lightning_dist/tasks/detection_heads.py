@@ -1,4 +1,4 @@
-"""What a student asks of a detector that teaches it: maps and class logits, but no boxes."""
+"""Teachers for detection: a detector's backbone and class logits, without its boxes."""
 
 from collections.abc import Sequence
 
@@ -7,17 +7,19 @@ from torch import Tensor, nn
 
 
 class OneStageClassifier(nn.Module):
-    """Backbone and classification head of a detector such as RetinaNet or FCOS.
+    """The backbone and the classification head of a detector such as RetinaNet or FCOS.
 
-    ``logits`` is called once a pyramid level: its output is what the student's ``cls_logits``
-    learns from. Neither boxes nor detections are computed.
+    ``logits`` is called once for each pyramid level; the student's ``cls_logits`` learns from its
+    output. Boxes and detections are not computed.
 
     Args:
-        detector: of torchvision, or one with ``backbone`` and ``head.classification_head``.
-        class_map: the detector's class for each of the student's; by default the same.
+        detector: a detector with ``backbone`` and ``head.classification_head``, as in torchvision.
+        class_map: for each class of the student, the index of the detector's class; by default the
+            classes are the same.
 
     Shape:
-        normalised images ``(N, 3, H, W)``; the backbone's maps, by level.
+        Input: normalised images ``(N, 3, H, W)``. Output: the backbone's feature maps by level,
+        each ``(N, C, H_level, W_level)``.
     """
 
     def __init__(self, detector: nn.Module, class_map: Sequence[int] | None = None) -> None:
@@ -28,6 +30,7 @@ class OneStageClassifier(nn.Module):
         self.logits = _Columns(class_map, int(head.num_classes))  # type: ignore[arg-type]
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Compute the class logits of each level, and return the backbone's maps by level."""
         maps = _by_level(self.backbone(images))
         for level in maps.values():
             features = self.classifier.get_submodule("conv")(level)
@@ -36,18 +39,20 @@ class OneStageClassifier(nn.Module):
 
 
 class TwoStageClassifier(nn.Module):
-    """Backbone and box classifier of a detector such as Faster R-CNN.
+    """The backbone and the box classifier of a detector such as Faster R-CNN.
 
-    Its own maps of the images are classified in the boxes that the student sampled, by ``roi``.
-    Neither the region proposal network nor box regression runs.
+    ``roi`` classifies the boxes that the student sampled, from this detector's own feature maps.
+    The region proposal network and the box regression do not run.
 
     Args:
-        detector: of torchvision, or one with ``backbone`` and ``roi_heads``, which has
-            ``box_roi_pool``, ``box_head`` and ``box_predictor.cls_score``.
-        class_map: the detector's class for each of the student's, background included.
+        detector: a detector with ``backbone`` and ``roi_heads``, which has ``box_roi_pool``,
+            ``box_head`` and ``box_predictor.cls_score``, as in torchvision.
+        class_map: for each class of the student, background included, the index of the detector's
+            class; by default the classes are the same.
 
     Shape:
-        normalised images ``(N, 3, H, W)``; the backbone's maps, by level.
+        Input: normalised images ``(N, 3, H, W)``. Output: the backbone's feature maps by level,
+        each ``(N, C, H_level, W_level)``.
     """
 
     def __init__(self, detector: nn.Module, class_map: Sequence[int] | None = None) -> None:
@@ -56,17 +61,18 @@ class TwoStageClassifier(nn.Module):
         self.roi = BoxClassifier(detector.get_submodule("roi_heads"), class_map)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Store the backbone's maps for ``roi``, and return them by level."""
         maps = _by_level(self.backbone(images))
         self.roi.maps = maps
         return maps
 
 
 class BoxClassifier(nn.Module):
-    """Class logits ``(R, C)`` of boxes, from the teacher's maps instead of the given ones.
+    """A box classifier that uses the teacher's feature maps instead of the student's.
 
     Args:
-        heads: the detector's ``roi_heads``.
-        class_map: see :class:`TwoStageClassifier`.
+        heads: the ``roi_heads`` of the teacher's detector.
+        class_map: the indices of :class:`TwoStageClassifier`, or ``None``.
     """
 
     def __init__(self, heads: nn.Module, class_map: Sequence[int] | None) -> None:
@@ -75,7 +81,8 @@ class BoxClassifier(nn.Module):
         self.box_head = heads.get_submodule("box_head")
         self.cls_score = heads.get_submodule("box_predictor.cls_score")
         self.columns = _Columns(class_map, int(self.cls_score.out_features))  # type: ignore[arg-type]
-        self.maps: dict[str, Tensor] | None = None  # until the boxes of these images are asked for
+        # The teacher's maps of the current images; the next call takes and removes them.
+        self.maps: dict[str, Tensor] | None = None
 
     def forward(
         self,
@@ -83,9 +90,20 @@ class BoxClassifier(nn.Module):
         boxes: list[Tensor],
         image_sizes: list[tuple[int, int]],
     ) -> Tensor:
+        """Return the class logits of the boxes.
+
+        Args:
+            maps: the student's feature maps, which are not used. The arguments are those of the
+                student's ``box_roi_pool``.
+            boxes: for each image, boxes ``(R_i, 4)`` as x1, y1, x2, y2 in pixels.
+            image_sizes: height and width of each image in pixels.
+
+        Returns:
+            Logits ``(R, C)`` of the boxes of all images.
+        """
         own, self.maps = self.maps, None
         assert own is not None
-        # In the boxes' dtype: half precision would move them by pixels.
+        # Pool in the dtype of the boxes: in half precision their coordinates would shift by pixels.
         wide = {name: level.to(boxes[0].dtype) for name, level in own.items()}
         pooled = self.box_roi_pool(wide, boxes, image_sizes)
         features = self.box_head(pooled.to(self.cls_score.weight.dtype))
@@ -93,7 +111,7 @@ class BoxClassifier(nn.Module):
 
 
 class _Columns(nn.Module):
-    """Picks classes along dimension 1, for each anchor where there are several."""
+    """A selection of classes along dimension 1, for each anchor if there are several."""
 
     def __init__(self, class_map: Sequence[int] | None, num_classes: int) -> None:
         super().__init__()
@@ -114,4 +132,5 @@ class _Columns(nn.Module):
 
 
 def _by_level(maps: Tensor | dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return feature maps by level; a single map becomes level "0"."""
     return {"0": maps} if isinstance(maps, Tensor) else maps

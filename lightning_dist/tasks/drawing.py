@@ -1,4 +1,4 @@
-"""Predictions as pictures: label masks in colour, and samples of them for the loggers."""
+"""Pictures of predictions: coloured masks, boxes, and ``LogSegmentations``, which logs samples."""
 
 import colorsys
 from collections.abc import Mapping, Sequence
@@ -19,11 +19,14 @@ _GOLDEN_RATIO = 0.618034
 
 
 def class_palette(num_classes: int, colors: Sequence[Color] | None = None) -> list[Color]:
-    """A colour (red, green, blue) in 0..255 for each of 256 labels.
+    """Return a colour (red, green, blue), each 0..255, for each of the labels 0..255.
 
     Args:
-        num_classes: labels from here on are white, as ignored pixels are.
-        colors: of the classes; without them the first is black and hues are far apart.
+        num_classes: the number of classes. Labels from this number on are white, as ignored pixels.
+        colors: colours of the classes; by default class 0 is black and the others differ in hue.
+
+    Returns:
+        256 colours.
 
     Example:
         >>> class_palette(2)[0], class_palette(2)[255]
@@ -40,11 +43,14 @@ def class_palette(num_classes: int, colors: Sequence[Color] | None = None) -> li
 
 
 def mask_image(mask: Tensor, palette: Sequence[Color]) -> Image.Image:
-    """A mask of labels (H, W) as a palette image, whose pixels are the labels still.
+    """Return a palette image of a mask; the values of its pixels are the labels.
 
     Args:
-        mask: labels in 0..255.
-        palette: see :func:`class_palette`.
+        mask: labels (H, W) in 0..255.
+        palette: 256 colours, see :func:`class_palette`.
+
+    Returns:
+        An image in PIL's mode ``P``.
     """
     image = Image.fromarray(mask.cpu().numpy().astype(np.uint8))
     image.putpalette(np.array(palette, dtype=np.uint8).tobytes())
@@ -54,13 +60,16 @@ def mask_image(mask: Tensor, palette: Sequence[Color]) -> Image.Image:
 def box_image(
     image: Tensor, found: Mapping[str, Tensor], names: Sequence[str], least_score: float = 0.5
 ) -> Image.Image:
-    """An image with the boxes that a detector found in it.
+    """Return an image with the boxes that a detector found in it.
 
     Args:
         image: uint8 (3, H, W).
-        found: ``boxes`` (K, 4) as x1, y1, x2, y2, ``labels`` (K,) and ``scores`` (K,).
-        names: of the class of each box.
-        least_score: boxes with a lower one are not drawn.
+        found: ``boxes`` (K, 4) as x1, y1, x2, y2 in pixels, ``labels`` (K,) and ``scores`` (K,).
+        names: the name of the class of each of the K boxes.
+        least_score: boxes with a lower score are not drawn.
+
+    Returns:
+        An RGB image of the same size.
     """
     drawn = (found["scores"] >= least_score).nonzero().flatten().tolist()
     palette = class_palette(256)
@@ -75,14 +84,17 @@ def box_image(
 
 
 class LogSegmentations(Callback):
-    """Show the logger how the first validation images are labelled: image, mask and prediction.
+    """Log a picture of the first validation images: image, mask and prediction side by side.
 
-    TensorBoard and loggers with ``log_image`` (such as W&B's) get the picture; for any other, or
-    none, it is a PNG file in ``samples/`` under the logger's folder.
+    TensorBoard and loggers with a method ``log_image`` (such as W&B's) get the picture. For any
+    other logger, or without one, it is a PNG file in ``samples/`` under the logger's folder.
 
     Args:
-        every_n_epochs: epochs from picture to picture.
+        every_n_epochs: number of epochs from one picture to the next.
         count: number of images, at most those of one validation batch.
+
+    Raises:
+        ValueError: if a number is below 1.
     """
 
     def __init__(self, every_n_epochs: int = 5, count: int = 4) -> None:
@@ -102,7 +114,7 @@ class LogSegmentations(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Draw, at the first batch of every so many epochs."""
+        """Log the picture, at the first batch of every ``every_n_epochs``-th epoch."""
         due = (trainer.current_epoch + 1) % self.every_n_epochs == 0
         if not due or trainer.sanity_checking or batch_idx or not trainer.is_global_zero:
             return
@@ -120,7 +132,7 @@ class LogSegmentations(Callback):
         self._log(trainer, torch.cat(rows, dim=1))
 
     def _log(self, trainer: Trainer, picture: Tensor) -> None:
-        """Hand an image (3, H, W) to every logger."""
+        """Give a picture, uint8 (3, H, W), to every logger."""
         name, step = "val/samples", trainer.global_step
         loggers: list[Logger | None] = [*trainer.loggers] or [None]
         array = picture.movedim(0, 2).numpy()
@@ -141,14 +153,19 @@ def _folder(trainer: Trainer, logger: Logger | None) -> Path:
 
 
 def _in_colour(labels: Tensor, palette: Sequence[Color]) -> Tensor:
+    """Return the coloured picture, uint8 (3, H, W), of labels (H, W)."""
     return torch.tensor(palette, dtype=torch.uint8)[labels].movedim(2, 0)
 
 
 def _beside(*pictures: Tensor) -> Tensor:
+    """Return pictures (1 or 3, H, W) side by side, as one picture."""
     return torch.cat([p.expand(3, -1, -1) for p in pictures], dim=2)
 
 
 def _stretched(images: Tensor) -> Tensor:
-    """Images of unknown normalisation, from their darkest to their brightest value."""
+    """Return pixels of images (N, C, H, W) of unknown normalisation.
+
+    The lowest value of each image becomes 0 and the highest becomes 255.
+    """
     low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
     return (255 * (images - low) / (high - low).clamp(min=1e-8)).to(torch.uint8)

@@ -1,4 +1,4 @@
-"""Between student and teacher: the teacher's view of the student's batch, and of its classes."""
+"""Conversion from student to teacher: ``InputBridge`` for images, ``match_classes`` for classes."""
 
 import math
 from collections.abc import Sequence
@@ -12,29 +12,31 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 
 class InputBridge:
-    """Turns the student's images into those that the teacher was trained on, on their device.
+    """A function that converts the student's images to the normalisation and size of the teacher.
 
-    An image is a floating-point tensor ``(N, C, H, W)`` with as many channels as ``student_mean``;
-    all else in the call is left alone. What does not differ is not computed: where nothing does,
-    the teacher gets the very tensors of the student.
+    A floating-point tensor ``(N, C, H, W)`` with as many channels as ``student_mean`` is an image.
+    Everything else in the student's call is passed on unchanged. A step that would change nothing
+    is left out: if no step is needed, the teacher gets the student's own tensors.
 
-    Means and deviations are those of pixels in 0..1, as the data modules have them: divide by 255
-    those of a pipeline in 0..255. So a teacher of raw pixels in 0..255 has mean 0 and deviation
-    1/255. A teacher of three channels may have a student of one, which is then repeated.
+    Means and standard deviations are those of pixels in 0..1, as in the data modules. Divide by 255
+    those of a pipeline with pixels in 0..255. A teacher that takes raw pixels in 0..255 has mean 0
+    and standard deviation 1/255. If the student's images have one channel and the teacher's have
+    three, the channel is repeated.
 
     Args:
-        mean: of each channel, which the teacher's training subtracted.
-        std: of each channel, by which it then divided.
-        student_mean: the same of the student's batch.
-        student_std: the same of the student's batch.
-        size: height and width of the teacher's input in pixels, or one number for both; the whole
-            image is resized to it, with antialiasing. ``None`` keeps the student's.
+        mean: the mean of each channel in the teacher's training.
+        std: the standard deviation of each channel in the teacher's training.
+        student_mean: the mean of each channel in the student's normalisation.
+        student_std: the standard deviation of each channel in the student's normalisation.
+        size: height and width of the teacher's input in pixels, or one number for both. The whole
+            image is resized, with antialiasing. ``None`` keeps the size.
         interpolation: ``"bicubic"`` or ``"bilinear"``.
-        flip_channels: the teacher takes BGR where the student takes RGB, or the other way round.
-            Each ``mean`` and ``std`` is in the order of its own network.
+        flip_channels: reverse the channels, for a teacher of BGR images and a student of RGB images
+            or the reverse. Each ``mean`` and ``std`` is in the order of its own network.
 
     Raises:
-        ValueError: if the numbers do not belong together.
+        ValueError: if the numbers of channels do not fit together, or a standard deviation is not
+            above 0.
 
     Example:
         >>> bridge = InputBridge([0.0], [1 / 255], student_mean=[0.5], student_std=[0.25], size=2)
@@ -53,23 +55,26 @@ class InputBridge:
         interpolation: str = "bicubic",
         flip_channels: bool = False,
     ) -> None:
-        theirs, ours = (list(mean), list(std)), (list(student_mean), list(student_std))
-        for names, (means, stds) in (("mean, std", theirs), ("student_mean, student_std", ours)):
+        teacher, student = (list(mean), list(std)), (list(student_mean), list(student_std))
+        for names, (means, stds) in (
+            ("mean, std", teacher),
+            ("student_mean, student_std", student),
+        ):
             if len(means) != len(stds) or not means or min(stds) <= 0:
                 raise ValueError(
                     f"{names} are {means}, {stds}: give one of each a channel, deviations above 0"
                 )
-        if len(ours[0]) not in (1, len(theirs[0])):
+        if len(student[0]) not in (1, len(teacher[0])):
             raise ValueError(
-                f"the teacher has {len(theirs[0])} channels and the student {len(ours[0])}: only a "
-                "student of one channel can be shown to a teacher of another number"
+                f"the teacher has {len(teacher[0])} channels and the student {len(student[0])}: "
+                "give both the same number, or the student one channel, which is repeated"
             )
         if interpolation not in ("bicubic", "bilinear"):
             raise ValueError(f"interpolation is {interpolation!r}: use 'bicubic' or 'bilinear'")
         if flip_channels:
-            ours = (ours[0][::-1], ours[1][::-1])
-        repeat = len(theirs[0]) // len(ours[0])
-        columns = zip(*theirs, *(values * repeat for values in ours), strict=True)
+            student = (student[0][::-1], student[1][::-1])
+        repeat = len(teacher[0]) // len(student[0])
+        columns = zip(*teacher, *(values * repeat for values in student), strict=True)
         # (x * student_std + student_mean - mean) / std is one multiplication and one addition.
         affine = [
             (s_std / t_std, (s_mean - t_mean) / t_std) for t_mean, t_std, s_mean, s_std in columns
@@ -77,7 +82,7 @@ class InputBridge:
         same = repeat == 1 and all(
             math.isclose(scale, 1, rel_tol=1e-6) and abs(shift) < 1e-6 for scale, shift in affine
         )
-        self.channels = len(ours[0])
+        self.channels = len(student[0])
         self.affine = None if same else affine
         self.size = (size, size) if isinstance(size, int) else size and tuple(size)
         self.interpolation = interpolation
@@ -86,16 +91,17 @@ class InputBridge:
 
     @torch.no_grad()
     def __call__(self, inputs: Any) -> Any:
-        """The teacher's view.
+        """Return the teacher's inputs for the student's inputs.
 
         Args:
-            inputs: an image, or any nesting of containers that holds one.
+            inputs: images ``(N, C, H, W)``, or nested containers that hold them.
 
         Returns:
-            The same nesting; images in float32 or wider where they were computed anew.
+            The same containers with the teacher's images, which are in float32 or float64 if they
+            were converted.
 
         Raises:
-            ValueError: if there is no image in it.
+            ValueError: if `inputs` holds no image.
         """
         leaves, nesting = tree_flatten(inputs)
         images = [index for index, leaf in enumerate(leaves) if self._is_image(leaf)]
@@ -107,7 +113,7 @@ class InputBridge:
                 "give student_mean and student_std one number a channel of the student's images"
             )
         for index in images:
-            leaves[index] = self._view(leaves[index])
+            leaves[index] = self._convert(leaves[index])
         return tree_unflatten(leaves, nesting)
 
     def _is_image(self, x: Any) -> bool:
@@ -118,7 +124,7 @@ class InputBridge:
             and x.shape[1] == self.channels
         )
 
-    def _view(self, x: Tensor) -> Tensor:
+    def _convert(self, x: Tensor) -> Tensor:
         dtype = torch.promote_types(x.dtype, torch.float32)
         if self.flip_channels:
             x = x.flip(1)
@@ -133,26 +139,28 @@ class InputBridge:
         return x
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_constants": {}}  # they lie on devices
+        """Return the state without the constants, because they lie on devices of this process."""
+        return self.__dict__ | {"_constants": {}}
 
 
 def match_classes(
     student_names: Sequence[str] | str | Path, teacher_names: Sequence[str] | str | Path
 ) -> list[int]:
-    """The teacher's class of each of the student's classes, by name: a ``class_map``.
+    """Return a ``class_map``: for each class of the student, the teacher's class of that name.
 
-    Upper and lower case, underscores and runs of spaces make no difference.
+    Names are compared without regard to case, underscores and repeated spaces.
 
     Args:
-        student_names: names in the order of the labels, or a text file with one name a line. A
-            class that the teacher calls otherwise is given the teacher's name here.
-        teacher_names: the same of the teacher, in the order of its outputs.
+        student_names: names in the order of the labels, or a text file with one name a line. If the
+            teacher has another name for a class, write the teacher's name here.
+        teacher_names: names in the order of the teacher's outputs, or a text file.
 
     Returns:
-        One index into the teacher's classes for each of the student's.
+        One index into the teacher's classes for each of the student's classes.
 
     Raises:
-        ValueError: if a student's class has no partner, or several; all such names are listed.
+        ValueError: if the teacher has no class, or several, of a student's name; the message lists
+            all such names.
 
     Example:
         >>> match_classes(["tabby_cat", "Beagle"], ["beagle", "pug", "tabby cat"])
@@ -161,30 +169,32 @@ def match_classes(
     students, teachers = _read_names(student_names), _read_names(teacher_names)
     places: dict[str, list[int]] = {}
     for index, name in enumerate(teachers):
-        places.setdefault(_plain(name), []).append(index)
-    lonely = [name for name in students if _plain(name) not in places]
-    if lonely:
+        places.setdefault(_normalise_name(name), []).append(index)
+    missing = [name for name in students if _normalise_name(name) not in places]
+    if missing:
         raise ValueError(
-            f"{len(lonely)} of the student's {len(students)} classes have no partner among the "
-            f"teacher's {len(teachers)}: {', '.join(map(repr, lonely))}. Write them in "
-            "student_names as the teacher calls them, or give class_map as a list of indices"
+            f"{len(missing)} of the student's {len(students)} classes have no partner among the "
+            f"teacher's {len(teachers)}: {', '.join(map(repr, missing))}. Write them in "
+            "student_names as in teacher_names, or give class_map as a list of indices"
         )
-    several = [name for name in students if len(places[_plain(name)]) > 1]
+    several = [name for name in students if len(places[_normalise_name(name)]) > 1]
     if several:
-        found = ", ".join(f"{name!r} at {places[_plain(name)]}" for name in several)
+        found = ", ".join(f"{name!r} at {places[_normalise_name(name)]}" for name in several)
         raise ValueError(
             f"the teacher has several classes of one name: {found}. Give class_map as a list of "
             "indices, or make teacher_names distinct"
         )
-    return [places[_plain(name)][0] for name in students]
+    return [places[_normalise_name(name)][0] for name in students]
 
 
 def _read_names(names: Sequence[str] | str | Path) -> list[str]:
+    """Return the names of a list, or of the lines of a text file."""
     if isinstance(names, (str, Path)):
         lines = Path(names).expanduser().read_text(encoding="utf-8").splitlines()
         return [line for line in lines if line.strip()]
     return list(names)
 
 
-def _plain(name: str) -> str:
+def _normalise_name(name: str) -> str:
+    """Return a name in lower case, with single spaces instead of underscores and many spaces."""
     return " ".join(name.replace("_", " ").casefold().split())

@@ -1,4 +1,4 @@
-"""load_teacher: a teacher by a timm or torchvision name, a factory, or as a network."""
+"""``load_teacher``: build a teacher from a timm or torchvision name, a function or a network."""
 
 import difflib
 import importlib
@@ -30,34 +30,35 @@ def load_teacher(
     arguments: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Teacher:
-    """Build a teacher from wherever its network and weights come.
+    """Return a teacher, with a network and weights from a library, a function or a file.
 
     Args:
-        source: ``"timm/resnet34.tv_in1k"`` or the name alone; ``"torchvision/resnet50"``; a
-            function ``"package.module:function"`` or itself, which returns the network; or the
-            network.
-        weights: file to load, see :func:`lightning_dist.weights.load_weights`. Nothing is
-            downloaded then.
-        pretrained: of a timm or torchvision name: load the library's weights. A torchvision network
-            that has several takes a name such as ``"IMAGENET1K_V2"``; of timm it is part of the
-            name. ``False`` leaves the weights random.
-        num_classes: classes of the network; by default as many as the library's weights have, or as
-            the function makes.
-        student_mean: of each channel of the student's images. With ``student_std`` the teacher gets
-            an :class:`lightning_dist.teacher.InputBridge` to the normalisation and size that timm
-            or torchvision tell of the network.
-        student_std: of each channel of the student's images.
+        source: one of: ``"timm/resnet34.tv_in1k"``, with or without ``timm/``;
+            ``"torchvision/resnet50"``; a function that returns the network, or its place
+            ``"package.module:function"``; the network itself.
+        weights: a weight file, see :func:`lightning_dist.weights.load_weights`. With it, nothing is
+            downloaded.
+        pretrained: load the weights that timm or torchvision has for the name. If torchvision has
+            several weights for a network, give the name of one, such as ``"IMAGENET1K_V2"``; in
+            timm that is a part of the network's name. ``False`` leaves the weights random.
+        num_classes: the number of classes of the network; by default that of the library's weights,
+            or the function's own default.
+        student_mean: the mean of each channel in the student's normalisation. With ``student_std``,
+            the teacher gets an :class:`lightning_dist.teacher.InputBridge` to the normalisation and
+            image size that timm or torchvision documents for the network.
+        student_std: the standard deviation of each channel in the student's normalisation.
         arguments: further arguments of the function that builds the network.
-        options: of :class:`lightning_dist.Teacher`: ``inputs``, ``class_map``, ``dtype``,
+        options: options of :class:`lightning_dist.Teacher`: ``inputs``, ``class_map``, ``dtype``,
             ``compile``, ``channels_last``.
 
     Returns:
-        The teacher.
+        The teacher, which is frozen and in evaluation mode.
 
     Raises:
-        ValueError: for an unknown name (near ones are listed), a head of another size than
-            the weights', or a bridge to a normalisation that is not known.
-        TypeError: if ``source`` is something else, or makes something else than a network.
+        ValueError: if a name is unknown (the message lists similar ones), if ``num_classes`` is not
+            that of the library's weights, or if an InputBridge is wanted and the network's
+            normalisation is unknown.
+        TypeError: if ``source`` is of another type, or its function does not return a network.
 
     Example:
         >>> teacher = load_teacher("timm/test_resnet.r160_in1k", pretrained=False,
@@ -70,30 +71,11 @@ def load_teacher(
     given = dict(arguments or {})
     if num_classes is not None:
         given["num_classes"] = num_classes
-    load = bool(pretrained) and weights is None
-    pixels: dict[str, Any] | None = None  # what the source tells of the network's images
-    if isinstance(source, nn.Module):
-        if given:
-            raise ValueError(f"{', '.join(given)} cannot change a network that is built already")
-        network = source
-    elif isinstance(source, str) and source.startswith("torchvision/"):
-        name = source.removeprefix("torchvision/")
-        entry = pretrained if isinstance(pretrained, str) else "DEFAULT"
-        network, pixels = _from_torchvision(name, entry, load, given)
-    elif isinstance(source, str) and (":" not in source or source.startswith("timm/")):
-        network, pixels = _from_timm(source.removeprefix("timm/"), load, given)
-    elif callable(factory := _import(source) if isinstance(source, str) else source):
-        network = factory(**given)
-    else:
-        raise TypeError(
-            f"the teacher's source is a {type(source).__name__}: give a name such as "
-            "'timm/resnet34.tv_in1k', 'torchvision/resnet50' or 'package.module:function', a "
-            "function or a torch.nn.Module"
-        )
+    network, pixels = _build(source, pretrained, weights is None, given)
     if student_mean is not None and options.get("inputs") is None:
         if pixels is None:
             raise ValueError(
-                f"{source} does not tell its normalisation: leave out student_mean and student_std "
+                f"the normalisation of {source} is unknown: leave out student_mean and student_std "
                 "and give inputs=InputBridge(mean, std, student_mean, student_std)"
             )
         assert student_std is not None
@@ -103,11 +85,44 @@ def load_teacher(
     return Teacher(network, weights, **options)
 
 
+def _build(
+    source: str | nn.Module | Callable[..., nn.Module],
+    pretrained: bool | str,
+    may_load: bool,
+    given: dict[str, Any],
+) -> tuple[nn.Module, dict[str, Any] | None]:
+    """Return the network of a source, and the arguments of an InputBridge to its images if known.
+
+    Raises:
+        ValueError: if the source or its arguments are refused.
+        TypeError: if the source is of another type.
+    """
+    load = bool(pretrained) and may_load
+    if isinstance(source, nn.Module):
+        if given:
+            raise ValueError(f"{', '.join(given)} cannot change a network that is built already")
+        return source, None
+    if isinstance(source, str) and source.startswith("torchvision/"):
+        name = source.removeprefix("torchvision/")
+        entry = pretrained if isinstance(pretrained, str) else "DEFAULT"
+        return _from_torchvision(name, entry, load, given)
+    if isinstance(source, str) and (":" not in source or source.startswith("timm/")):
+        return _from_timm(source.removeprefix("timm/"), load, given)
+    factory = _import(source) if isinstance(source, str) else source
+    if not callable(factory):
+        raise TypeError(
+            f"the teacher's source is a {type(source).__name__}: give a name such as "
+            "'timm/resnet34.tv_in1k', 'torchvision/resnet50' or 'package.module:function', a "
+            "function or a torch.nn.Module"
+        )
+    return factory(**given), None
+
+
 def _from_timm(
     name: str, load: bool, arguments: dict[str, Any]
 ) -> tuple[nn.Module, dict[str, Any]]:
     architecture = name.split(".")[0]
-    if ":" not in name:  # otherwise a place such as hf-hub:owner/name
+    if ":" not in name:  # A name with a colon is a place such as hf-hub:owner/name.
         if not timm.is_model(architecture):
             _refuse_name("timm network", architecture, timm.list_models())
         tags = timm.list_pretrained(f"{architecture}.*")
@@ -135,11 +150,12 @@ def _from_torchvision(
     if load:
         _check_head(f"torchvision's {name}", len(chosen.meta.get("categories", ())), arguments)
     elif "weights_backbone" in _parameters(torchvision.models.get_model_builder(name)):
-        arguments = {"weights_backbone": None, **arguments}  # by default it is downloaded
+        # By default, torchvision downloads weights for the backbone.
+        arguments = {"weights_backbone": None, **arguments}
     with _weights_only():
         network = torchvision.models.get_model(name, weights=chosen if load else None, **arguments)
     preset = chosen.transforms()
-    if not hasattr(preset, "mean"):  # detectors normalise their images themselves
+    if not hasattr(preset, "mean"):  # Detectors normalise their images themselves.
         return network, None
     return network, _pixels(
         preset.mean, preset.std, getattr(preset, "crop_size", None), preset.interpolation.value
@@ -152,7 +168,7 @@ def _pixels(
     size: Sequence[int] | None,
     interpolation: str,
 ) -> dict[str, Any]:
-    """Arguments of InputBridge; a crop size of one number is that of a square."""
+    """Return arguments of InputBridge; a crop size of one number is the side of a square."""
     return {
         "mean": mean,
         "std": std,
@@ -173,7 +189,10 @@ def _import(path: str) -> Any:
 
 
 def _check_head(what: str, classes: int | None, arguments: Mapping[str, Any]) -> None:
-    """A library gives a pretrained network of other classes a head of random weights."""
+    """Raise a ValueError if ``num_classes`` differs from the number of classes of the weights.
+
+    timm and torchvision would give the pretrained network a head of random weights.
+    """
     wanted = arguments.get("num_classes")
     if wanted is not None and classes and wanted != classes:
         raise ValueError(
@@ -183,6 +202,7 @@ def _check_head(what: str, classes: int | None, arguments: Mapping[str, Any]) ->
 
 
 def _refuse_name(what: str, name: str, known: Iterable[str]) -> None:
+    """Raise a ValueError that lists names similar to an unknown one."""
     names = [candidate for candidate in known if not candidate.startswith("_")]
     near = difflib.get_close_matches(name, names, n=8, cutoff=0.5) or sorted(names)[:8]
     hint = f"did you mean {', '.join(map(repr, near))}?" if near else "there is none"
@@ -195,7 +215,7 @@ def _parameters(function: Callable[..., Any]) -> Iterable[str]:
 
 @contextmanager
 def _weights_only() -> Iterator[None]:
-    """Let torch.load read nothing but weights: torchvision asks for a whole pickle."""
+    """Let torch.load read only weights here, because torchvision does not request that."""
     name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(name)
     os.environ[name] = "1"

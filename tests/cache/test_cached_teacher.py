@@ -574,6 +574,12 @@ def test_settings_out_of_range_are_refused(settings):
         CachedTeacher(nn.Linear(1, 1), **settings)
 
 
+def test_a_teacher_that_is_no_network_is_refused(tmp_path):
+    for wrong in ("resnet50", CachedTeacher(teacher(), tmp_path)):
+        with pytest.raises(TypeError, match=f"the teacher is a {type(wrong).__name__}"):
+            CachedTeacher(wrong, tmp_path)
+
+
 # Several processes
 
 

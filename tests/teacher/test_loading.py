@@ -136,8 +136,8 @@ def test_weights_from_a_file_replace_the_librarys(tmp_path, monkeypatch):
             "have 1000 classes and num_classes is 10.*class_map",
         ),
         ("torchvision/resnet50", {"num_classes": 10}, "have 1000 classes and num_classes is 10"),
-        (a_network, OURS, "does not tell its normalisation.*InputBridge"),
-        (a_network, {"student_mean": MEAN}, "give student_mean and student_std both, or neither"),
+        (a_network, OURS, "the normalisation of .* is unknown.*InputBridge"),
+        (a_network, {"student_mean": MEAN}, "student_mean and student_std both"),
         (a_network(), {"num_classes": 3}, "num_classes cannot change a network that is built"),
     ],
 )
