@@ -75,7 +75,7 @@ def interrupt(
 
 
 def differences(whole: Path, resumed: Path) -> list[str]:
-    """What the two runs do not share: weights, optimizer, schedule, metrics, curves."""
+    """Return what differs between two runs: weights, optimizer, schedule, metrics, curves."""
     found = []
     for name in ("best.ckpt", "last.ckpt"):
         first, second = (

@@ -440,7 +440,7 @@ def test_weight_averaging_copies_no_teacher(make_trainer, averaging):
 
 
 class Tuned(Plain):
-    """What Lightning's tuners want: a rate and a batch size as attributes, and a loader."""
+    """A module with the attributes that Lightning's tuners set, and a loader."""
 
     lr = 0.1
     batch_size = 2

@@ -1,4 +1,4 @@
-"""What only a GPU can show: half precision with scaled gradients, NCCL, DeepSpeed, the compiler.
+"""Tests that need a GPU: half precision with scaled gradients, NCCL, DeepSpeed, the compiler.
 
 Skipped where there is none; with one, ``pytest tests/test_gpu.py`` takes a few minutes.
 """

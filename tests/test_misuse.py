@@ -1,4 +1,4 @@
-"""What a user may get wrong, and the one message for it, where no other test has it."""
+"""Mistakes of users, each with its one message, where no other test has them."""
 
 import re
 import sys

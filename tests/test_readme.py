@@ -25,7 +25,7 @@ EXAMPLES = [
 
 
 class Classifier(LightningModule):
-    """What a reader has already."""
+    """Return the variables that a reader of the README has already."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -173,7 +173,7 @@ class DetectionModule(DistillModule):
 
 
 def _nothing(device: torch.device) -> dict[str, Tensor]:
-    """What is found in an image without things, or is to be found there."""
+    """Return the prediction, or the target, of an image without objects."""
     labels = torch.zeros(0, dtype=torch.int64, device=device)
     boxes = torch.zeros(0, 4, device=device)
     return {"boxes": boxes, "labels": labels, "scores": boxes[:, 0]}

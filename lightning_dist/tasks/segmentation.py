@@ -180,7 +180,7 @@ def resize(logits: Tensor, size: Any, align_corners: bool) -> Tensor:
 
 
 def _starts(length: int, window: int) -> list[int]:
-    """Where windows begin, the last one at the end of the image."""
+    """Return where windows begin, in pixels; the last window ends at the end of the image."""
     step = max(int(window * (1 - SLIDE_OVERLAP)), 1)
     return [*range(0, length - window, step), length - window]
 

@@ -104,7 +104,7 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_teacher_that_answers_otherwise_is_refused(train, tmp_path, monkeypatch, way):
-    """By one in a thousand: the key does not hold what has changed."""
+    """The answers change by one in a thousand; the key does not hold what has changed them."""
 
     def run(factor):
         torch.manual_seed(0)

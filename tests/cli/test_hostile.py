@@ -277,7 +277,7 @@ def test_a_name_with_a_colon_is_no_path_out_of_the_archive(tmp_path):
 
 
 def test_a_whole_file_of_the_corpus_would_load(tmp_path):
-    """What makes the files hostile is what the tests say, not how they are written."""
+    """The same files with harmless contents are read: only what the tests name is refused."""
     path = tmp_path / "w.pth"
     path.write_bytes(repacked("archive/more"))
     load_weights(SmallCNN([32, 64, 128]), path)

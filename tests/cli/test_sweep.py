@@ -25,7 +25,7 @@ JOBLIB = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
 
 
 def results(folder: Path) -> list[dict]:
-    """What each job left, in the jobs' order."""
+    """Return the result of each job, in the jobs' order."""
     paths = sorted(folder.glob("*/result.json"), key=lambda path: int(path.parent.name))
     return [json.loads(path.read_text()) for path in paths]
 
@@ -165,19 +165,19 @@ def with_experiment(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "mend"),
+    ("text", "advice"),
     [
         ("  - override /hydra/launcher: joblib\n", "hydra/launcher=joblib"),
         ("  - override /hydra/sweeper: optuna\n", "hydra/sweeper=optuna"),
     ],
 )
 def test_an_experiment_chooses_its_launcher_too_late_for_a_sweep(
-    refused, tmp_path, with_experiment, text, mend
+    refused, tmp_path, with_experiment, text, advice
 ):
     options = with_experiment(text)
     message = refused("train", "-m", *options, "experiment=digits,late", *TINY)
     assert "experiment=late sets hydra." in message
-    assert mend in message
+    assert advice in message
     assert not list(tmp_path.rglob("result.json"))
 
 

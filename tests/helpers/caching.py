@@ -1,4 +1,4 @@
-"""What the tests of the teacher cache share: small data, a trained teacher, the files of views."""
+"""Helpers of the teacher cache's tests: small data, a trained teacher, the files of views."""
 
 from pathlib import Path
 

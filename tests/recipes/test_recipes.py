@@ -50,7 +50,7 @@ def offline(recipe: str) -> list[str]:
 
 
 def expected(recipe: str) -> SimpleNamespace:
-    """What the paper says of a recipe."""
+    """Return the settings that the paper gives for a recipe."""
     strategy, student, teacher, own = PAPER["recipes"][recipe]
     values = PAPER["strategies"].get(strategy) or PAPER["own"][strategy]
     values = {**PAPER["strategies"].get(values.get("like"), {}), **values}
@@ -235,7 +235,7 @@ def test_learning_rate_is_the_papers_at_every_update_of_the_run(recipe):
 
 
 def kind_of(network: nn.Module) -> dict[int, str]:
-    """Of each parameter, by its id: a norm layer's, a bias, or the last part of its name."""
+    """Return the kind of each parameter, by its id: norm, bias, or the last part of its name."""
     kinds = {id(p): name.split(".")[-1] for name, p in network.named_parameters()}
     norms = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
     for layer in network.modules():

@@ -53,7 +53,7 @@ def test_a_timm_name_loads_the_librarys_weights(tmp_path):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """Where torchvision finds its weights without a download."""
+    """Return the folder in which torchvision finds its weights without a download."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     folder = tmp_path / "hub" / "checkpoints"
     folder.mkdir(parents=True)
@@ -141,7 +141,7 @@ def test_weights_from_a_file_replace_the_librarys(tmp_path, monkeypatch):
         (a_network(), {"num_classes": 3}, "num_classes cannot change a network that is built"),
     ],
 )
-def test_what_cannot_be_loaded_is_refused_with_the_mend(source, arguments, message):
+def test_what_cannot_be_loaded_is_refused_with_advice(source, arguments, message):
     with pytest.raises(ValueError, match=message):
         load_teacher(source, **arguments)
 
