@@ -158,6 +158,7 @@ class DistillModule(LightningModule):
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log ``train/loss``, the loss that was trained on, distillation included."""
         if outputs is not None:  # Lightning divides the loss by the number of accumulated batches
             loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
             self.log("train/loss", loss * self.trainer.accumulate_grad_batches, prog_bar=True)
@@ -292,7 +293,12 @@ class DistillModule(LightningModule):
         return math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
-        """Step a torch scheduler as Lightning does, and a timm scheduler with its position."""
+        """Step a torch scheduler as Lightning does, and a timm scheduler with its position.
+
+        Args:
+            scheduler: the scheduler.
+            metric: the value of the monitored metric, of a scheduler that waits for a plateau.
+        """
         if not hasattr(scheduler, "step_update"):
             super().lr_scheduler_step(scheduler, metric)
         else:

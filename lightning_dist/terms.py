@@ -182,7 +182,15 @@ class TermParameters(nn.ModuleDict):
 
     @classmethod
     def join(cls, terms: Mapping[str, Term], pl_module: LightningModule) -> bool:
-        """Register the terms' parameters on a module; return whether there are any."""
+        """Register the terms' parameters on a module.
+
+        Args:
+            terms: by name.
+            pl_module: the module.
+
+        Returns:
+            Whether there are any parameters.
+        """
         losses = {name: x.loss for name, x in terms.items() if isinstance(x.loss, nn.Module)}
         parts = cls({name: loss for name, loss in losses.items() if terms[name].parameters()})
         if len(parts):

@@ -87,7 +87,9 @@ class InputBridge:
         self.size = (size, size) if isinstance(size, int) else size and tuple(size)
         self.interpolation = interpolation
         self.flip_channels = flip_channels
-        self._constants: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+        # Black and white as the teacher gets them.
+        self.limits = [(-m / s, (1 - m) / s) for m, s in zip(*teacher, strict=True)]
+        self._constants: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
 
     @torch.no_grad()
     def __call__(self, inputs: Any) -> Any:
@@ -129,14 +131,32 @@ class InputBridge:
         if self.flip_channels:
             x = x.flip(1)
         if self.affine is not None:
-            if (x.device, dtype) not in self._constants:
-                scale, shift = torch.tensor(self.affine, dtype=dtype, device=x.device).T
-                self._constants[x.device, dtype] = scale.view(-1, 1, 1), shift.view(-1, 1, 1)
-            scale, shift = self._constants[x.device, dtype]
+            scale, shift = self._constant("affine", x.device, dtype)
             x = torch.addcmul(shift, x.to(dtype), scale)
         if self.size is not None and x.shape[2:] != self.size:
-            x = F.interpolate(x.to(dtype), self.size, mode=self.interpolation, antialias=True)
+            x = self._resized(x.to(dtype))
         return x
+
+    def _resized(self, x: Tensor) -> Tensor:
+        """Resize images as Pillow does: first the width, and overshoot is clipped each time."""
+        if self.interpolation == "bilinear":
+            return F.interpolate(x, self.size, mode="bilinear", antialias=True)
+        black, white = self._constant("limits", x.device, x.dtype)
+        # Random erasing may have drawn values beyond black and white, which stay as they are.
+        least = torch.minimum(black, x.amin((0, 2, 3)).view(-1, 1, 1))
+        most = torch.maximum(white, x.amax((0, 2, 3)).view(-1, 1, 1))
+        for size in ((x.shape[2], self.size[1]), self.size):
+            if x.shape[2:] != size:
+                x = F.interpolate(x, size, mode="bicubic", antialias=True).clamp(least, most)
+        return x
+
+    def _constant(self, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Return a list of pairs, one a channel, as two tensors ``(C, 1, 1)`` in one."""
+        key = (name, device, dtype)
+        if key not in self._constants:
+            pairs = torch.tensor(getattr(self, name), dtype=dtype, device=device)
+            self._constants[key] = pairs.T.unsqueeze(-1).unsqueeze(-1)
+        return self._constants[key]
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state without the constants, because they lie on devices of this process."""

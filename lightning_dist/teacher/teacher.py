@@ -126,7 +126,11 @@ class Teacher(TeacherBase):
         taps: Sequence[Tap],
         inputs: Mapping[str, str],
     ) -> None:
-        """Freeze the network and move it to the Trainer's device; see :class:`TeacherBase`."""
+        """Freeze the network and move it to the Trainer's device; see :class:`TeacherBase`.
+
+        Raises:
+            MisconfigurationException: if the network shares tensors with the module.
+        """
         try:
             refuse_shared_tensors(self.network, pl_module)
         except MisconfigurationException:

@@ -39,7 +39,11 @@ class StudentEMA(Callback):
         self._averaged_steps = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Copy the student, so that a checkpoint's average can be loaded into the copy."""
+        """Copy the student, so that a checkpoint's average can be loaded into the copy.
+
+        Raises:
+            MisconfigurationException: if the module is no DistillModule, or the student is sharded.
+        """
         if stage != "fit":  # then the module itself takes an average from the checkpoint
             return
         if not hasattr(pl_module, "evaluate_too"):

@@ -65,6 +65,7 @@ def count_samples(inputs: Any) -> int:
         inputs: a batched tensor, a mapping or tuple of such, or a list with one item a sample.
 
     Example:
+        >>> import torch
         >>> count_samples({"pixels": torch.zeros(8, 3, 4, 4), "mask": torch.zeros(8, 4)})
         8
     """

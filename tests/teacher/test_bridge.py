@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torchvision.transforms import v2
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from lightning_dist import Teacher
 from lightning_dist.teacher import InputBridge, match_classes
@@ -27,9 +29,27 @@ def seen_by(bridge: InputBridge, *args, **kwargs):
 
 
 @pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+def test_noise_is_resized_as_pillow_does(mode):
+    """On black and white noise bicubic interpolation overshoots, which Pillow clips."""
+    pixels = 255 * torch.randint(0, 2, (3, 24, 24), dtype=torch.uint8)
+    size, way = (31, 17), Image.Resampling[mode.upper()]
+    expected = pil_to_tensor(to_pil_image(pixels).resize(size[::-1], way)) / 255
+    bridge = InputBridge(MEAN, STD, **OURS, size=size, interpolation=mode)
+    (seen,) = seen_by(bridge, as_student(pixels[None] / 255))
+    seen = seen[0] * torch.tensor(STD).view(-1, 1, 1) + torch.tensor(MEAN).view(-1, 1, 1)
+    assert (seen - expected).abs().max() < 1.5 / 255
+
+
+def test_values_beyond_black_and_white_are_not_clipped():
+    bridge = InputBridge([0.0], [1.0], [0.0], [1.0], size=4)
+    (seen,) = seen_by(bridge, torch.full((1, 1, 8, 8), 3.0))
+    torch.testing.assert_close(seen, torch.full((1, 1, 4, 4), 3.0))
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("size", [13, (5, 6), 8])
 def test_the_bridge_gives_what_the_teachers_own_transform_would(mode, size):
-    raw = raw_images()
+    raw = 0.3 + 0.4 * raw_images()  # no overshoot leaves 0..1
     bridge = InputBridge(MEAN, STD, **OURS, size=size, interpolation=mode)
     (seen,) = seen_by(bridge, as_student(raw))
     shape = [size, size] if isinstance(size, int) else size
