@@ -83,6 +83,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name, (count, batch) in SETS.items()
     ]
     cases += [{"script": "evaluate_detection", "out": f"{folder}/detection.json", "devices": 2}]
+    cases += [{"script": "skip", "out": str(folder / "skip")}]
     for name, options in TRAININGS.items():
         cases.append({"script": "train", "out": str(folder / name), **options})
     stderr = launch(cases).stderr
@@ -157,6 +158,15 @@ def test_without_sync_each_rank_correlates_over_its_own_batch(launched, joined, 
     assert ranks[0]["distill"] != pytest.approx(joined()["distill"], rel=1e-3)
     assert all(rank["teacher_unchanged"] for rank in ranks)
     torch.testing.assert_close(ranks[0]["weights"], ranks[1]["weights"], rtol=0, atol=0)
+
+
+def test_a_rank_that_skips_a_term_does_not_keep_the_others_waiting(launched):
+    """A part of the student is trained by distillation alone, and one rank leaves it out once."""
+    ranks = [json.loads(file.read_text()) for file in sorted((launched / "skip").iterdir())]
+    assert [rank["skipped"] for rank in ranks] == [0, 1]
+    assert [rank["steps"] for rank in ranks] == [4, 4]
+    assert ranks[0]["weights"] == ranks[1]["weights"]
+    assert np.isfinite(np.array(ranks[0]["weights"]["net.extra.weight"])).all()
 
 
 def test_spawned_processes(spawned):

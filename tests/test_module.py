@@ -300,6 +300,26 @@ def test_a_teacher_object_is_taken_as_it_is():
     assert DistillModule(network(), teacher).teacher is teacher
 
 
+@pytest.mark.parametrize("library", ["torch", "timm"])
+def test_a_scheduler_that_waits_for_a_plateau_gets_its_metric(make_trainer, library):
+    factory = functools.partial(timm.scheduler.PlateauLRScheduler, decay_rate=0.5, patience_t=0)
+    if library == "torch":
+        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau
+        factory = functools.partial(plateau, factor=0.5, patience=0, mode="max")
+    seen = []
+
+    class Worse(DistillModule):
+        def on_validation_epoch_end(self):
+            self.log("val/score", 1.0 / (1 + self.current_epoch))
+
+        def on_train_epoch_start(self):
+            seen.append(self.trainer.optimizers[0].param_groups[0]["lr"])
+
+    module = Worse(network(), optimizer=sgd, scheduler=factory, scheduler_monitor="val/score")
+    make_trainer(max_epochs=4).fit(module, data(), data())
+    assert seen == pytest.approx([0.1, 0.1, 0.05, 0.025])
+
+
 def test_an_unknown_scheduler_interval_is_refused():
     with pytest.raises(ValueError, match="scheduler_interval is 'batch': use 'epoch' or 'step'"):
         DistillModule(network(), scheduler_interval="batch")
