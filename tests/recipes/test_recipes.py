@@ -391,6 +391,7 @@ def test_two_steps_run_with_the_real_networks(recipe, roots, make_trainer):
         limit_val_batches=1,
         num_sanity_val_steps=0,
         gradient_clip_val=config.trainer.gradient_clip_val,
+        callbacks=[instantiate(config.callbacks["ema"])] if "ema" in config.callbacks else [],
     )
     trainer.fit(module, instantiate(config.data))
     metrics = trainer.callback_metrics
