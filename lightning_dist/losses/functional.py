@@ -85,7 +85,7 @@ def dist_loss(
         inputs = tuple(x if x is None else x.movedim(1, -1).flatten(0, -2) for x in inputs)
     elif student.dim() > 2:
         inputs = tuple(x if x is None else x.flatten(2) for x in inputs)
-    return DISTFunction.apply(*inputs, tau, beta, gamma, activation, eps, sync)
+    return DISTFunction.apply(*inputs, tau, beta, gamma, activation, eps, sync)[0]
 
 
 def inter_class_correlation(

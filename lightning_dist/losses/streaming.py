@@ -1,6 +1,6 @@
 """``DISTFunction``: the DIST loss computed block by block, with its gradient in closed form."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -18,6 +18,9 @@ _BLOCK_ACCELERATOR = 2**24
 # slow, and copying the block transposed is faster. Measured on an H100: the copy is faster with
 # 720 classes and slower with 150.
 _MOST_STRIDED_CLASSES = 256
+# Activations and means carry rounding errors of a few units in the last place of the dtype in which
+# the loss is computed, so equal logits may give values that differ by this many.
+_ROUNDING_UNITS = 8
 
 
 def compute_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
@@ -44,14 +47,18 @@ class DISTFunction(torch.autograd.Function):
 
     The gradient of one correlation ``a / (b c + eps)``, ``a = <u, v>``, ``b = |u|``, ``c = |v|``,
     of centred ``u`` (student) and ``v`` (teacher) is ``P v - Q u``, ``P = 1 / (b c + eps)``,
-    ``Q = a c P^2 / b``. So the forward pass saves two coefficients for each row and two for each
-    column. The backward pass is a weighted sum of student and teacher, followed by the derivative
-    of the activation.
+    ``Q = a c P^2 / b``. So the forward pass returns two coefficients and the means of each row and
+    of each column. The backward pass is a weighted sum of the deviations of student and teacher
+    from these means, followed by the derivative of the activation. Each value is centred before it
+    is weighted: where a row or column is nearly constant, its coefficients are so large that
+    weighted values would cancel.
     """
+
+    # torch.func.vmap runs forward and backward on batched tensors. That needs no rule of its own.
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(
-        ctx: Any,
         student: Tensor,
         teacher: Tensor,
         mask: Tensor | None,
@@ -61,11 +68,10 @@ class DISTFunction(torch.autograd.Function):
         activation: Activation,
         eps: float,
         sync: bool,
-    ) -> Tensor:
-        """Return the loss, a scalar; see :func:`lightning_dist.functional.dist_loss`.
+    ) -> tuple[Tensor, ...]:
+        """Return the loss, a scalar, and what the backward pass needs.
 
         Args:
-            ctx: the context of autograd, which stores tensors for the backward pass.
             student: logits of shape ``(R, C)`` or ``(N, C, S)``.
             teacher: logits of the same shape.
             mask: boolean, shape ``(R, 1)`` or ``(N, 1, S)``; ``False`` leaves a row out.
@@ -77,11 +83,16 @@ class DISTFunction(torch.autograd.Function):
             sync: compute the loss over the batches of all ranks.
 
         Returns:
-            The loss, a scalar in float32 or float64.
+            The loss in float32 or float64 (see :func:`lightning_dist.functional.dist_loss`), a
+            tensor that describes the columns and, for each block, one that describes its rows.
+
+        Raises:
+            RuntimeError: if ``sync`` has to gather inside ``torch.func.vmap``.
         """
         dtype = compute_dtype(student, teacher)
-        total, row_coefficients, row_offsets = _correlate_rows(
-            student, teacher, mask, tau, activation, eps, dtype
+        tolerances = _tolerance(student, dtype), _tolerance(teacher, dtype)
+        total, row_data = _correlate_rows(
+            student, teacher, mask, tau, activation, eps, dtype, tolerances
         )
         world = 1
         if sync and torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -89,7 +100,7 @@ class DISTFunction(torch.autograd.Function):
             total = total.all_gather(world)
 
         rows = _at_least_one(total.rows)
-        rho, column_coefficients = _correlate(total.moments, eps)
+        rho, coefficients = _correlate(total.moments, total.mean, rows, tolerances, eps)
         correlation = total.inter * (beta / rows) + rho.sum() * (gamma / rho.numel())
         # Multiply after .to(dtype): with torch 2.11, torch.compile turns a last conversion that
         # changes nothing into a gradient of 0.
@@ -97,28 +108,42 @@ class DISTFunction(torch.autograd.Function):
         if isinstance(total.rows, Tensor) or total.rows == 0:
             loss = loss * (total.rows > 0)
 
-        row_weight = world * tau * beta / rows
-        column_coefficients = column_coefficients * (world * tau * gamma / student.shape[1])
-        column_offset = (column_coefficients * total.mean).sum(0)
-        ctx.save_for_backward(
-            student,
-            teacher,
-            mask,
-            column_coefficients.to(dtype),
-            column_offset.to(dtype),
-            *(coefficients * row_weight for coefficients in row_coefficients),
-            *(offset * row_weight for offset in row_offsets),
+        # Only these are outputs, since setup_context receives nothing else.
+        columns = _describe(
+            coefficients * (world * tau * gamma / student.shape[1]), total.mean, activation, dtype
         )
-        ctx.options = (tau, activation, dtype, len(row_coefficients))
-        return loss
+        row_weight = world * tau * beta / rows
+        return loss, columns, *(_weigh(data, row_weight) for data in row_data)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Store what the backward pass needs.
+
+        Args:
+            ctx: the context of autograd.
+            inputs: the arguments of :meth:`forward`.
+            output: what :meth:`forward` returned.
+        """
+        student, teacher, mask, tau, _, _, activation, _, _ = inputs
+        ctx.save_for_backward(student, teacher, mask, *output[1:])
+        ctx.options = (tau, activation, compute_dtype(student, teacher))
+        if torch.compiler.is_compiling():
+            ctx.mark_non_differentiable(*output[1:])
+        else:
+            # A second derivative inside torch.func depends on these outputs. With their gradient
+            # neither refused nor replaced by zeros, the backward pass can raise an error for it.
+            ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_output: Tensor | None, *others: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         """Return the gradient of the student's logits, and None for every other argument.
 
         Args:
-            ctx: the context that :meth:`forward` filled.
+            ctx: the context that :meth:`setup_context` filled.
             grad_output: the gradient of the loss, a scalar.
+            *others: the gradients of the other outputs; all None, but for a second derivative.
 
         Returns:
             Nine values, one for each argument of :meth:`forward`.
@@ -126,34 +151,24 @@ class DISTFunction(torch.autograd.Function):
         Raises:
             RuntimeError: if a second derivative is requested (``create_graph=True``).
         """
-        # With create_graph=True, autograd records the operations of this function too.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                "dist_loss has no second derivative: call backward() or grad() without create_graph"
-            )
-        tau, activation, dtype, n_blocks = ctx.options
-        student, teacher, mask, column_coefficients, column_offset, *kept = ctx.saved_tensors
+        _refuse_second_derivative(others)
+        if grad_output is None:  # The loss is not part of what is differentiated.
+            return (None,) * 9
+        tau, activation, dtype = ctx.options
+        student, teacher, mask, columns, *row_data = ctx.saved_tensors
         # Multiply the small tensors by grad_output first. torch.compile may move whatever does not
         # depend on grad_output into the forward pass, and would then store tensors as large as the
         # logits.
-        column_coefficients, column_offset, *kept = (
-            x * grad_output for x in (column_coefficients, column_offset, *kept)
-        )
-        row_coefficients, row_offsets = kept[:n_blocks], kept[n_blocks:]
-        as_rows = _as_rows(student)
-        gradient = torch.empty_like(student) if n_blocks != 1 or as_rows else None
-        for index, block in enumerate(_blocks(student)):
+        columns, *row_data = (_weigh(data, grad_output) for data in (columns, *row_data))
+        as_rows, whole = _as_rows(student), len(row_data) == 1
+        gradient = None if whole and not as_rows else torch.empty_like(student)
+        for block, rows in zip(_blocks(student, whole), row_data, strict=True):
             y_student, y_teacher, keep = _activate(
                 student, teacher, mask, block, tau, activation, dtype
             )
-            columns, offset = column_coefficients, column_offset
+            slope = _weighted_deviations(y_student, y_teacher, columns, rows)
             if keep is not None:
-                columns, offset = columns * keep, offset * keep
-            rows = row_coefficients[index]
-            slope = (rows[0] + columns[0]).mul_(y_student)
-            slope.addcmul_(rows[1] + columns[1], y_teacher).sub_(offset)
-            if row_offsets:
-                slope.sub_(row_offsets[index])
+                slope.mul_(keep)
             if activation == "softmax":
                 slope.mul_(y_student)
                 slope.addcmul_(y_student, _sum(slope, (1,)), value=-1)
@@ -202,7 +217,12 @@ class Statistics(NamedTuple):
 
     @classmethod
     def of_block(
-        cls, y_student: Tensor, y_teacher: Tensor, keep: Tensor | None, inter: Tensor
+        cls,
+        y_student: Tensor,
+        y_teacher: Tensor,
+        keep: Tensor | None,
+        inter: Tensor,
+        activation: Activation,
     ) -> "Statistics":
         """Return the statistics of one block.
 
@@ -212,21 +232,17 @@ class Statistics(NamedTuple):
             keep: 1 for the rows that count and 0 for the others, in the dtype of the values, of
                 shape ``(R, 1)`` or ``(N, 1, S)``; ``None`` if all rows count.
             inter: the sum of the rows' correlations, a scalar.
+            activation: the activation that gave the values.
 
         Returns:
-            The statistics, in the dtype of the values.
+            The statistics, in the dtype of the values; for the identity, the means in float64.
         """
         over = (0, 2)[: y_student.dim() - 1]
-        rows: int | Tensor
-        if keep is None:
-            rows = y_student.numel() // y_student.shape[1]
-            means = [x.mean(over, keepdim=True) for x in (y_student, y_teacher)]
-        else:
+        rows: int | Tensor = y_student.numel() // y_student.shape[1]
+        if keep is not None:
             rows = keep.sum()
-            means = [
-                (x * keep).sum(over, keepdim=True) / _at_least_one(rows)
-                for x in (y_student, y_teacher)
-            ]
+        counted = [x if keep is None else x * keep for x in (y_student, y_teacher)]
+        means = [_mean(x, over, rows, activation) for x in counted]
         moments = _moments(y_student, y_teacher, means[0], means[1], keep, over)
         return cls(rows, inter, torch.stack(means), moments)
 
@@ -290,30 +306,90 @@ def _correlate_rows(
     activation: Activation,
     eps: float,
     dtype: torch.dtype,
-) -> tuple[Statistics, list[Tensor], list[Tensor]]:
-    """Read the logits once; return their statistics and, for each block, data of its rows.
-
-    These data are the coefficients of the gradient, and an offset for activations but softmax.
-    """
+    tolerances: tuple[float, float],
+) -> tuple[Statistics, list[Tensor]]:
+    """Read the logits once; return their statistics and, for each block, what describes its rows."""
     total = None
-    row_coefficients, row_offsets = [], []
-    for block in _blocks(student):
+    row_data = []
+    classes = student.shape[1]
+    # A batched tensor of torch.func.vmap cannot be written into the blocks of one without a batch.
+    whole = torch.compiler.is_compiling() or _inside_torch_func()
+    for block in _blocks(student, whole):
         y_student, y_teacher, keep = _activate(
             student, teacher, mask, block, tau, activation, dtype
         )
-        means: tuple[Any, Any] = (1 / y_student.shape[1],) * 2
+        means: tuple[Any, Any] = (1 / classes,) * 2
         if activation != "softmax":
-            means = y_student.mean(1, keepdim=True), y_teacher.mean(1, keepdim=True)
-        rho, coefficients = _correlate(_moments(y_student, y_teacher, *means, keep, (1,)), eps)
-        if keep is not None:
-            coefficients = coefficients * keep
-        row_coefficients.append(coefficients)
-        # Softmax's Jacobian maps a constant in a row to 0, so only the other activations need it.
-        if activation != "softmax":
-            row_offsets.append(coefficients[0] * means[0] + coefficients[1] * means[1])
-        part = Statistics.of_block(y_student, y_teacher, keep, rho.sum())
+            means = tuple(_mean(y, (1,), classes, activation) for y in (y_student, y_teacher))
+        moments = _moments(y_student, y_teacher, *means, keep, (1,))
+        rho, coefficients = _correlate(moments, means, classes, tolerances, eps)
+        if activation == "softmax":
+            row_data.append(coefficients)
+        else:
+            row_data.append(_describe(coefficients, torch.stack(means), activation, dtype))
+        part = Statistics.of_block(y_student, y_teacher, keep, rho.sum(), activation)
         total = part if total is None else total.merge(part)
-    return Statistics.zero(student) if total is None else total, row_coefficients, row_offsets
+    return Statistics.zero(student) if total is None else total, row_data
+
+
+def _describe(
+    coefficients: Tensor, means: Tensor, activation: Activation, dtype: torch.dtype
+) -> Tensor:
+    """Return a stack of two coefficients and two means of rows or columns; see _weigh."""
+    rounded = means.to(dtype)
+    data = [coefficients.to(dtype), rounded]
+    # Values that are far from 0 may be exact, and the rounding error of a mean is then all that
+    # limits the accuracy. So an offset makes up for it.
+    if activation == "identity":
+        data.append((coefficients * (means - rounded)).sum(0, keepdim=True).to(dtype))
+    return torch.cat(data)
+
+
+def _weigh(data: Tensor, factor: Tensor | float) -> Tensor:
+    """Multiply the coefficients and the offset, but not the means."""
+    return torch.cat((data[:2] * factor, data[2:4], data[4:] * factor))
+
+
+def _weighted_deviations(
+    y_student: Tensor, y_teacher: Tensor, columns: Tensor, rows: Tensor
+) -> Tensor:
+    """Return the gradient of the values after the activation: the deviations, weighted."""
+    slope = None
+    for data in (columns, rows):
+        # The rows of a softmax have no other data than their coefficients.
+        means = data[2:4] if len(data) > 2 else (1 / y_student.shape[1],) * 2
+        for y, coefficient, mean in zip((y_student, y_teacher), data[:2], means, strict=True):
+            deviation = y - mean
+            if slope is None:
+                slope = deviation.mul_(coefficient)
+            else:
+                slope.addcmul_(deviation, coefficient)
+        if len(data) > 4:
+            slope.sub_(data[4])
+    return slope
+
+
+def _tolerance(logits: Tensor, dtype: torch.dtype) -> float:
+    """Return the least deviation, relative to the mean, that is more than rounding."""
+    return max(torch.finfo(logits.dtype).eps, _ROUNDING_UNITS * torch.finfo(dtype).eps)
+
+
+def _inside_torch_func() -> bool:
+    """Return whether torch.func.grad, vmap or the like runs the calling function."""
+    return torch._C._are_functorch_transforms_active()  # torch has no public name for it (2.14).
+
+
+def _refuse_second_derivative(others: tuple[Tensor | None, ...]) -> None:
+    """Raise an error if a second derivative is requested, or may be outside torch.func."""
+    if torch.compiler.is_compiling():
+        return
+    # With create_graph=True, autograd records the operations of the backward pass too. torch.func
+    # always does, so there the error waits until a gradient arrives for what the forward pass saved.
+    recorded = torch.is_grad_enabled() and not _inside_torch_func()
+    if recorded or any(other is not None for other in others):
+        raise RuntimeError(
+            "dist_loss has no second derivative: call backward() or grad() without create_graph"
+        )
 
 
 def _wide(device: torch.device) -> torch.dtype:
@@ -325,12 +401,12 @@ def _at_least_one(rows: int | Tensor) -> int | Tensor:
     return rows.clamp(min=1) if isinstance(rows, Tensor) else max(rows, 1)
 
 
-def _blocks(x: Tensor) -> Iterator[Any]:
+def _blocks(x: Tensor, whole: bool) -> Iterator[Any]:
     """Yield indices that cut the rows of ``(R, C)`` or ``(N, C, S)`` into blocks of like size."""
-    limit = _BLOCK_CPU if x.device.type == "cpu" else _BLOCK_ACCELERATOR
-    if torch.compiler.is_compiling():  # One block is enough: the compiler cuts it by itself.
+    if whole:  # When compiled, one block is enough: the compiler cuts it by itself.
         yield slice(None)
         return
+    limit = _BLOCK_CPU if x.device.type == "cpu" else _BLOCK_ACCELERATOR
     rows = max(limit // x.shape[1], 1)
     if x.dim() == 2:
         yield from _slices(x.shape[0], rows)
@@ -394,10 +470,22 @@ def _moments(
     over: tuple[int, ...],
 ) -> Tensor:
     """Return the sums of s*s, t*t and s*t, stacked, where s and t are deviations from the means."""
-    s, t = student - student_mean, teacher - teacher_mean
+    s, t = (
+        x - (mean.to(x.dtype) if isinstance(mean, Tensor) else mean)
+        for x, mean in ((student, student_mean), (teacher, teacher_mean))
+    )
     if keep is not None:
         s, t = s * keep, t * keep
     return torch.stack([_sum(x, over) for x in (s * s, t * t, s * t)])
+
+
+def _mean(x: Tensor, over: tuple[int, ...], count: int | Tensor, activation: Activation) -> Tensor:
+    """Return the mean over some dimensions, which stay with size 1; for the identity in float64."""
+    if activation == "identity":
+        total = x.sum(over, keepdim=True, dtype=torch.promote_types(x.dtype, _wide(x.device)))
+    else:
+        total = _sum(x, over)
+    return total / _at_least_one(count)
 
 
 def _sum(x: Tensor, over: tuple[int, ...]) -> Tensor:
@@ -409,14 +497,29 @@ def _sum(x: Tensor, over: tuple[int, ...]) -> Tensor:
     return x.sum(over, keepdim=True)
 
 
-def _correlate(moments: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return Pearson's correlation, and (Q, -P): the coefficients of its negative gradient."""
+def _correlate(
+    moments: Tensor,
+    means: Iterable[Tensor | float],
+    count: int | Tensor,
+    tolerances: tuple[float, float],
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Return Pearson's correlation, and (Q, -P): the coefficients of its negative gradient.
+
+    Both are 0 where student or teacher is constant up to rounding: its standard deviation is within
+    tolerance times its mean. Its deviations are then rounding errors, and coefficients of up to
+    ``1 / eps`` would amplify them.
+    """
     norms = moments[:2].sqrt()
+    # NaN compares as False, so it stays NaN.
+    student_constant, teacher_constant = (
+        norm <= count**0.5 * tolerance * abs(mean)
+        for norm, tolerance, mean in zip(norms, tolerances, means, strict=True)
+    )
     reciprocal = (norms[:1] * norms[1:] + eps).reciprocal()
+    reciprocal = torch.where(student_constant | teacher_constant, 0, reciprocal)
     rho = moments[2:] * reciprocal
-    # A constant row or column has norm 0 and rho 0. The clamp avoids 0 / 0, so that q is 0 there.
+    # The clamp avoids 0 / 0 where the student is constant.
     tiny = torch.finfo(norms.dtype).tiny
     q = rho * reciprocal * norms[1:] / norms[:1].clamp(min=tiny)
-    # Where the teacher is constant, P is set to 0. Its deviations are 0 as well, but the backward
-    # pass computes them with rounding errors, which P = 1 / eps would amplify to noise.
-    return rho, torch.cat((q, torch.where(norms[1:] > 0, -reciprocal, 0)))
+    return rho, torch.cat((q, -reciprocal))
