@@ -281,10 +281,11 @@ def test_runs_of_a_sweep_that_is_killed_save_and_end(start_sweep, processes, tmp
     sweep = start_sweep("trainer=cpu", *how)
     sweep.kill()
     sweep.wait()
-    wait_until(lambda: not processes.alive())
     run = tmp_path / "sweep" / "0"
-    assert "stopped by SIGTERM" in (run / "result.json").read_text()
+    wait_until(lambda: "stopped by SIGTERM" in (run / "result.json").read_text())
     assert (run / "checkpoints" / "last.ckpt").exists()
+    if how == ["own_process=true"]:  # joblib's workers wait some minutes for another job
+        wait_until(lambda: not processes.alive())
 
 
 @pytest.mark.slow
