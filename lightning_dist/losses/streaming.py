@@ -193,9 +193,10 @@ class DISTFunction(torch.autograd.Function):
         return gradient, *[None] * 8
 
 
-# The base class reads the signature at each call (torch 2.14), which takes as long as a tenth of the
-# loss of a small batch. With this attribute it is there already.
-setattr(DISTFunction.forward, "__signature__", inspect.signature(DISTFunction.forward))  # noqa: B010
+# The base class reads the signature at each call (torch 2.14), which takes a tenth of the time of a
+# small batch. With this attribute it is there already.
+_signature = inspect.signature(DISTFunction.forward)
+DISTFunction.forward.__signature__ = _signature  # type: ignore[attr-defined]
 
 
 class Statistics(NamedTuple):
