@@ -33,7 +33,16 @@ def dist_loss(
     (intra-class term). In dense logits every pixel is a sample. The forward and the backward pass
     each read the logits once, in blocks: the peak memory is the gradient, O(N + C) statistics and
     one block (up to 0.4 GB on a GPU). The computation runs in float32 or float64. No gradient flows
-    to the teacher. The correlation of a constant row or column counts as 0.
+    to the teacher.
+
+    A row or column that is constant up to rounding has correlation 0 and gradient 0. It is where,
+    after the activation and in student or teacher, its standard deviation is at most
+    :math:`\epsilon` times its mean in absolute value. :math:`\epsilon` is the machine epsilon of
+    the logits' dtype (0.008 for bfloat16), but at least 8 times that of the dtype of the
+    computation. So a zero-initialised head gets no gradient from this loss until another loss has
+    moved it. Everywhere else no entry of the gradient exceeds ``(beta + gamma) / floor`` times
+    ``tau`` before the derivative of the activation: floor is :math:`\sqrt{n} \epsilon` times that
+    mean, for the row or column, of n entries, where this is least.
 
     Args:
         student: logits of shape ``(N, C)`` or ``(N, C, *spatial)``, any floating dtype and layout.
@@ -80,7 +89,11 @@ def dist_loss(
     classes_last = student.dim() > 2 and all(
         x.movedim(1, -1).is_contiguous() for x in (student, teacher)
     )
-    inputs: tuple[Tensor | None, ...] = (student, teacher, mask)
+    inputs: tuple[Tensor | None, ...] = (
+        student,
+        without_inference(teacher),
+        mask if mask is None else without_inference(mask),
+    )
     if classes_last:  # The memory format channels_last already holds the rows as a matrix.
         inputs = tuple(x if x is None else x.movedim(1, -1).flatten(0, -2) for x in inputs)
     elif student.dim() > 2:
@@ -161,12 +174,27 @@ def kd_loss(student: Tensor, teacher: Tensor, *, tau: float = 4.0) -> Tensor:
     check_logits_options(tau)
     dtype = compute_dtype(student, teacher)
     log_student = F.log_softmax(student.to(dtype) / tau, dim=1)
-    log_teacher = F.log_softmax(teacher.detach().to(dtype) / tau, dim=1)
+    log_teacher = F.log_softmax(without_inference(teacher.detach()).to(dtype) / tau, dim=1)
     rows = max(student.numel() // student.shape[1], 1)
     # A class to which the teacher gives probability 0 must add 0. F.kl_div would add 0 * inf, NaN.
     impossible = log_teacher == -math.inf
     log_student, log_teacher = (x.masked_fill(impossible, 0) for x in (log_student, log_teacher))
     return F.kl_div(log_student, log_teacher, reduction="sum", log_target=True) * (tau**2 / rows)
+
+
+def without_inference(x: Tensor) -> Tensor:
+    """Return a tensor that autograd can save: a copy if it comes from torch.inference_mode().
+
+    Args:
+        x: a tensor of any shape and dtype.
+
+    Returns:
+        The tensor, or a copy that the student's backward pass may use.
+    """
+    # In inference mode gradients are off, and a copy would again be an inference tensor.
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not x.is_inference():
+        return x
+    return x.clone()
 
 
 def _check_logits(student: Tensor, teacher: Tensor) -> None:

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_dist.checks import check_logits_options, check_number
-from lightning_dist.losses.functional import Activation, dist_loss, kd_loss
+from lightning_dist.losses.functional import Activation, dist_loss, kd_loss, without_inference
 
 
 class DISTLoss(nn.Module):
@@ -177,4 +177,4 @@ class FeatureMimic(nn.Module):
                 f"{tuple(teacher.shape)}: compare maps of one size, with teacher_channels="
                 f"{teacher.shape[1]}"
             )
-        return F.mse_loss(projected.float(), teacher.float())
+        return F.mse_loss(projected.float(), without_inference(teacher).float())

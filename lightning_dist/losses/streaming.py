@@ -1,5 +1,6 @@
 """``DISTFunction``: the DIST loss computed block by block, with its gradient in closed form."""
 
+import inspect
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
@@ -83,15 +84,16 @@ class DISTFunction(torch.autograd.Function):
             sync: compute the loss over the batches of all ranks.
 
         Returns:
-            The loss in float32 or float64 (see :func:`lightning_dist.functional.dist_loss`), a
-            tensor that describes the columns and, for each block, one that describes its rows.
+            The loss in float32 or float64 (see :func:`lightning_dist.functional.dist_loss`). Behind
+            it the backward pass finds the coefficients and means of the columns, the means of the
+            rows of each block (none for softmax) and the coefficients of the rows of each block.
 
         Raises:
             RuntimeError: if ``sync`` has to gather inside ``torch.func.vmap``.
         """
         dtype = compute_dtype(student, teacher)
         tolerances = _tolerance(student, dtype), _tolerance(teacher, dtype)
-        total, row_data = _correlate_rows(
+        total, row_coefficients, row_means = _correlate_rows(
             student, teacher, mask, tau, activation, eps, dtype, tolerances
         )
         world = 1
@@ -108,12 +110,10 @@ class DISTFunction(torch.autograd.Function):
         if isinstance(total.rows, Tensor) or total.rows == 0:
             loss = loss * (total.rows > 0)
 
-        # Only these are outputs, since setup_context receives nothing else.
-        columns = _describe(
-            coefficients * (world * tau * gamma / student.shape[1]), total.mean, activation, dtype
-        )
         row_weight = world * tau * beta / rows
-        return loss, columns, *(_weigh(data, row_weight) for data in row_data)
+        column_weight = world * tau * gamma / student.shape[1]
+        columns = _backward_data(coefficients * column_weight, total.mean, activation, dtype)
+        return loss, *columns, *row_means, *(data * row_weight for data in row_coefficients)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -124,9 +124,9 @@ class DISTFunction(torch.autograd.Function):
             inputs: the arguments of :meth:`forward`.
             output: what :meth:`forward` returned.
         """
-        student, teacher, mask, tau, _, _, activation, _, _ = inputs
-        ctx.save_for_backward(student, teacher, mask, *output[1:])
-        ctx.options = (tau, activation, compute_dtype(student, teacher))
+        tau, activation = inputs[3], inputs[6]
+        ctx.save_for_backward(*inputs[:3], *output[1:])
+        ctx.options = (tau, activation, output[0].dtype)
         if torch.compiler.is_compiling():
             ctx.mark_non_differentiable(*output[1:])
         else:
@@ -155,18 +155,27 @@ class DISTFunction(torch.autograd.Function):
         if grad_output is None:  # The loss is not part of what is differentiated.
             return (None,) * 9
         tau, activation, dtype = ctx.options
-        student, teacher, mask, columns, *row_data = ctx.saved_tensors
+        student, teacher, mask, column_coefficients, column_means, *rows = ctx.saved_tensors
+        n_blocks = len(rows) if activation == "softmax" else len(rows) // 2
+        row_means, row_coefficients = rows[:-n_blocks], rows[-n_blocks:]
         # Multiply the small tensors by grad_output first. torch.compile may move whatever does not
         # depend on grad_output into the forward pass, and would then store tensors as large as the
         # logits.
-        columns, *row_data = (_weigh(data, grad_output) for data in (columns, *row_data))
-        as_rows, whole = _as_rows(student), len(row_data) == 1
+        column_coefficients, *row_coefficients = (
+            x * grad_output for x in (column_coefficients, *row_coefficients)
+        )
+        as_rows, whole = _as_rows(student), n_blocks == 1
         gradient = None if whole and not as_rows else torch.empty_like(student)
-        for block, rows in zip(_blocks(student, whole), row_data, strict=True):
+        for index, block in enumerate(_blocks(student, whole)):
             y_student, y_teacher, keep = _activate(
                 student, teacher, mask, block, tau, activation, dtype
             )
-            slope = _weighted_deviations(y_student, y_teacher, columns, rows)
+            slope = _weighted_deviations(
+                y_student,
+                y_teacher,
+                (column_coefficients, column_means),
+                (row_coefficients[index], row_means[index] if row_means else None),
+            )
             if keep is not None:
                 slope.mul_(keep)
             if activation == "softmax":
@@ -182,6 +191,12 @@ class DISTFunction(torch.autograd.Function):
             else:
                 gradient[block] = slope
         return gradient, *[None] * 8
+
+
+# The base class reads the signature at each call (torch 2.14), which takes a tenth of the time of a
+# small batch. With this attribute it is there already.
+_signature = inspect.signature(DISTFunction.forward)
+DISTFunction.forward.__signature__ = _signature  # type: ignore[attr-defined]
 
 
 class Statistics(NamedTuple):
@@ -238,12 +253,14 @@ class Statistics(NamedTuple):
             The statistics, in the dtype of the values; for the identity, the means in float64.
         """
         over = (0, 2)[: y_student.dim() - 1]
-        rows: int | Tensor = y_student.numel() // y_student.shape[1]
-        if keep is not None:
+        if keep is None:
+            rows: int | Tensor = y_student.numel() // y_student.shape[1]
+            means = [_mean(x, over, None, activation) for x in (y_student, y_teacher)]
+        else:
             rows = keep.sum()
-        counted = [x if keep is None else x * keep for x in (y_student, y_teacher)]
-        means = [_mean(x, over, rows, activation) for x in counted]
-        moments = _moments(y_student, y_teacher, means[0], means[1], keep, over)
+            means = [_mean(x * keep, over, rows, activation) for x in (y_student, y_teacher)]
+        rounded = (mean.to(y_student.dtype) for mean in means)
+        moments = _moments(y_student, y_teacher, *rounded, keep, over)
         return cls(rows, inter, torch.stack(means), moments)
 
     def merge(self, other: "Statistics") -> "Statistics":
@@ -307,10 +324,13 @@ def _correlate_rows(
     eps: float,
     dtype: torch.dtype,
     tolerances: tuple[float, float],
-) -> tuple[Statistics, list[Tensor]]:
-    """Read the logits once; return their statistics and, for each block, what describes its rows."""
+) -> tuple[Statistics, list[Tensor], list[Tensor]]:
+    """Read the logits once; return their statistics and, for each block, data of its rows.
+
+    These data are the coefficients of the gradient and, for activations but softmax, the means.
+    """
     total = None
-    row_data = []
+    row_coefficients, row_means = [], []
     classes = student.shape[1]
     # A batched tensor of torch.func.vmap cannot be written into the blocks of one without a batch.
     whole = torch.compiler.is_compiling() or _inside_torch_func()
@@ -320,52 +340,59 @@ def _correlate_rows(
         )
         means: tuple[Any, Any] = (1 / classes,) * 2
         if activation != "softmax":
-            means = tuple(_mean(y, (1,), classes, activation) for y in (y_student, y_teacher))
-        moments = _moments(y_student, y_teacher, *means, keep, (1,))
+            means = tuple(_mean(y, (1,), None, activation) for y in (y_student, y_teacher))
+        rounded = (x.to(dtype) if isinstance(x, Tensor) else x for x in means)
+        moments = _moments(y_student, y_teacher, *rounded, keep, (1,))
         rho, coefficients = _correlate(moments, means, classes, tolerances, eps)
-        if activation == "softmax":
-            row_data.append(coefficients)
-        else:
-            row_data.append(_describe(coefficients, torch.stack(means), activation, dtype))
+        if activation != "softmax":
+            means = torch.stack(means)
+            coefficients, means = _backward_data(coefficients, means, activation, dtype)
+            row_means.append(means)
+        row_coefficients.append(coefficients)
         part = Statistics.of_block(y_student, y_teacher, keep, rho.sum(), activation)
         total = part if total is None else total.merge(part)
-    return Statistics.zero(student) if total is None else total, row_data
+    return Statistics.zero(student) if total is None else total, row_coefficients, row_means
 
 
-def _describe(
+def _backward_data(
     coefficients: Tensor, means: Tensor, activation: Activation, dtype: torch.dtype
-) -> Tensor:
-    """Return a stack of two coefficients and two means of rows or columns; see _weigh."""
+) -> tuple[Tensor, Tensor]:
+    """Return the coefficients and means of rows or columns in the dtype of the backward pass.
+
+    Identity values that are far from 0 may be exact, and the rounding error of their mean is then
+    all that limits the accuracy. So a third coefficient is an offset that makes up for it.
+    """
     rounded = means.to(dtype)
-    data = [coefficients.to(dtype), rounded]
-    # Values that are far from 0 may be exact, and the rounding error of a mean is then all that
-    # limits the accuracy. So an offset makes up for it.
     if activation == "identity":
-        data.append((coefficients * (means - rounded)).sum(0, keepdim=True).to(dtype))
-    return torch.cat(data)
-
-
-def _weigh(data: Tensor, factor: Tensor | float) -> Tensor:
-    """Multiply the coefficients and the offset, but not the means."""
-    return torch.cat((data[:2] * factor, data[2:4], data[4:] * factor))
+        offset = (coefficients * (means - rounded)).sum(0, keepdim=True)
+        coefficients = torch.cat((coefficients, offset))
+    return coefficients.to(dtype), rounded
 
 
 def _weighted_deviations(
-    y_student: Tensor, y_teacher: Tensor, columns: Tensor, rows: Tensor
+    y_student: Tensor,
+    y_teacher: Tensor,
+    columns: tuple[Tensor, Tensor],
+    rows: tuple[Tensor, Tensor | None],
 ) -> Tensor:
-    """Return the gradient of the values after the activation: the deviations, weighted."""
-    slope = None
-    for data in (columns, rows):
-        # The rows of a softmax have no other data than their coefficients.
-        means = data[2:4] if len(data) > 2 else (1 / y_student.shape[1],) * 2
-        for y, coefficient, mean in zip((y_student, y_teacher), data[:2], means, strict=True):
-            deviation = y - mean
-            if slope is None:
-                slope = deviation.mul_(coefficient)
-            else:
-                slope.addcmul_(deviation, coefficient)
-        if len(data) > 4:
-            slope.sub_(data[4])
+    """Return the sum of the deviations from the means of columns and rows, weighted.
+
+    Columns and rows come as coefficients and means. Without means, the rows are those of a softmax;
+    then y_teacher is overwritten, since one tensor less in the cache is faster.
+    """
+    coefficients, means = columns
+    slope = (y_student - means[0]).mul_(coefficients[0])
+    slope.addcmul_(y_teacher - means[1], coefficients[1])
+    row_coefficients, row_means = rows
+    if row_means is None:
+        mean = 1 / y_student.shape[1]
+        deviations = y_student - mean, y_teacher.sub_(mean)
+    else:
+        deviations = y_student - row_means[0], y_teacher - row_means[1]
+    for deviation, coefficient in zip(deviations, row_coefficients[:2], strict=True):
+        slope.addcmul_(deviation, coefficient)
+    for offset in (*coefficients[2:], *row_coefficients[2:]):
+        slope.sub_(offset)
     return slope
 
 
@@ -384,7 +411,7 @@ def _refuse_second_derivative(others: tuple[Tensor | None, ...]) -> None:
     if torch.compiler.is_compiling():
         return
     # With create_graph=True, autograd records the operations of the backward pass too. torch.func
-    # always does, so there the error waits until a gradient arrives for what the forward pass saved.
+    # always does, so there the error waits until a gradient arrives for what forward saved.
     recorded = torch.is_grad_enabled() and not _inside_torch_func()
     if recorded or any(other is not None for other in others):
         raise RuntimeError(
@@ -470,22 +497,29 @@ def _moments(
     over: tuple[int, ...],
 ) -> Tensor:
     """Return the sums of s*s, t*t and s*t, stacked, where s and t are deviations from the means."""
-    s, t = (
-        x - (mean.to(x.dtype) if isinstance(mean, Tensor) else mean)
-        for x, mean in ((student, student_mean), (teacher, teacher_mean))
-    )
+    s, t = student - student_mean, teacher - teacher_mean
     if keep is not None:
         s, t = s * keep, t * keep
-    return torch.stack([_sum(x, over) for x in (s * s, t * t, s * t)])
+    product = _sum(s * t, over)
+    return torch.stack([_sum(s.mul_(s), over), _sum(t.mul_(t), over), product])
 
 
-def _mean(x: Tensor, over: tuple[int, ...], count: int | Tensor, activation: Activation) -> Tensor:
-    """Return the mean over some dimensions, which stay with size 1; for the identity in float64."""
-    if activation == "identity":
-        total = x.sum(over, keepdim=True, dtype=torch.promote_types(x.dtype, _wide(x.device)))
+def _mean(
+    x: Tensor, over: tuple[int, ...], rows: int | Tensor | None, activation: Activation
+) -> Tensor:
+    """Return the mean over some dimensions, which stay with size 1.
+
+    If only some of the rows count, it divides by their number. The mean of identity values is in
+    float64 (float32 on Apple's MPS), that of others in the dtype of the values.
+    """
+    compiled = torch.compiler.is_compiling() and x.device.type == "cpu"  # See _sum.
+    wide = activation == "identity" or compiled
+    dtype = torch.promote_types(x.dtype, _wide(x.device)) if wide else x.dtype
+    if rows is None:
+        mean = x.mean(over, keepdim=True, dtype=dtype)
     else:
-        total = _sum(x, over)
-    return total / _at_least_one(count)
+        mean = x.sum(over, keepdim=True, dtype=dtype) / _at_least_one(rows)
+    return mean if activation == "identity" else mean.to(x.dtype)
 
 
 def _sum(x: Tensor, over: tuple[int, ...]) -> Tensor:
@@ -510,16 +544,13 @@ def _correlate(
     tolerance times its mean. Its deviations are then rounding errors, and coefficients of up to
     ``1 / eps`` would amplify them.
     """
-    norms = moments[:2].sqrt()
-    # NaN compares as False, so it stays NaN.
-    student_constant, teacher_constant = (
-        norm <= count**0.5 * tolerance * abs(mean)
-        for norm, tolerance, mean in zip(norms, tolerances, means, strict=True)
-    )
-    reciprocal = (norms[:1] * norms[1:] + eps).reciprocal()
-    reciprocal = torch.where(student_constant | teacher_constant, 0, reciprocal)
+    student_norm, teacher_norm = moments[:2].sqrt().split(1)
+    reciprocal = (student_norm * teacher_norm + eps).reciprocal()
+    for norm, tolerance, mean in zip((student_norm, teacher_norm), tolerances, means, strict=True):
+        # NaN compares as False, so it stays NaN.
+        reciprocal.masked_fill_(norm <= abs(mean) * (count**0.5 * tolerance), 0)
     rho = moments[2:] * reciprocal
     # The clamp avoids 0 / 0 where the student is constant.
-    tiny = torch.finfo(norms.dtype).tiny
-    q = rho * reciprocal * norms[1:] / norms[:1].clamp(min=tiny)
+    tiny = torch.finfo(moments.dtype).tiny
+    q = rho * reciprocal * teacher_norm / student_norm.clamp(min=tiny)
     return rho, torch.cat((q, -reciprocal))
