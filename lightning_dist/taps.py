@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 # Where networks keep their logits: Hugging Face's outputs, and torchvision's segmentation networks.
 _LOGITS = ("logits", "out")
@@ -243,7 +243,45 @@ def _is_item(output: Any, entry: str | int) -> bool:
 def version_of(tensor: Tensor) -> int:
     """Return how often a tensor has been written to in place; 0 where that is not known.
 
-    An inference tensor has no version counter, and neither has a tensor of torch.compile.
+    An inference tensor has no version counter. The counter also cannot be read while torch.compile
+    traces.
     """
     unknown = torch.compiler.is_compiling() or tensor.is_inference()
     return 0 if unknown else tensor._version
+
+
+def copy_tensors(inputs: Any) -> Any:
+    """Return inputs with a copy of each tensor and, around it, of each container and object.
+
+    Args:
+        inputs: nested containers, mappings of any class, and objects with tensors as attributes.
+    """
+    return tree_map(_copied, inputs)
+
+
+def tensors_in(inputs: Any) -> list[Tensor]:
+    """Return the tensors in inputs, as :func:`copy_tensors` finds them."""
+    leaves = [x for leaf in tree_leaves(inputs) for x in (leaf, *_parts(leaf).values())]
+    return [x for x in leaves if isinstance(x, Tensor)]
+
+
+def _copied(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return leaf.clone()
+    tensors = {name: x for name, x in _parts(leaf).items() if isinstance(x, Tensor)}
+    if not tensors or isinstance(leaf, nn.Module):
+        return leaf
+    changed = copy.copy(leaf)
+    for name, tensor in tensors.items():
+        if isinstance(leaf, Mapping):
+            changed[name] = tensor.clone()
+        else:
+            setattr(changed, name, tensor.clone())
+    return changed
+
+
+def _parts(leaf: Any) -> dict[Any, Any]:
+    """Return the items of a mapping that torch does not take for a container, or attributes."""
+    if isinstance(leaf, Tensor):
+        return {}
+    return dict(leaf) if isinstance(leaf, Mapping) else dict(getattr(leaf, "__dict__", {}))

@@ -61,6 +61,11 @@ class Term:
         """
         if not callable(self.loss) or isinstance(self.loss, type):
             raise TypeError(f"the loss of term {name!r} is {self.loss!r}: give a function")
+        if self.parameters() and ("." in name or not name or hasattr(nn.ModuleDict, name)):
+            raise ValueError(
+                f"term {name!r} has a loss with parameters, which torch cannot register under this "
+                "name: choose another one, without dots"
+            )
         if not callable(self.weight):
             check_number(f"the weight of term {name!r}", self.weight)
 
@@ -88,6 +93,10 @@ class Term:
         if self.classes is None and isinstance(loss, (DISTLoss, KDLoss, FeatureMimic)):
             return not isinstance(loss, FeatureMimic)
         return self.classes
+
+    def _takes_the_mapped_logits(self) -> bool:
+        """Return whether the teacher has applied its class map to what the term takes."""
+        return not self.teacher and self.output in (None, "logits", "out", 0)
 
     def value(
         self,
@@ -123,7 +132,7 @@ class Term:
         pairs = [pair for pair in pairs if pair[0].requires_grad]
         if not pairs:
             return None
-        if self.teacher and self.compares_classes():
+        if self.compares_classes() and not self._takes_the_mapped_logits():
             pairs = [(x, to_student_classes(y)) for x, y in pairs]
         # autograd saves no inference tensor, which a teacher under inference_mode returns.
         pairs = [(x, y.clone() if y.is_inference() else y) for x, y in pairs]
@@ -135,16 +144,24 @@ class Term:
                 raise ValueError(f"the loss returns {got}: it must return a tensor of shape ()")
         return torch.stack(values).sum()
 
-    def zero(self, outputs: list[Any]) -> Tensor:
-        """Return a 0 that keeps the student's outputs and the loss's own parameters in the graph.
+    def zero(self, outputs: list[Any], parameters: Iterable[nn.Parameter]) -> Tensor:
+        """Return a 0 that keeps the student and the loss's own parameters in the graph.
 
-        DDP waits for the gradient of every parameter: a rank that leaves the term out must give
-        one of 0. Where an output is not finite, its entries that are count.
+        DDP waits for the gradient of every parameter: a rank that skips the term must therefore
+        give a gradient of 0. A gradient of 0 would become NaN on its way through an output that is
+        not finite, so such an output is left out, and the student's parameters take its place.
+
+        Args:
+            outputs: the outputs of the student's part.
+            parameters: the parameters of the student; not used where all outputs are finite.
         """
         logits = [logits_of(x, self.output) for x in outputs]
-        kept = [torch.where(x.isfinite(), x, 0).sum() * 0 for x in logits if x.requires_grad]
-        device = logits[0].device if logits else None
-        parts = [x.float() for x in (*kept, *(0 * p.sum() for p in self.parameters()))]
+        logits = [x for x in logits if x.requires_grad]
+        kept = [x for x in logits if x.isfinite().all()]
+        if len(kept) < len(logits):
+            kept += [p for p in parameters if p.requires_grad]
+        device = logits_of(outputs[0], self.output).device if outputs else None
+        parts = [0 * x.float().sum() for x in (*kept, *self.parameters())]
         return torch.stack([torch.zeros((), device=device), *parts]).sum()
 
     def is_finite(self, outputs: list[Any]) -> bool:
@@ -270,7 +287,8 @@ def refuse_unmapped(terms: Mapping[str, Term], class_map: Sequence[int] | None) 
         MisconfigurationException: naming the term.
     """
     for name, term in terms.items():
-        if class_map is not None and term.teacher and term.compares_classes() is None:
+        mapped = term._takes_the_mapped_logits()
+        if class_map is not None and not mapped and term.compares_classes() is None:
             raise MisconfigurationException(
                 f"the teacher has a class_map, and term {name!r} compares its part "
                 f"{term.teacher!r} by a loss that may be of classes or of features: set the term's "

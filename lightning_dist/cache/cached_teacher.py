@@ -160,6 +160,7 @@ class CachedTeacher(TeacherBase):
             self.release()  # Teacher() froze the shared tensors, which the student needs.
             raise
         refuse_other_inputs(pl_module, inputs)
+        self.teacher.refuse_taps(taps)
         for part, _ in taps:
             find_submodule(self.network, part, "the teacher", "the teacher path of a term")
         self._taps = sorted(set(taps), key=str)

@@ -72,7 +72,7 @@ class TeacherRows:
                 an answer is NaN, or if the stored dtype cannot hold it.
         """
         columns = {FINGERPRINT: batch.fingerprints}
-        for tap, answer in self._outputs(batch.inputs.to(device)).items():
+        for tap, answer in self._outputs(batch.inputs.to(device, copy=True)).items():
             if answer.shape[:1] != (len(batch.fingerprints),):
                 raise MisconfigurationException(
                     f"the teacher's {name_of(tap)} gives {tuple(answer.shape)} for "

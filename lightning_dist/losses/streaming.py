@@ -98,6 +98,10 @@ class DISTFunction(torch.autograd.Function):
         )
         world = 1
         if sync and torch.distributed.is_available() and torch.distributed.is_initialized():
+            if not torch.compiler.is_compiling() and _inside_torch_func():
+                raise RuntimeError(
+                    "dist_loss with sync=True cannot gather inside torch.func.vmap: use sync=False"
+                )
             world = torch.distributed.get_world_size()
             total = total.all_gather(world)
 
@@ -259,8 +263,8 @@ class Statistics(NamedTuple):
         else:
             rows = keep.sum()
             means = [_mean(x * keep, over, rows, activation) for x in (y_student, y_teacher)]
-        rounded = (mean.to(y_student.dtype) for mean in means)
-        moments = _moments(y_student, y_teacher, *rounded, keep, over)
+        rounded = [mean.to(y_student.dtype) for mean in means]
+        moments = _moments(y_student, y_teacher, rounded[0], rounded[1], keep, over)
         return cls(rows, inter, torch.stack(means), moments)
 
     def merge(self, other: "Statistics") -> "Statistics":
@@ -338,16 +342,17 @@ def _correlate_rows(
         y_student, y_teacher, keep = _activate(
             student, teacher, mask, block, tau, activation, dtype
         )
-        means: tuple[Any, Any] = (1 / classes,) * 2
+        means: Any = (1 / classes,) * 2
+        rounded = means
         if activation != "softmax":
-            means = tuple(_mean(y, (1,), None, activation) for y in (y_student, y_teacher))
-        rounded = (x.to(dtype) if isinstance(x, Tensor) else x for x in means)
-        moments = _moments(y_student, y_teacher, *rounded, keep, (1,))
+            means = [_mean(y, (1,), None, activation) for y in (y_student, y_teacher)]
+            rounded = [mean.to(dtype) for mean in means]
+        moments = _moments(y_student, y_teacher, rounded[0], rounded[1], keep, (1,))
         rho, coefficients = _correlate(moments, means, classes, tolerances, eps)
         if activation != "softmax":
-            means = torch.stack(means)
-            coefficients, means = _backward_data(coefficients, means, activation, dtype)
-            row_means.append(means)
+            data = _backward_data(coefficients, torch.stack(means), activation, dtype)
+            coefficients, saved_means = data
+            row_means.append(saved_means)
         row_coefficients.append(coefficients)
         part = Statistics.of_block(y_student, y_teacher, keep, rho.sum(), activation)
         total = part if total is None else total.merge(part)
@@ -533,7 +538,7 @@ def _sum(x: Tensor, over: tuple[int, ...]) -> Tensor:
 
 def _correlate(
     moments: Tensor,
-    means: Iterable[Tensor | float],
+    means: Iterable[Any],
     count: int | Tensor,
     tolerances: tuple[float, float],
     eps: float,

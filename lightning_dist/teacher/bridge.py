@@ -143,8 +143,8 @@ class InputBridge:
             return F.interpolate(x, self.size, mode="bilinear", antialias=True)
         black, white = self._constant("limits", x.device, x.dtype)
         # Random erasing may have drawn values beyond black and white, which stay as they are.
-        least = torch.minimum(black, x.amin((0, 2, 3)).view(-1, 1, 1))
-        most = torch.maximum(white, x.amax((0, 2, 3)).view(-1, 1, 1))
+        least = torch.minimum(black, x.amin((2, 3), keepdim=True))
+        most = torch.maximum(white, x.amax((2, 3), keepdim=True))
         for size in ((x.shape[2], self.size[1]), self.size):
             if x.shape[2:] != size:
                 x = F.interpolate(x, size, mode="bicubic", antialias=True).clamp(least, most)

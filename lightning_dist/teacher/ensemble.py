@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
@@ -58,32 +57,30 @@ class EnsembleTeacher(Teacher):
         for teacher in self.teachers:
             teacher.release()
 
-    def attach(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        taps: Sequence[Tap],
-        inputs: Mapping[str, str],
-    ) -> None:
-        """Freeze all networks and move them to the Trainer's device; see :class:`Teacher`.
+    def refuse_taps(self, taps: Sequence[Tap]) -> None:
+        """Refuse a term that compares a part of a teacher with a ``class_map``.
+
+        The map applies to the logits of the whole teacher only.
+
+        Args:
+            taps: as in :meth:`attach`.
 
         Raises:
-            MisconfigurationException: if a term compares a part of a teacher with a ``class_map``,
-                which applies to the logits of the whole teacher only.
+            MisconfigurationException: if there is such a term.
         """
         for part, _ in taps:
             index = part.partition(".")[0]
-            if index.isdigit() and self.teachers[int(index)].class_map is not None:
+            known = index.isdigit() and int(index) < len(self.teachers)
+            if known and self.teachers[int(index)].class_map is not None:
                 raise MisconfigurationException(
                     f"a term compares {part!r} of an ensemble, whose teacher {index} has a "
                     "class_map: let the term compare the ensemble's own output (teacher='')"
                 )
-        super().attach(trainer, pl_module, taps, inputs)
 
     def _answer(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         total: Tensor | None = None
         for index, teacher in enumerate(self.teachers):
-            logits = logits_of(teacher(*args, **kwargs))
+            logits = logits_of(teacher._ask_protected("", args, dict(kwargs)))
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             if self.mean == "probabilities":
                 logits = logits.log_softmax(1)

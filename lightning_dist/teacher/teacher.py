@@ -12,14 +12,15 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from lightning_dist.taps import (
     Snapshot,
+    copy_tensors,
     logits_of,
     record_outputs,
     refuse_shared_tensors,
-    version_of,
+    tensors_in,
     with_logits,
 )
 from lightning_dist.teacher.base import Tap, TeacherBase
@@ -97,7 +98,7 @@ class Teacher(TeacherBase):
         self.class_map = None if class_map is None else list(class_map)
         self._columns = None if class_map is None else torch.tensor(self.class_map)
         self._listed: list[nn.Module] | None = None
-        self._writes: bool | None = None  # whether a call writes to its inputs, once that is known
+        self._writes: dict[str, bool] = {}  # of each part: whether its calls change their inputs
         self._found = [(m, m.training) for m in network.modules()]
         self._trained = [p for p in network.parameters() if p.requires_grad]
         self.freeze()
@@ -137,8 +138,9 @@ class Teacher(TeacherBase):
             # The constructor has frozen the shared tensors, which the student needs.
             self.release()
             raise
+        self.refuse_taps(taps)
         self.freeze()
-        self._writes = None
+        self._writes, self._listed = {}, None
         self.to(trainer.strategy.root_device)
 
     @contextmanager
@@ -175,19 +177,22 @@ class Teacher(TeacherBase):
         The first call gets copies. If it writes to one, all later calls get copies too; otherwise
         they get the student's own tensors, whose version counters then show a write.
         """
+        writes = self._writes.get(part)
         inputs: Any = (args, kwargs)
-        if self._writes is not False:
-            inputs = tree_map_only(Tensor, torch.clone, inputs)
-        tensors = [x for x in tree_leaves(inputs) if isinstance(x, Tensor)]
-        before = [version_of(x) for x in tensors]
+        if torch.compiler.is_compiling() or any(x.is_inference() for x in tensors_in(inputs)):
+            return self.ask(part, *copy_tensors(inputs))  # a write could not be noticed
+        if writes is not False:
+            inputs = copy_tensors(inputs)
+        tensors = tensors_in(inputs)
+        before = [x._version for x in tensors]
         output = self.ask(part, *inputs)
-        written = before != [version_of(x) for x in tensors]
-        if written and self._writes is False:
+        written = before != [x._version for x in tensors]
+        if written and writes is False:
             raise MisconfigurationException(
                 f"{self} changed its input in place, which it had not done in its first call, and "
                 "the student would train on that: let its forward work on a copy (x = x.clone())"
             )
-        self._writes = bool(self._writes or written)
+        self._writes[part] = bool(writes or written)
         return output
 
     def fingerprint(self) -> str:
@@ -203,6 +208,13 @@ class Teacher(TeacherBase):
                 flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
                 checksum = zlib.crc32(flat.numpy().data, checksum)
         return f"{name}, checksum {checksum:08x}"
+
+    def refuse_taps(self, taps: Sequence[Tap]) -> None:
+        """Refuse terms that this teacher cannot serve; an ensemble overrides this.
+
+        Args:
+            taps: as in :meth:`attach`.
+        """
 
     def detach(self) -> None:
         """Move the network to the CPU."""
@@ -325,7 +337,7 @@ class Teacher(TeacherBase):
         return self.__dict__ | {
             "_compiled": None,
             "_listed": None,
-            "_writes": None,
+            "_writes": {},
             "_found": [],
             "_trained": [],
         }

@@ -84,7 +84,7 @@ def sum_terms(
     for name, term in terms.items():
         of_student = student.outputs[term.student]
         if is_zero(weights[name]):
-            products.append(term.zero(of_student))
+            products.append(term.zero(of_student, student.root.parameters()))
             continue
         part = f"{place}.{term.student}".strip(".") or "the module itself"
         of_teacher = teacher[term.teacher]
@@ -101,14 +101,14 @@ def sum_terms(
             if not student.is_frozen(term.student):
                 raise MisconfigurationException(_not_called(name, term, part, student))
             waiting.append(name)
-            products.append(term.zero(of_student))
+            products.append(term.zero(of_student, student.root.parameters()))
             continue
         product = weights[name] * value
         if not product.isfinite():
             if nonfinite == "raise":
                 raise _nonfinite_error(name, term, of_student, of_teacher, trainer)
             skipped += 1
-            product = value = term.zero(of_student)
+            product = value = term.zero(of_student, student.root.parameters())
         values[name] = value
         products.append(product)
     return TermsSum(sum(products[1:], start=products[0]), values, skipped, waiting)

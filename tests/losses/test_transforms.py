@@ -73,6 +73,23 @@ def test_a_second_derivative_is_refused_inside_func():
         torch.func.grad(slope)(student)
 
 
+def test_vmap_refuses_to_gather_over_ranks(tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        student, teacher = torch.randn(2, 4, 6, 3).unbind()
+
+        def loss(student: Tensor, teacher: Tensor) -> Tensor:
+            return dist_loss(student, teacher, sync=True)
+
+        with pytest.raises(RuntimeError, match=r"cannot gather inside torch\.func\.vmap"):
+            torch.func.vmap(loss)(student, teacher)
+        found = torch.func.grad(loss)(student[0], teacher[0])
+        torch.testing.assert_close(found, gradient(dist_loss, student[0], teacher[0]))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_teacher_from_inference_mode_is_taken(loss, dtype):
