@@ -1,7 +1,7 @@
 """Measure speed, memory and accuracy of DISTLoss: ``python -m benchmarks.loss [--quick]``.
 
-For each shape of logits, 3 * randn and once 0.01 * randn in float32, it measures forward and backward to the student's
-logits. "Ours" is this package's DISTLoss.
+For each shape of logits, 3 * randn and once 0.01 * randn in float32, it measures forward and
+backward to the student's logits. "Ours" is this package's DISTLoss.
 
 - Speed is the time of another loss divided by ours, so above 1 ours is faster. The other losses are
   torchdistill's DISTLoss and a KL divergence (log_softmax and kl_div). All run interleaved in this
@@ -13,8 +13,8 @@ logits. "Ours" is this package's DISTLoss.
 - Gradient error is the largest difference from the float64 gradient, divided by that gradient's
   largest entry. Ours is compared with the authors' formulation, and torchdistill with itself in
   float64, because it uses eps in another way.
-  With two classes or nearly uniform logits the softmax itself loses digits: the bar is then twice the
-  error of the authors' formulation in float32.
+  With two classes or nearly uniform logits the softmax itself loses digits: the bar is then twice
+  the error of the authors' formulation in float32.
 
 The bars are for the CPU. On a GPU (``--device cuda``) the blocks are larger, and so is the memory.
 

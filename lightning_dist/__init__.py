@@ -40,11 +40,11 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name on first use (PEP 562), so that the command starts without torch."""
+    """Import a public name at its first use (PEP 562), so that the command starts without torch."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = value  # the next use finds it without a call
+    globals()[name] = value  # so that the next use does not call __getattr__
     return value
 
 

@@ -1,4 +1,4 @@
-"""DistillationCallback: adds distillation losses to the training step of a LightningModule."""
+"""DistillationCallback: a callback that adds distillation losses to a module's training step."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -28,50 +28,52 @@ from lightning_dist.terms import (
 from lightning_dist.training.joining import Step, WrappedStep, add_to_loss
 from lightning_dist.training.summing import TermsSum, current_weights, is_zero, sum_terms
 
-ONLY = "distill"  # the name of a term that has none of its own
+ONLY = "distill"  # the name of the term made of loss, weight and output
 
 
 class DistillationCallback(Callback):
-    """Distil a teacher into a sub-module of any LightningModule under automatic optimization.
+    """A callback that distils a teacher into a sub-module of a LightningModule.
 
-    While ``fit`` runs, ``training_step`` is wrapped: each call of the student hands its inputs to
-    the teacher too, and the returned loss becomes ``task_weight * loss + sum(weight * term)``.
-    Precision, accumulation, clipping and DDP therefore work as ever. Nothing stays on the module
-    when ``fit`` ends, normally or not. Validation and testing are untouched.
+    The module can be any that uses automatic optimization. While ``fit`` runs, ``training_step`` is
+    wrapped: the teacher is called with the inputs of each call of the student, and the returned
+    loss becomes ``task_weight * loss + sum(weight * term)``. Precision, accumulation, clipping and
+    DDP therefore work as without distillation. When ``fit`` ends, normally or with an error, the
+    wrapper is removed from the module. Validation and testing do not change.
 
-    Each step lines up four parts: the student's outputs are recorded
-    (:func:`lightning_dist.taps.recording`), the teacher answers
+    Each step has four stages: the student's outputs are recorded
+    (:func:`lightning_dist.taps.recording`), the teacher's outputs are collected
     (:meth:`lightning_dist.teacher.TeacherBase.answers`), the terms are summed
-    (:func:`lightning_dist.training.summing.sum_terms`), and the sum joins the step's loss
+    (:func:`lightning_dist.training.summing.sum_terms`), and the sum is added to the step's loss
     (:mod:`lightning_dist.training.joining`).
 
-    Logs ``train/distill``, the weighted sum of the terms, and ``train/distill/NAME``, each term
-    without its weight, unless the only term is the one of ``loss``.
+    It logs ``train/distill``, the weighted sum of the terms. Unless the only term is that of
+    ``loss``, it also logs each term without its weight, as ``train/distill/NAME``.
 
     Args:
         teacher: the trained network, or a teacher of any kind, such as
             :class:`lightning_dist.Teacher` or :class:`lightning_dist.CachedTeacher`. It is frozen
-            in place, moves to the student's device for ``fit`` and to the CPU afterwards.
-        student: dotted path of the student in the LightningModule; ``""`` is the module itself.
+            in place, moved to the student's device for ``fit``, and moved to the CPU afterwards.
+        student: the dotted path of the student in the LightningModule; ``""`` is the module itself.
         loss: the loss of student and teacher logits, a :class:`lightning_dist.DISTLoss` by default.
-        weight: factor of ``loss``, a number or a function of the Trainer; 2 by default.
-        task_weight: factor of the loss that ``training_step`` returns.
-        output: entry of outputs that are not tensors, as in :class:`Term`.
-        terms: several named losses instead of ``loss``, ``weight`` and ``output``.
-        nonfinite: what happens where a term is NaN or infinite: ``"raise"`` stops before the
-            weights are updated; ``"skip"`` leaves the term out of that step and counts it, in
-            ``self.skipped`` and ``train/distill_skipped``.
-        inputs: which sub-modules of the student hand what they are called with to which ones of the
-            teacher, both as dotted paths. By default ``{"": ""}``: what the student is called with
-            goes to the teacher.
+        weight: the factor of ``loss``, a number or a function of the Trainer; 2 by default.
+        task_weight: the factor of the loss that ``training_step`` returns.
+        output: the entry to take from outputs that are not tensors, as in :class:`Term`.
+        terms: a dict from names to terms, instead of ``loss``, ``weight`` and ``output``.
+        nonfinite: the reaction to a term that is NaN or infinite: ``"raise"`` stops before the
+            weights are updated; ``"skip"`` leaves the term out of that step and adds 1 to
+            ``self.skipped``, which is logged as ``train/distill_skipped``.
+        inputs: a dict from dotted paths in the student to dotted paths in the teacher. Each call of
+            such a sub-module of the student also calls the sub-module of the teacher, with the
+            same inputs. By default ``{"": ""}``: the teacher gets the student's inputs.
 
     Raises:
-        MisconfigurationException: at the start of ``fit``: manual optimization, an unknown
-            sub-module, a teacher that shares tensors with the module, a second callback. In the
-            first training step, before anything is updated: a student that is not called with a
-            gradient, outputs that do not pair, or one that is changed in place.
-        FloatingPointError: in a training step whose distillation loss is not finite, unless
-            ``nonfinite`` is ``"skip"``; it names the term, the step and the side.
+        MisconfigurationException: at the start of ``fit``, if optimization is manual, a sub-module
+            does not exist, the teacher shares tensors with the module, or the Trainer has a second
+            DistillationCallback. In the first training step, before any update, if no call of the
+            student has a gradient, the outputs of student and teacher cannot be paired, or an
+            output was changed in place.
+        FloatingPointError: in a training step, if a term is not finite and ``nonfinite`` is
+            ``"raise"``; the message names the term, the step and the side (student or teacher).
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -110,26 +112,26 @@ class DistillationCallback(Callback):
         self.student = student
         self.task_weight = task_weight
         if terms is None:
-            # Not "loss or DISTLoss()": a compiled module has no truth value.
+            # Not "loss or DISTLoss()": bool() of a compiled module fails.
             loss = DISTLoss() if loss is None else loss
             terms = {ONLY: Term(loss, 2.0 if weight is None else weight, output=output)}
         self.terms = _checked(terms)
         self.inputs = dict(inputs or {"": ""})
         self.nonfinite = nonfinite
         self.skipped = 0
-        self.owner: LightningModule | None = None  # the module that brought it, if one did
+        self.owner: LightningModule | None = None  # the module that created this callback
         self._fingerprint: str | None = None
-        self._said: set[str] = set()  # terms of which a warning has been given
+        self._said: set[str] = set()  # names of terms that a warning was logged for
         self._attached = False
         self._step: WrappedStep | None = None
 
     # Hooks, in the order in which Lightning calls them
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Attach the teacher, let the terms' parameters join the module, wrap the step.
+        """Attach the teacher, register the terms' parameters on the module, and wrap the step.
 
-        All of it happens here, and not when fit starts, because Lightning's tuners train before
-        ``on_fit_start`` is called.
+        All of this happens here and not when ``fit`` starts, because Lightning's tuners train
+        before ``on_fit_start`` is called.
         """
         if stage != "fit" or self.owner not in (None, pl_module):
             return
@@ -149,10 +151,10 @@ class DistillationCallback(Callback):
         )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check everything that needs the module's parts and the optimizers."""
+        """Check the paths and the terms, which needs the complete module and the optimizers."""
         if self.owner not in (None, pl_module):
             return
-        _refuse_manual_optimization(pl_module)  # the module's own setup may have changed it
+        _refuse_manual_optimization(pl_module)  # the module's setup may have set this
         student = find_submodule(pl_module, self.student, "the LightningModule", "student")
         network = self.teacher.network
         for path, part in self.inputs.items():
@@ -168,11 +170,11 @@ class DistillationCallback(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Leave no trace when ``fit`` fails."""
+        """Remove everything from the module when ``fit`` fails."""
         self._detach(pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave no trace when ``fit`` ends."""
+        """Remove everything from the module when ``fit`` ends."""
         self._detach(pl_module)
 
     @property
@@ -180,9 +182,10 @@ class DistillationCallback(Callback):
         return self._generate_state_key(student=self.student)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the terms' own parameters, which are in no module's state_dict, and a name.
+        """Return the terms' parameters, the number of skipped terms and the teacher's fingerprint.
 
-        The name is of the teacher: a run that goes on with another one is warned.
+        No state_dict of a module contains these parameters. If a run continues with a teacher of
+        another fingerprint, a warning is logged.
         """
         terms = states_of(self.terms)
         if self._fingerprint is None:
@@ -190,10 +193,10 @@ class DistillationCallback(Callback):
         return {"terms": terms, "skipped": self.skipped, "teacher": self._fingerprint}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the terms' parameters; outside of ``fit`` only those that fit, as none is used.
+        """Load the terms' parameters; outside of ``fit``, those that do not fit are left out.
 
         Raises:
-            MisconfigurationException: in ``fit``, if the checkpoint is of other terms.
+            MisconfigurationException: in ``fit``, if a loss does not fit its checkpointed state.
         """
         self.skipped = state_dict.get("skipped", 0)
         state = self.state_dict()
@@ -222,13 +225,13 @@ class DistillationCallback(Callback):
         used = {
             term.teacher: None for name, term in self.terms.items() if not is_zero(weights[name])
         }
-        asking: Any = nullcontext({})  # the teacher is not called where no term counts
+        asking: Any = nullcontext({})  # the teacher is not called if all weights are 0
         if used:
             asking = self.teacher.answers(student, args[0], [*used], self.inputs)
         taps = {term.student: None for term in self.terms.values()}
         with asking as of_teacher, recording(student, [*taps]) as of_student:
             result = step(*args, **kwargs)
-        if result is None:  # the module skips this batch
+        if result is None:  # training_step skips this batch
             return None
         found = sum_terms(
             self.terms,
@@ -248,8 +251,8 @@ class DistillationCallback(Callback):
         return result
 
     def _log(self, pl_module: LightningModule, found: TermsSum) -> None:
-        # Logged per step, so that the batch size never weighs a mean. Without it Lightning would
-        # try to infer it, which fails when training_step takes a dataloader_iter.
+        # The values are logged per step, so the batch size never weighs a mean. Without batch_size,
+        # Lightning would infer the size, which fails if training_step takes a dataloader_iter.
         log = functools.partial(pl_module.log, batch_size=1)
         log("train/distill", found.total.detach())
         if [*self.terms] != [ONLY]:
@@ -259,19 +262,19 @@ class DistillationCallback(Callback):
             log("train/distill_skipped", float(self.skipped))
 
     def _wait(self, waiting: list[str], result: Any) -> None:
-        """Say once that a term waits; refuse a step in which nothing trains."""
+        """Warn once for each term on a frozen part; refuse a step in which nothing trains."""
         loss = result if isinstance(result, Tensor) else result["loss"]
         for name in waiting:
             if not loss.requires_grad:
                 raise MisconfigurationException(
-                    f"term {name!r}: the student is frozen, and so is all else in the step: let "
-                    f"parameters of {self.student or 'the module'!r} require a gradient"
+                    f"term {name!r}: the student is frozen, and nothing else in the step trains: "
+                    f"let parameters of {self.student or 'the module'!r} require a gradient"
                 )
             if name not in self._said:
                 self._said.add(name)
                 rank_zero_warn(
-                    f"term {name!r} waits: the part of the student that it compares is frozen. It "
-                    "counts as soon as the part trains"
+                    f"term {name!r} waits: the part of the student that it compares is frozen. The "
+                    "term is used as soon as the part trains"
                 )
 
     # Helpers of the hooks
@@ -290,7 +293,7 @@ class DistillationCallback(Callback):
         if averaging is not None:
             raise MisconfigurationException(
                 f"{type(averaging).__name__} comes before a DistillationCallback whose terms "
-                "have parameters, which it then cannot average: list DistillationCallback first"
+                "have parameters, and would not average them: list DistillationCallback first"
             )
 
     def _warn_of_compiled_taps(self, student: nn.Module) -> None:
@@ -300,9 +303,9 @@ class DistillationCallback(Callback):
         inner = [name for name, term in self.terms.items() if term.student]
         if compiled and inner:
             rank_zero_warn(
-                f"term {inner[0]!r} compares a part within the student, which is compiled: torch "
-                "compiles it again at each step's hooks and then runs it uncompiled. Compare the "
-                "student's own output (student=''), or leave out torch.compile"
+                f"term {inner[0]!r} compares a part within the student, which is compiled: the "
+                "hooks of each step make torch compile it again, until torch runs it uncompiled. "
+                "Compare the student's own output (student=''), or leave out torch.compile"
             )
 
     def _detach(self, pl_module: LightningModule) -> None:
@@ -315,12 +318,12 @@ class DistillationCallback(Callback):
 
 
 def attached_callbacks(trainer: Trainer) -> list[Callback]:
-    """Return the Trainer's callbacks, an attribute that Lightning sets without declaring it."""
+    """Return the Trainer's callbacks, an attribute that Lightning does not declare."""
     return trainer.callbacks  # type: ignore[attr-defined]
 
 
 def _checked(terms: Mapping[str, Term]) -> dict[str, Term]:
-    """Return the terms as a dict, or refuse what is not a mapping of names to Terms."""
+    """Return the terms as a dict, and refuse anything but a mapping from names to Terms."""
     if not terms:
         raise ValueError("terms is empty: name at least one Term")
     if not isinstance(terms, Mapping):

@@ -1,4 +1,4 @@
-"""The public pure functions of ``lightning_dist.losses``, under the name that users import."""
+"""The public pure functions of ``lightning_dist.losses``, re-exported for users."""
 
 from lightning_dist.losses.functional import (
     dist_loss,

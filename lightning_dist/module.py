@@ -35,40 +35,46 @@ from lightning_dist.training.optimization import (
 
 
 class DistillModule(LightningModule):
-    """Train a student on ``(inputs, target)`` batches, distilled from a teacher where one is given.
+    """A LightningModule that trains a student on ``(inputs, target)`` batches.
 
-    The teacher lives in ``self.teacher`` but is no part of the module: not in its parameters,
-    state_dict or checkpoints. The distillation itself is a
-    :class:`lightning_dist.DistillationCallback` that the module brings along, unless the Trainer
-    has one. Subclasses override any of the steps or ``configure_*`` methods.
+    If a teacher is given, the student is distilled from it. The teacher is stored in
+    ``self.teacher`` but is not a part of the module: it is not in the module's parameters,
+    state_dict or checkpoints. A :class:`lightning_dist.DistillationCallback` does the distillation;
+    the module creates it, unless the Trainer has one. Subclasses can override all steps and
+    ``configure_*`` methods.
 
-    Logs ``train/loss`` (total), ``train/task``, ``train/distill``, ``val/loss``, ``val/METRIC``,
-    ``test/loss`` and ``test/METRIC``; with :class:`lightning_dist.StudentEMA` also
-    ``val/ema_loss``, ``val/ema_METRIC`` and the same of ``test``.
+    It logs ``train/loss`` (total), ``train/task``, ``train/distill``, ``val/loss``, ``val/METRIC``,
+    ``test/loss`` and ``test/METRIC``. With :class:`lightning_dist.StudentEMA` it also logs
+    ``val/ema_loss``, ``val/ema_METRIC``, ``test/ema_loss`` and ``test/ema_METRIC``.
 
     Args:
         student: the network to train.
         teacher: the network to distil from; ``None`` trains without distillation.
-        task_loss: loss of the student's output and the target, cross-entropy by default. Validation
-            and test use ``self.eval_loss``, which is the same unless a subclass sets another.
-        metrics: updated with the student's output and the target in validation and test.
-        optimizer: called with the student's parameters if it is an optimizer class (or a partial of
-            one), otherwise with the student itself, as ``timm.optim.create_optimizer_v2`` wants it.
-            AdamW by default.
-        scheduler: called with the optimizer; a torch or timm scheduler, or what timm's
-            ``create_scheduler_v2`` returns. Where it takes ``updates_per_epoch``, as that does, it
-            is given how many optimizer updates an epoch of this Trainer has.
-        scheduler_interval: ``"epoch"`` or ``"step"``, when the scheduler is stepped.
-        scheduler_monitor: the metric of a scheduler that lowers the rate on a plateau; give the
-            scheduler ``mode="max"`` where more is better.
-        distill_loss: loss of student and teacher logits, DIST by default.
-        distill_weight: its weight, a number or a function of the Trainer.
-        task_weight: weight of the task loss while distilling.
-        nonfinite: ``"raise"`` or ``"skip"``, what the callback does where the distillation loss is
-            NaN or infinite.
-        channels_last: keep the student's weights in channels-last memory format, which convolutions
-            hand on to their outputs.
-        shard_teacher: under FSDP2, keep the teacher sharded too, but while it is called.
+        task_loss: the loss of the student's output and the target, cross-entropy by default.
+            Validation and test use ``self.eval_loss``, which is the same loss unless a subclass
+            sets another.
+        metrics: the metrics to update with the student's output and the target in validation and
+            test.
+        optimizer: an optimizer class (or a partial of one), which is called with the student's
+            parameters, or another function, which is called with the student itself, as
+            ``timm.optim.create_optimizer_v2`` requires. AdamW by default.
+        scheduler: a torch or timm scheduler class (or a partial of one), or timm's
+            ``create_scheduler_v2``. It is called with the optimizer. If it takes
+            ``updates_per_epoch``, it also gets the number of optimizer updates in an epoch of this
+            Trainer.
+        scheduler_interval: the interval at which the scheduler is stepped, ``"epoch"`` or
+            ``"step"``.
+        scheduler_monitor: the name of the metric for a scheduler that lowers the rate on a plateau;
+            give the scheduler ``mode="max"`` if more is better.
+        distill_loss: the loss of student and teacher logits, DIST by default.
+        distill_weight: the weight of ``distill_loss``, a number or a function of the Trainer.
+        task_weight: the weight of the task loss during distillation.
+        nonfinite: the callback's reaction to a distillation loss that is NaN or infinite,
+            ``"raise"`` or ``"skip"``.
+        channels_last: keep the student's weights in channels-last memory format; the outputs of
+            convolutions then have this format too.
+        shard_teacher: under FSDP2, also shard the teacher, which is then whole only while it is
+            called.
 
     Raises:
         TypeError: if ``student`` is not a module.
@@ -121,21 +127,21 @@ class DistillModule(LightningModule):
         self.scheduler = scheduler
         self.scheduler_interval = scheduler_interval
         self.scheduler_monitor = scheduler_monitor
-        # Set past nn.Module: a loss with parameters belongs to the callback, not to this module.
+        # Do not register a loss with parameters here: the callback registers it during fit.
         self.__dict__["distill_loss"] = distill_loss
         self.distill_weight = distill_weight
         self.task_weight = task_weight
         self.nonfinite = nonfinite
         self._evaluated: dict[str, nn.Module] = {}
-        self.metrics = nn.ModuleDict()  # of each evaluated network, by the prefix of their names
+        self.metrics = nn.ModuleDict()  # by prefix, for each evaluated network
         self._add_metrics(metrics, "")
 
     def evaluate_too(self, name: str, network: nn.Module) -> None:
         """Evaluate another network beside the student in validation and test.
 
         Args:
-            name: first part of its metrics' names: ``"ema_"`` gives ``val/ema_METRIC``.
-            network: takes the student's inputs and returns the student's kind of output.
+            name: the first part of the names of its metrics: ``"ema_"`` gives ``val/ema_METRIC``.
+            network: a network with the student's inputs and the student's kind of output.
         """
         self._evaluated[name] = network
         self._add_metrics(self.val_metrics, name)
@@ -143,7 +149,7 @@ class DistillModule(LightningModule):
 
     @property
     def val_metrics(self) -> MetricCollection:
-        """The student's metrics in validation."""
+        """The student's validation metrics."""
         return cast(EvaluationMetrics, self.metrics["val/"]).collection
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -158,32 +164,32 @@ class DistillModule(LightningModule):
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log ``train/loss``, the loss that was trained on, distillation included."""
+        """Log ``train/loss``, the training loss including the distillation loss."""
         if outputs is not None:  # Lightning divides the loss by the number of accumulated batches
             loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
             self.log("train/loss", loss * self.trainer.accumulate_grad_batches, prog_bar=True)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Update ``val/*``."""
+        """Update and log the metrics ``val/*``."""
         self._evaluate(
             self._without_repeats(batch, batch_idx, self.trainer.val_dataloaders), "val/"
         )
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Update ``test/*``."""
+        """Update and log the metrics ``test/*``."""
         loaders = self.trainer.test_dataloaders
         self._evaluate(self._without_repeats(batch, batch_idx, loaders), "test/")
 
     def predict_step(self, batch: Any, batch_idx: int) -> Any:
-        """Return the student's output of a batch of inputs, or of ``(inputs, target)``."""
+        """Return the student's output for a batch of inputs, or of ``(inputs, target)``."""
         return self.infer(self.student, batch[0] if isinstance(batch, (tuple, list)) else batch)
 
     def infer(self, network: nn.Module, inputs: Any) -> Any:
-        """Return what validation, test and prediction take as the output of a network.
+        """Return the output of a network in the form that validation, test and prediction use.
 
         Args:
             network: the student, or an average of it.
-            inputs: the first part of a batch.
+            inputs: the inputs of a batch.
         """
         return network(inputs)
 
@@ -210,7 +216,7 @@ class DistillModule(LightningModule):
         return without_repeats(batch, batch_idx, loaders)
 
     def configure_terms(self) -> Mapping[str, Term]:
-        """Return the distillation terms by name; override it to distil other parts."""
+        """Return a dict from names to distillation terms; override it to distil other parts."""
         loss = DISTLoss() if self.distill_loss is None else self.distill_loss
         return {ONLY: Term(loss, self.distill_weight)}
 
@@ -228,33 +234,34 @@ class DistillModule(LightningModule):
         )
 
     def configure_callbacks(self) -> list[Callback]:
-        """Put the distillation callback in front of the Trainer's, unless the Trainer has one."""
+        """Put the distillation callback before the Trainer's callbacks, unless they include one."""
         attached = attached_callbacks(self.trainer)
         present = [c for c in attached if isinstance(c, DistillationCallback)]
-        # A callback that another module brought to the same Trainer is that module's: replace it.
+        # Replace a callback that another module created for the same Trainer.
         if any(c.owner in (None, self) for c in present):
             return []
         callback = self.configure_distillation()
         if callback is None:
             return []
         callback.owner = self
-        # Lightning would append it. It must be first: WeightAveraging must find the parameters of
-        # its terms when it copies the module.
+        # Lightning would append the callback, but it must be first: WeightAveraging must find the
+        # parameters of the callback's terms when it copies the module.
         others = [c for c in attached if c not in present]
         self.trainer.callbacks = [callback, *others]  # type: ignore[attr-defined]
         return []
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Make room for the average of the student, if the checkpoint holds one."""
+        """Create an average of the student to load into, if the checkpoint contains one."""
         make_room_for_average(self, checkpoint)
 
     def configure_model(self) -> None:
-        """Shard the student, and the teacher if asked to, where the strategy does that (FSDP2).
+        """Shard the student, and with ``shard_teacher`` also the teacher, if FSDP2 is used.
 
-        Each is sharded as one unit. Override this to shard its blocks apart.
+        Each network is sharded as one unit. Override this method to shard blocks separately.
 
         Raises:
-            MisconfigurationException: with ``shard_teacher`` under another strategy.
+            MisconfigurationException: if ``shard_teacher`` is set but the strategy is not
+                ModelParallelStrategy.
         """
         strategy = getattr(self._trainer, "strategy", None)
         sharding = isinstance(strategy, ModelParallelStrategy)
@@ -267,13 +274,13 @@ class DistillModule(LightningModule):
         if self.shard_teacher and self.teacher is not None and strategy is not None:
             if not sharding:
                 raise MisconfigurationException(
-                    "shard_teacher needs ModelParallelStrategy (trainer=fsdp2), and the strategy "
+                    "shard_teacher needs ModelParallelStrategy (trainer=fsdp2), but the strategy "
                     f"is {type(strategy).__name__}: leave shard_teacher out"
                 )
             shard_teacher(self.teacher, mesh)
 
     def configure_optimizers(self) -> Any:
-        """Return the optimizer and, where there is one, the learning-rate schedule.
+        """Return the optimizer and, if there is one, the learning-rate schedule.
 
         Raises:
             MisconfigurationException: if the optimizer cannot be built.
@@ -289,15 +296,15 @@ class DistillModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": settings}
 
     def _updates_per_epoch(self) -> int:
-        self.trainer.fit_loop.setup_data()  # Lightning counts the batches no earlier
+        self.trainer.fit_loop.setup_data()  # before this, the number of batches is unknown
         return math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
-        """Step a torch scheduler as Lightning does, and a timm scheduler with its position.
+        """Step a torch scheduler as Lightning does, and a timm scheduler with the current position.
 
         Args:
             scheduler: the scheduler.
-            metric: the value of the monitored metric, of a scheduler that waits for a plateau.
+            metric: the value of the monitored metric, for a scheduler with a monitor.
         """
         if not hasattr(scheduler, "step_update"):
             super().lr_scheduler_step(scheduler, metric)

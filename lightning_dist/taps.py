@@ -14,18 +14,18 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-# Where networks keep their logits: Hugging Face's outputs, and torchvision's segmentation networks.
+# Names of the logits in Hugging Face's outputs and those of torchvision's segmentation networks.
 _LOGITS = ("logits", "out")
 
 
 @dataclass
 class Snapshot:
-    """An output, and how often each of its tensors had been written to when it was returned.
+    """The output of a module, and the version counters of its tensors when it was returned.
 
     Attributes:
-        output: what a module returned.
-        versions: version counter of each tensor in it, by the tensor's id. The output keeps its
-            tensors alive, so that no other tensor gets one of these ids.
+        output: the output of the module.
+        versions: a dict from the id of each tensor in the output to its version counter. The
+            output keeps its tensors alive, so that no other tensor gets one of these ids.
     """
 
     output: Any
@@ -33,7 +33,7 @@ class Snapshot:
 
     @classmethod
     def of(cls, output: Any) -> "Snapshot":
-        """Take a snapshot of an output that a module has just returned."""
+        """Return a snapshot of an output that a module has just returned."""
         plain = not isinstance(output, Tensor) and hasattr(output, "__dict__")
         leaves = [*tree_leaves(output), *(tree_leaves(vars(output)) if plain else ())]
         return cls(output, {id(x): version_of(x) for x in leaves if isinstance(x, Tensor)})
@@ -43,8 +43,8 @@ def record_outputs(module: nn.Module, outputs: list[Any]) -> Callable[[], None]:
     """Append a snapshot of each output of a module to a list.
 
     Args:
-        module: the module to watch.
-        outputs: the list that grows.
+        module: the module whose outputs are recorded.
+        outputs: the list to append to.
 
     Returns:
         A function that ends the recording.
@@ -58,13 +58,14 @@ def record_outputs(module: nn.Module, outputs: list[Any]) -> Callable[[], None]:
 
 @dataclass
 class Recording:
-    """Outputs of sub-modules of a network during one step.
+    """The outputs of sub-modules of a network during one step.
 
     Attributes:
         root: the network.
-        outputs: for each path, the snapshots of the calls with a gradient, in their order.
-        without_grad: paths of sub-modules that were called without a gradient too, as under
-            ``torch.no_grad()``; there is nothing to train in such a call.
+        outputs: a dict from each path to the snapshots of its calls with a gradient, in the order
+            of the calls.
+        without_grad: the paths of sub-modules that were also called without a gradient, as under
+            ``torch.no_grad()``; such a call cannot train anything.
     """
 
     root: nn.Module
@@ -72,7 +73,10 @@ class Recording:
     without_grad: set[str] = field(default_factory=set)
 
     def is_frozen(self, path: str) -> bool:
-        """Return whether nothing in a sub-module trains, or in the network if it has nothing."""
+        """Return whether no parameter of a sub-module trains.
+
+        For a sub-module without parameters, the parameters of the whole network are checked.
+        """
         part = self.root.get_submodule(path)
         parameters = list(part.parameters()) or list(self.root.parameters())
         return not any(parameter.requires_grad for parameter in parameters)
@@ -80,16 +84,17 @@ class Recording:
 
 @contextmanager
 def recording(root: nn.Module, paths: Sequence[str]) -> Iterator[Recording]:
-    """Record what sub-modules return while the context lasts.
+    """Record the outputs of sub-modules while the context lasts.
 
-    The hooks live no longer than that, so that a copy or a pickle of the module never holds one.
+    The hooks are removed at the end of the context, so that later copies and pickles of the module
+    do not contain them.
 
     Args:
         root: the network.
-        paths: dotted paths of its sub-modules; ``""`` is the network itself.
+        paths: the dotted paths of the sub-modules; ``""`` is the network itself.
 
     Returns:
-        A context manager that gives the :class:`Recording`.
+        A context manager that returns the :class:`Recording`.
     """
     found = Recording(root, {path: [] for path in paths})
 
@@ -109,7 +114,7 @@ def recording(root: nn.Module, paths: Sequence[str]) -> Iterator[Recording]:
 def logits_of(output: Any, entry: str | int | None = None) -> Tensor:
     """Return the logits in the output of a network or of one of its parts.
 
-    This is the one rule for terms, class maps, ensembles, evaluation and export.
+    Terms, class maps, ensembles, evaluation and export all use this function.
 
     Args:
         output: a tensor, or any container of tensors, or a :class:`Snapshot` of one.
@@ -120,7 +125,7 @@ def logits_of(output: Any, entry: str | int | None = None) -> Tensor:
         The tensor.
 
     Raises:
-        ValueError: if there is no such entry, if it is no tensor, or if the output was changed in
+        ValueError: if the entry does not exist or is not a tensor, or if the output was changed in
             place after the snapshot was taken.
 
     Example:
@@ -131,8 +136,9 @@ def logits_of(output: Any, entry: str | int | None = None) -> Tensor:
         chosen = logits_of(output.output, entry)
         if output.versions.get(id(chosen), version_of(chosen)) != version_of(chosen):
             raise ValueError(
-                "the output was changed in place after its part returned it: write it out of place "
-                "(z = z / t for z /= t, ReLU(inplace=False)), or tap the part that changes it"
+                "the output was changed in place after its part returned it: change it out of "
+                "place (z = z / t instead of z /= t, ReLU(inplace=False)), or let the term compare "
+                "the part that changes it"
             )
         return chosen
     if isinstance(output, Tensor):
@@ -153,14 +159,14 @@ def logits_of(output: Any, entry: str | int | None = None) -> Tensor:
 
 
 def with_logits(output: Any, logits: Tensor) -> Any:
-    """Return a copy of an output with other logits in the place where :func:`logits_of` finds them.
+    """Return a copy of an output with other logits, in the entry that :func:`logits_of` takes.
 
     Args:
-        output: what a network returned.
-        logits: the tensor to put there.
+        output: the output of a network.
+        logits: the new logits.
 
     Returns:
-        The changed output; the given one stays as it is.
+        The copy; ``output`` itself does not change.
     """
     if isinstance(output, Tensor):
         return logits
@@ -182,15 +188,15 @@ def find_submodule(root: nn.Module, path: str, where: str, what: str) -> nn.Modu
 
     Args:
         root: the network.
-        path: dotted path; ``""`` is the network itself.
-        where: what the network is, for the message, such as ``"the student"``.
-        what: the option that named the path, for the message.
+        path: the dotted path; ``""`` is the network itself.
+        where: the description of the network in the message, such as ``"the student"``.
+        what: the name of the option that contains the path, for the message.
 
     Returns:
         The sub-module.
 
     Raises:
-        MisconfigurationException: if there is none; near names are listed.
+        MisconfigurationException: if it does not exist; the message lists similar paths.
     """
     try:
         return root.get_submodule(path)
@@ -204,14 +210,14 @@ def find_submodule(root: nn.Module, path: str, where: str, what: str) -> nn.Modu
 
 
 def refuse_shared_tensors(teacher: nn.Module, module: LightningModule) -> None:
-    """Refuse a teacher of which a parameter or buffer belongs to the module, or is a view of it.
+    """Refuse a teacher that shares the memory of a parameter or buffer with the module.
 
     Args:
         teacher: the teacher's network.
         module: the module that is trained.
 
     Raises:
-        MisconfigurationException: naming both tensors.
+        MisconfigurationException: if two tensors share memory; the message names both.
     """
 
     def storage(tensor: Tensor) -> int:
@@ -229,7 +235,7 @@ def refuse_shared_tensors(teacher: nn.Module, module: LightningModule) -> None:
 
 
 def _default_entry(output: Any) -> str | int:
-    """Return where logits are by default; an entry that is missing if they are nowhere."""
+    """Return the default entry of the logits; the output may not have this entry."""
     for name in _LOGITS:
         if hasattr(output, name) or (isinstance(output, Mapping) and name in output):
             return name
@@ -241,10 +247,9 @@ def _is_item(output: Any, entry: str | int) -> bool:
 
 
 def version_of(tensor: Tensor) -> int:
-    """Return how often a tensor has been written to in place; 0 where that is not known.
+    """Return how often a tensor has been written to in place, or 0 if that is unknown.
 
-    An inference tensor has no version counter. The counter also cannot be read while torch.compile
-    traces.
+    Inference tensors and the tensors that torch.compile traces have no version counter.
     """
     unknown = torch.compiler.is_compiling() or tensor.is_inference()
     return 0 if unknown else tensor._version

@@ -1,4 +1,4 @@
-"""Terms of the distillation loss: two parts to compare, a loss and a weight each."""
+"""Terms of the distillation loss; each has two parts to compare, a loss and a weight."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,23 +23,25 @@ Nonfinite = Literal["raise", "skip"]
 class Term:
     """One distillation loss between a part of the student and a part of the teacher.
 
-    A part that is called several times in one call of its network (a head shared by the levels of a
-    pyramid) gives as many pairs, whose losses are summed. Calls of the student without a gradient,
-    as under ``torch.no_grad()``, do not count.
+    A part can be called several times in one call of its network, such as a head that the levels of
+    a pyramid share. Then the calls of the two parts form pairs, and the losses of all pairs are
+    summed. Calls of the student without a gradient, as under ``torch.no_grad()``, are ignored.
 
     Args:
-        loss: takes the student's and the teacher's output, returns a scalar. If it is a module with
-            parameters (a projection), they train along and stay out of the student's state_dict.
-        weight: factor in the total loss, or a function of the Trainer such as
+        loss: a function that takes the student's and the teacher's output and returns a scalar. If
+            it is a module with parameters (a projection), they are trained with the student but
+            are not in the student's state_dict.
+        weight: the factor in the total loss, a number or a function of the Trainer such as
             :class:`lightning_dist.WeightSchedule`.
-        student: dotted path inside the student; ``""`` is the student's own output.
-        teacher: dotted path inside the teacher; ``""`` is the teacher's own output.
-        output: entry to take from an output that is not a tensor: a key, an attribute or an index.
-            By default ``logits`` or ``out`` where there is one, or the first item of a tuple or
-            list, see :func:`lightning_dist.taps.logits_of`.
-        classes: whether the outputs are scores of classes, so that the teacher's ``class_map``
-            applies to its part. By default they are for DISTLoss and KDLoss and are not for
-            FeatureMimic; any other loss on a part of a teacher with a ``class_map`` must say it.
+        student: the dotted path of the part inside the student; ``""`` is the whole student.
+        teacher: the dotted path of the part inside the teacher; ``""`` is the whole teacher.
+        output: the entry to take from an output that is not a tensor: a key, an attribute or an
+            index. By default ``logits`` or ``out`` if the output has one, or the first item of a
+            tuple or list, see :func:`lightning_dist.taps.logits_of`.
+        classes: ``True`` if the outputs are class scores, so that the teacher's ``class_map``
+            applies to the teacher's part, or ``False`` if they are not. By default ``True`` for
+            DISTLoss and KDLoss and ``False`` for FeatureMimic. Any other loss needs this option if
+            it compares a part of a teacher with a ``class_map``.
     """
 
     loss: nn.Module | Callable[[Tensor, Tensor], Tensor]
@@ -53,7 +55,7 @@ class Term:
         """Refuse a loss or a weight of the wrong kind.
 
         Args:
-            name: of the term, for the message.
+            name: the name of the term, for the message.
 
         Raises:
             TypeError: if the loss is not a function.
@@ -70,14 +72,14 @@ class Term:
             check_number(f"the weight of term {name!r}", self.weight)
 
     def parameters(self) -> list[nn.Parameter]:
-        """Return the loss's own parameters."""
+        """Return the parameters of the loss, or an empty list if it has none."""
         return list(self.loss.parameters()) if isinstance(self.loss, nn.Module) else []
 
     def current_weight(self, trainer: Trainer) -> float:
         """Return the weight in this step.
 
         Raises:
-            ValueError: if a function returned something else than a number.
+            ValueError: if the weight is a function that does not return a number.
         """
         weight = self.weight(trainer) if callable(self.weight) else self.weight
         if not isinstance(weight, (Real, Tensor)):
@@ -88,8 +90,8 @@ class Term:
         return weight
 
     def compares_classes(self) -> bool | None:
-        """Return whether the teacher's ``class_map`` applies to its part; ``None``: not known."""
-        loss = getattr(self.loss, "_orig_mod", self.loss)  # of a compiled one
+        """Return whether the teacher's ``class_map`` applies to its part; ``None`` if unknown."""
+        loss = getattr(self.loss, "_orig_mod", self.loss)  # unwrap a compiled loss
         if self.classes is None and isinstance(loss, (DISTLoss, KDLoss, FeatureMimic)):
             return not isinstance(loss, FeatureMimic)
         return self.classes
@@ -110,15 +112,16 @@ class Term:
         Args:
             student: the output of each call of the student's part.
             teacher: the output of each call of the teacher's part.
-            trainer: the Trainer, at this batch.
-            to_student_classes: the teacher's class map, which applies to a part of it; the
-                teacher's own output is mapped already.
+            trainer: the Trainer.
+            to_student_classes: a function that maps the teacher's classes to the student's. It is
+                applied only to a sub-module of the teacher, because the output of the whole
+                teacher is mapped already.
 
         Returns:
             The loss, or ``None`` if no output of the student has a gradient.
 
         Raises:
-            ValueError: if the outputs do not pair, or the loss is not defined for them.
+            ValueError: if the outputs cannot be paired, or the loss is not defined for them.
         """
         if len(student) != len(teacher):
             raise ValueError(
@@ -134,7 +137,7 @@ class Term:
             return None
         if self.compares_classes() and not self._takes_the_mapped_logits():
             pairs = [(x, to_student_classes(y)) for x, y in pairs]
-        # autograd saves no inference tensor, which a teacher under inference_mode returns.
+        # A teacher under inference_mode returns inference tensors, but autograd cannot save them.
         pairs = [(x, y.clone() if y.is_inference() else y) for x, y in pairs]
         self._refuse_single_rows([logits for logits, _ in pairs], trainer)
         values = [self.loss(*pair) for pair in pairs]
@@ -165,12 +168,12 @@ class Term:
         return torch.stack([torch.zeros((), device=device), *parts]).sum()
 
     def is_finite(self, outputs: list[Any]) -> bool:
-        """Return whether the tensors that the term compares are finite in some outputs."""
+        """Return whether the tensors that the term takes from some outputs are all finite."""
         return all(bool(logits_of(x, self.output).isfinite().all()) for x in outputs)
 
     def _refuse_single_rows(self, logits: list[Tensor], trainer: Trainer) -> None:
-        """Refuse a run of one-sample batches; the last batch of an epoch may have one sample."""
-        loss = getattr(self.loss, "_orig_mod", self.loss)  # of a compiled one
+        """Refuse a first batch of one sample, unless it is also the last batch of its epoch."""
+        loss = getattr(self.loss, "_orig_mod", self.loss)  # unwrap a compiled loss
         if not isinstance(loss, DISTLoss) or not loss.gamma:
             return
         if loss.sync and trainer.world_size > 1:
@@ -179,16 +182,18 @@ class Term:
             return
         if all(x.dim() > 1 and x.numel() == x.shape[1] for x in logits):
             raise ValueError(
-                "the batch has one sample, which no intra-class relation can be of: use larger "
+                "the batch has one sample, but an intra-class relation needs several: use larger "
                 "batches, sync=True over several processes, or gamma=0"
             )
 
 
 class TermParameters(nn.ModuleDict):
-    """The losses with parameters: seen by optimizers and DDP, absent from the state_dict.
+    """A container of the losses with parameters that stays out of the module's state_dict.
+
+    Optimizers and DDP find the parameters, because the container is a sub-module.
 
     Args:
-        losses: the losses, by the names of their terms.
+        losses: a dict from the names of the terms to their losses.
     """
 
     name = "_distillation"
@@ -202,11 +207,11 @@ class TermParameters(nn.ModuleDict):
         """Register the terms' parameters on a module.
 
         Args:
-            terms: by name.
+            terms: a dict from names to terms.
             pl_module: the module.
 
         Returns:
-            Whether there are any parameters.
+            ``True`` if any term has parameters.
         """
         losses = {name: x.loss for name, x in terms.items() if isinstance(x.loss, nn.Module)}
         parts = cls({name: loss for name, loss in losses.items() if terms[name].parameters()})
@@ -216,7 +221,7 @@ class TermParameters(nn.ModuleDict):
 
     @classmethod
     def leave(cls, pl_module: LightningModule) -> None:
-        """Take the terms' parameters from a module, if it has any."""
+        """Remove the terms' parameters from a module, if it has any."""
         pl_module._modules.pop(cls.name, None)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
@@ -224,22 +229,23 @@ class TermParameters(nn.ModuleDict):
 
 
 def states_of(terms: Mapping[str, Term]) -> dict[str, dict[str, Tensor]]:
-    """Return the state_dicts of the losses that have one, by the names of their terms."""
+    """Return a dict from the names of terms to the state_dicts of their losses, if not empty."""
     modules = {name: x.loss for name, x in terms.items() if isinstance(x.loss, nn.Module)}
     states = {name: loss.state_dict() for name, loss in modules.items()}
     return {name: state for name, state in states.items() if state}
 
 
 def load_states(terms: Mapping[str, Term], saved: Mapping[str, Any], strict: bool) -> None:
-    """Load the state_dicts of losses.
+    """Load the state_dicts of the terms' losses.
 
     Args:
-        terms: by name.
-        saved: what :func:`states_of` returned for the run of a checkpoint.
+        terms: a dict from names to terms.
+        saved: the dict that :func:`states_of` returned in the run that wrote the checkpoint.
         strict: refuse states that do not fit; otherwise they are left out.
 
     Raises:
-        MisconfigurationException: if ``strict`` and the states are of other terms.
+        MisconfigurationException: if ``strict`` is true and a state does not fit the loss of its
+            term; the message names the term.
     """
     own = states_of(terms)
     for name in sorted({*saved, *own}):
@@ -249,50 +255,52 @@ def load_states(terms: Mapping[str, Term], saved: Mapping[str, Any], strict: boo
             loss.load_state_dict(saved[name])
         elif strict:
             raise MisconfigurationException(
-                f"the checkpoint does not fit the loss of term {name!r}: it has "
-                f"{sorted(shapes[0]) or 'no parameters'} and the loss "
-                f"{sorted(shapes[1]) or 'none'}, or of other shapes. Resume with the terms of the "
-                "run that wrote it"
+                f"the checkpoint does not fit the loss of term {name!r}: the "
+                f"checkpoint has {sorted(shapes[0]) or 'no parameters'}, but the loss has "
+                f"{sorted(shapes[1]) or 'none'}, or the shapes differ. Resume with the terms of "
+                "the run that wrote the checkpoint"
             )
 
 
 def refuse_untrained(terms: Mapping[str, Term], optimizers: Iterable[Optimizer]) -> None:
-    """Refuse terms with parameters that no optimizer holds.
+    """Refuse terms with parameters that are in no optimizer.
 
     Args:
-        terms: by name.
-        optimizers: all of the Trainer's.
+        terms: a dict from names to terms.
+        optimizers: all optimizers of the Trainer.
 
     Raises:
-        MisconfigurationException: naming the term.
+        MisconfigurationException: if a parameter of a term is in no optimizer; the message names
+            the term.
     """
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     trained = {id(parameter) for group in groups for parameter in group["params"]}
     for name, term in terms.items():
         if any(p.requires_grad and id(p) not in trained for p in term.parameters()):
             raise MisconfigurationException(
-                f"the loss of term {name!r} has parameters that no optimizer holds: build the "
+                f"the loss of term {name!r} has parameters that are in no optimizer: build the "
                 "optimizer from self.parameters() in configure_optimizers"
             )
 
 
 def refuse_unmapped(terms: Mapping[str, Term], class_map: Sequence[int] | None) -> None:
-    """Refuse a term of which it is not known whether the teacher's class map applies to it.
+    """Refuse a term if it is unknown whether the teacher's class map applies to it.
 
     Args:
-        terms: by name.
-        class_map: the teacher's, or ``None`` if it has none.
+        terms: a dict from names to terms.
+        class_map: the class map of the teacher, or ``None`` if the teacher has none.
 
     Raises:
-        MisconfigurationException: naming the term.
+        MisconfigurationException: if a term on a part of a teacher with a class map must set
+            ``classes``; the message names the term.
     """
     for name, term in terms.items():
         mapped = term._takes_the_mapped_logits()
         if class_map is not None and not mapped and term.compares_classes() is None:
             raise MisconfigurationException(
                 f"the teacher has a class_map, and term {name!r} compares its part "
-                f"{term.teacher!r} by a loss that may be of classes or of features: set the term's "
-                "classes=True to map its classes, or classes=False"
+                f"{term.teacher!r}, whose outputs may be class scores or features: set the term's "
+                "classes=True to map the classes, or classes=False"
             )
 
 

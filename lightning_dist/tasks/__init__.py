@@ -1,1 +1,1 @@
-"""Tasks: DistillModules with the steps and metrics of a field."""
+"""Tasks: subclasses of DistillModule with the steps and metrics of one field each."""

@@ -1,4 +1,4 @@
-"""Image classification: accuracy, label smoothing, mixup."""
+"""ClassificationModule: image classification with accuracy, label smoothing and mixup."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,21 +15,22 @@ from lightning_dist.teacher import TeacherBase
 
 
 class ClassificationModule(DistillModule):
-    """Classify ``(images, labels)`` batches.
+    """A DistillModule that classifies ``(images, labels)`` batches.
 
-    ``val/loss`` and ``test/loss`` are the plain cross-entropy, whatever the training loss.
+    ``val/loss`` and ``test/loss`` are the plain cross-entropy, for every training loss.
     ``METRIC`` is ``accuracy`` and, with more than ten classes, ``accuracy_top5``.
 
     Args:
-        student: network with ``num_classes`` outputs.
-        teacher: network with the same outputs, or ``None``.
-        num_classes: number of classes.
-        label_smoothing: of the cross-entropy, from 0 to 1; with ``mixup``, give it to mixup.
-        mixup: called with a training batch on its device, such as ``timm.data.Mixup``.
-        kwargs: as in :class:`lightning_dist.DistillModule`.
+        student: a network with ``num_classes`` outputs.
+        teacher: a network with the same outputs, or ``None``.
+        num_classes: the number of classes.
+        label_smoothing: the label smoothing of the cross-entropy, from 0 to 1; with ``mixup``, set
+            the label smoothing of mixup instead.
+        mixup: a function that mixes a training batch on its device, such as ``timm.data.Mixup``.
+        kwargs: the other arguments of :class:`lightning_dist.DistillModule`.
 
     Raises:
-        ValueError: if an option is out of range; in a step, if a label is no class.
+        ValueError: if an option is out of range, or, in a step, if a label is not a class.
 
     Example:
         >>> module = ClassificationModule(nn.Linear(4, 3), num_classes=3)
@@ -62,7 +63,7 @@ class ClassificationModule(DistillModule):
         self.num_classes = num_classes
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Return the task loss of a batch, mixed up if so configured."""
+        """Return the task loss of a batch, which ``mixup`` has mixed if it is set."""
         self._check_labels(batch, batch_idx)
         inputs, target = self.mixup(*batch) if self.mixup else batch
         loss = self.task_loss(logits_of(self.student(inputs)), target)
@@ -70,16 +71,16 @@ class ClassificationModule(DistillModule):
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Update ``val/*``; Lightning's check before the first epoch finds wrong labels early."""
+        """Update ``val/*``; Lightning's sanity check before training finds wrong labels early."""
         self._check_labels(batch, batch_idx)
         super().validation_step(batch, batch_idx)
 
     def infer(self, network: nn.Module, inputs: Any) -> Tensor:
-        """Return the logits ``(N, C)`` of a network, see :func:`lightning_dist.taps.logits_of`."""
+        """Return the logits ``(N, C)`` of a network; see :func:`lightning_dist.taps.logits_of`."""
         return logits_of(network(inputs))
 
     def _check_labels(self, batch: Any, batch_idx: int) -> None:
-        """Refuse labels that are no classes; on a GPU only once an epoch, since it must wait."""
+        """Refuse labels that are not classes; on a GPU once per epoch, because a check is slow."""
         _, labels = batch
         if labels.dtype != torch.int64 or not labels.numel():
             return

@@ -1,4 +1,4 @@
-"""Object detection: torchvision's detectors as they are, DIST on their class logits, COCO's mAP."""
+"""DetectionModule: torchvision's detectors, with DIST on their class logits and COCO's mAP."""
 
 import copy
 import logging
@@ -18,45 +18,50 @@ from lightning_dist.terms import Term
 from lightning_dist.training.evaluation import EvaluationMetrics
 
 _MAPS = "head.classification_head.cls_logits"
-# The metric prints its table at each epoch where somebody configures logging, as Hydra does.
+# If logging is configured, as by Hydra, faster_coco_eval prints its table in each epoch.
 logging.getLogger("faster_coco_eval").setLevel(logging.WARNING)
 SIZES = ("small", "medium", "large")
 Batch = tuple[Sequence[Tensor], Sequence[dict[str, Tensor]]]
 
 
 class DetectionModule(DistillModule):
-    """Find boxes in ``(images, targets)`` batches, as torchvision's detectors take them.
+    """A DistillModule that trains torchvision's detectors on ``(images, targets)`` batches.
 
-    ``images`` is a list of ``(3, H, W)`` in 0..1; ``targets`` a list of mappings with ``boxes``,
-    float ``(K, 4)`` as x1, y1, x2, y2 in pixels, and ``labels``, int64 ``(K,)`` from 0 on. The
-    detector normalises and resizes; its teacher sees the very images that its backbone sees.
+    ``images`` is a list of tensors ``(3, H, W)`` in 0..1. ``targets`` is a list of mappings with
+    ``boxes``, float ``(K, 4)`` as x1, y1, x2, y2 in pixels, and ``labels``, int64 ``(K,)`` from 0
+    on. The detector normalises and resizes the images. Its teacher gets exactly the images that the
+    student's backbone gets.
 
-    A two-stage student learns from the teacher's class logits of the boxes that the student
-    sampled, on the teacher's own features. A one-stage student learns from the teacher's class
-    maps, level by level, summed. ``METRIC`` is ``map``, ``map_50``, ``map_75``, ``map_small``,
-    ``map_medium`` and ``map_large``, COCO's mean average precision; a size that does not occur is
-    not logged, and neither is a validation loss, which detectors do not give.
+    A two-stage student learns from the teacher's class logits for the boxes that the student
+    sampled; the teacher computes them from its own feature maps. A one-stage student learns from
+    the teacher's class maps, and the losses of all levels are summed. ``METRIC`` is ``map``,
+    ``map_50``, ``map_75``, ``map_small``, ``map_medium`` and ``map_large``, COCO's mean average
+    precision. A size that does not occur is not logged. There is no validation loss, because
+    detectors return no loss in eval mode.
 
     Args:
-        student: detector of torchvision: Faster R-CNN or one with its ``roi_heads``; RetinaNet or
-            FCOS or one with their ``head.classification_head``.
-        teacher: detector of the same kind, or ``None``. A one-stage teacher has the student's
-            anchors a place and its levels.
-        class_map: the teacher's class for each of the student's, background included where the
-            networks have one. By default the same.
-        label_offset: what is added to the labels for the student. By default 1 for a two-stage
-            student, whose class 0 is the background, and 0 for a one-stage one.
-        mimic: names of pyramid levels whose maps the student also learns to reproduce, through a
-            projection that is no part of it: keys of what the backbones return.
-        mimic_weight: weight of each of these terms.
-        frozen: dotted paths of the student's sub-modules that do not train, such as its stem.
-        norm_eval: keep the student's batch norms in eval mode, with the statistics that they have.
-        kwargs: as in :class:`lightning_dist.DistillModule`. ``distill_loss`` is DIST by default,
-            over softmax for two stages and over sigmoid for one, as any ``DISTLoss`` with the
-            activation ``None``; ``distill_weight`` is 1.
+        student: a torchvision detector: Faster R-CNN or another one with ``roi_heads``, or
+            RetinaNet, FCOS or another one with ``head.classification_head``.
+        teacher: a detector of the same kind, or ``None``. A one-stage teacher must have the same
+            levels as the student, and the same number of anchors at each place.
+        class_map: for each class of the student, the index of the teacher's class. It includes the
+            background if the networks have a background class. By default the classes are the same.
+        label_offset: the number that is added to the labels for the student. By default 1 for a
+            two-stage student, whose class 0 is the background, and 0 for a one-stage student.
+        mimic: the names of pyramid levels whose maps the student also learns to reproduce, through
+            a projection that is not a part of the student. They are keys of the backbones' outputs.
+        mimic_weight: the weight of each of these terms.
+        frozen: the dotted paths of the student's sub-modules that are not trained, such as the
+            stem.
+        norm_eval: keep the student's batch norms in eval mode, so that their statistics stay
+            constant.
+        kwargs: the other arguments of :class:`lightning_dist.DistillModule`. By default,
+            ``distill_loss`` is DIST and ``distill_weight`` is 1. A ``DISTLoss`` with the activation
+            ``None`` uses softmax for a two-stage and sigmoid for a one-stage student.
 
     Raises:
-        MisconfigurationException: if the student has no part of a name given.
+        MisconfigurationException: if the student has no sub-module at a required path; the message
+            lists similar paths.
         ValueError: if student and teacher are detectors of different kinds.
 
     Reference:
@@ -96,7 +101,7 @@ class DetectionModule(DistillModule):
             find_submodule(student, path, "the student", "frozen").requires_grad_(False)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The sum of the detector's losses, each logged as ``train/NAME``."""
+        """Return the sum of the detector's losses, and log each loss as ``train/NAME``."""
         images, targets = batch
         shifted = [{**t, "labels": t["labels"] + self.label_offset} for t in targets]
         losses = self.student(list(images), shifted)
@@ -106,14 +111,14 @@ class DetectionModule(DistillModule):
         return loss
 
     def on_train_epoch_start(self) -> None:
-        """Hold the batch norms, where asked to."""
+        """Put the batch norms in eval mode, if ``norm_eval`` is set."""
         if self.norm_eval:
             for module in self.student.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()
 
     def infer(self, network: nn.Module, inputs: Sequence[Tensor]) -> list[dict[str, Tensor]]:
-        """``boxes``, ``labels`` from 0 on and ``scores`` of each image."""
+        """Return a dict of ``boxes``, ``labels`` (from 0 on) and ``scores`` for each image."""
         found = network(list(inputs))
         return [{**one, "labels": one["labels"] - self.label_offset} for one in found]
 
@@ -125,20 +130,20 @@ class DetectionModule(DistillModule):
         metrics.collection.update(found, list(targets))
 
     def _without_repeats(self, batch: Batch, batch_idx: int, loaders: Any) -> Batch:
-        """The batch, where a copy is no image and nothing to find.
+        """Return the batch without repeated images, but with an empty target for each of them.
 
-        The metric gathers image by image, so that all ranks need as many.
+        The metric gathers results image by image, so all ranks need the same number of targets.
         """
         images, targets = super()._without_repeats(batch, batch_idx, loaders)
         blank = len(batch[1]) - len(targets)
         return images, [*targets, *(_nothing(self.device) for _ in range(blank))]
 
     def on_validation_epoch_end(self) -> None:
-        """Log ``val/*``."""
+        """Compute and log ``val/*``."""
         self._log_metrics("val/")
 
     def on_test_epoch_end(self) -> None:
-        """Log ``test/*``."""
+        """Compute and log ``test/*``."""
         self._log_metrics("test/")
 
     def _log_metrics(self, split: str) -> None:
@@ -153,7 +158,7 @@ class DetectionModule(DistillModule):
                         self.log(f"{prefix}{name}", value.clamp(min=0), prog_bar=name == "map")
 
     def configure_terms(self) -> dict[str, Term]:
-        """Return a term on the class logits, ``class``, and one on each level of ``mimic``."""
+        """Return the term ``class`` on the class logits, and one term per level of ``mimic``."""
         assert self.teacher is not None
         loss = DISTLoss(activation=None) if self.distill_loss is None else self.distill_loss
         if not self.two_stage and isinstance(loss, DISTLoss) and not loss.activation_is_chosen:
@@ -173,7 +178,7 @@ class DetectionModule(DistillModule):
 
 
 def _nothing(device: torch.device) -> dict[str, Tensor]:
-    """Return the prediction, or the target, of an image without objects."""
+    """Return the prediction or the target for an image without objects."""
     labels = torch.zeros(0, dtype=torch.int64, device=device)
     boxes = torch.zeros(0, 4, device=device)
     return {"boxes": boxes, "labels": labels, "scores": boxes[:, 0]}
@@ -187,16 +192,16 @@ def _adapt(
     detector = teacher.network
     if getattr(teacher, "class_map", None) is not None:
         raise ValueError(
-            "the teacher's class_map is for logits that a network returns, which a detector does "
-            "not: give it as DetectionModule's class_map"
+            "the teacher's class_map is for networks that return logits, but a detector returns "
+            "boxes: give it as DetectionModule's class_map"
         )
     two_stage = hasattr(student, "roi_heads")
     kind, part = (TwoStageClassifier, "roi_heads") if two_stage else (OneStageClassifier, "head")
     if isinstance(detector, (OneStageClassifier, TwoStageClassifier)):
         if not isinstance(detector, kind):
             raise ValueError(
-                f"the student, a {type(student).__name__}, needs a {kind.__name__} and the teacher "
-                f"is a {type(detector).__name__}"
+                f"the student, a {type(student).__name__}, needs a {kind.__name__}, but the "
+                f"teacher is a {type(detector).__name__}"
             )
         return teacher
     if not hasattr(detector, part):

@@ -119,8 +119,8 @@ class _Columns(nn.Module):
         chosen = None if class_map is None else torch.tensor(list(class_map))
         if chosen is not None and not 0 <= int(chosen.min()) <= int(chosen.max()) < num_classes:
             raise ValueError(
-                f"class_map has indices from {int(chosen.min())} to {int(chosen.max())} and the "
-                f"teacher {num_classes} classes: give indices into the teacher's classes"
+                f"class_map has indices from {int(chosen.min())} to {int(chosen.max())} but the "
+                f"teacher has {num_classes} classes: give indices into the teacher's classes"
             )
         self.register_buffer("class_map", chosen, persistent=False)
 

@@ -1,4 +1,4 @@
-"""Pictures of predictions: coloured masks, boxes, and ``LogSegmentations``, which logs samples."""
+"""Pictures of predictions: coloured masks and boxes, and the callback ``LogSegmentations``."""
 
 import colorsys
 from collections.abc import Mapping, Sequence
@@ -22,8 +22,10 @@ def class_palette(num_classes: int, colors: Sequence[Color] | None = None) -> li
     """Return a colour (red, green, blue), each 0..255, for each of the labels 0..255.
 
     Args:
-        num_classes: the number of classes. Labels from this number on are white, as ignored pixels.
-        colors: colours of the classes; by default class 0 is black and the others differ in hue.
+        num_classes: the number of classes. Labels from this number on, such as those of ignored
+            pixels, are white.
+        colors: the colours of the classes; by default class 0 is black and the other classes differ
+            in hue.
 
     Returns:
         256 colours.
@@ -46,7 +48,7 @@ def mask_image(mask: Tensor, palette: Sequence[Color]) -> Image.Image:
     """Return a palette image of a mask; the values of its pixels are the labels.
 
     Args:
-        mask: labels (H, W) in 0..255.
+        mask: a mask of labels (H, W) in 0..255.
         palette: 256 colours, see :func:`class_palette`.
 
     Returns:
@@ -63,10 +65,11 @@ def box_image(
     """Return an image with the boxes that a detector found in it.
 
     Args:
-        image: uint8 (3, H, W).
-        found: ``boxes`` (K, 4) as x1, y1, x2, y2 in pixels, ``labels`` (K,) and ``scores`` (K,).
+        image: an image, uint8 (3, H, W).
+        found: a mapping with ``boxes`` (K, 4) as x1, y1, x2, y2 in pixels, ``labels`` (K,) and
+            ``scores`` (K,).
         names: the name of the class of each of the K boxes.
-        least_score: boxes with a lower score are not drawn.
+        least_score: the lowest score of a box that is drawn.
 
     Returns:
         An RGB image of the same size.
@@ -84,14 +87,14 @@ def box_image(
 
 
 class LogSegmentations(Callback):
-    """Log a picture of the first validation images: image, mask and prediction side by side.
+    """A callback that logs the first validation images next to their masks and predictions.
 
     TensorBoard and loggers with a method ``log_image`` (such as W&B's) get the picture. For any
     other logger, or without one, it is a PNG file in ``samples/`` under the logger's folder.
 
     Args:
-        every_n_epochs: number of epochs from one picture to the next.
-        count: number of images, at most those of one validation batch.
+        every_n_epochs: the number of epochs from one picture to the next.
+        count: the number of images; at most the images of one validation batch are drawn.
 
     Raises:
         ValueError: if a number is below 1.
@@ -100,7 +103,7 @@ class LogSegmentations(Callback):
     def __init__(self, every_n_epochs: int = 5, count: int = 4) -> None:
         if every_n_epochs < 1 or count < 1:
             raise ValueError(
-                f"every_n_epochs is {every_n_epochs} and count {count}: both are at least 1"
+                f"every_n_epochs is {every_n_epochs} and count is {count}: both must be at least 1"
             )
         self.every_n_epochs = every_n_epochs
         self.count = count
@@ -132,7 +135,7 @@ class LogSegmentations(Callback):
         self._log(trainer, torch.cat(rows, dim=1))
 
     def _log(self, trainer: Trainer, picture: Tensor) -> None:
-        """Give a picture, uint8 (3, H, W), to every logger."""
+        """Log a picture, uint8 (3, H, W), with every logger."""
         name, step = "val/samples", trainer.global_step
         loggers: list[Logger | None] = [*trainer.loggers] or [None]
         array = picture.movedim(0, 2).numpy()
@@ -163,7 +166,7 @@ def _beside(*pictures: Tensor) -> Tensor:
 
 
 def _stretched(images: Tensor) -> Tensor:
-    """Return pixels of images (N, C, H, W) of unknown normalisation.
+    """Return uint8 pixels for images (N, C, H, W) of unknown normalisation.
 
     The lowest value of each image becomes 0 and the highest becomes 255.
     """

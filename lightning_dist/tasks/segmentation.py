@@ -1,4 +1,4 @@
-"""Semantic segmentation: dense cross-entropy with an auxiliary head, DIST on both heads, mIoU."""
+"""SegmentationModule: cross-entropy and DIST on a main and an auxiliary head, and mIoU."""
 
 import functools
 from collections.abc import Mapping
@@ -21,31 +21,34 @@ SLIDE_OVERLAP = 1 / 3
 
 
 class SegmentationModule(DistillModule):
-    """Label every pixel of ``(images, masks)`` batches: ``(N, 3, H, W)`` and int64 ``(N, H, W)``.
+    """A DistillModule that labels every pixel of ``(images, masks)`` batches.
 
-    A network returns logits ``(N, C, h, w)`` or, as torchvision's, a mapping with ``out`` and
-    perhaps ``aux``; they are resized to the mask. Distillation compares the logits at the network's
-    own resolution, before any resizing: what the sub-modules ``head`` and ``aux_head`` return. The
-    auxiliary head is a term of its own where student and teacher both have one.
+    Images are ``(N, 3, H, W)``, and masks are int64 ``(N, H, W)``. A network returns logits
+    ``(N, C, h, w)`` or, as torchvision's do, a mapping with ``out`` and optionally ``aux``. For the
+    task loss, the logits are resized to the mask. Distillation compares the outputs of the
+    sub-modules ``head`` and ``aux_head`` at the network's own resolution, before any resizing. The
+    auxiliary heads are compared by a second term if student and teacher both have one.
 
     ``METRIC`` is ``miou``, the mean intersection over union of the classes that occur in the whole
     set, and ``pixel_accuracy``; ``val/loss`` is the cross-entropy of the main output.
 
     Args:
-        student: network with ``num_classes`` channels.
-        teacher: network with the same channels and output resolution, or ``None``.
-        num_classes: number of classes.
-        ignore_index: label of pixels that count nowhere.
-        aux_weight: weight of the auxiliary head, in the task loss and in the distillation.
-        head: dotted path, in student and teacher, of what returns the main logits; ``""`` is the
-            network itself. torchvision and ``lightning_dist.models.segmentation`` call it
-            ``classifier``, segmentation_models_pytorch ``segmentation_head``.
-        aux_head: the same of the auxiliary logits.
-        teacher_head: path of the teacher's main logits where it is another.
-        align_corners: how logits are resized, see :func:`torch.nn.functional.interpolate`.
-        window: height and width in pixels of the window that slides over the image in evaluation,
-            overlapping by a third; ``None`` evaluates whole images.
-        kwargs: as in :class:`lightning_dist.DistillModule`.
+        student: a network with ``num_classes`` channels.
+        teacher: a network with the same channels and output resolution, or ``None``.
+        num_classes: the number of classes.
+        ignore_index: the label of pixels that the task loss and the metrics ignore.
+        aux_weight: the weight of the auxiliary head, in the task loss and in the distillation.
+        head: the dotted path, in student and teacher, of the sub-module that returns the main
+            logits; ``""`` is the network itself. It is ``classifier`` in torchvision and
+            ``lightning_dist.models.segmentation``, and ``segmentation_head`` in
+            segmentation_models_pytorch.
+        aux_head: the dotted path of the sub-module that returns the auxiliary logits.
+        teacher_head: the dotted path of the teacher's main head, if it differs from ``head``.
+        align_corners: the option ``align_corners`` of :func:`torch.nn.functional.interpolate`, with
+            which logits are resized.
+        window: the height and width in pixels of the window that slides over the image in
+            evaluation, with an overlap of a third; ``None`` evaluates whole images.
+        kwargs: the other arguments of :class:`lightning_dist.DistillModule`.
 
     Reference:
         Huang et al., Knowledge Distillation from A Stronger Teacher, NeurIPS 2022, section 4.3.
@@ -88,7 +91,7 @@ class SegmentationModule(DistillModule):
         self.window = window
 
     def infer(self, network: nn.Module, inputs: Tensor) -> Tensor:
-        """Logits ``(N, C, H, W)`` at the resolution of the images, whole or by sliding window."""
+        """Return logits ``(N, C, H, W)`` of whole images, or joined from sliding windows."""
         if self.window is None:
             logits, _ = main_and_aux(network(inputs))
             return resize(logits, inputs.shape[2:], self.align_corners)
@@ -109,7 +112,7 @@ class SegmentationModule(DistillModule):
         return total / counts
 
     def configure_terms(self) -> dict[str, Term]:
-        """Return a term on the main logits, ``main``, and one on the auxiliary ones, ``aux``."""
+        """Return the term ``main``, and ``aux`` if both networks have an auxiliary head."""
         assert self.teacher is not None
         loss = DISTLoss() if self.distill_loss is None else self.distill_loss
         terms = {"main": Term(loss, self.distill_weight, self.head, self.teacher_head)}
@@ -122,16 +125,17 @@ class SegmentationModule(DistillModule):
 
 
 class PixelLoss(nn.Module):
-    """Cross-entropy at the mask's resolution, of the main and, weighted, the auxiliary output.
+    """A cross-entropy of the main and the auxiliary output, at the resolution of the mask.
 
     Args:
-        aux_weight: weight of the auxiliary output; 0 leaves it out.
-        ignore_index: label of pixels that do not count. Without any other the loss is 0.
-        align_corners: how logits are resized.
+        aux_weight: the weight of the auxiliary output; 0 leaves it out.
+        ignore_index: the label of pixels to ignore. If all pixels have this label, the loss is 0.
+        align_corners: the option ``align_corners`` of the interpolation that resizes the logits.
 
     Shape:
-        output: logits ``(N, C, h, w)`` or a mapping with ``out`` and perhaps ``aux``; target
-        ``(N, H, W)`` int64; the loss is a scalar, the mean over the pixels that count.
+        The output is logits ``(N, C, h, w)`` or a mapping with ``out`` and optionally ``aux``. The
+        target is int64 ``(N, H, W)``. The loss is a scalar, the mean over the pixels that are not
+        ignored.
     """
 
     def __init__(self, aux_weight: float, ignore_index: int, align_corners: bool) -> None:
@@ -155,14 +159,14 @@ class PixelLoss(nn.Module):
 
 
 def main_and_aux(output: Any) -> tuple[Tensor, Tensor | None]:
-    """Return the main and, if there are any, the auxiliary logits in a network's output.
+    """Return the main logits and, if there are any, the auxiliary logits in a network's output.
 
     Args:
         output: logits ``(N, C, h, w)``, or a container in which
-            :func:`lightning_dist.taps.logits_of` finds them, such as a mapping with ``out``.
+            :func:`lightning_dist.taps.logits_of` finds the logits, such as a mapping with ``out``.
 
     Raises:
-        ValueError: if there are no logits ``(N, C, h, w)`` in it.
+        ValueError: if the output contains no logits ``(N, C, h, w)``.
     """
     main = logits_of(output)
     if main.dim() != 4:
@@ -173,14 +177,14 @@ def main_and_aux(output: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def resize(logits: Tensor, size: Any, align_corners: bool) -> Tensor:
-    """Bilinear, where the size differs."""
+    """Resize logits to a size by bilinear interpolation, if their size differs."""
     if logits.shape[2:] == tuple(size):
         return logits
     return F.interpolate(logits, tuple(size), mode="bilinear", align_corners=align_corners)
 
 
 def _starts(length: int, window: int) -> list[int]:
-    """Return where windows begin, in pixels; the last window ends at the end of the image."""
+    """Return the first pixel of each window; the last window ends at the end of the image."""
     step = max(int(window * (1 - SLIDE_OVERLAP)), 1)
     return [*range(0, length - window, step), length - window]
 

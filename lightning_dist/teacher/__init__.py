@@ -1,6 +1,6 @@
-"""Teachers: frozen networks, what they see of the student's inputs, and where they come from.
+"""Teachers: frozen networks, the conversion of the student's inputs for them, and their loading.
 
-``lightning_dist.teacher.loading`` is imported by name: it brings timm and torchvision along.
+Import ``lightning_dist.teacher.loading`` by its full name, because it imports timm and torchvision.
 """
 
 from lightning_dist.teacher.base import TeacherBase

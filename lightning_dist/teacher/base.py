@@ -1,4 +1,4 @@
-"""TeacherBase: what the callback asks of a teacher, whatever kind of teacher it is."""
+"""TeacherBase: the interface between the callback and every kind of teacher."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -9,29 +9,31 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-Tap = tuple[str, str | int | None]  # a part of the teacher, and the entry of its output
+Tap = tuple[str, str | int | None]  # the path of a part of the teacher, and the entry of its output
 
 
 class TeacherBase(ABC):
-    """A teacher as :class:`lightning_dist.DistillationCallback` uses it.
+    """The interface of a teacher for :class:`lightning_dist.DistillationCallback`.
 
-    ``fit`` attaches it, asks for its answers in every training step, and detaches it. A teacher
-    refuses what it cannot serve in :meth:`attach`, before training starts.
+    ``fit`` attaches the teacher, collects its outputs in every training step, and detaches it. A
+    teacher refuses a module, data or terms that it does not support in :meth:`attach`, before
+    training starts.
 
     Attributes:
-        network: the trained network, frozen. The paths of the distillation terms are its
-            sub-modules.
-        class_map: the network's class for each of the student's, or ``None`` if they are the same.
+        network: the trained network, which is frozen. The paths in distillation terms are paths of
+            its sub-modules.
+        class_map: for each class of the student, the index of the network's class; ``None`` if the
+            classes are the same.
     """
 
     network: nn.Module
     class_map: list[int] | None = None
 
     def to_student_classes(self, logits: Tensor) -> Tensor:
-        """Return logits of the network's classes as logits of the student's, by ``class_map``.
+        """Return the logits of the student's classes, selected from the network's by ``class_map``.
 
         Args:
-            logits: ``(N, C, ...)``, the classes in dimension 1.
+            logits: logits ``(N, C, ...)`` of the network's classes.
         """
         return logits
 
@@ -48,40 +50,40 @@ class TeacherBase(ABC):
         Args:
             trainer: the Trainer, before it has made its data loaders.
             pl_module: the module that is trained.
-            taps: the part of the teacher and the entry of its output that each term compares.
-            inputs: which sub-modules of the student hand what they are called with to which ones of
-                the teacher, as in :class:`lightning_dist.DistillationCallback`.
+            taps: for each term, the path of the teacher's part and the entry of its output.
+            inputs: a dict from dotted paths in the student to dotted paths in the teacher, as in
+                :class:`lightning_dist.DistillationCallback`.
 
         Raises:
-            MisconfigurationException: if the teacher cannot serve this module, data or terms.
+            MisconfigurationException: if the teacher does not support this module, data or terms.
         """
 
     @abstractmethod
     def answers(
         self, student: nn.Module, batch: Any, parts: Sequence[str], inputs: Mapping[str, str]
     ) -> AbstractContextManager[dict[str, list[Any]]]:
-        """While the student runs, collect what the parts of the teacher return.
+        """Collect the outputs of the teacher's parts while the student runs.
 
-        Calls of the student without a gradient, as under ``torch.no_grad()``, do not count.
+        Calls of the student without a gradient, as under ``torch.no_grad()``, are ignored.
 
         Args:
             student: the student, which is called within the context.
             batch: the training batch.
-            parts: dotted paths of the teacher's parts; ``""`` is the teacher itself.
-            inputs: as in :meth:`attach`.
+            parts: the dotted paths of the teacher's parts; ``""`` is the teacher itself.
+            inputs: the dict that :meth:`attach` gets.
 
         Returns:
-            A context manager. It gives a dict that holds, when the context ends, the outputs of
-            each part in the order of its calls.
+            A context manager that returns a dict from paths to lists. When the context ends, each
+            list contains the outputs of that part in the order of its calls.
         """
 
     @abstractmethod
     def detach(self) -> None:
-        """Leave the Trainer: undo what :meth:`attach` did, and free the device."""
+        """Undo :meth:`attach`, and free the memory of the device."""
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Return a line that names the teacher and differs where its weights differ."""
+        """Return a line that names the teacher and changes with its weights."""
 
     @abstractmethod
     def as_network(self) -> nn.Module:
@@ -93,10 +95,10 @@ class TeacherBase(ABC):
         Args:
             network: the network of the new teacher.
             inputs: the :class:`lightning_dist.teacher.InputBridge` of the new teacher; by default
-                this teacher's own.
+                the one of this teacher.
 
         Raises:
-            MisconfigurationException: if this kind of teacher cannot take another network.
+            MisconfigurationException: if this kind of teacher does not support another network.
         """
         raise MisconfigurationException(
             f"{self} knows whole images only, and detection calls parts of the teacher with what "

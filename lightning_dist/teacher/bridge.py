@@ -18,21 +18,22 @@ class InputBridge:
     Everything else in the student's call is passed on unchanged. A step that would change nothing
     is left out: if no step is needed, the teacher gets the student's own tensors.
 
-    Means and standard deviations are those of pixels in 0..1, as in the data modules. Divide by 255
-    those of a pipeline with pixels in 0..255. A teacher that takes raw pixels in 0..255 has mean 0
-    and standard deviation 1/255. If the student's images have one channel and the teacher's have
-    three, the channel is repeated.
+    Means and standard deviations are those of pixels in 0..1, as in the data modules. If they are
+    those of pixels in 0..255, divide them by 255. A teacher that takes raw pixels in 0..255 has
+    mean 0 and standard deviation 1/255. If the student's images have one channel but the teacher's
+    have three, the channel is repeated.
 
     Args:
         mean: the mean of each channel in the teacher's training.
         std: the standard deviation of each channel in the teacher's training.
         student_mean: the mean of each channel in the student's normalisation.
         student_std: the standard deviation of each channel in the student's normalisation.
-        size: height and width of the teacher's input in pixels, or one number for both. The whole
-            image is resized, with antialiasing. ``None`` keeps the size.
-        interpolation: ``"bicubic"`` or ``"bilinear"``.
-        flip_channels: reverse the channels, for a teacher of BGR images and a student of RGB images
-            or the reverse. Each ``mean`` and ``std`` is in the order of its own network.
+        size: the height and width of the teacher's input in pixels, or one number for both. The
+            whole image is resized, with antialiasing. ``None`` keeps the size.
+        interpolation: the method of resizing, ``"bicubic"`` or ``"bilinear"``.
+        flip_channels: reverse the channels, if one of the two networks takes RGB images and the
+            other BGR images. The means and standard deviations of each network are in the channel
+            order of that network.
 
     Raises:
         ValueError: if the numbers of channels do not fit together, or a standard deviation is not
@@ -87,7 +88,7 @@ class InputBridge:
         self.size = (size, size) if isinstance(size, int) else size and tuple(size)
         self.interpolation = interpolation
         self.flip_channels = flip_channels
-        # Black and white as the teacher gets them.
+        # The values of black and white in the teacher's normalisation.
         self.limits = [(-m / s, (1 - m) / s) for m, s in zip(*teacher, strict=True)]
         self._constants: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
 
@@ -96,14 +97,14 @@ class InputBridge:
         """Return the teacher's inputs for the student's inputs.
 
         Args:
-            inputs: images ``(N, C, H, W)``, or nested containers that hold them.
+            inputs: images ``(N, C, H, W)``, or nested containers of images.
 
         Returns:
             The same containers with the teacher's images, which are in float32 or float64 if they
             were converted.
 
         Raises:
-            ValueError: if `inputs` holds no image.
+            ValueError: if ``inputs`` contains no image.
         """
         leaves, nesting = tree_flatten(inputs)
         images = [index for index, leaf in enumerate(leaves) if self._is_image(leaf)]
@@ -112,7 +113,7 @@ class InputBridge:
             raise ValueError(
                 f"the student's call has no image (N, {self.channels}, H, W) of floating-point "
                 f"numbers for the teacher's InputBridge, but {', '.join(shapes) or 'no tensor'}: "
-                "give student_mean and student_std one number a channel of the student's images"
+                "give student_mean and student_std one number per channel of the student's images"
             )
         for index in images:
             leaves[index] = self._convert(leaves[index])
@@ -138,7 +139,7 @@ class InputBridge:
         return x
 
     def _resized(self, x: Tensor) -> Tensor:
-        """Resize images as Pillow does: first the width, and overshoot is clipped each time."""
+        """Resize images as Pillow does: first width, then height, each with overshoot clipped."""
         if self.interpolation == "bilinear":
             return F.interpolate(x, self.size, mode="bilinear", antialias=True)
         black, white = self._constant("limits", x.device, x.dtype)
@@ -151,7 +152,7 @@ class InputBridge:
         return x
 
     def _constant(self, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Return a list of pairs, one a channel, as two tensors ``(C, 1, 1)`` in one."""
+        """Return an attribute, a list of one pair per channel, as a tensor ``(2, C, 1, 1)``."""
         key = (name, device, dtype)
         if key not in self._constants:
             pairs = torch.tensor(getattr(self, name), dtype=dtype, device=device)
@@ -159,28 +160,28 @@ class InputBridge:
         return self._constants[key]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state without the constants, because they lie on devices of this process."""
+        """Return the state without the constants, because they are on devices of this process."""
         return self.__dict__ | {"_constants": {}}
 
 
 def match_classes(
     student_names: Sequence[str] | str | Path, teacher_names: Sequence[str] | str | Path
 ) -> list[int]:
-    """Return a ``class_map``: for each class of the student, the teacher's class of that name.
+    """Return a ``class_map``: for each class of the student, the teacher's class with that name.
 
     Names are compared without regard to case, underscores and repeated spaces.
 
     Args:
-        student_names: names in the order of the labels, or a text file with one name a line. If the
-            teacher has another name for a class, write the teacher's name here.
+        student_names: names in the order of the labels, or a text file with one name per line. If
+            the teacher has another name for a class, write the teacher's name here.
         teacher_names: names in the order of the teacher's outputs, or a text file.
 
     Returns:
         One index into the teacher's classes for each of the student's classes.
 
     Raises:
-        ValueError: if the teacher has no class, or several, of a student's name; the message lists
-            all such names.
+        ValueError: if the teacher has no class or several classes with the name of a student's
+            class; the message lists all such names.
 
     Example:
         >>> match_classes(["tabby_cat", "Beagle"], ["beagle", "pug", "tabby cat"])

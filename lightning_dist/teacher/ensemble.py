@@ -20,16 +20,17 @@ class EnsembleTeacher(Teacher):
     mean; a loss with a temperature then softens that mean, not each teacher. The mean of logits is
     a (normalised) geometric mean of probabilities, at any temperature.
 
-    Each teacher has its own bridge, class map and dtype. A distillation term finds the sub-modules
-    of the first one under ``"0."``, and so on. A call returns the mean, ``(N, C)`` or
-    ``(N, C, *spatial)``, in float32 or wider.
+    Each teacher has its own bridge, class map and dtype. In distillation terms, the paths of the
+    first teacher's sub-modules start with ``"0."``, and so on. A call returns the mean, ``(N, C)``
+    or ``(N, C, *spatial)``, in float32 or wider.
 
     Args:
-        teachers: networks or Teachers, in a list or under names. All give logits of one shape.
-        mean: ``"probabilities"`` or ``"logits"``.
+        teachers: networks or Teachers, in a list or as a dict from names to them. All must return
+            logits of the same shape.
+        mean: the kind of mean, ``"probabilities"`` or ``"logits"``.
 
     Raises:
-        ValueError: if there is no teacher, or ``mean`` is neither; in a call, if the teachers'
+        ValueError: if there is no teacher, if ``mean`` is unknown, or, in a call, if the teachers'
             logits differ in shape.
 
     Example:
@@ -53,7 +54,7 @@ class EnsembleTeacher(Teacher):
         super().__init__(nn.ModuleList([teacher.network for teacher in self.teachers]))
 
     def release(self) -> None:
-        """Give every network back as it was given: with its gradients and modes."""
+        """Restore ``requires_grad`` and the training mode of every network as they were before."""
         for teacher in self.teachers:
             teacher.release()
 

@@ -34,7 +34,7 @@ def load_teacher(
 
     Args:
         source: one of: ``"timm/resnet34.tv_in1k"``, with or without ``timm/``;
-            ``"torchvision/resnet50"``; a function that returns the network, or its place
+            ``"torchvision/resnet50"``; a function that returns the network, or its path
             ``"package.module:function"``; the network itself.
         weights: a weight file, see :func:`lightning_dist.weights.load_weights`. With it, nothing is
             downloaded.
@@ -56,9 +56,9 @@ def load_teacher(
 
     Raises:
         ValueError: if a name is unknown (the message lists similar ones), if ``num_classes`` is not
-            that of the library's weights, or if an InputBridge is wanted and the network's
+            that of the library's weights, or if an InputBridge is needed but the network's
             normalisation is unknown.
-        TypeError: if ``source`` is of another type, or its function does not return a network.
+        TypeError: if ``source`` has another type, or its function does not return a network.
 
     Example:
         >>> teacher = load_teacher("timm/test_resnet.r160_in1k", pretrained=False,
@@ -91,11 +91,11 @@ def _build(
     may_load: bool,
     given: dict[str, Any],
 ) -> tuple[nn.Module, dict[str, Any] | None]:
-    """Return the network of a source, and the arguments of an InputBridge to its images if known.
+    """Return the network of a source, and the arguments of its InputBridge, or ``None`` if unknown.
 
     Raises:
-        ValueError: if the source or its arguments are refused.
-        TypeError: if the source is of another type.
+        ValueError: if the source is unknown or does not take the arguments.
+        TypeError: if the source has another type.
     """
     load = bool(pretrained) and may_load
     if isinstance(source, nn.Module):
@@ -122,7 +122,7 @@ def _from_timm(
     name: str, load: bool, arguments: dict[str, Any]
 ) -> tuple[nn.Module, dict[str, Any]]:
     architecture = name.split(".")[0]
-    if ":" not in name:  # A name with a colon is a place such as hf-hub:owner/name.
+    if ":" not in name:  # A name with a colon is an address such as hf-hub:owner/name.
         if not timm.is_model(architecture):
             _refuse_name("timm network", architecture, timm.list_models())
         tags = timm.list_pretrained(f"{architecture}.*")
@@ -191,7 +191,7 @@ def _import(path: str) -> Any:
 def _check_head(what: str, classes: int | None, arguments: Mapping[str, Any]) -> None:
     """Raise a ValueError if ``num_classes`` differs from the number of classes of the weights.
 
-    timm and torchvision would give the pretrained network a head of random weights.
+    Without this check, timm and torchvision would build a head with random weights.
     """
     wanted = arguments.get("num_classes")
     if wanted is not None and classes and wanted != classes:
@@ -215,7 +215,7 @@ def _parameters(function: Callable[..., Any]) -> Iterable[str]:
 
 @contextmanager
 def _weights_only() -> Iterator[None]:
-    """Let torch.load read only weights here, because torchvision does not request that."""
+    """Make torch.load read only weights here, because torchvision does not request that."""
     name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(name)
     os.environ[name] = "1"

@@ -1,4 +1,4 @@
-"""Sharding a teacher over the processes of a device mesh (FSDP2)."""
+"""Functions that shard a teacher over the processes of a device mesh (FSDP2)."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,14 +11,14 @@ from lightning_dist.teacher.base import TeacherBase
 
 
 def shard_teacher(teacher: TeacherBase, mesh: DeviceMesh) -> None:
-    """Divide a teacher's network among the processes of a mesh; it is whole only while called.
+    """Divide a teacher's network among the processes of a mesh, except during its calls.
 
-    That frees memory between the calls. The members of an ensemble are sharded one by one. A second
+    This frees memory between the calls. The members of an ensemble are sharded one by one. A second
     call changes nothing.
 
     Args:
         teacher: the teacher.
-        mesh: one-dimensional, over the processes that train on different batches.
+        mesh: the one-dimensional mesh of the processes that train on different batches.
     """
     ensemble = isinstance(teacher.network, nn.ModuleList)
     for network in teacher.network.children() if ensemble else [teacher.network]:
@@ -35,8 +35,8 @@ def is_sharded(network: nn.Module) -> bool:
 def gathered(network: nn.Module) -> Iterator[None]:
     """Make a sharded network whole while the context lasts; do nothing to any other network.
 
-    FSDP2's own hooks do that for a call of the whole network. A distillation term may call a part
-    of it, past these hooks.
+    FSDP2's own hooks do this for a call of the whole network. They do not run if a distillation
+    term needs only a call of one part.
 
     Args:
         network: the network, or the ``ModuleList`` of an ensemble.

@@ -30,29 +30,31 @@ from lightning_dist.weights import load_weights
 
 
 class Teacher(TeacherBase):
-    """A frozen network in eval mode, called while the student runs.
+    """A frozen network in eval mode that is called while the student runs.
 
-    It is not an ``nn.Module`` on purpose: as an attribute of a LightningModule it is not
-    registered, so that it is not trained, saved, averaged, broadcast by DDP or switched by
-    ``module.train()``.
+    It is deliberately not an ``nn.Module``: a LightningModule does not register it, so it is not
+    trained, saved, averaged, broadcast by DDP or switched by ``module.train()``.
 
     Args:
         network: the trained network. It is frozen in place.
-        weights: file to load into it, see :func:`lightning_dist.weights.load_weights`.
-        dtype: dtype of its weights and inputs, such as ``torch.bfloat16`` or ``"bfloat16"``. By
-            default its own; then autocast, where the Trainer uses it, applies to it too.
-        inputs: what makes the network's inputs from the student's, where the two were trained on
-            images of other normalisation, size or channel order.
-        class_map: the network's class for each of the student's, as indices; the logits are
-            gathered along dimension 1. See :func:`lightning_dist.teacher.match_classes` for names.
-            :func:`lightning_dist.taps.logits_of` says which part of an output the logits are.
-        compile: run the network through ``torch.compile``; while one of its parts has a hook, as
-            when a distillation term taps it, it runs as it is.
-        channels_last: keep its weights and images ``(N, C, H, W)`` in channels-last memory format.
+        weights: a file to load into the network, see :func:`lightning_dist.weights.load_weights`.
+        dtype: the dtype of the network's weights and inputs, such as ``torch.bfloat16`` or
+            ``"bfloat16"``. By default, the network keeps its dtype, and the Trainer's autocast
+            applies to it too.
+        inputs: a function that converts the student's inputs to the network's inputs, if the two
+            were trained on images of different normalisation, size or channel order.
+        class_map: for each class of the student, the index of the network's class. It selects
+            logits along dimension 1 of the tensor that :func:`lightning_dist.taps.logits_of` finds
+            in the output. :func:`lightning_dist.teacher.match_classes` builds it from names.
+        compile: run the network through ``torch.compile``. While one of its parts has a hook, for
+            example because a distillation term compares that part, the network runs uncompiled.
+        channels_last: keep the network's weights and images ``(N, C, H, W)`` in channels-last
+            memory format.
 
     Raises:
         TypeError: if ``network`` is not a module.
-        ValueError: if ``dtype`` names none, or ``class_map`` is empty or has a negative index.
+        ValueError: if ``dtype`` is not the name of a dtype, or if ``class_map`` is empty or has a
+            negative index.
 
     Example:
         >>> teacher = Teacher(nn.Linear(4, 3), class_map=[2, 0])
@@ -81,7 +83,7 @@ class Teacher(TeacherBase):
         if class_map is not None and (not len(class_map) or min(class_map) < 0):
             raise ValueError(
                 f"class_map is {list(class_map)}: give the teacher's class, counted from 0, for "
-                "each of the student's"
+                "each class of the student"
             )
         if weights is not None:
             load_weights(network, weights)
@@ -104,7 +106,7 @@ class Teacher(TeacherBase):
         self.freeze()
 
     def release(self) -> None:
-        """Give the network back as it was given: with its gradients and modes."""
+        """Restore ``requires_grad`` and the training mode of the network as they were before."""
         for parameter in self._trained:
             parameter.requires_grad_(True)
         for module, training in self._found:
@@ -115,7 +117,7 @@ class Teacher(TeacherBase):
         self.network.eval().requires_grad_(False)
 
     def to(self, device: torch.device | str) -> "Teacher":
-        """Move the network, unless it is sharded: then its device mesh decides where it is."""
+        """Move the network to a device; a sharded network stays on the devices of its mesh."""
         if not is_sharded(self.network):
             self.network.to(device)
         return self
@@ -135,7 +137,7 @@ class Teacher(TeacherBase):
         try:
             refuse_shared_tensors(self.network, pl_module)
         except MisconfigurationException:
-            # The constructor has frozen the shared tensors, which the student needs.
+            # The constructor has frozen the shared tensors, but the student must train them.
             self.release()
             raise
         self.refuse_taps(taps)
@@ -147,14 +149,14 @@ class Teacher(TeacherBase):
     def answers(
         self, student: nn.Module, batch: Any, parts: Sequence[str], inputs: Mapping[str, str]
     ) -> Iterator[dict[str, list[Any]]]:
-        """Call the network with what the student is called with; see :class:`TeacherBase`."""
+        """Call the network with the student's inputs; see :class:`TeacherBase`."""
         outputs: dict[str, list[Any]] = {part: [] for part in parts}
 
         def call(part: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if not torch.is_grad_enabled():
                 return
-            # Before the student runs: it may change its inputs in place, and the teacher's
-            # activations are freed before the student's are stored.
+            # Call the teacher before the student, which may change its inputs in place. The
+            # teacher's activations are then also freed before the student's are stored.
             output = self._ask_protected(part, args, kwargs)
             if not part and "" in outputs:
                 outputs[""].append(Snapshot.of(output))
@@ -174,8 +176,9 @@ class Teacher(TeacherBase):
     def _ask_protected(self, part: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the network so that it cannot change the student's own inputs.
 
-        The first call gets copies. If it writes to one, all later calls get copies too; otherwise
-        they get the student's own tensors, whose version counters then show a write.
+        The first call gets copies. If it writes to a copy, all later calls get copies too.
+        Otherwise, later calls get the student's own tensors, and a change of their version counters
+        reveals a write.
         """
         writes = self._writes.get(part)
         inputs: Any = (args, kwargs)
@@ -189,14 +192,14 @@ class Teacher(TeacherBase):
         written = before != [x._version for x in tensors]
         if written and writes is False:
             raise MisconfigurationException(
-                f"{self} changed its input in place, which it had not done in its first call, and "
-                "the student would train on that: let its forward work on a copy (x = x.clone())"
+                f"{self} changed its input in place, but not in its first call, so the student "
+                "would train on the changed input: let its forward work on a copy (x = x.clone())"
             )
         self._writes[part] = bool(writes or written)
         return output
 
     def fingerprint(self) -> str:
-        """Return kind, size and checksum of the network; of a sharded one kind and size alone."""
+        """Return the kind, size and checksum of the network; without checksum if it is sharded."""
         state = self.network.state_dict()
         size = sum(x.numel() for x in state.values() if isinstance(x, Tensor))
         name = f"{self}, {size:,} numbers"
@@ -221,17 +224,19 @@ class Teacher(TeacherBase):
         self.to("cpu")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the network on its own view of the inputs.
+        """Call the network on the student's inputs, converted for the network.
 
         Args:
-            args: what the student's call was given, in any nesting of containers.
-            kwargs: the same.
+            args: the positional arguments of the student's call, in any nesting of containers.
+            kwargs: the keyword arguments of the student's call.
 
         Returns:
-            What the network returns, its logits in the student's classes where there is a map.
+            The output of the network. If there is a ``class_map``, its logits are those of the
+            student's classes.
 
         Raises:
-            ValueError: if there is no image for ``inputs``, or ``class_map`` does not fit.
+            ValueError: if the call has no image for ``inputs`` to convert, or if ``class_map`` has
+                an index that is not a class of the network.
         """
         return self.ask("", args, kwargs)
 
@@ -239,15 +244,15 @@ class Teacher(TeacherBase):
     def ask(self, part: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Call the network as in :meth:`__call__`, or one of its sub-modules.
 
-        A sub-module gets the inputs as they are, also in their own dtype.
+        A sub-module gets the inputs without any conversion, also of their dtype.
 
         Args:
-            part: dotted path of the sub-module; ``""`` is the network.
-            args: what it is called with.
-            kwargs: the same.
+            part: the dotted path of the sub-module; ``""`` is the network.
+            args: the positional arguments of the call.
+            kwargs: the keyword arguments of the call.
 
         Returns:
-            What it returns.
+            The output of the call.
         """
         if any(module.training for module in self._modules()):
             self.freeze()
@@ -256,13 +261,13 @@ class Teacher(TeacherBase):
         return self._answer(args, kwargs)
 
     def _modules(self) -> list[nn.Module]:
-        """Return all modules of the network; listed once, since walking a large one is slow."""
+        """Return all modules of the network; the list is kept, because building it is slow."""
         if self._listed is None:
             self._listed = list(self.network.modules())
         return self._listed
 
     def _answer(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Return what a call of the frozen network gives; an ensemble overrides this."""
+        """Return the output of a call of the frozen network; an ensemble overrides this method."""
         if self.inputs is not None:
             args, kwargs = self.inputs((args, kwargs))
         parameter = next((p for p in self.network.parameters() if p.is_floating_point()), None)
@@ -276,7 +281,7 @@ class Teacher(TeacherBase):
         return with_logits(output, self.to_student_classes(logits_of(output)))
 
     def _run(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """Call the network or a part of it, without autocast where it has a dtype."""
+        """Call the network or a part of it, without autocast if ``dtype`` is set."""
         parameter = next(self.network.parameters(), None)
         context: Any = nullcontext()
         if parameter is not None and self.dtype is not None:
@@ -285,7 +290,7 @@ class Teacher(TeacherBase):
             return self._runner(module)(*args, **kwargs)
 
     def as_network(self) -> nn.Module:
-        """Return the network, or a module that calls it with its own view of the inputs."""
+        """Return the network, or a module that also converts the inputs and the logits."""
         if self.inputs is None and self.class_map is None and self.dtype is None:
             return self.network
         return TeacherNetwork(self)
@@ -295,7 +300,7 @@ class Teacher(TeacherBase):
         teacher = copy.copy(self)
         teacher.network, teacher._listed = network, None
         teacher.inputs = self.inputs if inputs is None else inputs
-        teacher._found, teacher._trained = self._found, self._trained  # what release() restores
+        teacher._found, teacher._trained = self._found, self._trained  # release() restores these
         teacher.freeze()
         return teacher
 
@@ -305,7 +310,7 @@ class Teacher(TeacherBase):
         return x.to(dtype, memory_format=self._format if x.dim() == 4 else torch.preserve_format)
 
     def _runner(self, module: nn.Module) -> Callable[..., Any]:
-        # torch.compile does not see hooks that are registered later, such as a term's.
+        # A compiled network ignores hooks that are registered later, such as a term's.
         hooked = any(m._forward_hooks for m in self.network.modules())
         if module is not self.network or not self.compile or hooked:
             return module
@@ -314,13 +319,13 @@ class Teacher(TeacherBase):
         return self._compiled
 
     def to_student_classes(self, logits: Tensor) -> Tensor:
-        """Return logits of the network's classes as logits of the student's, by ``class_map``.
+        """Return the logits of the student's classes, selected from the network's by ``class_map``.
 
         Args:
-            logits: ``(N, C, ...)``, the classes in dimension 1.
+            logits: logits ``(N, C, ...)`` of the network's classes.
 
         Raises:
-            ValueError: if the map has an index that is no class.
+            ValueError: if the map has an index that is not a class of the network.
         """
         if self._columns is None or self.class_map is None:
             return logits
@@ -350,20 +355,20 @@ class Teacher(TeacherBase):
 
 
 def as_teacher(teacher: nn.Module | TeacherBase) -> TeacherBase:
-    """Return a teacher of any kind as it is, and a network as a :class:`Teacher`.
+    """Return a teacher of any kind unchanged, and a network as a :class:`Teacher`.
 
     Raises:
-        TypeError: if it is neither.
+        TypeError: if the argument is neither a teacher nor a network.
     """
     return teacher if isinstance(teacher, TeacherBase) else Teacher(teacher)
 
 
 class TeacherNetwork(nn.Module):
-    """A module that calls a teacher, whose inputs or outputs are not its network's."""
+    """A module that calls a teacher, including the conversion of inputs and logits."""
 
     def __init__(self, teacher: Teacher) -> None:
         super().__init__()
-        self.network = teacher.network  # registered, so that it moves to the device
+        self.network = teacher.network  # registered, so that it moves with this module
         self.teacher = teacher
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

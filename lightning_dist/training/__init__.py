@@ -1,4 +1,4 @@
-"""Parts of training: the sum of the terms, where it goes, weights, optimizers, metrics."""
+"""Parts of training: the sum of the terms, weight schedules, optimizers, averages and metrics."""
 
 from lightning_dist.training.averaging import StudentEMA
 from lightning_dist.training.optimization import warmup_multistep

@@ -13,20 +13,23 @@ from lightning_dist.checks import check_number
 
 
 class StudentEMA(Callback):
-    """Average the student's weights and buffers after each optimizer step, and evaluate it.
+    """A callback that averages the student's weights and evaluates the average too.
 
-    The average is ``module.student_ema``: it is in the module's checkpoints, and validation and
-    test log it as ``val/ema_loss``, ``val/ema_METRIC`` and the same of ``test``, beside the student
-    itself. Training is the same as without it. Lightning's ``EMAWeightAveraging`` averages the
-    whole module and validates the average instead of the student.
+    Weights and buffers are averaged after each optimizer step. The average is
+    ``module.student_ema``: the module's checkpoints contain it, and validation and test log
+    ``val/ema_loss``, ``val/ema_METRIC``, ``test/ema_loss`` and ``test/ema_METRIC`` in addition to
+    the student's own metrics. The student trains as without this callback. In contrast, Lightning's
+    ``EMAWeightAveraging`` averages the whole module and validates the average instead of the
+    student.
 
     Args:
-        decay: weight of the average in each update, from 0 to 1; 0.9999 is usual in long runs.
+        decay: the weight of the old average in each update, from 0 to 1; 0.9999 is usual in long
+            runs.
 
     Raises:
         ValueError: if ``decay`` is out of range.
-        MisconfigurationException: at the start of ``fit``: a module that is no
-            :class:`lightning_dist.DistillModule`, or a strategy that shards the student.
+        MisconfigurationException: at the start of ``fit``, if the module is not a
+            :class:`lightning_dist.DistillModule` or the strategy shards the student.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -39,49 +42,49 @@ class StudentEMA(Callback):
         self._averaged_steps = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Copy the student, so that a checkpoint's average can be loaded into the copy.
+        """Copy the student, so that the average in a checkpoint can be loaded into the copy.
 
         Raises:
-            MisconfigurationException: if the module is no DistillModule, or the student is sharded.
+            MisconfigurationException: if the module is no DistillModule or the student is sharded.
         """
-        if stage != "fit":  # then the module itself takes an average from the checkpoint
+        if stage != "fit":  # then the module itself creates an average for a checkpoint
             return
         if not hasattr(pl_module, "evaluate_too"):
             raise MisconfigurationException(
-                f"StudentEMA averages the student of a DistillModule, and the module is a "
+                f"StudentEMA averages the student of a DistillModule, but the module is a "
                 f"{type(pl_module).__name__}: use Lightning's EMAWeightAveraging"
             )
         if isinstance(trainer.strategy, ModelParallelStrategy):
             raise MisconfigurationException(
-                "StudentEMA averages whole students and ModelParallelStrategy shards them: train "
+                "StudentEMA averages whole students, but ModelParallelStrategy shards them: train "
                 "without StudentEMA, or with ddp"
             )
         keep_average(pl_module, self.decay)
-        # First, so that the average is up to date when another callback saves a checkpoint.
+        # Run first, so that the average is up to date when another callback saves a checkpoint.
         others = [c for c in trainer.callbacks if c is not self]  # type: ignore[attr-defined]
         trainer.callbacks = [self, *others]  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Continue after the steps that a checkpoint holds."""
+        """Start at the current step, which is not 0 after a checkpoint was loaded."""
         self._averaged_steps = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, *args: Any, **kwargs: Any
     ) -> None:
-        """Update the average where the batch ended with an optimizer step."""
+        """Update the average if the batch ended with an optimizer step."""
         if trainer.global_step != self._averaged_steps:
             self._averaged_steps = trainer.global_step
             pl_module.student_ema.update_parameters(pl_module.student)
 
 
 def keep_average(module: Any, decay: float = 0.9999) -> None:
-    """Give a DistillModule an average of its student, which its evaluation then covers too.
+    """Add an average of the student to a DistillModule, and evaluate the average too.
 
-    A module that has one keeps it.
+    If the module has an average already, only its decay changes.
 
     Args:
         module: the module.
-        decay: weight of the average in each update.
+        decay: the weight of the old average in each update.
     """
     update = functools.partial(_average, decay)
     if module.student_ema is None:
@@ -92,26 +95,26 @@ def keep_average(module: Any, decay: float = 0.9999) -> None:
 
 
 def make_room_for_average(module: Any, checkpoint: dict[str, Any]) -> None:
-    """Give a DistillModule an average where the checkpoint that it is about to load holds one.
+    """Add an average of the student to a DistillModule if the checkpoint to load contains one.
 
     Args:
         module: the module.
-        checkpoint: what Lightning has read.
+        checkpoint: the checkpoint dict that Lightning has loaded.
 
     Raises:
-        MisconfigurationException: in ``fit`` without StudentEMA, where the average would stay as it
-            is while the student trains on.
+        MisconfigurationException: in ``fit``, if the checkpoint contains an average but there is no
+            StudentEMA to update it.
     """
     if "student_ema.n_averaged" not in checkpoint["state_dict"] or module.student_ema is not None:
         return
     if module._trainer is not None and module.trainer.state.fn == TrainerFn.FITTING:
         raise MisconfigurationException(
-            "the checkpoint holds an average of the student, and nothing here goes on with it: add "
+            "the checkpoint holds an average of the student, but no callback would update it: add "
             "lightning_dist.StudentEMA to the Trainer's callbacks"
         )
     keep_average(module)
 
 
 def _average(decay: float, averaged: Any, current: Any, updates: Any) -> None:
-    """Update a moving average, by a function that ddp_spawn can pickle."""
+    """Update a moving average; ddp_spawn can pickle this function, but not torch's closure."""
     get_ema_multi_avg_fn(decay)(averaged, current, updates)

@@ -1,4 +1,4 @@
-"""Validation and test over several processes: count no sample twice, average losses correctly."""
+"""Validation and test over several processes, with no sample counted twice and exact means."""
 
 from collections.abc import Mapping, Sized
 from typing import Any, cast
@@ -13,12 +13,13 @@ Metrics = Metric | MetricCollection | Mapping[str, Metric] | None
 class EvaluationMetrics(nn.Module):
     """The metrics of one network in one split, and the mean of its loss.
 
-    The mean is torchmetrics': ``self.log`` averages over the samples of a rank and then over the
-    ranks, which is wrong where ranks have unlike numbers of samples.
+    The mean is a torchmetrics ``MeanMetric``, because ``self.log`` averages over the samples of a
+    rank and then over the ranks. That is wrong if the ranks have different numbers of samples.
 
     Args:
-        metrics: what to compute; a copy is kept, so that networks and splits share no state.
-        prefix: first part of the names under which the metrics are logged, such as ``"val/"``.
+        metrics: the metrics to compute; they are copied, so that networks and splits share no
+            state.
+        prefix: the first part of the names of the logged metrics, such as ``"val/"``.
     """
 
     def __init__(self, metrics: Metrics, prefix: str) -> None:
@@ -33,18 +34,18 @@ class EvaluationMetrics(nn.Module):
 
 
 def without_repeats(batch: Any, batch_idx: int, loaders: Any) -> Any:
-    """Return the samples of a batch that are no copies.
+    """Return a batch without the samples that a DistributedSampler has repeated.
 
-    A DistributedSampler gives every rank as many samples, and repeats some for that, which would
-    count twice. They are the last samples of the last ranks.
+    A DistributedSampler repeats some samples, so that every rank has the same number. The repeated
+    samples are the last ones of the last ranks, and would count twice.
 
     Args:
-        batch: ``(inputs, target)``, of tensors or lists, or mappings of them.
-        batch_idx: number of the batch on this rank.
-        loaders: the Trainer's loader, or a list with it.
+        batch: a pair ``(inputs, target)`` of tensors, lists, or mappings of them.
+        batch_idx: the index of the batch on this rank.
+        loaders: the Trainer's loader, or a list that contains it.
 
     Returns:
-        The batch, perhaps with fewer samples or none.
+        The batch without the repeated samples; it may be empty.
     """
     loader = loaders[0] if isinstance(loaders, (list, tuple)) else loaders
     sampler, size = getattr(loader, "sampler", None), getattr(loader, "batch_size", None)
@@ -59,10 +60,10 @@ def without_repeats(batch: Any, batch_idx: int, loaders: Any) -> Any:
 
 
 def count_samples(inputs: Any) -> int:
-    """Return how many samples the inputs of a batch hold.
+    """Return the number of samples in the inputs of a batch.
 
     Args:
-        inputs: a batched tensor, a mapping or tuple of such, or a list with one item a sample.
+        inputs: a batched tensor, a mapping or tuple of them, or a list with one item per sample.
 
     Example:
         >>> import torch
@@ -76,10 +77,10 @@ def count_samples(inputs: Any) -> int:
 
 
 def _first(samples: Any, count: int, given: int) -> Any:
-    """Return the first samples of a batch of some, in any nesting of mappings and tuples.
+    """Return the first ``count`` of ``given`` samples, in any nesting of mappings and tuples.
 
-    A list of as many items as the batch has samples has one for each; but for a list of tensors of
-    that length, which torch's ``default_collate`` makes of a tuple in each sample.
+    A list has one item per sample, unless all its items are tensors of ``given`` samples: torch's
+    ``default_collate`` returns such a list if each sample contains a tuple.
     """
     if isinstance(samples, Mapping):
         return {key: _first(value, count, given) for key, value in samples.items()}

@@ -1,4 +1,4 @@
-"""Adds the distillation loss to the loss that ``training_step`` returns, while ``fit`` runs."""
+"""Functions that add the distillation loss to the loss that ``training_step`` returns."""
 
 import functools
 import types
@@ -13,16 +13,17 @@ Step = Callable[..., Any]
 
 
 class WrappedStep:
-    """A replacement of a module's ``training_step`` that :meth:`remove` takes away again.
+    """A replacement for a module's ``training_step``, until :meth:`remove` is called.
 
-    The loss must be complete when ``training_step`` returns: then precision, accumulation, clipping
-    and DDP work as without distillation.
+    The loss is complete when the replaced ``training_step`` returns, so that precision,
+    accumulation, clipping and DDP work as without distillation.
 
     Args:
-        trainer: only its training calls the replacement; a ``validation_step`` that calls
-            ``training_step`` gets the module's own.
+        trainer: the Trainer. The replacement is used only while it trains; a ``validation_step``
+            that calls ``training_step`` runs the module's own step.
         pl_module: the module.
-        run: called with the module's own step and the arguments of a call; returns the result.
+        run: a function that is called with the module's own step and the arguments of a call, and
+            returns the result of the step.
     """
 
     def __init__(
@@ -33,12 +34,12 @@ class WrappedStep:
     ) -> None:
         step = pl_module.training_step
         self.pl_module = pl_module
-        # torch.compile sets training_step on the instance.
+        # In a compiled module, torch.compile has stored training_step on the instance.
         self.own = pl_module.__dict__.get("training_step")
 
         @functools.wraps(getattr(step, "__func__", step))
         def training_step(module: LightningModule, *args: Any, **kwargs: Any) -> Any:
-            if module is not pl_module:  # a copy that was made during fit
+            if module is not pl_module:  # a copy of the module that was made during fit
                 return type(module).training_step(module, *args, **kwargs)
             if not trainer.training:
                 return step(*args, **kwargs)
@@ -50,7 +51,7 @@ class WrappedStep:
         pl_module.__dict__["training_step"] = types.MethodType(training_step, pl_module)
 
     def remove(self) -> None:
-        """Give the module its own ``training_step`` back."""
+        """Restore the module's own ``training_step``."""
         del self.pl_module.__dict__["training_step"]
         if self.own is not None:
             self.pl_module.__dict__["training_step"] = self.own
@@ -59,16 +60,16 @@ class WrappedStep:
 def add_to_loss(
     result: Any, distill: Tensor, task_weight: float, pl_module: LightningModule
 ) -> Tensor | dict[str, Any]:
-    """Add the distillation loss to what a ``training_step`` returned.
+    """Add the distillation loss to the result of a ``training_step``.
 
     Args:
-        result: a loss of shape (), or a mapping with it under ``"loss"``.
+        result: a loss of shape (), or a mapping whose entry ``"loss"`` is such a loss.
         distill: the weighted sum of the terms, of shape ().
-        task_weight: factor of the step's own loss.
+        task_weight: the factor of the step's own loss.
         pl_module: the module, for the message.
 
     Returns:
-        The same with the loss ``task_weight * loss + distill``.
+        The result with the loss ``task_weight * loss + distill``.
 
     Raises:
         MisconfigurationException: if the result has no loss.

@@ -1,4 +1,4 @@
-"""Optimizer and learning-rate schedule of a module, built from the factories that it is given."""
+"""Functions that build and step the optimizer and the learning-rate schedule of a module."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -14,21 +14,21 @@ from torch.optim.lr_scheduler import ChainedScheduler, LinearLR, MultiStepLR, Re
 def build_optimizer(
     factory: Callable[..., Optimizer], student: nn.Module, parameters: Sequence[nn.Parameter]
 ) -> Optimizer:
-    """Build an optimizer over all trainable parameters of a module.
+    """Build an optimizer for all trainable parameters of a module.
 
     Args:
         factory: an optimizer class or a partial of one, which is called with the parameters; or a
             function such as ``timm.optim.create_optimizer_v2``, which is called with the student,
-            so that it can treat biases and norms apart.
+            so that it can use other settings for biases and norms.
         student: the student.
-        parameters: all that train: the student's, and those of a subclass's own layers and of
-            distillation terms. What a function left out is added as a group of its own.
+        parameters: all trainable parameters: those of the student, of a subclass's own layers and
+            of distillation terms. Those that the factory left out are added as a separate group.
 
     Returns:
         The optimizer.
 
     Raises:
-        MisconfigurationException: if the factory refuses its arguments.
+        MisconfigurationException: if the factory raises a TypeError or a ValueError.
     """
     function = getattr(factory, "func", factory)
     takes_parameters = isinstance(function, type) and issubclass(function, Optimizer)
@@ -50,10 +50,10 @@ def build_scheduler(
 
     Args:
         factory: a torch or timm scheduler or a partial of one, or timm's ``create_scheduler_v2``.
-            It is called with the optimizer and, where it takes ``updates_per_epoch``, with that.
+            It is called with the optimizer and, if it takes it, with ``updates_per_epoch``.
         optimizer: the optimizer.
-        updates_per_epoch: returns how many optimizer updates an epoch has. It is called only where
-            the factory takes the number, since counting needs the data.
+        updates_per_epoch: a function that returns the number of optimizer updates in an epoch. It
+            is called only if the factory takes this number, because counting needs the data.
 
     Returns:
         The scheduler.
@@ -68,18 +68,18 @@ def build_scheduler(
 
 def is_plateau(scheduler: Any) -> bool:
     """Return whether a scheduler, torch's or timm's, lowers the rate on a plateau of a metric."""
-    inner = getattr(scheduler, "lr_scheduler", scheduler)  # of timm's PlateauLRScheduler
+    inner = getattr(scheduler, "lr_scheduler", scheduler)  # timm wraps torch's scheduler
     return isinstance(inner, ReduceLROnPlateau)
 
 
 def step_scheduler(scheduler: Any, trainer: Trainer, interval: str, metric: Any | None) -> None:
-    """Step a timm scheduler, which is given its position instead of counting.
+    """Step a timm scheduler with the current position, which it does not count itself.
 
     Args:
         scheduler: the scheduler.
         trainer: the Trainer.
-        interval: ``"epoch"`` or ``"step"``, when it is stepped.
-        metric: the monitored metric, if there is one.
+        interval: the interval at which the scheduler is stepped, ``"epoch"`` or ``"step"``.
+        metric: the value of the monitored metric, or ``None``.
     """
     if interval == "step":
         scheduler.step_update(num_updates=trainer.global_step, metric=metric)
@@ -100,11 +100,11 @@ def warmup_multistep(
 
     Args:
         optimizer: the optimizer whose learning rates are scheduled.
-        milestones: epochs after which the learning rate drops.
-        updates_per_epoch: optimizer updates in an epoch.
-        gamma: factor of each drop.
-        warmup_updates: length of the warm-up in updates.
-        warmup_factor: factor of the learning rate in the first update.
+        milestones: the epochs after which the learning rate drops.
+        updates_per_epoch: the number of optimizer updates in an epoch.
+        gamma: the factor of each drop.
+        warmup_updates: the length of the warm-up in updates.
+        warmup_factor: the factor of the learning rate in the first update.
 
     Returns:
         A scheduler to step after every update.

@@ -1,4 +1,4 @@
-"""The sum of the distillation terms of one step, from what was recorded of student and teacher."""
+"""The sum of the distillation terms of one step, computed from the recorded outputs."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,13 +15,13 @@ from lightning_dist.terms import Nonfinite, Term
 
 @dataclass
 class TermsSum:
-    """The terms of one step.
+    """The values of the terms in one step, and their weighted sum.
 
     Attributes:
         total: the weighted sum, a tensor of shape ().
-        values: each term without its weight, by name.
-        skipped: how many terms were left out because they were not finite.
-        waiting: names of the terms whose part of the student is frozen in this step.
+        values: a dict from names to terms without their weights.
+        skipped: the number of terms that were left out because they were not finite.
+        waiting: the names of the terms whose part of the student is frozen in this step.
     """
 
     total: Tensor
@@ -31,7 +31,7 @@ class TermsSum:
 
 
 def current_weights(terms: Mapping[str, Term], trainer: Trainer) -> dict[str, float]:
-    """Return the weight of each term in this step, by name.
+    """Return a dict from the names of the terms to their weights in this step.
 
     Raises:
         MisconfigurationException: if a weight is not a number; the message names the term.
@@ -46,7 +46,7 @@ def current_weights(terms: Mapping[str, Term], trainer: Trainer) -> dict[str, fl
 
 
 def is_zero(weight: Any) -> bool:
-    """Return whether a weight is the number 0; a tensor is not looked at, which may be slow."""
+    """Return whether a weight is the number 0; a tensor is not read, because that may be slow."""
     return isinstance(weight, Real) and weight == 0
 
 
@@ -61,23 +61,24 @@ def sum_terms(
     nonfinite: Nonfinite,
     to_student_classes: Callable[[Tensor], Tensor],
 ) -> TermsSum:
-    """Compute every term from the recorded outputs, and their weighted sum.
+    """Compute all terms from the recorded outputs, and their weighted sum.
 
-    A term of weight 0, or whose part of the student does not train yet, adds 0 and is not computed.
+    A term adds 0 and is not computed if its weight is 0 or its part of the student is frozen.
 
     Args:
-        terms: by name, at least one.
-        weights: the weight of each term in this step.
-        student: outputs of the student's parts.
-        teacher: outputs of each part of the teacher, by its path, in the order of the calls.
-        trainer: the Trainer, at this batch.
-        place: dotted path of the student in its module, for messages.
-        nonfinite: what to do where a term is NaN or infinite: ``"raise"`` or ``"skip"``.
-        to_student_classes: maps the teacher's classes to the student's.
+        terms: a dict from names to terms, with at least one term.
+        weights: a dict from names to the weights in this step.
+        student: the recorded outputs of the student's parts.
+        teacher: a dict from the paths of the teacher's parts to their outputs, in the order of the
+            calls.
+        trainer: the Trainer.
+        place: the dotted path of the student in its module, for messages.
+        nonfinite: the reaction to a term that is NaN or infinite, ``"raise"`` or ``"skip"``.
+        to_student_classes: a function that maps the teacher's classes to the student's.
 
     Raises:
-        MisconfigurationException: if outputs do not pair, or a loss is not defined for them; the
-            message names the term.
+        MisconfigurationException: if outputs cannot be paired, or a loss is not defined for them;
+            the message names the term.
         FloatingPointError: if a term is not finite and ``nonfinite`` is ``"raise"``.
     """
     values, products, skipped, waiting = {}, [], 0, []
@@ -115,7 +116,7 @@ def sum_terms(
 
 
 def _not_called(name: str, term: Term, part: str, student: Recording) -> str:
-    """Return why a term has nothing to distil, and what to do."""
+    """Return a message with the reason why a term has nothing to distil, and with advice."""
     if not student.outputs[term.student] and term.student not in student.without_grad:
         return (
             f"term {name!r}: {part!r} was not called in training_step, so there is nothing to "

@@ -7,15 +7,17 @@ from lightning.pytorch import Trainer
 
 
 class WeightSchedule:
-    """A loss weight that moves linearly between points and stays at the last one.
+    """A loss weight that moves linearly between points and then stays at the last weight.
 
     Args:
-        points: weight at an epoch or step, from 0 on: ``{0: 0.0, 5: 2.0}`` warms up over five
-            epochs; ``{0: 2.0, 80: 2.0, 100: 0.0}`` fades out in the last twenty of a hundred.
-        unit: ``"epoch"`` (changes at each epoch's start) or ``"step"`` (optimizer steps).
+        points: a dict from epochs or steps, counted from 0, to weights. ``{0: 0.0, 5: 2.0}`` warms
+            up over five epochs; ``{0: 2.0, 80: 2.0, 100: 0.0}`` fades out in the last twenty of a
+            hundred epochs.
+        unit: the unit of the points, ``"epoch"`` (the weight changes at the start of each epoch) or
+            ``"step"`` (the weight changes at each optimizer step).
 
     Raises:
-        ValueError: if there is no point, or one lies before 0, or ``unit`` is another word.
+        ValueError: if there is no point, a point is before 0, or ``unit`` is unknown.
 
     Example:
         >>> WeightSchedule({0: 0.0, 10: 2.0}).at(5)
@@ -42,7 +44,7 @@ class WeightSchedule:
         return first + (last - first) * (when - start) / (end - start)
 
     def __call__(self, trainer: Trainer) -> float:
-        """Return the weight of this epoch or step of the Trainer."""
+        """Return the weight at the current epoch or step of the Trainer."""
         return self.at(trainer.current_epoch if self.unit == "epoch" else trainer.global_step)
 
     def __repr__(self) -> str:
