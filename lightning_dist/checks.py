@@ -1,4 +1,4 @@
-"""Checks of arguments, with error messages that say what to give instead."""
+"""Functions that check arguments and raise errors with advice."""
 
 import math
 import numbers
@@ -8,7 +8,7 @@ from typing import Any
 def check_number(
     name: str, value: Any, kind: type = float, *, least: float = -math.inf, most: float = math.inf
 ) -> None:
-    """Raise an error if a value is not a finite number of some kind in some range.
+    """Raise an error if a value is not a finite number of the given kind and range.
 
     Args:
         name: the name of the argument, for the message.
@@ -18,7 +18,7 @@ def check_number(
         most: the largest value allowed.
 
     Raises:
-        ValueError: if the value is refused; the message says what to give.
+        ValueError: if the value is no such number; the message describes the allowed values.
 
     Example:
         >>> check_number("decay", 0.999, least=0, most=1)
@@ -38,14 +38,16 @@ def check_number(
 
 
 def check_flag(name: str, value: Any) -> None:
-    """Raise an error if a value is neither True nor False, because most values count as true.
+    """Raise an error if a value is neither True nor False.
+
+    Without this check, a wrong value such as the string ``"false"`` would be treated as true.
 
     Args:
         name: the name of the argument, for the message.
         value: the value of the argument.
 
     Raises:
-        ValueError: if the value is refused; the message says what to give.
+        ValueError: if the value is neither True nor False.
 
     Example:
         >>> check_flag("resume", "maybe")
@@ -67,14 +69,14 @@ def check_logits_options(
     """Raise an error if an option of a loss of logits is out of its range.
 
     Args:
-        tau: temperature; must be above 0 and finite.
-        activation: must be ``"softmax"``, ``"sigmoid"`` or ``"identity"``.
-        beta: weight of the inter-class term; must be finite.
-        gamma: weight of the intra-class term; must be finite.
-        eps: added to denominators; must be above 0 and finite.
+        tau: the temperature; must be above 0 and finite.
+        activation: the activation; must be ``"softmax"``, ``"sigmoid"`` or ``"identity"``.
+        beta: the weight of the inter-class term; must be finite.
+        gamma: the weight of the intra-class term; must be finite.
+        eps: a number that is added to denominators; must be above 0 and finite.
 
     Raises:
-        ValueError: if an option is refused; the message says what to give.
+        ValueError: if an option is out of its range; the message describes the allowed values.
     """
     if not tau > 0:
         raise ValueError(f"tau is {tau}: the temperature must be above 0")

@@ -1,4 +1,4 @@
-"""Load weight files and checkpoints without running code that a file may contain."""
+"""Functions that load weight files and checkpoints without running code that a file may contain."""
 
 import importlib.resources
 import pickle
@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 # Training programs store weights under these entries of a checkpoint, and put these prefixes before
-# the names. Averaged weights come first, because such a program evaluates and publishes them.
+# the names. Averaged weights come first, because a program that averages weights evaluates and
+# publishes the averaged ones.
 _WRAPPERS = ("state_dict_ema", "model_ema", "ema_model", "state_dict", "model")
 _PREFIXES = ("", "student_ema.module.", "module.", "student.", "model.", "net.", "_orig_mod.")
 
 
 class _Unread:
-    """A placeholder for objects beside the weights; it ignores their data in the file."""
+    """A placeholder for objects that are not weights; it ignores their data in the file."""
 
     def __init__(self, *args: Any) -> None:
         pass
@@ -29,8 +30,8 @@ class _Unread:
         pass
 
 
-# Objects that training programs store beside the weights: command-line arguments, and NumPy's
-# numbers under the names of NumPy 1 and NumPy 2.
+# Objects that training programs store in addition to the weights: command-line arguments, and
+# NumPy's numbers under the names that NumPy 1 and NumPy 2 use.
 _BESIDE_WEIGHTS = (
     "argparse.Namespace",
     "numpy.dtype",
@@ -47,21 +48,21 @@ def load_weights(
     path: str | Path,
     convert: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None,
 ) -> None:
-    """Load a weight file into a network: all entries, or none if one does not fit.
+    """Load a weight file into a network: all entries, or no entry if one of them does not fit.
 
     Args:
         network: the network to load the weights into.
         path: a ``.safetensors`` file, or a torch file such as ``.pth`` or a Lightning ``.ckpt``.
-            ``pkg://PACKAGE/FILE`` is a file inside a Python package. The weights may lie under
+            ``pkg://PACKAGE/FILE`` is a file inside a Python package. The weights may be in an entry
             ``state_dict``, ``model``, ``state_dict_ema``, ``model_ema`` or ``ema_model``, and their
             names may start with ``module.``, ``student.``, ``model.``, ``net.`` or ``_orig_mod.``.
-            If the file holds averaged (EMA) weights as well, those are loaded.
+            If the file also contains averaged (EMA) weights, the averaged weights are loaded.
         convert: a function that renames the entries of another program to the network's names; by
-            default the network's own method ``convert_state_dict``, if it has one.
+            default the network's own method ``convert_state_dict``, if it has this method.
 
     Raises:
         FileNotFoundError: if the file does not exist.
-        ValueError: if the file is damaged, holds code, or does not fit the network; the message
+        ValueError: if the file is damaged, contains code, or does not fit the network; the message
             lists the entries that are missing, unexpected or of another shape.
     """
     expected = network.state_dict()
@@ -96,18 +97,18 @@ def load_weights(
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Return the contents of a weight file or checkpoint, with tensors on the CPU.
 
-    Command-line arguments (``argparse.Namespace``) and NumPy values beside the weights are not
-    loaded: objects without data replace them.
+    Command-line arguments (``argparse.Namespace``) and NumPy values are not loaded: objects without
+    data replace them.
 
     Args:
         path: a path as in :func:`load_weights`.
 
     Returns:
-        The entries of the file by their names.
+        A dict from the names to the entries of the file.
 
     Raises:
         FileNotFoundError: if the file does not exist.
-        ValueError: if the file is damaged, or holds other objects than tensors, numbers, strings
+        ValueError: if the file is damaged, or contains other objects than tensors, numbers, strings
             and plain containers.
     """
     file = _resolve(path)
@@ -139,11 +140,12 @@ def _refuse_strange_archive(file: Path) -> None:
     """Raise an error if the file is a zip archive that torch.save cannot have written.
 
     torch.save does not compress. Without compressed entries, a small file cannot fill the memory.
-    A path that leads out of the archive is harmless here, because torch reads the entries in
-    memory, but it would let a program that unpacks the file write elsewhere.
+    A path that leads out of the archive is harmless here, because torch reads the entries into
+    memory. But a program that unpacks the file would write a file outside its target folder.
 
     Raises:
-        ValueError: if an entry is compressed or has a path that leads out of the archive.
+        ValueError: if an entry is compressed, overlaps with another entry, or has a path that leads
+            out of the archive.
     """
     if not zipfile.is_zipfile(file):
         return
@@ -159,7 +161,7 @@ def _refuse_strange_archive(file: Path) -> None:
 
 
 def _resolve(path: str | Path) -> Path:
-    """Return the file of a path, which may be ``pkg://PACKAGE/FILE`` or start with ``~``."""
+    """Return the path of the file; the given path may be ``pkg://...`` or start with ``~``."""
     text = str(path)
     if not text.startswith("pkg://"):
         return Path(text).expanduser()
@@ -168,7 +170,7 @@ def _resolve(path: str | Path) -> Path:
 
 
 def _unwrap(contents: Mapping[str, Any], path: str | Path) -> dict[str, Tensor]:
-    """Return the weights in a checkpoint's contents; raise a ValueError if there are none."""
+    """Return the weights in a checkpoint's contents; raise a ValueError if it has no weights."""
     for _ in _WRAPPERS:
         inner = (contents.get(key) for key in _WRAPPERS)
         contents = next((x for x in inner if isinstance(x, Mapping) and x), contents)
@@ -187,7 +189,7 @@ def _unwrap(contents: Mapping[str, Any], path: str | Path) -> dict[str, Tensor]:
 
 
 def _strip(state: dict[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Remove the prefix, of one or two levels, with which the most names fit the network."""
+    """Remove a prefix of one or two levels, so that as many names as possible fit the network."""
 
     def fitting(prefix: str) -> int:
         return sum(prefix + name in state for name in expected)
@@ -201,7 +203,7 @@ def _strip(state: dict[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str
 
 
 def _listed(what: str, names: set[str]) -> list[str]:
-    """Return one line of a message with the first names, or no line if there are no names."""
+    """Return a list of one line with the first names, or an empty list if there are no names."""
     if not names:
         return []
     shown = sorted(names)[:8]
@@ -210,7 +212,7 @@ def _listed(what: str, names: set[str]) -> list[str]:
 
 
 def _advice(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
-    """Return what to set so that the file fits: num_classes, if only that differs."""
+    """Return advice for the error message: set num_classes, if only the number differs."""
     heads = set()
     same_names = state.keys() == expected.keys()
     for name in expected.keys() & state.keys():

@@ -1,4 +1,4 @@
-"""Fixtures of all tests: golden values, independent formulations, a small Trainer."""
+"""Fixtures for all tests: golden values, independent formulations, a small Trainer."""
 
 import json
 import sys
@@ -19,7 +19,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
-    """The folder of numbers from the authors' code."""
+    """Return the folder of the numbers that the authors' code computed."""
     return GOLDEN
 
 
@@ -31,7 +31,7 @@ def golden_losses(golden: Path) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="session")
 def reference_dist_loss() -> Callable[..., Tensor]:
-    """The formulas of the paper, differentiable and in plain PyTorch."""
+    """Return a function with the paper's formulas, differentiable and in plain PyTorch."""
 
     def correlation(u: Tensor, v: Tensor, eps: float) -> Tensor:
         u, v = u - u.mean(1, keepdim=True), v - v.mean(1, keepdim=True)
@@ -60,7 +60,7 @@ def reference_dist_loss() -> Callable[..., Tensor]:
 
 @pytest.fixture
 def make_trainer(tmp_path: Path) -> Callable[..., L.Trainer]:
-    """A quiet CPU Trainer that writes nowhere but tmp_path."""
+    """Return a function that creates a quiet CPU Trainer that writes files only to tmp_path."""
 
     def make(**kwargs: object) -> L.Trainer:
         defaults: dict[str, object] = {
@@ -79,7 +79,7 @@ def make_trainer(tmp_path: Path) -> Callable[..., L.Trainer]:
 
 @pytest.fixture
 def processes() -> Iterator[Processes]:
-    """Start processes that end with the test, also where it fails."""
+    """Return an object that starts processes, which are ended after the test, even if it fails."""
     with Processes() as started:
         yield started
 
@@ -91,7 +91,7 @@ def _seed() -> None:
 
 @pytest.fixture(scope="session")
 def put_run() -> Callable[..., Path]:
-    """Write a run as the train command does: its folder, its overrides, other fields."""
+    """Return a function that writes a run as the train command does, with overrides and fields."""
 
     def put(folder: Path, *overrides: str, **fields: object) -> Path:
         content = {
@@ -113,7 +113,7 @@ def put_run() -> Callable[..., Path]:
 
 @pytest.fixture
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Run the command in tmp_path, as the console script does."""
+    """Return a function that runs the command in tmp_path, as the console script does."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: str) -> None:
@@ -125,7 +125,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., No
 
 @pytest.fixture
 def refused(command: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """The one line that a command prints before it exits with an error."""
+    """Return a function that runs a failing command and returns the one line that it prints."""
 
     def run(*arguments: str) -> str:
         with pytest.raises(SystemExit) as caught:

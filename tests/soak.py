@@ -1,6 +1,6 @@
-"""Interrupt a run at random places, resume it, and compare it with one that ran through.
+"""A script that interrupts and resumes a run, and compares it with an uninterrupted run.
 
-`python -m tests.soak` prints one line a round; the last line counts them and the mismatches.
+`python -m tests.soak` prints one line for each round; the last line counts rounds and mismatches.
 """
 
 import argparse
@@ -20,7 +20,8 @@ from tests.helpers.processes import Processes
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGKILL)
 STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: -signal.SIGKILL}
-# Random crops, mixup, a schedule, accumulation and averaged weights: all have a state or draw.
+# Random crops, mixup, a schedule, accumulation and averaged weights all have a state or draw random
+# numbers.
 OVERRIDES = (
     "experiment=digits",
     "trainer.max_epochs=4",
@@ -38,7 +39,7 @@ OVERRIDES = (
 )
 VARIANTS = {
     "one-process": ["trainer=cpu"],
-    # It ends in mid-epoch, and not with a validation.
+    # The run ends within an epoch, and not with a validation.
     "rare-validation": [
         "trainer=cpu",
         "trainer.check_val_every_n_epoch=3",
@@ -49,7 +50,7 @@ VARIANTS = {
 
 
 def start(processes: Processes, folder: Path, *overrides: str) -> subprocess.Popen:
-    """Start a run in the folder, as its own command."""
+    """Start a run in the folder, as a command in its own process."""
     command = ["-m", "lightning_dist", "train", *OVERRIDES, *overrides, f"hydra.run.dir={folder}"]
     with open(folder.with_suffix(".log"), "a") as log:
         return processes.start(*command, stdout=log, stderr=log, start_new_session=True)
@@ -58,11 +59,12 @@ def start(processes: Processes, folder: Path, *overrides: str) -> subprocess.Pop
 def interrupt(
     run: subprocess.Popen, folder: Path, rows: int, number: signal.Signals, everyone: bool
 ) -> int | None:
-    """Send a signal once the run has logged so many rows; its exit status, None if it had ended."""
+    """Send a signal after `rows` rows of the log; return the exit status, None without a signal."""
     log = folder / "logs" / "metrics.csv"
     before, known = log.stat().st_mtime_ns if log.exists() else 0, None
     while run.poll() is None:
-        # At first the rows are those of the attempt before, then what a resume leaves of them.
+        # At first the file contains the rows of the previous attempt, and then those that a resume
+        # keeps.
         changed = log.exists() and log.stat().st_mtime_ns > before
         count = log.read_bytes().count(b"\n") if changed else 0
         if count and known is None:
@@ -75,7 +77,7 @@ def interrupt(
 
 
 def differences(whole: Path, resumed: Path) -> list[str]:
-    """Return what differs between two runs: weights, optimizer, schedule, metrics, curves."""
+    """Return the differences between two runs: weights, optimizer, schedule, metrics, curves."""
     found = []
     for name in ("best.ckpt", "last.ckpt"):
         first, second = (
@@ -94,7 +96,7 @@ def differences(whole: Path, resumed: Path) -> list[str]:
 
 
 def same(first: object, second: object) -> bool:
-    """Equality to the last bit, also of tensors in containers."""
+    """Return True if two values are bitwise equal, including tensors in containers."""
     if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
         return torch.equal(first, second)
     if isinstance(first, dict) and isinstance(second, dict):
@@ -107,7 +109,7 @@ def same(first: object, second: object) -> bool:
 def soak(
     processes: Processes, folder: Path, rounds: int, *overrides: str, draw: random.Random
 ) -> list[str]:
-    """Run once through and `rounds` times with an interruption or two; the mismatches."""
+    """Complete a run, and interrupt and resume it `rounds` times; return the mismatches."""
     whole = folder / "whole"
     assert start(processes, whole, *overrides).wait() == 0, whole.with_suffix(".log").read_text()
     rows = (whole / "logs" / "metrics.csv").read_bytes().count(b"\n")
@@ -117,7 +119,7 @@ def soak(
         history = []
         for _ in range(draw.randint(1, 2)):
             number, row = draw.choice(SIGNALS), draw.randrange(rows)
-            everyone = draw.random() < 0.5  # as a terminal and SLURM do
+            everyone = draw.random() < 0.5  # A terminal and SLURM send a signal to all processes.
             run = start(processes, resumed, *overrides, "resume=true")
             status = interrupt(run, resumed, row, number, everyone)
             whom = "all" if everyone else "the first process"
@@ -133,7 +135,7 @@ def soak(
 
 
 def main() -> None:
-    """Soak every variant."""
+    """Run the comparison for every variant."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0, help="of the places and signals")

@@ -1,4 +1,4 @@
-"""The floors of the package: which room imports which, and how long files and functions may be."""
+"""Tests of the package's structure: the imports between its parts, and the length of its code."""
 
 import ast
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ LEAVES = {"data", "models"}
 CORE = {"callback", "functional", "losses", "module", "tasks", "teacher", "terms", "training"}
 WINGS = {"cache", "export", "report", "resume"}
 
-# From the ground up: a room imports only from rooms that stand before it.
+# The parts from the lowest to the highest: a part imports only from parts that come before it.
 FLOORS = (
     *("checks", "taps", "weights", "losses", "functional", "data", "models", "teacher", "terms"),
     *("training", "callback", "module", "tasks", "cache", "resume", "export", "report"),
@@ -25,12 +25,12 @@ FLOORS = (
 
 
 def room(file: Path) -> str:
-    """Return the folder of the package, or the file at its top, that a file belongs to."""
+    """Return the folder of the package, or the file at its top, to which a file belongs."""
     return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
 def imported_rooms(file: Path) -> Iterator[str]:
-    """Return the rooms that a file imports anything of, also within functions."""
+    """Return the parts of the package that a file imports, including imports within functions."""
     for node in ast.walk(ast.parse(file.read_text())):
         names = []
         if isinstance(node, ast.ImportFrom):
@@ -44,7 +44,7 @@ def imported_rooms(file: Path) -> Iterator[str]:
 
 
 def arrows() -> set[tuple[str, str]]:
-    """Return the pairs of rooms of which the first imports the second; not the package's face."""
+    """Return the pairs of parts of which the first imports the second, without ``__init__.py``."""
     files = [file for file in FILES if room(file) != "__init__"]
     pairs = {(room(file), imported) for file in files for imported in imported_rooms(file)}
     return {(first, second) for first, second in pairs if first != second}
@@ -82,7 +82,7 @@ def test_the_callback_fits_in_350_lines():
 
 
 def test_every_function_fits_on_a_screen():
-    """45 lines, without its docstring, comments and the lines of its signature."""
+    """A function has at most 45 lines, without docstring, comments and signature."""
     long = []
     for file in FILES:
         lines = file.read_text().splitlines()

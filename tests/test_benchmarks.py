@@ -1,4 +1,4 @@
-"""The benchmarks run: their numbers are read by people, on a quiet machine."""
+"""Tests that the benchmarks run. (Only people read their numbers, from a quiet machine.)"""
 
 import importlib
 import subprocess

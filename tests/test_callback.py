@@ -1,4 +1,4 @@
-"""DistillationCallback on ordinary LightningModules, in one process."""
+"""Tests of DistillationCallback with ordinary LightningModules, in one process."""
 
 import copy
 import io
@@ -31,7 +31,7 @@ BATCH = 8
 
 
 class Plain(L.LightningModule):
-    """A module as users have it: nothing in it knows of distillation."""
+    """A module as users write it, without anything about distillation."""
 
     def __init__(self, net: nn.Module | None = None) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ def fitted(trainer, module=Plain, loader=None) -> Plain:
 
 
 def plain_loop(teacher, steps: int = 4, weight: float = 2.0, task_weight: float = 1.0, loss=None):
-    """The same training without Lightning: the independent source for weights and losses."""
+    """Train in the same way without Lightning: the independent source for weights and losses."""
     torch.manual_seed(3)
     net = Plain().net
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
@@ -206,7 +206,7 @@ def test_fit_twice_wraps_once(make_trainer):
 
 
 class Recording(nn.Module):
-    """A teacher that keeps what it was called with."""
+    """A teacher that stores its inputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -284,7 +284,7 @@ def test_a_call_of_the_student_without_gradient_is_not_distilled(make_trainer):
 
 
 class Returns(Plain):
-    """Its step returns a dict, or None on odd batches."""
+    """A module whose step returns a dict, or None for odd batches."""
 
     def training_step(self, batch, batch_idx):
         loss = super().training_step(batch, batch_idx)
@@ -329,13 +329,14 @@ def test_outputs_that_are_not_tensors(make_trainer, wrap, output):
     _, losses = plain_loop(teacher, steps=1)
     torch.manual_seed(3)
     module = Unwrapping(Wrapped(*Plain().net))
-    callback = DistillationCallback(teacher, output=output)  # a teacher's plain tensor is fine
+    # The teacher may return a plain tensor.
+    callback = DistillationCallback(teacher, output=output)
     module = fitted(make_trainer(callbacks=[callback], max_steps=1), module)
     assert module.losses == pytest.approx(losses, rel=1e-6)
 
 
 class Itself(Plain):
-    """The student is the module itself."""
+    """A module that is itself the student."""
 
     def forward(self, inputs):
         return self.net(inputs)
@@ -404,7 +405,8 @@ def test_teacher_stays_frozen_and_in_eval_mode(make_trainer):
     class Switching(Plain):
         def on_train_batch_start(self, batch, batch_idx):
             self.train()
-            teacher.train()  # even when somebody who holds the network switches it
+            # The teacher stays frozen even if other code changes the network's mode.
+            teacher.train()
 
     teacher = teacher_net()
     before = copy.deepcopy(teacher.state_dict())
@@ -440,7 +442,7 @@ def test_weight_averaging_copies_no_teacher(make_trainer, averaging):
 
 
 class Tuned(Plain):
-    """A module with the attributes that Lightning's tuners set, and a loader."""
+    """A module with the attributes that Lightning's tuners set, and a data loader."""
 
     lr = 0.1
     batch_size = 2
@@ -502,7 +504,7 @@ def test_a_schedule_without_valid_points_is_refused(points):
 
 
 class Projection(nn.Module):
-    """A loss with a trainable projection, as mimic has."""
+    """A loss with a trainable projection, like FeatureMimic."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -762,7 +764,8 @@ def test_a_teacher_stays_where_it_is_unless_it_teaches(make_trainer):
     trainer.test(module, data(), verbose=False)
     assert not moves
     trainer.fit(module, data())
-    assert [str(device) for device in moves] == ["cpu", "cpu"]  # to the student's, and back
+    # The teacher moves to the student's device, and back.
+    assert [str(device) for device in moves] == ["cpu", "cpu"]
 
 
 def test_conflicting_arguments_are_refused():
@@ -789,11 +792,13 @@ def test_compiled_students_modules_and_losses(make_trainer, what):
     loss = torch.compile(DISTLoss(), backend="aot_eager") if what == "loss" else None
     make_trainer(callbacks=[DistillationCallback(teacher, loss=loss)]).fit(compiled, data())
     assert module.losses == pytest.approx(losses, rel=1e-5)
-    assert ("training_step" in module.__dict__) == (what == "module")  # torch.compile's own
+    # torch.compile sets this attribute itself.
+    assert ("training_step" in module.__dict__) == (what == "module")
 
 
 def test_a_part_of_the_student_can_hand_its_inputs_to_a_part_of_the_teacher(make_trainer):
-    teacher = nn.Sequential(nn.Linear(9, 12), nn.Linear(12, 4))  # not for the student's inputs
+    # The teacher does not fit the student's inputs.
+    teacher = nn.Sequential(nn.Linear(9, 12), nn.Linear(12, 4))
     module = Plain()
     student = copy.deepcopy(module.net)
     terms = {"head": Term(DISTLoss(), student="2", teacher="1")}

@@ -1,4 +1,4 @@
-"""The callback and its teacher: what the teacher is called for, and what it cannot disturb."""
+"""Tests of the callback and its teacher: the teacher's calls, and that it disturbs nothing."""
 
 import warnings
 
@@ -20,7 +20,7 @@ STEPS = 6
 
 
 class Plain(L.LightningModule):
-    """A module as users have it: nothing in it knows of distillation."""
+    """A module as users write it, without anything about distillation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ def assert_same_bits(left: nn.Module, right: nn.Module) -> None:
     torch.testing.assert_close(left.state_dict(), right.state_dict(), rtol=0, atol=0)
 
 
-# What it is called for
+# The calls of the teacher
 
 
 def test_a_teacher_is_not_called_at_weight_0(make_trainer):
@@ -119,11 +119,11 @@ def test_a_teacher_is_not_called_where_the_student_has_no_gradient(make_trainer)
     assert_same_bits(module, fitted(make_trainer, DistillationCallback(teacher_net()))[0])
 
 
-# What it cannot disturb
+# Things that a teacher must not change
 
 
 class Scaling(nn.Module):
-    """Writes to its input, from a call on."""
+    """A teacher that writes to its input, from a given call on."""
 
     def __init__(self, first_call: int) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ class Scaling(nn.Module):
 
 @pytest.mark.parametrize("first", [Scaling(0), nn.ReLU(inplace=True)], ids=["scaling", "relu"])
 def test_a_teacher_that_writes_to_its_input_leaves_the_students_alone(make_trainer, first):
-    """The student sees its own batch: training is as with a teacher that works on a copy."""
+    """The student gets its own batch: the training is as with a teacher that works on a copy."""
 
     class Copying(nn.Module):
         def __init__(self, inner):
@@ -186,7 +186,7 @@ def test_a_teacher_in_inference_mode_teaches_as_without(make_trainer):
         assert_same_bits(quick, plain)
 
 
-# Its classes
+# The classes of the teacher
 
 
 def test_a_class_map_applies_to_a_part_that_gives_classes(make_trainer):
@@ -227,7 +227,7 @@ def test_a_part_of_a_mapped_teacher_in_an_ensemble_is_refused(make_trainer):
         fitted(make_trainer, DistillationCallback(ensemble, terms=terms))
 
 
-# What waits, and what is said
+# Frozen parts, warnings and messages
 
 
 class Finetuned(Plain):
@@ -245,7 +245,7 @@ class Finetuned(Plain):
         return F.cross_entropy(self(batch[0]), batch[1])
 
     def configure_optimizers(self):
-        held = [p for p in self.parameters() if p.requires_grad]  # the backbone joins later
+        held = [p for p in self.parameters() if p.requires_grad]  # The backbone is added later.
         return torch.optim.SGD(held, lr=0.1)
 
 
@@ -272,7 +272,7 @@ def test_a_term_on_a_frozen_part_waits_until_it_trains(make_trainer, loss):
 
 
 class Projected(nn.Module):
-    """A loss with a projection of its own."""
+    """A loss with its own projection."""
 
     def __init__(self) -> None:
         super().__init__()

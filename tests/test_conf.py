@@ -1,4 +1,4 @@
-"""Every config composes, and names things that exist."""
+"""Tests that every config composes, and that the classes and functions that it names exist."""
 
 import inspect
 
@@ -16,7 +16,7 @@ from lightning_dist.cli.run.settings import check_settings
 from lightning_dist.cli.sweep.own_process import needs_own_process
 
 CONF = "lightning_dist.conf"
-# The Trainer's common keys, each with a value that is not its default.
+# Common keys of the Trainer, each with a value that is not the default.
 LIMITS = {
     "accumulate_grad_batches": 2,
     "gradient_clip_val": 1.0,
@@ -60,7 +60,7 @@ def assert_all_exists(config) -> None:
 
 @pytest.mark.parametrize("experiment", options("experiment"))
 def test_every_experiment_names_what_exists_and_saves_a_harmless_config(experiment, tmp_path):
-    """So that eval, export and predict take its checkpoints without trust=true."""
+    """A harmless config lets eval, export and predict read the checkpoints without trust=true."""
     config = composed(f"experiment={experiment}")
     assert_all_exists(config)
     module = OmegaConf.to_container(config.module, resolve=True)
@@ -76,7 +76,7 @@ def test_every_experiment_names_what_exists_and_saves_a_harmless_config(experime
     "experiment", ["digits", "scenes/segmentation", *DETECTORS], ids=lambda x: x.split("/")[-1]
 )
 def test_every_loss_fits_every_task(experiment, distill):
-    """Each of the papers' recipes is composed with each loss in tests/recipes."""
+    """The tests in tests/recipes compose each recipe of the papers with each loss."""
     config = composed(f"experiment={experiment}", f"distill={distill}")
     assert_all_exists(config)
     module = OmegaConf.to_container(config.module, resolve=True)
@@ -173,7 +173,7 @@ def test_other_data_come_without_the_teacher_of_the_digits():
         ["data.drop_last=true", "data.pin_memory=false"],
         ["data=scenes", "data.drop_last=true", "data.pin_memory=false"],
         ["data=scenes_detection", "data.drop_last=true", "data.pin_memory=false"],
-        ["~experiment"],  # as commands began before no experiment was the default
+        ["~experiment"],  # Commands began in this way before the default was no experiment.
     ],
     ids=lambda overrides: overrides[0],
 )

@@ -1,7 +1,7 @@
-"""The callback, the synchronised loss, metrics and the command in two CPU processes.
+"""Tests of the callback, the synchronised loss, metrics and the command in two CPU processes.
 
-Starting a process takes longer than most cases run: one launch runs many, and each test looks at
-what some of them saved.
+Starting a process takes longer than most cases. So one launch runs many cases, and each test reads
+the files that some of them saved.
 """
 
 import importlib.util
@@ -28,10 +28,10 @@ TRAININGS = {
     "fsdp2 uneven": {"sync": True, "strategy": "fsdp2", "uneven": True},
     "averaged": {"sync": True, "strategy": "ddp", "ema": True},
     "without sync": {"strategy": "ddp"},
-    # The last: torch writes "unused parameters" of what it was given to look for.
+    # This case is the last one, because torch prints a warning about "unused parameters" in it.
     "find unused": {"strategy": "ddp_find_unused_parameters_true"},
 }
-SETS = {  # number of images and batch size
+SETS = {  # the number of images and the batch size
     "a-batch-of-copies": (5, 1),
     "a-copy-in-a-batch": (7, 3),
     "even": (6, 2),
@@ -42,13 +42,13 @@ SWITCHES = "ddp trainer.strategy.static_graph=true trainer.strategy.gradient_as_
 EXPERIMENTS = {
     "digits": ([], ["multinode trainer.num_nodes=1", "ddp", "fsdp2", SWITCHES]),
     "scenes/segmentation": (TINY, ["ddp", "fsdp2"]),
-    # The box head is called alone, also of a sharded teacher.
+    # The box head is called alone, even if the teacher is sharded.
     "scenes/detection_fasterrcnn": (TINY, ["ddp", "fsdp2", "fsdp2 module.shard_teacher=true"]),
 }
 
 
 def script(name: str) -> ModuleType:
-    """Import a script, to run it in this process."""
+    """Import a script, so that this process can run it."""
     spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -56,7 +56,7 @@ def script(name: str) -> ModuleType:
 
 
 def launch(cases: list, *launcher: str) -> subprocess.CompletedProcess:
-    """Run the cases in one launch to a good end."""
+    """Run the cases in one launch, and fail if it fails."""
     with Processes() as processes:
         run = processes.run(*launcher, FOLDER / "run.py", json.dumps(cases), timeout=1800)
     assert run.returncode == 0, run.stderr
@@ -76,7 +76,7 @@ def train(folder: Path, experiment: str, chosen: str, *overrides: str) -> list[s
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run the scripts in two processes, the second of which Lightning starts."""
+    """Run the scripts in two processes; Lightning starts the second one."""
     folder = tmp_path_factory.mktemp("launched")
     cases = [
         {"script": "evaluate", "out": f"{folder / name}.json", "count": count, "batch": batch}
@@ -93,7 +93,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def spawned(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run what spawns its two processes itself."""
+    """Run the cases that spawn their two processes themselves."""
     folder = tmp_path_factory.mktemp("spawned")
     cases: list = [
         {"script": "train", "strategy": "ddp_spawn", "out": str(folder / "plain")},
@@ -121,7 +121,7 @@ def by_torchrun(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def joined(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict]:
-    """Train in this process, on the joined batches."""
+    """Train in this process on the joined batches."""
 
     def run(**options: bool) -> dict:
         folder = tmp_path_factory.mktemp("joined")
@@ -132,7 +132,7 @@ def joined(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict]:
 
 
 def saved(folder: Path) -> list[dict]:
-    """Load what each rank of a training saved."""
+    """Load the files that each rank of a training saved."""
     return [torch.load(file, weights_only=True) for file in sorted(folder.iterdir())]
 
 
@@ -161,7 +161,7 @@ def test_without_sync_each_rank_correlates_over_its_own_batch(launched, joined, 
 
 
 def test_a_rank_that_skips_a_term_does_not_keep_the_others_waiting(launched):
-    """A part of the student is trained by distillation alone, and one rank leaves it out once."""
+    """A part of the student is trained only by distillation, and one rank skips it once."""
     ranks = [json.loads(file.read_text()) for file in sorted((launched / "skip").iterdir())]
     assert [rank["skipped"] for rank in ranks] == [0, 1]
     assert [rank["steps"] for rank in ranks] == [4, 4]
@@ -170,7 +170,7 @@ def test_a_rank_that_skips_a_term_does_not_keep_the_others_waiting(launched):
 
 
 def test_spawned_processes(spawned):
-    """ddp_spawn trains in children only: the teacher that comes back is this process's own."""
+    """ddp_spawn trains only in child processes, so the teacher is still this process's own."""
     ranks = saved(spawned / "plain")
     assert len(ranks) == 1
     assert ranks[0]["teacher_unchanged"]
@@ -228,8 +228,8 @@ def test_every_strategy_trains_the_same_student(by_torchrun, spawned, experiment
     for folder in folders:
         result = json.loads((folder / "result.json").read_text())
         assert result["status"] == "completed"
-        # While they fit, ranks evaluate with their own batch norms' statistics but under ddp; in
-        # the test all have the checkpoint's.
+        # During fit, the ranks evaluate with the statistics of their own batch norms, except under
+        # ddp. In the test, all ranks have the statistics of the checkpoint.
         metrics = result["metrics"].items()
         tested.append({name: value for name, value in metrics if name.startswith("test/")})
         state = torch.load(result["checkpoint"], weights_only=True)["state_dict"]

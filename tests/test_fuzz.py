@@ -1,6 +1,7 @@
-"""Random cases: the loss is a number or a ValueError, a command line works or is one line.
+"""Tests with random cases: a loss or a command succeeds, or fails with the expected error.
 
-Each run draws others. A failure prints the case, and a line that repeats it."""
+Each run draws other cases. A failure prints the case, and a line with which to repeat it.
+"""
 
 import math
 import string
@@ -33,7 +34,7 @@ SPECIAL = st.sampled_from([0.0, -0.0, 1e-45, 1e38, -1e38, math.inf, -math.inf, m
 
 @st.composite
 def logits(draw: Any, shape: list[int] | None = None) -> torch.Tensor:
-    """A tensor of any small shape and dtype, with extreme values here and there."""
+    """Draw a tensor of any small shape and dtype, with some extreme values."""
     shape = draw(SHAPES) if shape is None else shape
     tensor = torch.randn(shape, generator=torch.Generator().manual_seed(draw(SIZES)))
     tensor = tensor * draw(st.sampled_from([0.0, 1.0, 1e-20, 1e4, 1e30]))
@@ -46,7 +47,7 @@ def logits(draw: Any, shape: list[int] | None = None) -> torch.Tensor:
 
 @st.composite
 def pairs(draw: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mostly of one shape, so that not all of them are refused."""
+    """Draw pairs that mostly have one shape, so that not all of them are refused."""
     first = draw(logits())
     same = draw(SIZES) > 0
     return first, draw(logits(list(first.shape) if same else None))
@@ -137,5 +138,5 @@ def test_any_command_line_composes_or_is_an_error_of_the_users(configs, given_ov
         config.hydra.runtime.output_dir = "."
         OmegaConf.to_yaml(config)
     except Exception as error:
-        if not is_users(error):  # the command would print a traceback
+        if not is_users(error):  # Otherwise the command would print a traceback.
             raise

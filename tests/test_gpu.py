@@ -1,6 +1,6 @@
 """Tests that need a GPU: half precision with scaled gradients, NCCL, DeepSpeed, the compiler.
 
-Skipped where there is none; with one, ``pytest tests/test_gpu.py`` takes a few minutes.
+They are skipped without a GPU; with a GPU, ``pytest tests/test_gpu.py`` takes a few minutes.
 """
 
 import functools
@@ -26,7 +26,8 @@ from lightning_dist.weights import load_weights
 from processes import Processes
 
 TRAINED = "pkg://lightning_dist/assets/digits_teacher.safetensors"
-SHAPES = [(256, 100), (4, 19, 64, 128), (2, 100, 20, 30), (180_000, 100)]  # the last in blocks
+# The last one is computed in blocks.
+SHAPES = [(256, 100), (4, 19, 64, 128), (2, 100, 20, 30), (180_000, 100)]
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
     pytest.mark.slow,
@@ -34,7 +35,7 @@ pytestmark = [
 
 
 class Seen(Callback):
-    """The distillation loss of each step."""
+    """A callback that stores the distillation loss of each step."""
 
     def __init__(self) -> None:
         self.distill: list[float] = []
@@ -64,7 +65,7 @@ def gradient(
 
 @pytest.fixture
 def run(processes: Processes, tmp_path: Path) -> Callable[..., dict[str, float]]:
-    """Run the command in a process of its own, as NCCL needs it, and return its metrics."""
+    """Run the command in its own process, as NCCL requires, and return its metrics."""
 
     def metrics(*arguments: str) -> dict[str, float]:
         command = ["-m", "lightning_dist", *arguments, "hydra.run.dir=run"]

@@ -1,4 +1,4 @@
-"""Mistakes of users, each with its one message, where no other test has them."""
+"""Tests of users' mistakes that no other test covers, and of the error message for each of them."""
 
 import re
 import sys
@@ -32,7 +32,7 @@ from lightning_dist.tasks.classification import ClassificationModule
 
 
 class User(LightningModule):
-    """A module that a user has already."""
+    """A module that a user has written."""
 
     def __init__(self, net: nn.Module | None = None) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class User(LightningModule):
 
 
 class Constant(nn.Module):
-    """A network with one value for an output."""
+    """A network whose output is one constant value."""
 
     def __init__(self, value: float) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ def loader(batch_size: int = 8, classes: int = 4) -> DataLoader:
 
 
 def fit(module: LightningModule | None = None, *callbacks: Any, data: Any = None) -> Callable:
-    """Something that trains; the callback takes the place of a missing one."""
+    """Return a function that trains a module (by default a new `User`) with some callbacks."""
 
     def run(context: SimpleNamespace) -> None:
         trainer = context.trainer(callbacks=list(callbacks), num_sanity_val_steps=1)
@@ -376,7 +376,7 @@ def test_terms_that_are_not_finite_are_skipped_and_counted(make_trainer, tmp_pat
     assert callback.skipped == 2
     assert trainer.callback_metrics["train/distill_skipped"] == 2
     assert trainer.callback_metrics["train/distill"] == 0
-    make_trainer().fit(plain, data)  # what the task loss alone makes of it
+    make_trainer().fit(plain, data)  # Train with the task loss alone.
     assert torch.equal(module.net.weight, plain.net.weight)
     trainer.save_checkpoint(tmp_path / "run.ckpt")
     again = distil(teacher=teacher, nonfinite="skip")

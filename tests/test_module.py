@@ -1,4 +1,4 @@
-"""DistillModule and ClassificationModule: steps, metrics, optimizers, checkpoints."""
+"""Tests of DistillModule and ClassificationModule: steps, metrics, optimizers, checkpoints."""
 
 import copy
 import functools
@@ -138,7 +138,7 @@ def test_checkpoint_loads_and_predicts_without_a_teacher(make_trainer, tmp_path)
 
 
 def test_checkpoint_is_the_size_of_the_student_and_its_optimizer(make_trainer, tmp_path):
-    teacher = nn.Sequential(nn.Linear(6, 50_000), nn.Linear(50_000, 4))  # 2.2 MB
+    teacher = nn.Sequential(nn.Linear(6, 50_000), nn.Linear(50_000, 4))  # The size is 2.2 MB.
     module = DistillModule(network(), teacher, optimizer=torch.optim.AdamW)
     trainer = make_trainer()
     trainer.fit(module, data())
@@ -152,7 +152,7 @@ def test_checkpoint_is_the_size_of_the_student_and_its_optimizer(make_trainer, t
 def test_metrics_are_those_of_the_whole_set(make_trainer):
     module = ClassificationModule(network(), num_classes=4, optimizer=sgd)
     loader = data(batches=3)
-    loader = DataLoader(loader.dataset, batch_size=10)  # 10, 10 and 4 images
+    loader = DataLoader(loader.dataset, batch_size=10)  # The batches have 10, 10 and 4 images.
     metrics = make_trainer().test(module, loader, verbose=False)[0]
     inputs, target = loader.dataset.tensors
     logits = module.eval()(inputs)
@@ -237,7 +237,7 @@ def test_timm_optimizer_filters_weight_decay_and_timm_scheduler_steps_by_epoch(m
     decays = {
         len(g["params"]): g["weight_decay"] for g in module.trainer.optimizers[0].param_groups
     }
-    assert decays == {4: 0.0, 2: 0.01}  # biases and norms; weights
+    assert decays == {4: 0.0, 2: 0.01}  # The groups are biases and norms, and weights.
 
 
 def test_timm_scheduler_steps_by_step(make_trainer):

@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom, show what their text says, and are kept without outputs."""
+"""Tests that the notebooks run, show the described results, and are saved without outputs."""
 
 import base64
 import io
@@ -17,16 +17,16 @@ from nbclient import NotebookClient
 from nbformat import NotebookNode
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
-TIMEOUT = 300  # seconds for one cell, on a busy machine
+TIMEOUT = 300  # In seconds, for one cell on a busy machine
 
 each_notebook = pytest.mark.parametrize("name", sorted(p.name for p in NOTEBOOKS.glob("*.ipynb")))
 
 
 @cache
 def executed(name: str) -> NotebookNode:
-    """A notebook with its outputs, run once in a new folder by the interpreter of the tests."""
+    """Run a notebook once in a new folder with this Python, and return it with its outputs."""
     notebook = nbformat.read(NOTEBOOKS / name, as_version=4)
-    # Without folders to search, jupyter_client falls back to ipykernel under sys.executable.
+    # Without folders to search, jupyter_client uses ipykernel under sys.executable.
     specs = KernelSpecManager(kernel_dirs=[])
     kernel = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=specs)
     with tempfile.TemporaryDirectory() as folder:
@@ -47,7 +47,7 @@ def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
 
 
 def printed(notebook: NotebookNode) -> str:
-    """All that the cells print, in order."""
+    """Return all text that the cells print, in order."""
     outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
     return "".join(output.text for output in outputs if output.get("name") == "stdout")
 
@@ -74,7 +74,7 @@ def test_notebook_ends_in_a_figure(name: str) -> None:
     assert images
     pixels = imread(io.BytesIO(base64.b64decode(images[-1])))
     assert min(pixels.shape[:2]) > 100
-    assert pixels[..., :3].std() > 0.05  # a blank page has 0
+    assert pixels[..., :3].std() > 0.05  # On a blank page, this is 0.
 
 
 @pytest.mark.slow
@@ -94,6 +94,6 @@ def test_quickstart_shows_relations_nearer_to_the_teacher() -> None:
     correlations = {name: (float(inter), float(intra)) for name, inter, intra in found}
     before, alone, distilled = correlations.values()
     assert list(correlations) == ["student before training", "student alone", "student distilled"]
-    for term in (0, 1):  # inter-class, intra-class
+    for term in (0, 1):  # the inter-class and the intra-class term
         assert abs(before[term]) < 0.3
         assert before[term] < alone[term] < distilled[term]

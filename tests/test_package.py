@@ -1,4 +1,4 @@
-"""The package: what it declares is what it holds."""
+"""Tests that the package contains the files and names that it declares."""
 
 import configparser
 from pathlib import Path

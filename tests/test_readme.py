@@ -1,4 +1,4 @@
-"""Every Python example of the README and of docs/ runs as it is written."""
+"""Tests that every Python example of the README and of docs/ runs as it is written."""
 
 import re
 from pathlib import Path
@@ -25,7 +25,7 @@ EXAMPLES = [
 
 
 class Classifier(LightningModule):
-    """Return the variables that a reader of the README has already."""
+    """A module such as a reader of the README has already written."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Classifier(LightningModule):
 
 
 class Download(dict):
-    """Published weights, which cannot be had here: the network keeps its own."""
+    """A placeholder for published weights, with which the network keeps its own weights."""
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_an_example_runs(tmp_path, monkeypatch, code):
         "module": DistillModule(nn.Linear(6, 4), nn.Linear(6, 4)),
         "datamodule": batches,
     }
-    code = code.replace('ckpt_path="run/last.ckpt"', "ckpt_path=None")  # the first time
+    code = code.replace('ckpt_path="run/last.ckpt"', "ckpt_path=None")  # Only the first time
     exec(compile(code, "example", "exec"), names)
 
 

@@ -1,4 +1,4 @@
-"""Taps: the one rule for the logits in an output, and recordings that end with their context."""
+"""Tests of taps: the rule that finds the logits in an output, and recordings inside a context."""
 
 from collections import OrderedDict, namedtuple
 from types import SimpleNamespace
@@ -28,7 +28,7 @@ OUTPUTS = {
 
 
 class Returns(nn.Module):
-    """A network that returns what it was made with."""
+    """A network that returns a given value."""
 
     def __init__(self, output: object) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ def test_terms_class_maps_and_evaluation_take_the_same_logits(output):
     mapped = Teacher(Returns(output), class_map=[2, 0])(torch.zeros(2, 3, 4, 4))
     assert logits_of(mapped).shape == (2, 2, 4, 4)
     assert type(mapped) is type(output)
-    assert logits_of(output) is LOGITS  # the output itself stays as it is
+    assert logits_of(output) is LOGITS  # The output itself does not change.
 
 
 @pytest.mark.parametrize("output", [{"a": LOGITS}, {"logits": [LOGITS]}, "text", (), {}])

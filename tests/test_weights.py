@@ -1,4 +1,4 @@
-"""Weight files: every form they come in, and none that runs code."""
+"""Tests that weight files of all supported forms are loaded, and that none of them runs code."""
 
 import argparse
 import copy
@@ -176,7 +176,7 @@ def test_a_file_with_changed_bytes_is_loaded_or_refused(tmp_path, network, zippe
         for place in random.integers(0, min(len(changed), 1500), 4):
             changed[place] = random.integers(256)
         path.write_bytes(changed)
-        with suppress(ValueError):  # and no other error
+        with suppress(ValueError):  # It must be this error and no other.
             load_weights(network, path)
 
 

@@ -1,4 +1,4 @@
-"""A teacher cache: answers to a training set, computed once and read by all runs of a sweep."""
+"""A teacher cache: stores a teacher's outputs for a training set, so that many runs read them."""
 
 from lightning_dist.cache.cached_teacher import CachedTeacher, cached
 

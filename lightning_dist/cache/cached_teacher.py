@@ -1,4 +1,4 @@
-"""`CachedTeacher`: a teacher that is called once for each view of each sample, for many runs."""
+"""`CachedTeacher`: a teacher whose outputs are computed once for each image and stored in files."""
 
 import functools
 import importlib.metadata
@@ -28,48 +28,52 @@ from lightning_dist.taps import find_submodule, refuse_shared_tensors
 from lightning_dist.teacher import Teacher
 from lightning_dist.teacher.base import Tap, TeacherBase
 
-if TYPE_CHECKING:  # imported where it is needed: it brings scikit-learn and torchvision along
+if TYPE_CHECKING:  # Imported where it is used, because it imports scikit-learn and torchvision.
     from lightning_dist.data.base import ImageDataModule
 
 AUTO = "data/teacher_cache"
 FORMAT = 2
-SAMPLES = 16  # their pixels are part of the cache's key, and the answers to them are compared
+# The number of samples whose pixels are part of the folder's digest. Each run also compares the
+# teacher's outputs for these samples with the stored ones.
+SAMPLES = 16
 POLL_SECONDS = 30.0
 _NO_FOLDERS = ("", "false", "no", "none", "null", "on", "true", "yes")
 _DRAWN_BY = ("lightning-dist", "numpy", "pillow", "timm", "torch", "torchvision")
 
 
 class CachedTeacher(TeacherBase):
-    """A teacher whose answers to a training set are computed once and kept in files.
+    """A teacher whose outputs for a training set are computed once and stored in files.
 
-    It takes the place of a teacher in a DistillModule or a DistillationCallback. The training set
-    is then loaded in ``views`` fixed augmentations in turn, epoch by epoch, and the student gets
-    exactly the image that the teacher got. They are the same whatever the run's seed, which still
-    shuffles, so that all runs of a sweep share one cache. A view is computed when the first run
-    needs it, by all of its processes together, and read from then on; runs that need the same view
-    at the same time wait for the one that computes it.
+    Use it instead of a teacher in a DistillModule or a DistillationCallback. The training set then
+    has ``views`` fixed augmentations, called views, and each epoch loads the next one. The student
+    gets exactly the images that the teacher got. The views do not depend on the run's seed (which
+    still shuffles the samples), so that all runs of a sweep share one cache. The first run that
+    needs a view computes it with all of its processes, and later epochs and runs read it. If two
+    runs need a missing view at the same time, one of them computes it and the other one waits.
 
-    A folder below ``path`` is chosen by a digest of the teacher (weights, settings, bridge, class
-    map, dtype), of what the distillation terms take from it, and of the data module's training set
-    (settings, size and the pixels of 16 samples). The folder also holds the teacher's answers to
-    those samples. Each run calls the teacher with them before it trains, and ends where the answers
-    differ by more than rounding: something that is not in the digest has changed them, such as the
-    network's code, a hook or a file. A change that acts on other images only, such as a hook that
-    looks for one of them, goes unnoticed. Each row also holds a fingerprint of its image, which
-    training compares with the student's: other images end the run.
+    Each cache has a folder in ``path``. The name of the folder is a digest of the teacher (weights,
+    settings, bridge, class map, dtype), of the parts that the distillation terms compare, and of
+    the data module's training set (settings, size and the pixels of 16 samples). The folder also
+    contains the teacher's outputs for those samples. Before a run trains, it calls the teacher with
+    them and raises an error if the outputs differ by more than rounding. Then something that is not
+    in the digest has changed, such as the network's code, a hook or a file. A change that affects
+    other images only is not noticed, for example a hook that changes the output for one image. Each
+    row also contains a fingerprint of its image. Training compares it with the fingerprint of the
+    student's image and raises an error if they differ.
 
-    It needs a :class:`lightning_dist.data.base.ImageDataModule` whose images are of one size, and a
-    module that gives them to the student as they are: no Mixup, no augmentation on the device. The
-    answers are computed in the teacher's own dtype, without autocast.
+    The Trainer needs an :class:`lightning_dist.data.base.ImageDataModule` whose images have one
+    size. The module must call the student with these images unchanged: no Mixup, no augmentation on
+    the device. The outputs are computed in the teacher's own dtype, without autocast.
 
     Args:
         teacher: the network, or any Teacher.
-        path: folder of all caches; ``"auto"`` is ``data/teacher_cache``.
-        views: number of augmentations; where the training set draws nothing at random it is 1.
-        dtype: of the stored answers, ``"float16"`` or ``"float32"``.
+        path: the folder that contains all caches; ``"auto"`` is ``data/teacher_cache``.
+        views: the number of fixed augmentations. A training set without random augmentation has one
+            view, whatever the number.
+        dtype: the dtype of the stored outputs, ``"float16"`` or ``"float32"``.
 
     Raises:
-        ValueError: if ``views`` or ``dtype`` are out of range.
+        ValueError: if ``views`` is below 1, or ``dtype`` is another dtype.
 
     Example:
         >>> teacher = CachedTeacher(nn.Linear(4, 3), path="caches", views=4)
@@ -101,35 +105,35 @@ class CachedTeacher(TeacherBase):
 
     @property
     def network(self) -> nn.Module:  # type: ignore[override]
-        """The network of the teacher itself."""
+        """The network of the wrapped teacher."""
         return self.teacher.network
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the teacher itself, as in :class:`lightning_dist.Teacher`."""
+        """Call the wrapped teacher, as in :class:`lightning_dist.Teacher`."""
         return self.teacher(*args, **kwargs)
 
     @property
     def class_map(self) -> list[int] | None:  # type: ignore[override]
-        """The class map of the teacher itself."""
+        """The class map of the wrapped teacher."""
         return self.teacher.class_map
 
     def to_student_classes(self, logits: Tensor) -> Tensor:
-        """Map classes as the teacher itself does."""
+        """Map the teacher's logits to the student's classes, as the wrapped teacher does."""
         return self.teacher.to_student_classes(logits)
 
     def fingerprint(self) -> str:
-        """Return the fingerprint of the teacher itself: with and without a cache it is the same."""
+        """Return the fingerprint of the wrapped teacher, which does not depend on the cache."""
         return self.teacher.fingerprint()
 
     def as_network(self) -> nn.Module:
-        """Return the teacher itself as an ordinary network."""
+        """Return the wrapped teacher as an ordinary network."""
         return self.teacher.as_network()
 
     def release(self) -> None:
-        """Give the network back as it was given: with its gradients and modes."""
+        """Restore the network's ``requires_grad`` flags and modes from before it was frozen."""
         self.teacher.release()
 
-    # What DistillationCallback calls, in this order
+    # The methods that DistillationCallback calls, in this order
 
     def attach(
         self,
@@ -138,26 +142,27 @@ class CachedTeacher(TeacherBase):
         taps: Sequence[Tap],
         inputs: Mapping[str, str],
     ) -> None:
-        """Let the Trainer's data module load fixed views, and find the folder of the answers.
+        """Make the Trainer's data module load fixed views, and choose the folder of the cache.
 
-        All processes call this. The first one chooses the folder, and compares the teacher's
-        answers to some samples with those that are stored there.
+        All processes call this method. The first one chooses the folder, and compares the teacher's
+        outputs for some samples with the outputs that are stored there.
 
         Args:
-            trainer: the Trainer, before it has made its data loaders.
+            trainer: the Trainer, before it has created its data loaders.
             pl_module: the module that is trained.
             taps: the part of the teacher and the entry of its output that each term compares.
-            inputs: the callback's; a cache knows ``{"": ""}`` only.
+            inputs: the callback's dict from parts of the student to the parts of the teacher that
+                get the same inputs. A cache supports only ``{"": ""}``: both get whole images.
 
         Raises:
             MisconfigurationException: if the module, its data module or its terms need more than
-                answers to whole images, if the teacher shares tensors with the module, draws random
-                numbers, or answers otherwise than when the folder was filled.
+                the outputs for whole images; or if the teacher shares tensors with the module,
+                draws random numbers, or has other outputs than those in the folder.
         """
         try:
             refuse_shared_tensors(self.network, pl_module)
         except MisconfigurationException:
-            self.release()  # Teacher() froze the shared tensors, which the student needs.
+            self.release()  # Teacher() froze the shared tensors, but the student trains them.
             raise
         refuse_other_inputs(pl_module, inputs)
         self.teacher.refuse_taps(taps)
@@ -165,7 +170,8 @@ class CachedTeacher(TeacherBase):
             find_submodule(self.network, part, "the teacher", "the teacher path of a term")
         self._taps = sorted(set(taps), key=str)
         self._trainer, self._data = trainer, image_data_module(trainer)
-        # The step runs under the default dtype of the Trainer's precision, but its loaders do not.
+        # Store the default dtype now: during a training step the Trainer's precision may set
+        # another one, with which the data loaders do not run.
         self._dtype = torch.get_default_dtype()
         try:
             self._data.views = self.views
@@ -179,24 +185,25 @@ class CachedTeacher(TeacherBase):
     def answers(
         self, student: nn.Module, batch: Any, parts: Sequence[str], inputs: Mapping[str, str]
     ) -> Iterator[dict[str, list[Any]]]:
-        """Read the answers to a batch, and refuse a student that is called with other images.
+        """Read the teacher's outputs for a batch, and refuse other inputs of the student.
 
-        The batch's view is computed first where it is absent: all processes call this.
+        All processes call this method, because they compute the batch's view together if its file
+        does not exist.
 
         Args:
             student: the student, which is called within the context.
             batch: the training batch.
-            parts: dotted paths of the teacher's parts; ``""`` is the teacher itself.
-            inputs: as in :meth:`attach`.
+            parts: the dotted paths of the teacher's parts; ``""`` is the teacher itself.
+            inputs: the same dict as in :meth:`attach`.
 
         Returns:
-            A context manager. It gives for each part the output of its one call, which holds what
-            the terms take from it, in float32 on the batch's device.
+            A context manager. It returns a dict from each part to a list of one output, which
+            contains the entries that the terms compare, in float32 on the batch's device.
 
         Raises:
-            MisconfigurationException: if the batch or the student's inputs are not as the data
-                module made them.
-            ValueError: if the answers are to other images than the batch's.
+            MisconfigurationException: if the batch, or the tensor with which the student is called,
+                is not the one that the data module has loaded.
+            ValueError: if the stored outputs belong to other images than those of the batch.
         """
         if not isinstance(batch, KeyedBatch):
             raise MisconfigurationException(
@@ -215,15 +222,15 @@ class CachedTeacher(TeacherBase):
             hook.remove()
 
     def detach(self) -> None:
-        """Let the data module draw new augmentations again, and close the files."""
+        """Make the data module draw new augmentations again, and close the files."""
         if self._data is not None:
             self._data.views = None
         self._trainer, self._data, self._files, self._open = None, None, None, {}
 
-    # Parts of attach and answers
+    # Helpers of attach and answers
 
     def _choose_folder(self, trainer: Trainer) -> str:
-        """Return the name of this teacher's and this data's folder, once the teacher fits it."""
+        """Return the name of the folder for this teacher and data, after checking the teacher."""
         assert self._data is not None
         views = self._data.train_views()
         some = np.linspace(0, len(views) - 1, min(SAMPLES, len(views))).astype(int).tolist()
@@ -242,13 +249,13 @@ class CachedTeacher(TeacherBase):
         folder = self.root / digest(about)
         rows = TeacherRows(self.teacher, self._taps, np.dtype(np.float32))
         check_answers(folder, rows, samples, trainer.strategy.root_device)
-        described = folder / "about.json"  # for people: nothing reads it
+        described = folder / "about.json"  # Only for people: no code reads this file.
         if not described.exists():
             described.write_text(json.dumps(about, indent=2) + "\n")
         return folder.name
 
     def _provide(self, batch: KeyedBatch) -> None:
-        """Open the view of a batch; compute it, or wait for it, where it is absent."""
+        """Open the view of a batch; if it does not exist, compute it or wait for it."""
         if batch.view in self._open:
             return
         assert self._data is not None
@@ -256,7 +263,8 @@ class CachedTeacher(TeacherBase):
         trainer, files = self._attached_to(), self._files
         try:
             claim = Claim.WAIT
-            # In short rounds: a broadcast that blocks for minutes hits the process group's timeout.
+            # Wait in short rounds: a broadcast that blocks for minutes hits the process group's
+            # timeout.
             while claim is Claim.WAIT:
                 if trainer.is_global_zero:
                     claim = files.claim(batch.view, POLL_SECONDS)
@@ -278,7 +286,7 @@ class CachedTeacher(TeacherBase):
             ) from error
 
     def _recall(self, batch: KeyedBatch, parts: Sequence[str]) -> dict[str, list[Any]]:
-        """Read the answers to a batch, once its images are found to be those of the rows."""
+        """Compare the batch's images with those of its rows, and return the rows' outputs."""
         rows = self._open[batch.view][batch.indices]
         same = np.isclose(rows[FINGERPRINT], batch.fingerprints, rtol=1e-6, atol=1e-4)
         if not same.all():
@@ -301,7 +309,7 @@ class CachedTeacher(TeacherBase):
         assert self._trainer is not None, "attach comes first"
         return self._trainer
 
-    # A copy of the module needs no second teacher, and a pickle no open file.
+    # Copies of a module share the teacher, and a pickle contains no open file.
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CachedTeacher":
         return self
@@ -314,7 +322,7 @@ class CachedTeacher(TeacherBase):
 
 
 def _on_first_process(trainer: Trainer, compute: Callable[[], str]) -> str:
-    """Compute a text in the first process and return it in all, or raise its error in all."""
+    """Call `compute` in the first process; return its text, or raise its error, in all of them."""
     text, error = "", None
     if trainer.is_global_zero:
         try:
@@ -331,7 +339,7 @@ def _on_first_process(trainer: Trainer, compute: Callable[[], str]) -> str:
 
 @contextmanager
 def _outside_of_precision(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Leave the autocast and the default dtype under which the Trainer runs a training step."""
+    """Turn off the autocast and default dtype that the Trainer sets for a training step."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -347,20 +355,21 @@ def cached(
     views: int = 8,
     dtype: Literal["float16", "float32"] = "float16",
 ) -> nn.Module | Teacher | CachedTeacher:
-    """Return the teacher as ``distill.cache`` wants it: itself, or cached.
+    """Return the teacher, or a CachedTeacher of it, as the setting ``distill.cache`` requires.
 
     Args:
         teacher: the network, or any Teacher.
-        cache: ``"off"``, ``"auto"`` or a folder; False and True, as which YAML reads ``off`` and
-            ``on``, are ``"off"`` and ``"auto"``.
-        views: see :class:`CachedTeacher`.
-        dtype: likewise.
+        cache: ``"off"``, ``"auto"`` or a folder. False means ``"off"`` and True means ``"auto"``,
+            because YAML reads ``off`` and ``on`` as False and True.
+        views: the number of fixed augmentations, as in :class:`CachedTeacher`.
+        dtype: the dtype of the stored outputs, as in :class:`CachedTeacher`.
 
     Returns:
         The teacher itself, or a CachedTeacher.
 
     Raises:
-        ValueError: if ``cache`` is a word for yes or no that would become a folder's name.
+        ValueError: if ``cache`` is a word such as ``"yes"`` or ``"none"``, which is probably not
+            meant as the name of a folder.
     """
     if not isinstance(cache, bool) and str(cache).lower() in _NO_FOLDERS:
         raise ValueError(f"distill.cache is {cache!r}: use auto, off or a folder")

@@ -20,10 +20,11 @@ def digest(value: Any) -> str:
     """Return a hash of a value that is equal in every process.
 
     Args:
-        value: numbers, tensors, containers, networks, objects with attributes. Of a network, the
-            weights, buffers, attributes and the names of its classes count; of another object its
-            class's name and what a pickle would hold; of a function its name, its defaults and the
-            variables that it encloses. Mode, device, hooks, compilation and code do not count.
+        value: a number, tensor, container, network or another object. The hash of a network depends
+            on its weights, buffers and attributes and on the names of its classes. The hash of
+            another object depends on the name of its class and on the state that pickle would
+            store. The hash of a function depends on its name, its defaults and the values of the
+            variables in its closure. Mode, device, hooks, compilation and code do not change it.
 
     Returns:
         32 hexadecimal digits.
@@ -38,7 +39,7 @@ def digest(value: Any) -> str:
 
 
 def _feed(state: Any, value: Any, above: tuple[int, ...]) -> None:
-    """Update the hash by a value; `above` are the ids of the objects that it is a part of."""
+    """Add a value to the hash; `above` contains the ids of the objects that contain the value."""
     if isinstance(value, nn.Module):
         # The wrapper that torch.compile (2.6) returns has attributes that differ in each process.
         value = getattr(value, "_orig_mod", value)
@@ -58,7 +59,7 @@ def _feed(state: Any, value: Any, above: tuple[int, ...]) -> None:
 
 
 def _feed_parts(state: Any, value: Any, above: tuple[int, ...]) -> None:
-    """Update the hash by a value that may hold others; `above` ends with its own id."""
+    """Add a value that may contain other values to the hash; `above` ends with the value's id."""
     if isinstance(value, Mapping):
         _put(state, "mapping", str(len(value)))
         _feed_items(state, value.items(), above)
@@ -102,10 +103,10 @@ def _attributes(value: Any) -> list[tuple[str, Any]]:
 
 @functools.cache
 def _bookkeeping() -> set[str]:
-    """Return the attributes of every module that are not its own: hooks, mode, compilation."""
+    """Return the names of the attributes that torch adds to each module: hooks, mode and so on."""
     module = nn.Module()
     module.compile(backend="eager")
-    torch.compile(module, backend="eager")  # torch 2.14 leaves attributes on the module within
+    torch.compile(module, backend="eager")  # torch 2.14 adds attributes to the original module.
     return {*vars(module)} - {"_parameters", "_buffers", "_modules"}
 
 
@@ -118,7 +119,7 @@ def _repr(value: Any) -> str:
 
 
 def _put(state: Any, *parts: str) -> None:
-    """Update the hash by parts with their lengths, so that ["ab", "c"] is not ["a", "bc"]."""
+    """Add strings and their lengths to the hash, so that ["ab", "c"] differs from ["a", "bc"]."""
     for part in parts:
         encoded = part.encode()
         state.update(f"{len(encoded)}:".encode())

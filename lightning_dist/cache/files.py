@@ -1,4 +1,4 @@
-"""The files of a teacher cache: one of each view and one of samples, complete or absent."""
+"""The files of a teacher cache: one for each view and one for the samples, never half written."""
 
 import contextlib
 import os
@@ -12,23 +12,23 @@ from filelock import FileLock, Timeout
 
 
 class Claim(Enum):
-    """The answer to a process that wants to write a view."""
+    """The result of `ViewFiles.claim`: whether the process may write the view."""
 
-    WRITE = "write"  # it may, until it calls `release`
-    WAIT = "wait"  # another process writes it
-    COMPLETE = "complete"  # there is nothing to write
+    WRITE = "write"  # The process may write the view until it calls `release`.
+    WAIT = "wait"  # Another process is writing the view.
+    COMPLETE = "complete"  # The view is already complete.
 
 
 class ViewFiles:
-    """A folder that has one ``.npy`` file a view, of one structured row a sample.
+    """A folder that has one ``.npy`` file for each view, with one structured row for each sample.
 
-    A view is written under another name and gets its own once it is complete and on disk, so that
-    a crash leaves no half of one. A lock, which ends with the process that holds it, keeps two jobs
-    from writing the same view.
+    A view is written to a temporary file, which is renamed when it is complete and on disk. So a
+    crash cannot leave a file that is half written. A lock prevents two jobs from writing the same
+    view; it is released if its process ends.
 
     Args:
-        folder: where they are; made when something is written.
-        rows: number of samples.
+        folder: the folder of the files; it is created when a view is claimed.
+        rows: the number of samples.
     """
 
     def __init__(self, folder: Path, rows: int) -> None:
@@ -37,35 +37,36 @@ class ViewFiles:
         self._locks: dict[int, FileLock] = {}
 
     def path(self, view: int) -> Path:
-        """Return the file of a view that is complete."""
+        """Return the path that the file of a view has when it is complete."""
         return self.folder / f"view-{view:03d}.npy"
 
     def open(self, view: int, fields: Sequence[str]) -> np.ndarray:
         """Memory-map the rows of a view.
 
         Args:
-            view: its number.
-            fields: names of the entries that a row must have.
+            view: the number of the view.
+            fields: the names of the entries that a row must have.
 
         Returns:
             A structured array with one row for each sample.
 
         Raises:
-            FileNotFoundError: if it is not there.
-            ValueError: if the file is truncated, or holds something else. Nothing is unpickled.
+            FileNotFoundError: if the file does not exist.
+            ValueError: if the file is truncated or has other contents. Nothing is unpickled.
         """
         path = self.path(view)
         return read_rows(path, self.rows, fields, delete=path)
 
     def claim(self, view: int, seconds: float) -> Claim:
-        """Wait for the right to write a view.
+        """Wait until this process may write a view, or the view is complete.
 
         Args:
-            view: its number.
-            seconds: how long to wait at most.
+            view: the number of the view.
+            seconds: the longest time to wait.
 
         Returns:
-            Whether this process may write the view.
+            ``WRITE`` if this process may write the view, ``COMPLETE`` if its file exists, ``WAIT``
+            if another process is still writing it after this time.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = self._locks.setdefault(view, FileLock(self.path(view).with_suffix(".lock")))
@@ -85,30 +86,30 @@ class ViewFiles:
             self._locks.pop(view).release()
 
     def missing_bytes(self, views: int, row: np.dtype) -> int:
-        """Return the size of all views that are still to be written.
+        """Return the size of all views that are not written yet.
 
         Args:
-            views: number of views that the cache will have.
-            row: what is stored for a sample.
+            views: the number of views that the cache will have.
+            row: the dtype of a row.
 
         Returns:
-            Their size in bytes.
+            The size in bytes.
         """
         absent = sum(not self.path(view).exists() for view in range(views))
         return absent * self.rows * row.itemsize
 
     def create(self, view: int, row: np.dtype) -> None:
-        """Begin a view that this process has claimed.
+        """Create the temporary file of a view that this process has claimed.
 
         Args:
-            view: its number.
-            row: what is stored for a sample.
+            view: the number of the view.
+            row: the dtype of a row.
 
         Raises:
-            OSError: if the disk has no room for it.
+            OSError: if the disk has too little free space.
         """
         size = self.rows * row.itemsize
-        self._part(view).unlink(missing_ok=True)  # of a run that crashed
+        self._part(view).unlink(missing_ok=True)  # A run that crashed may have left this file.
         free = shutil.disk_usage(self.folder).free
         if size > free:
             raise OSError(
@@ -126,26 +127,26 @@ class ViewFiles:
             file.truncate(file.tell() + size)
 
     def write(self, view: int, start: int, rows: np.ndarray) -> None:
-        """Write rows into a view that was begun; several processes may, each its own rows.
+        """Write rows to the temporary file of a view. Several processes may write different rows.
 
         Args:
-            view: its number.
-            start: sample of the first row.
-            rows: structured array of consecutive samples.
+            view: the number of the view.
+            start: the index of the sample of the first row.
+            rows: a structured array with the rows of consecutive samples.
         """
-        # write() instead of a memory map: a full disk raises OSError rather than SIGBUS, and two
-        # machines never write one page.
+        # Use write() instead of a memory map: then a full disk causes an OSError and not a SIGBUS,
+        # and two machines never write to one memory page.
         with self._part(view).open("r+b") as file:
             file.seek(-(self.rows - start) * rows.itemsize, os.SEEK_END)
             file.write(rows.tobytes())
 
     def flush(self, view: int) -> None:
-        """Wait until what this process has written to a view is on disk."""
+        """Wait until the rows that this process has written to a view are on disk."""
         with self._part(view).open("r+b") as file:
             os.fsync(file.fileno())
 
     def commit(self, view: int) -> None:
-        """Give a view, to which all processes have written, its name."""
+        """Rename the temporary file of a view when all processes have written their rows."""
         _rename(self._part(view), self.path(view))
 
     def _part(self, view: int) -> Path:
@@ -156,24 +157,25 @@ def read_rows(path: Path, rows: int, fields: Sequence[str], delete: Path) -> np.
     """Memory-map the structured rows of a file.
 
     Args:
-        path: the file.
-        rows: how many rows it must have.
-        fields: names of the entries that a row must have, all of them floating-point numbers.
-        delete: file or folder that the error message advises to delete.
+        path: the path of the file.
+        rows: the number of rows that the file must have.
+        fields: the names of the entries that a row must have; all are floating-point numbers.
+        delete: the file or folder that the user should delete if the file is damaged, for the
+            error message.
 
     Returns:
-        A structured array ``(rows,)``.
+        A structured array of shape ``(rows,)``.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the file is truncated, or holds something else. Nothing is unpickled.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if the file is truncated or has other contents. Nothing is unpickled.
     """
     advice = f"delete {'it' if delete == path else delete}, to fill it anew"
     try:
         found = np.load(path, mmap_mode="r", allow_pickle=False)
     except OSError:
         raise
-    except Exception as error:  # whatever a reader meets in bytes that are no array
+    except Exception as error:  # Damaged files cause errors of many kinds.
         raise ValueError(f"{path} is damaged ({error}): {advice}") from error
     shape, names = getattr(found, "shape", None), getattr(found, "dtype", np.dtype("V")).names
     floats = all(found.dtype[name].base.kind == "f" for name in names or ())
@@ -183,11 +185,11 @@ def read_rows(path: Path, rows: int, fields: Sequence[str], delete: Path) -> np.
 
 
 def write_rows(path: Path, rows: np.ndarray) -> None:
-    """Write structured rows to a file that is complete or absent whenever the process ends.
+    """Write structured rows to a temporary file, and rename it when it is complete.
 
     Args:
-        path: the file, which only one process may write at a time.
-        rows: structured array.
+        path: the path of the file; only one process may write it at a time.
+        rows: a structured array.
     """
     part = path.with_suffix(".part")
     with part.open("wb") as file:
@@ -198,9 +200,9 @@ def write_rows(path: Path, rows: np.ndarray) -> None:
 
 
 def _rename(part: Path, path: Path) -> None:
-    """Give a complete file its name, also on disk."""
+    """Rename a complete file, and wait until its new name is on disk."""
     os.replace(part, path)
-    with contextlib.suppress(OSError):  # Windows cannot open folders
+    with contextlib.suppress(OSError):  # Windows cannot open folders.
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)

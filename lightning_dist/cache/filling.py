@@ -1,4 +1,4 @@
-"""Filling a view of a teacher cache: every process of a run computes its share of the rows."""
+"""Functions that compute a view of a teacher cache: each process computes a share of the rows."""
 
 import random
 import time
@@ -24,23 +24,23 @@ from lightning_dist.teacher.base import Tap
 if TYPE_CHECKING:
     from lightning_dist.data.base import ImageDataModule
 
-FINGERPRINT = "(images)"  # the entry of a row that holds the fingerprint of its image
+FINGERPRINT = "(images)"  # The entry of a row that contains the fingerprint of its image.
 
 
 def name_of(tap: Tap) -> str:
-    """Return the name of the entry of a row that holds a tap."""
+    """Return the name of the entry of a row that contains the teacher's output at a tap."""
     part, entry = tap
     return (part or "(output)") + ("" if entry is None else f"[{entry!r}]")
 
 
 @dataclass
 class TeacherRows:
-    """Compute a teacher's answers to batches, as structured rows.
+    """An object that computes a teacher's outputs for batches, as structured rows.
 
     Args:
-        teacher: the live teacher.
-        taps: the parts of the teacher, and the entries of their outputs, that a row holds.
-        stored: dtype of the rows' numbers.
+        teacher: the teacher, without a cache.
+        taps: the parts of the teacher, and the entries of their outputs, that a row contains.
+        stored: the dtype of the numbers in the rows.
     """
 
     teacher: Teacher
@@ -49,7 +49,7 @@ class TeacherRows:
 
     @contextmanager
     def on_device(self, device: torch.device) -> Iterator[None]:
-        """Keep the frozen teacher on a device for a while; afterwards it is on the CPU."""
+        """Move the frozen teacher to a device; after the ``with`` block it is on the CPU."""
         self.teacher.freeze()
         self.teacher.network.to(device)
         try:
@@ -58,18 +58,18 @@ class TeacherRows:
             self.teacher.network.to("cpu")
 
     def rows(self, batch: KeyedBatch, device: torch.device) -> np.ndarray:
-        """Compute the rows of a batch on the device where the teacher is.
+        """Compute the rows of a batch on the teacher's device.
 
         Args:
-            batch: N images on the CPU, and their fingerprints.
-            device: of the teacher.
+            batch: a batch of N images on the CPU, and their fingerprints.
+            device: the device of the teacher.
 
         Returns:
-            A structured array ``(N,)``.
+            A structured array of shape ``(N,)``.
 
         Raises:
-            MisconfigurationException: if the teacher does not give one answer for each image, if
-                an answer is NaN, or if the stored dtype cannot hold it.
+            MisconfigurationException: if the teacher does not return one output for each image, if
+                an output is NaN, or if it is too large for the stored dtype.
         """
         columns = {FINGERPRINT: batch.fingerprints}
         for tap, answer in self._outputs(batch.inputs.to(device, copy=True)).items():
@@ -87,7 +87,7 @@ class TeacherRows:
         return rows
 
     def _narrowed(self, name: str, answer: Tensor) -> np.ndarray:
-        """Return an answer in the stored dtype; an infinity of the teacher's own stays one."""
+        """Return an output in the stored dtype; infinities in the teacher's output are allowed."""
         wide = answer.to(torch.promote_types(answer.dtype, torch.float32)).cpu().numpy()
         if np.isnan(wide).any():
             raise MisconfigurationException(
@@ -108,7 +108,7 @@ class TeacherRows:
 
     @torch.no_grad()
     def _outputs(self, images: Tensor) -> dict[Tap, Tensor]:
-        """Call the teacher with images, and return what each tap takes from its parts."""
+        """Call the teacher with images, and return its output at each tap."""
         outputs: dict[str, list[Any]] = {part: [] for part, _ in self.taps}
         with ExitStack() as hooks:
             for part in outputs:
@@ -131,20 +131,22 @@ class TeacherRows:
 def fill(
     view: int, files: ViewFiles, data: "ImageDataModule", answers: TeacherRows, trainer: Trainer
 ) -> None:
-    """Compute a view that the first process has claimed; all processes call this.
+    """Compute a view that the first process has claimed; all processes call this function.
 
-    The global random generators stay as they are.
+    The states of the global random generators are restored afterwards.
 
     Args:
-        view: its number.
-        files: the folder that it is written to.
+        view: the number of the view.
+        files: the folder to write the view to.
         data: the data module that loads the view.
-        answers: of the teacher, which moves to the device and back to the CPU.
+        answers: the object that computes the rows. It moves the teacher to the device, and back to
+            the CPU.
         trainer: the Trainer whose processes share the work.
 
     Raises:
-        MisconfigurationException: if the rows differ in shape, or see :meth:`TeacherRows.rows`.
-        OSError: if there is no room for them.
+        MisconfigurationException: if the rows differ in shape, or if :meth:`TeacherRows.rows`
+            refuses a batch.
+        OSError: if the disk has too little free space.
     """
     strategy = trainer.strategy
     device = strategy.root_device
@@ -162,7 +164,7 @@ def fill(
                     "itself)"
                 )
             files.write(view, int(batch.indices[0]), rows)
-    if begun is None:  # more processes than samples
+    if begun is None:  # This process has no rows, because there are more processes than samples.
         _begin(view, files, data, np.dtype("V"), trainer)
     files.flush(view)
     strategy.barrier()
@@ -174,13 +176,14 @@ def fill(
 
 @contextmanager
 def kept_generators(device: torch.device) -> Iterator[Callable[[], bool]]:
-    """Put the global random generators back as they were, also after an error.
+    """Restore the states of the global random generators when the context ends.
 
     Args:
-        device: whose generator is kept too, beside those of the CPU, NumPy and Python.
+        device: the device whose generator is restored as well, in addition to those of the CPU,
+            NumPy and Python.
 
     Returns:
-        A context manager. It gives a function that says whether anything was drawn from them.
+        A context manager. It returns a function that returns True if random numbers were drawn.
     """
     generators: list[tuple[Callable[[], Any], Callable[[Any], Any]]] = [
         (torch.get_rng_state, torch.set_rng_state),
@@ -201,7 +204,7 @@ def kept_generators(device: torch.device) -> Iterator[Callable[[], bool]]:
 def _begin(
     view: int, files: ViewFiles, data: "ImageDataModule", row: np.dtype, trainer: Trainer
 ) -> np.dtype:
-    """Log how much is to come, make the file, and return the dtype of the first process's rows."""
+    """Log the size, create the file, and return the dtype of the first process's rows."""
     if trainer.is_global_zero:
         views = data.train_views().count
         rank_zero_info(

@@ -1,4 +1,4 @@
-"""Refusals of a cached teacher: modules, data and images that it has no answers for."""
+"""Functions that refuse modules, data and images that a cached teacher does not support."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -11,19 +11,21 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_dist.data.views import KeyedBatch
 
-if TYPE_CHECKING:  # imported where it is needed: it brings scikit-learn and torchvision along
+if TYPE_CHECKING:  # Imported where it is used, because it imports scikit-learn and torchvision.
     from lightning_dist.data.base import ImageDataModule
 
 
 def refuse_other_inputs(pl_module: LightningModule, inputs: Mapping[str, str]) -> None:
-    """Refuse a module that has the teacher called with other than the data module's images.
+    """Refuse a module that needs the teacher's output for other inputs than the loaded images.
 
     Args:
         pl_module: the module that is trained.
-        inputs: the callback's.
+        inputs: the callback's dict from parts of the student to the parts of the teacher that get
+            the same inputs.
 
     Raises:
-        MisconfigurationException: with detection's inputs, Mixup or a sharded teacher.
+        MisconfigurationException: if parts of the teacher get inputs from the student, as in
+            detection; if the module uses Mixup; or if it shards the teacher.
     """
     if dict(inputs) != {"": ""}:
         raise MisconfigurationException(
@@ -44,10 +46,17 @@ def refuse_other_inputs(pl_module: LightningModule, inputs: Mapping[str, str]) -
 
 
 def image_data_module(trainer: Trainer) -> "ImageDataModule":
-    """Return the Trainer's data module, or refuse one that does not know its samples.
+    """Return the Trainer's data module, or refuse one without indices of its samples.
+
+    Args:
+        trainer: the Trainer, during ``fit``.
+
+    Returns:
+        The data module.
 
     Raises:
-        MisconfigurationException: if it is no ImageDataModule, or there is none.
+        MisconfigurationException: if the Trainer has no data module, or one that is not an
+            ImageDataModule.
     """
     from lightning_dist.data.base import ImageDataModule
 
@@ -70,19 +79,22 @@ def refuse_other_images(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> None:
-    """Refuse a call of the student with other than the batch's images.
+    """Refuse a call of the student with other images than those of the batch.
 
-    With the first two arguments bound it is a forward pre-hook of the student.
+    If the first two arguments are bound (functools.partial), this is a forward pre-hook of the
+    student.
 
     Args:
-        batch: the batch, of which the teacher got the images.
-        version: of the images' tensor before the step, by which a write to it is noticed.
+        batch: the training batch, whose images the teacher got.
+        version: the version number of the images' tensor before the step. A write to the tensor
+            increases the number.
         student: the student.
-        args: what it is called with.
-        kwargs: the same.
+        args: the positional arguments of the call.
+        kwargs: the keyword arguments of the call.
 
     Raises:
-        MisconfigurationException: if that is not the batch's tensor, as it was.
+        MisconfigurationException: if the student is called with another tensor, or the tensor was
+            changed.
     """
     if not torch.is_grad_enabled():  # such a call does not count
         return

@@ -1,4 +1,4 @@
-"""The teacher's answers to a few samples, by which a later run notices that it has changed."""
+"""The teacher's outputs for a few samples, which show a later run that the teacher has changed."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,35 +12,36 @@ from lightning_dist.cache.files import read_rows, write_rows
 from lightning_dist.cache.filling import FINGERPRINT, TeacherRows, kept_generators
 from lightning_dist.data.views import KeyedBatch
 
-TOLERANCE = "(tolerance)"  # the entry of a row that holds what `_tolerance` returned
-_TF32_EPS = 2.0**-10  # of TensorFloat-32, in which GPUs compute float32 convolutions by default
+TOLERANCE = "(tolerance)"  # The entry of a row that contains the result of `_tolerance`.
+# The machine epsilon of TensorFloat-32, in which GPUs compute float32 convolutions by default.
+_TF32_EPS = 2.0**-10
 
 
 def check_answers(
     folder: Path, answers: TeacherRows, batches: Sequence[KeyedBatch], device: torch.device
 ) -> None:
-    """Compare a teacher's answers to some samples with those of the run that made a folder.
+    """Compare a teacher's outputs for some samples with the outputs that a folder contains.
 
-    The first run stores them. The teacher runs without autocast and without torch.compile. The
-    global random generators stay as they are.
+    The first run with a folder stores its outputs there. The teacher runs without autocast and
+    without torch.compile. The states of the global random generators are restored afterwards.
 
     Args:
-        folder: of a cache; it is made if it does not exist.
-        answers: of the teacher, in float32.
-        batches: the samples, which are always the same.
-        device: where the teacher runs.
+        folder: the folder of a cache; it is created if it does not exist.
+        answers: the object that computes the teacher's outputs, in float32.
+        batches: batches of the samples, which are the same in all runs.
+        device: the device on which the teacher runs.
 
     Raises:
-        MisconfigurationException: if the answers differ from the stored ones by more than rounding,
-            if the teacher draws random numbers, or see :meth:`TeacherRows.rows`.
-        ValueError: if the file of the stored answers is damaged.
+        MisconfigurationException: if the outputs differ from the stored ones by more than rounding,
+            if the teacher draws random numbers, or if :meth:`TeacherRows.rows` refuses a batch.
+        ValueError: if the file of the stored outputs is damaged.
     """
     path = folder / "samples.npy"
     with answers.on_device(device), kept_generators(device) as drawn:
         rows = _rows(answers, batches, device)
         found = path.exists()
         if found and not drawn() and not _differences(_read(path, rows), rows):
-            return  # the common case calls the teacher once
+            return  # In the usual case, the teacher is called once.
         again = _rows(answers, batches, device)
         if drawn() or _differences(rows, again):
             raise MisconfigurationException(
@@ -62,7 +63,7 @@ def check_answers(
 
 
 def _rows(answers: TeacherRows, batches: Sequence[KeyedBatch], device: torch.device) -> np.ndarray:
-    # Eager: compiling takes longer than calling the teacher with a few images.
+    # Do not compile: that takes longer than calling the teacher with a few images.
     with torch.compiler.set_stance("force_eager"):
         rows = np.concatenate([answers.rows(batch, device) for batch in batches])
     with_tolerance = np.empty(len(rows), np.dtype([*rows.dtype.descr, (TOLERANCE, np.float64)]))
@@ -73,7 +74,7 @@ def _rows(answers: TeacherRows, batches: Sequence[KeyedBatch], device: torch.dev
 
 
 def _tolerance(answers: TeacherRows, device: torch.device) -> float:
-    """Return how far rounding may move an answer, relative to the largest answer."""
+    """Return the largest rounding error of an output, relative to the largest output."""
     dtypes = {p.dtype for p in answers.teacher.network.parameters() if p.is_floating_point()}
     eps = max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
     if device.type != "cpu":

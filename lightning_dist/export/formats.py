@@ -1,4 +1,4 @@
-"""``export_student``: write a trained network to a file that works without this package."""
+"""``export_student``: writes a trained network to a file that can be used without this package."""
 
 import copy
 import json
@@ -27,7 +27,7 @@ from lightning_dist.export.graphs import (
     save_pt2,
 )
 
-# The formats, and the file or folder to which each is written if no path is given.
+# The formats, and the file or folder to which each format is written if no path is given.
 FORMATS = {
     "safetensors": "student.safetensors",
     "timm": "student_timm",
@@ -35,9 +35,9 @@ FORMATS = {
     "onnx": "student.onnx",
 }
 
-# Arguments of timm.create_model that it does not pass on to the network.
+# Arguments of timm.create_model that it does not pass to the network.
 _OF_CREATION = ("model_name", "num_classes", "cache_dir", "checkpoint_path")
-# Entries of timm's pretrained_cfg that describe the published weights and not the student's.
+# Entries of timm's pretrained_cfg that describe the published weights, not the student's weights.
 _OF_OTHER_WEIGHTS = (
     *("url", "file", "hf_hub_id", "hf_hub_filename", "source", "state_dict", "tag", "custom_load"),
     *("test_input_size", "test_crop_pct", "pool_size", "paper_ids", "paper_name", "origin_url"),
@@ -61,49 +61,52 @@ def export_student(
 ) -> Path:
     """Write a network in evaluation mode to a file that can be used without this package.
 
-    The exported network takes normalised images, as the student does. The facts about it (``mean``,
-    ``std``, ``class_names`` and so on) are stored with it, each as JSON: in the header of
+    The exported network takes normalised images, as the student does. The facts about the network
+    (``mean``, ``std``, ``class_names`` and so on) are stored as JSON: in the header of
     ``safetensors``, in ``metadata_props`` of ``onnx``, in the extra file ``metadata.json`` of
-    ``torch_export``, and for ``timm`` as far as ``config.json`` has entries for them.
+    ``torch_export``. For ``timm``, only facts for which ``config.json`` has an entry are stored.
 
     All formats except ``safetensors`` are read back and compared with the network on random images,
-    with other batch sizes than in tracing. Outputs may differ by 1e-5 plus 1e-5 of the largest one.
-    The file gets its name only after that, so that it is never incomplete or wrong.
+    with other batch sizes than in tracing. An output may differ by at most 1e-5 plus 1e-5 times the
+    largest output. The file is renamed to its path only after that, so that it is never incomplete
+    or wrong.
 
-    - ``safetensors``: the weights of any network. The network's own code must build it again.
+    - ``safetensors``: the weights of any network. To load them, build the network with its own
+      code.
     - ``timm``: a folder for ``timm.create_model("local-dir:FOLDER", pretrained=True)``, if the
       student is a network of timm.
     - ``torch_export``: the network's graph, for ``torch.export.load(path).module()``. It takes
       float32 images (N, C, H, W) and returns logits. If the network returns a mapping, the graph
-      returns its entry ``out``.
+      returns the entry ``out`` of the mapping.
     - ``onnx``: the same graph, from ``images`` to ``logits``. The graph of a torchvision detector
       takes one ``image`` (3, H, W) of any size and returns ``boxes``, ``labels`` and ``scores``.
 
     Args:
         student: the network; it is not changed.
-        path: the file to write, or the folder for ``timm``; an existing one is replaced. By default
-            ``student.safetensors``, ``student_timm``, ``student.pt2`` or ``student.onnx``.
+        path: the file to write, or the folder for ``timm``; an existing file is replaced. By
+            default ``student.safetensors``, ``student_timm``, ``student.pt2`` or ``student.onnx``.
         format: one of the four formats above.
-        input_size: (C, H, W): the channels of the network's images, their height and width in
-            pixels.
+        input_size: (C, H, W), the number of channels and the height and width in pixels of the
+            network's images.
         mean: the mean of each channel, subtracted from pixels scaled to 0..1.
         std: the standard deviation of each channel, by which the pixels are then divided.
-        class_names: names in the order of the logits, or of a detector's labels.
-        architecture: the Hydra config that builds the network. The format ``timm`` needs those of
-            its arguments that the network's name does not imply, such as ``in_chans``.
-        label_offset: a number subtracted from a detector's labels in ``onnx``, so that they count
-            from 0. By default 1 for a two-stage detector, whose label 0 is the background, and 0
-            for other detectors.
-        dynamic_size: let the graph of ``torch_export`` and ``onnx`` take images of any height and
-            width. (It always takes any number of images.)
-        extra: further facts to store, of types that JSON has.
+        class_names: the names of the classes in the order of the logits, or of a detector's labels.
+        architecture: the Hydra config that builds the network. For the format ``timm``, it must
+            contain the arguments that the network's name does not imply, such as ``in_chans``.
+        label_offset: a number subtracted from a detector's labels in ``onnx``, so that the labels
+            start at 0. The default is 1 for a two-stage detector, whose label 0 is the background,
+            and 0 for other detectors.
+        dynamic_size: allow images of any height and width in the graph of ``torch_export`` and
+            ``onnx``. (The number of images is always free.)
+        extra: a dict of further facts to store, with values that JSON supports.
 
     Returns:
         The path of the file or folder.
 
     Raises:
-        ValueError: if the format is unknown, cannot hold this network, or gives other outputs; if
-            weights are not finite; or if ``input_size``, ``mean`` and ``std`` do not fit together.
+        ValueError: if the format is unknown or does not support this network; if the file that was
+            read back gives other outputs; if weights are not finite; or if ``input_size``, ``mean``
+            and ``std`` do not fit together.
         ImportError: if ``onnx`` needs packages that are not installed.
         OSError: if the file cannot be written.
 
@@ -119,7 +122,8 @@ def export_student(
     """
     if format not in FORMATS:
         raise ValueError(f"there is no format {format!r}: use {_one_of(FORMATS)}")
-    student = getattr(student, "_orig_mod", student)  # torch.compile keeps the network there.
+    # torch.compile returns a wrapper with the network in this attribute.
+    student = getattr(student, "_orig_mod", student)
     network = copy.deepcopy(student).cpu().eval().requires_grad_(False)
     network.to(memory_format=torch.contiguous_format)
     _refuse_nonfinite(network)
@@ -148,10 +152,11 @@ def _saver(
     label_offset: int | None,
     dynamic_size: bool,
 ) -> Callable[[Path, dict[str, Any]], None]:
-    """Return a function that writes the network and facts about it to a path.
+    """Return a function that writes the network and the facts about it to a path.
 
     Raises:
-        ValueError: if the format cannot hold the network; the message names the formats that can.
+        ValueError: if the format does not support the network; the message names the formats that
+            do.
     """
     detector = isinstance(getattr(network, "transform", None), GeneralizedRCNNTransform)
     others = _one_of(["safetensors", "onnx"] if detector else set(FORMATS) - {"timm"})
@@ -188,17 +193,17 @@ def _save_safetensors(network: nn.Module, path: Path, facts: Mapping[str, Any]) 
     path.touch()
     mode = path.stat().st_mode
     safetensors.torch.save_model(network, str(path), metadata=header)
-    # safetensors creates the file with mode 0600 (only its owner may read it): restore the usual
-    # mode.
+    # safetensors creates the file with mode 0600, so that only its owner may read it: restore the
+    # usual mode.
     path.chmod(mode)
 
 
 def _save_timm(network: Any, path: Path, facts: Mapping[str, Any], advice: str) -> None:
-    """Write the two files of timm's own networks: config.json and model.safetensors.
+    """Write the two files from which timm builds a network: config.json and model.safetensors.
 
     Raises:
-        ValueError: if timm builds a network with other outputs from them; the message ends with the
-            advice.
+        ValueError: if the network that timm builds from the files gives other outputs; the message
+            ends with the advice.
     """
     preset = {k: v for k, v in network.pretrained_cfg.items() if k not in _OF_OTHER_WEIGHTS}
     for name in ("input_size", "mean", "std", "interpolation", "crop_pct"):
@@ -221,7 +226,7 @@ def _save_timm(network: Any, path: Path, facts: Mapping[str, Any], advice: str) 
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     safetensors.torch.save_model(network, str(path / "model.safetensors"))
     shape = facts.get("input_size") or timm.data.resolve_model_data_config(network)["input_size"]
-    # A new network draws random weights: leave the global random generator as it was.
+    # A new network draws random weights: restore the state of the random generator afterwards.
     with as_refusal("timm", advice), torch.random.fork_rng(devices=[]):
         rebuilt = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
         assert_same_outputs(rebuilt, network, [torch.randn(2, *shape)])
@@ -229,7 +234,7 @@ def _save_timm(network: Any, path: Path, facts: Mapping[str, Any], advice: str) 
 
 @contextmanager
 def _staged(path: Path) -> Iterator[Path]:
-    """Yield a temporary path to write a file or a folder of files to, then move it to `path`.
+    """Yield a temporary path for a file or a folder, and move the file or folder to `path`.
 
     Raises:
         OSError: if `path` cannot be written.
@@ -260,7 +265,7 @@ def _refuse_nonfinite(network: nn.Module) -> None:
 
 
 def _image_shape(size: Sequence[int]) -> Shape:
-    """Return (C, H, W); raise a ValueError if the size is something else."""
+    """Return the size as (C, H, W); raise a ValueError if it is not three numbers above 0."""
     if len(size) != 3 or any(not isinstance(n, int) or n < 1 for n in size):
         raise ValueError(
             f"input_size is {list(size)}: give the channels, height and width of an image in pixels"
@@ -270,7 +275,7 @@ def _image_shape(size: Sequence[int]) -> Shape:
 
 
 def _check_channels(channels: int, **statistics: Sequence[float] | None) -> None:
-    """Raise a ValueError if a mean or standard deviation has another number of channels."""
+    """Raise a ValueError if a mean or standard deviation does not fit the number of channels."""
     for name, values in statistics.items():
         if values is not None and len(values) not in (1, channels):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""torch.export and ONNX: write a network as a graph, read it back and compare the outputs."""
+"""Functions that write a network to torch.export or ONNX, read it back and compare the outputs."""
 
 import copy
 import json
@@ -16,31 +16,32 @@ from torch.export import Dim, ExportedProgram
 Shape = tuple[int, int, int]
 
 TOLERANCE = 1e-5  # The largest difference allowed: absolute, plus relative to the largest output.
-METADATA = "metadata.json"  # The extra file of a .pt2 file that holds the facts.
+METADATA = "metadata.json"  # The name of the extra file with the facts inside a .pt2 file.
 _TRACED_BATCH = 2  # With one image, torch.export would fix the batch size at 1.
 _CHECKED_BATCHES = (1, 3)
-# A graph with free height and width is also checked on images that are larger by this many pixels.
-# Both are multiples of a network's usual strides.
+# A graph with free height and width is also checked on images that are larger by these numbers of
+# pixels, which are multiples of a network's usual strides.
 _EXTRA_PIXELS = (32, 64)
 
 
 @dataclass
 class Graph:
-    """A network that takes one tensor and returns tensors, and how to trace and check it.
+    """A network that takes one tensor and returns tensors, with settings to trace and check it.
 
     Args:
         network: the network, on the CPU and in evaluation mode.
-        shapes: shapes of the input: the first for tracing, the others for the check. They are
-            (N, C, H, W), or (C, H, W) for a network that takes one image; H and W in pixels.
+        shapes: the shapes of the input: the first is for tracing, the others for the check. They
+            are (N, C, H, W), or (C, H, W) for a network that takes one image; H and W in pixels.
         inputs: the name of the input.
         outputs: the names of the outputs.
-        dynamic: the dimensions of the input that are free: their names by their index.
-        dynamic_size: whether height and width are free.
-        draw: ``torch.randn`` or ``torch.rand``, which draws the images.
-        advice: what a user can do if the network cannot be written; the end of an error message.
+        dynamic: a dict from the index of each free dimension of the input to its name.
+        dynamic_size: True if height and width are free.
+        draw: ``torch.randn`` or ``torch.rand``, the function that draws the images.
+        advice: the end of the error message if the network cannot be written; it says what the user
+            can do.
         probe: the same graph with a lower score threshold, which is written and checked first. It
-            is needed if a detector finds nothing in random images: comparing empty outputs would
-            check nothing.
+            is needed if a detector finds nothing in random images, because comparing empty outputs
+            would check nothing.
     """
 
     network: nn.Module
@@ -54,11 +55,11 @@ class Graph:
     probe: "Graph | None" = None
 
     def example(self) -> Tensor:
-        """Return a random input for tracing, of the first shape."""
+        """Return a random input of the first shape, for tracing."""
         return _random(self.shapes[0], 0, self.draw)
 
     def checked_with(self) -> list[Tensor]:
-        """Return random inputs for the check, of the other shapes."""
+        """Return random inputs of the other shapes, for the check."""
         return [_random(shape, i, self.draw) for i, shape in enumerate(self.shapes[1:], start=1)]
 
     def check(self, written: Callable[[Tensor], Any]) -> None:
@@ -74,10 +75,10 @@ class Graph:
 
 
 class MainOutput(nn.Module):
-    """A network that returns the entry ``out`` of another one's output, as segmentation needs.
+    """A network that returns the entry ``out`` of the mapping that another network returns.
 
     Args:
-        network: a network that returns a mapping, such as those of torchvision for segmentation.
+        network: a network that returns a mapping, such as torchvision's segmentation networks.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -90,7 +91,7 @@ class MainOutput(nn.Module):
 
 
 class Detections(nn.Module):
-    """A torchvision detector as a network from one image to tensors, with labels that start at 0.
+    """A network that calls a torchvision detector with one image, with labels that start at 0.
 
     Args:
         detector: a detector of torchvision.
@@ -114,18 +115,18 @@ def logits_graph(network: nn.Module, shape: Shape, dynamic_size: bool) -> Graph:
     Args:
         network: a network that returns logits, or a mapping with logits under ``out``.
         shape: (C, H, W) of an image; H and W in pixels.
-        dynamic_size: let height and width be free. The number of images always is.
+        dynamic_size: allow images of any height and width. The number of images is always free.
 
     Returns:
         The graph, with the input ``images`` (N, C, H, W) and the output ``logits``.
 
     Raises:
-        ValueError: if the network fails on images of this shape, or returns something else.
+        ValueError: if the network fails on images of this shape, or does not return logits.
     """
     network = network.float()
     try:
         output = network(torch.zeros(_TRACED_BATCH, *shape))
-    except Exception as error:  # Layers raise errors of many kinds for unsuitable inputs.
+    except Exception as error:  # Unsuitable inputs cause errors of many kinds in layers.
         raise ValueError(
             f"the student does not run on images of {' x '.join(map(str, shape))} "
             f"({_first_line(error)}): set input_size"
@@ -155,10 +156,10 @@ def detections_graph(detector: Any, label_offset: int | None, shape: Shape | Non
 
     Args:
         detector: a detector of torchvision.
-        label_offset: a number that is subtracted from the detector's labels; by default 1 for a
+        label_offset: a number that is subtracted from the detector's labels. The default is 1 for a
             two-stage detector, whose label 0 is the background, and 0 for other detectors.
-        shape: (C, H, W) of an image to trace with, H and W in pixels; by default a square of the
-            detector's own size.
+        shape: (C, H, W) of the image for tracing, H and W in pixels; by default a square whose side
+            is the detector's ``min_size``.
 
     Returns:
         The graph, with the input ``image`` (C, H, W) and the outputs ``boxes``, ``labels`` and
@@ -176,7 +177,7 @@ def detections_graph(detector: Any, label_offset: int | None, shape: Shape | Non
         ["boxes", "labels", "scores"],
         {1: "height", 2: "width"},
         dynamic_size=True,
-        draw=torch.rand,  # A detector normalises pixels in 0..1 itself.
+        draw=torch.rand,  # A detector takes pixels in 0..1 and normalises them itself.
     )
     images = graph.checked_with()
     if all(len(graph.network(image)[-1]) for image in images):
@@ -237,7 +238,7 @@ def save_onnx(graph: Graph, path: Path, facts: Mapping[str, Any]) -> None:
         onnx.helper.set_model_props(model, {name: json.dumps(x) for name, x in facts.items()})
         onnx.save(model, path)
         quiet = onnxruntime.SessionOptions()
-        quiet.log_severity_level = 4  # Do not print errors, because they are raised as well.
+        quiet.log_severity_level = 4  # Do not print errors, because they are also raised.
         session = onnxruntime.InferenceSession(path, quiet, providers=["CPUExecutionProvider"])
 
         def run(images: Tensor) -> list[Tensor]:
@@ -248,7 +249,7 @@ def save_onnx(graph: Graph, path: Path, facts: Mapping[str, Any]) -> None:
 
 
 def _write_onnx(graph: Graph, path: Path) -> None:
-    """Write an ONNX file from the graph that torch.export makes."""
+    """Write an ONNX file from the graph that torch.export creates."""
     program = torch.onnx.export(
         _exported(graph),
         input_names=[graph.inputs],
@@ -263,7 +264,7 @@ def _write_onnx(graph: Graph, path: Path) -> None:
 def _write_onnx_by_tracing(graph: Graph, path: Path) -> None:
     """Write an ONNX file of a detector with the older exporter of torch.
 
-    torch.export cannot trace a detector. torchvision supports the older exporter.
+    torch.export cannot trace a detector, but torchvision supports the older exporter.
     """
     free = {name: {0: "found"} for name in graph.outputs} | {graph.inputs: graph.dynamic}
     torch.onnx.export(
@@ -281,19 +282,20 @@ def _write_onnx_by_tracing(graph: Graph, path: Path) -> None:
 def as_refusal(format: str, advice: str) -> Iterator[None]:
     """Turn any error while a format is written and checked into a ValueError that names the format.
 
-    Warnings are silenced, because the check finds what they warn of.
+    Warnings are not printed, because the check finds the problems that they describe.
 
     Args:
         format: the name of the format.
-        advice: what a user can do instead; the end of the error message.
+        advice: the end of the error message; it says what the user can do instead.
 
     Returns:
         A context manager.
 
     Raises:
-        ValueError: if an error occurs; the message gives its first line and the advice.
-        OSError: if the disk fails; it is not changed.
-        ImportError: if a package is missing; it is not changed.
+        ValueError: if an error occurs; the message contains the first line of the error and the
+            advice.
+        OSError: if the disk fails; this error is not turned into a ValueError.
+        ImportError: if a package is missing; this error is not turned into a ValueError.
     """
     try:
         with warnings.catch_warnings():
@@ -315,9 +317,9 @@ def assert_same_outputs(
     """Raise a ValueError if a network that was read back gives other outputs than the original.
 
     Args:
-        written: the network that was read back; returns a tensor or several.
-        network: the original network.
-        inputs: tensors to call both with, of the shapes that the network takes.
+        written: the network that was read back, as a function that returns one or more tensors.
+        network: the original network, or a function like it.
+        inputs: the tensors with which both are called, of shapes that the network takes.
 
     Raises:
         ValueError: if an output has another shape, or differs by more than `TOLERANCE`.
@@ -339,8 +341,8 @@ def _close(output: Tensor, expected: Tensor) -> bool:
 
 
 def _exported(graph: Graph) -> ExportedProgram:
-    # The batch must be completely free (Dim). Height and width may have constraints, such as even
-    # numbers, so torch.export finds those (Dim.AUTO).
+    # The batch size must be completely free (Dim). Height and width may have constraints, such as
+    # being even, and torch.export finds those (Dim.AUTO).
     free = {i: Dim(name) if name == "batch" else Dim.AUTO for i, name in graph.dynamic.items()}
     return torch.export.export(graph.network, (graph.example(),), dynamic_shapes=(free,))
 
@@ -359,7 +361,7 @@ def _import_onnx() -> tuple[Any, Any]:
 
 
 def _random(shape: Sequence[int], seed: int, draw: Callable[..., Tensor]) -> Tensor:
-    """Return a random tensor, and leave the global random generator as it is."""
+    """Return a random tensor without using the global random generator."""
     return draw(tuple(shape), generator=torch.Generator().manual_seed(seed))
 
 

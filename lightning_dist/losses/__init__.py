@@ -1,4 +1,4 @@
-"""The distillation losses: as modules and as functions, and the operator that computes DIST."""
+"""The distillation losses as modules and as functions, and the operator that computes DIST."""
 
 from lightning_dist.losses.modules import DISTLoss, FeatureMimic, KDLoss
 

@@ -1,4 +1,4 @@
-"""The distillation losses as modules: the constructor takes options, the call takes tensors."""
+"""The distillation losses as modules: options go to the constructor, tensors go to the call."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,22 +11,23 @@ class DISTLoss(nn.Module):
     """The DIST loss: the student learns the teacher's relations between classes and samples.
 
     Args:
-        tau: temperature, above 0.
-        beta: weight of the inter-class term (correlation over classes, for each sample).
-        gamma: weight of the intra-class term (correlation over the batch, for each class).
-        activation: ``"softmax"``, ``"sigmoid"`` for heads with one binary decision a class, or
-            ``"identity"``. ``None`` leaves it to the task: sigmoid for one-stage detectors, softmax
-            for everything else.
+        tau: the temperature, above 0.
+        beta: the weight of the inter-class term (correlation over classes, for each sample).
+        gamma: the weight of the intra-class term (correlation over the batch, for each class).
+        activation: ``"softmax"``, ``"sigmoid"`` for heads with one binary decision for each class,
+            or ``"identity"``. With ``None`` the task chooses: sigmoid for one-stage detectors,
+            softmax for everything else.
         sync: compute the correlations over the joined batch of all ranks. The paper's code computes
-            them over the batch of each rank, which is ``sync=False``.
-        eps: added to the denominator of each correlation.
+            them over the batch of each rank (``sync=False``).
+        eps: a number that is added to the denominator of each correlation.
 
     Shape:
-        student and teacher logits ``(N, C)`` or ``(N, C, *spatial)``; the loss is a scalar.
+        The student's and the teacher's logits have the shape ``(N, C)`` or ``(N, C, *spatial)``.
+        The loss is a scalar.
 
     Raises:
-        ValueError: if an option is out of range; the call raises it in the same cases as
-            :func:`lightning_dist.functional.dist_loss`.
+        ValueError: if an option is out of range. A call raises it if the logits are not
+            floating-point tensors of one shape and device.
 
     Example:
         >>> import torch
@@ -52,7 +53,7 @@ class DISTLoss(nn.Module):
         self.activation_is_chosen = activation is not None
         activation = "softmax" if activation is None else activation
         for name, value in {"tau": tau, "beta": beta, "gamma": gamma, "eps": eps}.items():
-            check_number(name, value)  # A config may hold a word instead.
+            check_number(name, value)  # A config may contain a word instead of a number.
         check_logits_options(tau, activation, eps=eps)
         self.tau = tau
         self.beta = beta
@@ -67,7 +68,8 @@ class DISTLoss(nn.Module):
         Args:
             student: logits of shape ``(N, C)`` or ``(N, C, *spatial)``.
             teacher: logits of the same shape.
-            mask: boolean, shape ``(N,)`` or ``(N, *spatial)``; ``False`` leaves a sample out.
+            mask: a boolean tensor of shape ``(N,)`` or ``(N, *spatial)``; samples where it is
+                ``False`` are left out.
 
         Returns:
             The loss, a scalar in float32 or float64.
@@ -95,14 +97,15 @@ class KDLoss(nn.Module):
     """The loss of knowledge distillation: the student learns the teacher's probabilities.
 
     Args:
-        tau: temperature, above 0.
+        tau: the temperature, above 0.
 
     Shape:
-        student and teacher logits ``(N, C)`` or ``(N, C, *spatial)``; the loss is a scalar.
+        The student's and the teacher's logits have the shape ``(N, C)`` or ``(N, C, *spatial)``.
+        The loss is a scalar.
 
     Raises:
-        ValueError: if ``tau`` is not above 0; the call raises it in the same cases as
-            :func:`lightning_dist.functional.kd_loss`.
+        ValueError: if ``tau`` is not a finite number above 0. A call raises it if the logits are
+            not floating-point tensors of one shape and device.
 
     Example:
         >>> import torch
@@ -142,12 +145,12 @@ class FeatureMimic(nn.Module):
     The projection, a 1x1 convolution, is trained with the student but does not belong to it.
 
     Args:
-        student_channels: number of channels of the student's map.
-        teacher_channels: number of channels of the teacher's map.
+        student_channels: the number of channels of the student's map.
+        teacher_channels: the number of channels of the teacher's map.
 
     Shape:
-        maps ``(N, student_channels, H, W)`` and ``(N, teacher_channels, H, W)``; the loss is a
-        scalar.
+        The student's map has the shape ``(N, student_channels, H, W)``, and the teacher's map has
+        the shape ``(N, teacher_channels, H, W)``. The loss is a scalar.
 
     Raises:
         ValueError: at a call, if the projected map and the teacher's map differ in shape.

@@ -10,17 +10,18 @@ from torch import Tensor
 
 Activation = Literal["softmax", "sigmoid", "identity"]
 
-# The number of logits in a block, for the student and again for the teacher. On a CPU, a block and
-# its temporary tensors fit into the processor's cache. On an accelerator, a block is so large that
-# the time to launch kernels does not matter; its temporary tensors take 0.4 GB.
+# The number of logits that a block contains of the student; it contains as many of the teacher. On
+# a CPU, a block and its temporary tensors fit into the processor's cache. On an accelerator, a
+# block is so large that the time to launch kernels does not matter; its temporary tensors take
+# 0.4 GB.
 _BLOCK_CPU = 2**17
 _BLOCK_ACCELERATOR = 2**24
-# With more classes than this, an accelerator's softmax over a dimension that is not the last is
-# slow, and copying the block transposed is faster. Measured on an H100: the copy is faster with
-# 720 classes and slower with 150.
+# With more classes than this, an accelerator's softmax over a dimension that is not the last one is
+# slow, and it is faster to copy the block transposed first. Measured on an H100: the copy is faster
+# with 720 classes and slower with 150.
 _MOST_STRIDED_CLASSES = 256
-# Activations and means carry rounding errors of a few units in the last place of the dtype in which
-# the loss is computed, so equal logits may give values that differ by this many.
+# Activations and means have rounding errors of a few units in the last place of the dtype in which
+# the loss is computed. So equal logits may give values that differ by this many units.
 _ROUNDING_UNITS = 8
 
 
@@ -29,33 +30,33 @@ def compute_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
 
     Args:
         student: a floating-point tensor of any shape.
-        teacher: another one.
+        teacher: another floating-point tensor.
 
     Returns:
-        float32, or float64 where one of the tensors has that dtype.
+        float32, or float64 if one of the tensors has that dtype.
     """
     return torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
 
 
 class DISTFunction(torch.autograd.Function):
-    """Compute the DIST loss in the forward pass and its gradient in the backward pass.
+    """The DIST loss as an autograd function, with its gradient in closed form.
 
     Each pass reads the logits once, block by block. Logits are ``(R, C)`` or ``(N, C, S)``:
-    dimension 1 holds the classes, and every index into the other dimensions is a row. Small tensors
-    of size O(N) or O(C) are stacked along a new first dimension: two for student and teacher, three
-    for the moments. The logits are not stacked, because torch.compile could then not fuse the
-    operations that read them.
+    dimension 1 is the classes, and every index into the other dimensions is a row. Small tensors
+    of size O(N) or O(C) are stacked along a new first dimension of size 2 for student and teacher,
+    or of size 3 for the moments. The logits are not stacked, because torch.compile could then not
+    fuse the operations that read them.
 
     The gradient of one correlation ``a / (b c + eps)``, ``a = <u, v>``, ``b = |u|``, ``c = |v|``,
     of centred ``u`` (student) and ``v`` (teacher) is ``P v - Q u``, ``P = 1 / (b c + eps)``,
     ``Q = a c P^2 / b``. So the forward pass returns two coefficients and the means of each row and
-    of each column. The backward pass is a weighted sum of the deviations of student and teacher
-    from these means, followed by the derivative of the activation. Each value is centred before it
-    is weighted: where a row or column is nearly constant, its coefficients are so large that
-    weighted values would cancel.
+    of each column. The backward pass computes a weighted sum of the deviations of student and
+    teacher from these means, and applies the derivative of the activation. It subtracts the mean
+    from each value before it multiplies by the coefficient. In a nearly constant row or column the
+    coefficients are so large that the products with uncentred values would cancel.
     """
 
-    # torch.func.vmap runs forward and backward on batched tensors. That needs no rule of its own.
+    # torch.func.vmap can call forward and backward with batched tensors, without a special rule.
     generate_vmap_rule = True
 
     @staticmethod
@@ -70,26 +71,27 @@ class DISTFunction(torch.autograd.Function):
         eps: float,
         sync: bool,
     ) -> tuple[Tensor, ...]:
-        """Return the loss, a scalar, and what the backward pass needs.
+        """Return the loss, a scalar, and the tensors that the backward pass needs.
 
         Args:
             student: logits of shape ``(R, C)`` or ``(N, C, S)``.
             teacher: logits of the same shape.
-            mask: boolean, shape ``(R, 1)`` or ``(N, 1, S)``; ``False`` leaves a row out.
-            tau: temperature.
-            beta: weight of the inter-class term.
-            gamma: weight of the intra-class term.
+            mask: a boolean tensor of shape ``(R, 1)`` or ``(N, 1, S)``; rows where it is ``False``
+                are left out.
+            tau: the temperature.
+            beta: the weight of the inter-class term.
+            gamma: the weight of the intra-class term.
             activation: ``"softmax"``, ``"sigmoid"`` or ``"identity"``.
-            eps: added to the denominator of each correlation.
+            eps: a number that is added to the denominator of each correlation.
             sync: compute the loss over the batches of all ranks.
 
         Returns:
-            The loss in float32 or float64 (see :func:`lightning_dist.functional.dist_loss`). Behind
-            it the backward pass finds the coefficients and means of the columns, the means of the
-            rows of each block (none for softmax) and the coefficients of the rows of each block.
+            The loss in float32 or float64 (see :func:`lightning_dist.functional.dist_loss`). Then,
+            for the backward pass, the coefficients and means of the columns, the means of the rows
+            of each block (none for softmax) and the coefficients of the rows of each block.
 
         Raises:
-            RuntimeError: if ``sync`` has to gather inside ``torch.func.vmap``.
+            RuntimeError: if ``sync`` needs communication inside ``torch.func.vmap``.
         """
         dtype = compute_dtype(student, teacher)
         tolerances = _tolerance(student, dtype), _tolerance(teacher, dtype)
@@ -108,8 +110,8 @@ class DISTFunction(torch.autograd.Function):
         rows = _at_least_one(total.rows)
         rho, coefficients = _correlate(total.moments, total.mean, rows, tolerances, eps)
         correlation = total.inter * (beta / rows) + rho.sum() * (gamma / rho.numel())
-        # Multiply after .to(dtype): with torch 2.11, torch.compile turns a last conversion that
-        # changes nothing into a gradient of 0.
+        # Multiply after .to(dtype): if the last operation is a conversion that changes nothing,
+        # torch.compile (torch 2.11) returns a gradient of 0.
         loss = (beta + gamma - correlation).to(dtype) * tau**2
         if isinstance(total.rows, Tensor) or total.rows == 0:
             loss = loss * (total.rows > 0)
@@ -121,12 +123,12 @@ class DISTFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        """Store what the backward pass needs.
+        """Store the tensors and options that the backward pass needs.
 
         Args:
             ctx: the context of autograd.
             inputs: the arguments of :meth:`forward`.
-            output: what :meth:`forward` returned.
+            output: the values that :meth:`forward` returned.
         """
         tau, activation = inputs[3], inputs[6]
         ctx.save_for_backward(*inputs[:3], *output[1:])
@@ -134,8 +136,9 @@ class DISTFunction(torch.autograd.Function):
         if torch.compiler.is_compiling():
             ctx.mark_non_differentiable(*output[1:])
         else:
-            # A second derivative inside torch.func depends on these outputs. With their gradient
-            # neither refused nor replaced by zeros, the backward pass can raise an error for it.
+            # A second derivative inside torch.func needs the gradients of these outputs. They are
+            # not marked as non-differentiable, and missing gradients are not replaced by zeros, so
+            # that the backward pass can detect a second derivative and raise an error.
             ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -147,7 +150,8 @@ class DISTFunction(torch.autograd.Function):
         Args:
             ctx: the context that :meth:`setup_context` filled.
             grad_output: the gradient of the loss, a scalar.
-            *others: the gradients of the other outputs; all None, but for a second derivative.
+            *others: the gradients of the other outputs; all of them are None, except for a second
+                derivative.
 
         Returns:
             Nine values, one for each argument of :meth:`forward`.
@@ -156,15 +160,15 @@ class DISTFunction(torch.autograd.Function):
             RuntimeError: if a second derivative is requested (``create_graph=True``).
         """
         _refuse_second_derivative(others)
-        if grad_output is None:  # The loss is not part of what is differentiated.
+        if grad_output is None:  # The differentiated value does not depend on the loss.
             return (None,) * 9
         tau, activation, dtype = ctx.options
         student, teacher, mask, column_coefficients, column_means, *rows = ctx.saved_tensors
         n_blocks = len(rows) if activation == "softmax" else len(rows) // 2
         row_means, row_coefficients = rows[:-n_blocks], rows[-n_blocks:]
-        # Multiply the small tensors by grad_output first. torch.compile may move whatever does not
-        # depend on grad_output into the forward pass, and would then store tensors as large as the
-        # logits.
+        # Multiply the small tensors by grad_output first. torch.compile may move operations that do
+        # not depend on grad_output into the forward pass, and would then store tensors as large as
+        # the logits.
         column_coefficients, *row_coefficients = (
             x * grad_output for x in (column_coefficients, *row_coefficients)
         )
@@ -187,7 +191,7 @@ class DISTFunction(torch.autograd.Function):
                 slope.addcmul_(y_student, _sum(slope, (1,)), value=-1)
             elif activation == "sigmoid":
                 slope.mul_(y_student * (1 - y_student))
-            if gradient is None:  # There is one block, so its gradient is the whole.
+            if gradient is None:  # There is only one block, so its gradient is the whole gradient.
                 gradient = slope.to(student.dtype)
             elif as_rows:
                 part = gradient[block].transpose(1, 2)
@@ -197,14 +201,14 @@ class DISTFunction(torch.autograd.Function):
         return gradient, *[None] * 8
 
 
-# The base class reads the signature at each call (torch 2.14), which takes a tenth of the time of a
-# small batch. With this attribute it is there already.
+# The base class computes the signature at each call (torch 2.14), which takes a tenth of the time
+# for a small batch. If this attribute exists, the base class uses it instead.
 _signature = inspect.signature(DISTFunction.forward)
 DISTFunction.forward.__signature__ = _signature  # type: ignore[attr-defined]
 
 
 class Statistics(NamedTuple):
-    """The contribution of a set of rows to the loss: O(C) numbers, merged without cancellation.
+    """The statistics of a set of rows: O(C) numbers, which are merged without cancellation.
 
     Attributes:
         rows: the number of rows.
@@ -222,10 +226,10 @@ class Statistics(NamedTuple):
 
     @classmethod
     def zero(cls, like: Tensor) -> "Statistics":
-        """Return the statistics of no rows.
+        """Return the statistics of an empty set of rows.
 
         Args:
-            like: a tensor of as many dimensions and classes as the logits, on their device.
+            like: a tensor on the logits' device, with as many dimensions and classes as the logits.
 
         Returns:
             Zeros in float64 (float32 on Apple's MPS).
@@ -248,13 +252,14 @@ class Statistics(NamedTuple):
         Args:
             y_student: values after the activation, of shape ``(R, C)`` or ``(N, C, S)``.
             y_teacher: values of the same shape.
-            keep: 1 for the rows that count and 0 for the others, in the dtype of the values, of
-                shape ``(R, 1)`` or ``(N, 1, S)``; ``None`` if all rows count.
+            keep: a tensor of shape ``(R, 1)`` or ``(N, 1, S)`` in the dtype of the values, with 0
+                for the rows that are left out and 1 for the other rows; ``None`` keeps all rows.
             inter: the sum of the rows' correlations, a scalar.
-            activation: the activation that gave the values.
+            activation: the activation that was applied to the logits.
 
         Returns:
-            The statistics, in the dtype of the values; for the identity, the means in float64.
+            The statistics in the dtype of the values. For the identity, the means are in float64
+            (float32 on Apple's MPS).
         """
         over = (0, 2)[: y_student.dim() - 1]
         if keep is None:
@@ -268,7 +273,7 @@ class Statistics(NamedTuple):
         return cls(rows, inter, torch.stack(means), moments)
 
     def merge(self, other: "Statistics") -> "Statistics":
-        """Return the statistics of two sets of rows together.
+        """Return the statistics of the union of two sets of rows.
 
         Args:
             other: the statistics of rows that are not in this set.
@@ -294,7 +299,7 @@ class Statistics(NamedTuple):
         )
 
     def all_gather(self, world: int) -> "Statistics":
-        """Return the statistics of the rows of all ranks: the same on every rank, bit by bit.
+        """Return the statistics of the rows of all ranks; they are bitwise equal on every rank.
 
         Args:
             world: the number of ranks in the default process group.
@@ -329,14 +334,15 @@ def _correlate_rows(
     dtype: torch.dtype,
     tolerances: tuple[float, float],
 ) -> tuple[Statistics, list[Tensor], list[Tensor]]:
-    """Read the logits once; return their statistics and, for each block, data of its rows.
+    """Return the statistics of the logits, and the coefficients and means of each block's rows.
 
-    These data are the coefficients of the gradient and, for activations but softmax, the means.
+    The function reads the logits once. For softmax, the list of means is empty.
     """
     total = None
     row_coefficients, row_means = [], []
     classes = student.shape[1]
-    # A batched tensor of torch.func.vmap cannot be written into the blocks of one without a batch.
+    # Do not cut tensors of torch.func into blocks: a batched tensor of torch.func.vmap cannot be
+    # written into the blocks of a tensor that is not batched.
     whole = torch.compiler.is_compiling() or _inside_torch_func()
     for block in _blocks(student, whole):
         y_student, y_teacher, keep = _activate(
@@ -364,8 +370,8 @@ def _backward_data(
 ) -> tuple[Tensor, Tensor]:
     """Return the coefficients and means of rows or columns in the dtype of the backward pass.
 
-    Identity values that are far from 0 may be exact, and the rounding error of their mean is then
-    all that limits the accuracy. So a third coefficient is an offset that makes up for it.
+    For the identity, the values are exact, but they may be far from 0, and then the rounding error
+    of their mean limits the accuracy. So a third coefficient is an offset that corrects this error.
     """
     rounded = means.to(dtype)
     if activation == "identity":
@@ -380,10 +386,10 @@ def _weighted_deviations(
     columns: tuple[Tensor, Tensor],
     rows: tuple[Tensor, Tensor | None],
 ) -> Tensor:
-    """Return the sum of the deviations from the means of columns and rows, weighted.
+    """Return the weighted sum of the deviations from the means of columns and rows.
 
-    Columns and rows come as coefficients and means. Without means, the rows are those of a softmax;
-    then y_teacher is overwritten, since one tensor less in the cache is faster.
+    Columns and rows are pairs of coefficients and means. Without means, the rows are those of a
+    softmax. Then the function overwrites y_teacher, because one tensor less in the cache is faster.
     """
     coefficients, means = columns
     slope = (y_student - means[0]).mul_(coefficients[0])
@@ -402,21 +408,22 @@ def _weighted_deviations(
 
 
 def _tolerance(logits: Tensor, dtype: torch.dtype) -> float:
-    """Return the least deviation, relative to the mean, that is more than rounding."""
+    """Return the largest standard deviation, relative to the mean, that counts as rounding."""
     return max(torch.finfo(logits.dtype).eps, _ROUNDING_UNITS * torch.finfo(dtype).eps)
 
 
 def _inside_torch_func() -> bool:
-    """Return whether torch.func.grad, vmap or the like runs the calling function."""
-    return torch._C._are_functorch_transforms_active()  # torch has no public name for it (2.14).
+    """Return True if the caller runs inside torch.func.grad, vmap or another such transform."""
+    return torch._C._are_functorch_transforms_active()  # torch 2.14 has no public function for it.
 
 
 def _refuse_second_derivative(others: tuple[Tensor | None, ...]) -> None:
-    """Raise an error if a second derivative is requested, or may be outside torch.func."""
+    """Raise an error if a second derivative is requested, or is possible outside torch.func."""
     if torch.compiler.is_compiling():
         return
-    # With create_graph=True, autograd records the operations of the backward pass too. torch.func
-    # always does, so there the error waits until a gradient arrives for what forward saved.
+    # With create_graph=True, autograd records the operations of the backward pass as well. Inside
+    # torch.func it always records them, so there the error is raised only if the other outputs of
+    # the forward pass have a gradient.
     recorded = torch.is_grad_enabled() and not _inside_torch_func()
     if recorded or any(other is not None for other in others):
         raise RuntimeError(
@@ -434,8 +441,8 @@ def _at_least_one(rows: int | Tensor) -> int | Tensor:
 
 
 def _blocks(x: Tensor, whole: bool) -> Iterator[Any]:
-    """Yield indices that cut the rows of ``(R, C)`` or ``(N, C, S)`` into blocks of like size."""
-    if whole:  # When compiled, one block is enough: the compiler cuts it by itself.
+    """Yield indices that cut ``(R, C)`` or ``(N, C, S)`` into blocks of rows of similar size."""
+    if whole:  # For compiled code one block is enough, because the compiler cuts it into blocks.
         yield slice(None)
         return
     limit = _BLOCK_CPU if x.device.type == "cpu" else _BLOCK_ACCELERATOR
@@ -450,13 +457,13 @@ def _blocks(x: Tensor, whole: bool) -> Iterator[Any]:
 
 
 def _as_rows(x: Tensor) -> bool:
-    """Return whether blocks of ``(N, C, S)`` are copied to matrices ``(R, C)``."""
+    """Return True if blocks of ``(N, C, S)`` are copied to matrices ``(R, C)``."""
     eager = x.device.type != "cpu" and not torch.compiler.is_compiling()
     return eager and x.dim() == 3 and x.shape[1] > _MOST_STRIDED_CLASSES
 
 
 def _slices(length: int, most: int) -> Iterator[slice]:
-    """Cut a range into slices of like length, each of at most `most`."""
+    """Yield slices of similar length that cut a range; none is longer than `most`."""
     parts = -(-length // most)
     for i in range(parts):
         yield slice(i * length // parts, (i + 1) * length // parts)
@@ -471,7 +478,7 @@ def _activate(
     activation: Activation,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return student and teacher after the activation, and the mask as numbers, of one block."""
+    """Return one block of the student and the teacher after the activation, and of the mask."""
     as_rows = _as_rows(student)
 
     def part_of(x: Tensor) -> Tensor:
@@ -484,7 +491,7 @@ def _activate(
         x = part_of(logits).to(dtype)
         if tau != 1:
             x = x / tau
-        if keep is not None:  # Rows that do not count may hold any value, NaN included.
+        if keep is not None:  # Rows that are left out may contain any value, including NaN.
             x = x.masked_fill(~keep, 0)
         if activation == "softmax":
             return x.softmax(1)
@@ -501,7 +508,7 @@ def _moments(
     keep: Tensor | None,
     over: tuple[int, ...],
 ) -> Tensor:
-    """Return the sums of s*s, t*t and s*t, stacked, where s and t are deviations from the means."""
+    """Return the stacked sums of s*s, t*t and s*t, where s and t are deviations from the means."""
     s, t = student - student_mean, teacher - teacher_mean
     if keep is not None:
         s, t = s * keep, t * keep
@@ -512,10 +519,10 @@ def _moments(
 def _mean(
     x: Tensor, over: tuple[int, ...], rows: int | Tensor | None, activation: Activation
 ) -> Tensor:
-    """Return the mean over some dimensions, which stay with size 1.
+    """Return the mean over some dimensions, which are kept with size 1.
 
-    If only some of the rows count, it divides by their number. The mean of identity values is in
-    float64 (float32 on Apple's MPS), that of others in the dtype of the values.
+    If some rows are left out, `rows` is the number of the other rows, by which the sum is divided.
+    For the identity the mean is in float64 (float32 on Apple's MPS), otherwise in the dtype of x.
     """
     compiled = torch.compiler.is_compiling() and x.device.type == "cpu"  # See _sum.
     wide = activation == "identity" or compiled
@@ -528,9 +535,9 @@ def _mean(
 
 
 def _sum(x: Tensor, over: tuple[int, ...]) -> Tensor:
-    """Return the sum over some dimensions, which stay with size 1."""
-    # Eager torch adds pairwise. The code that torch.compile (2.11) generates for a CPU adds one
-    # number after the other, which loses digits in float32.
+    """Return the sum over some dimensions, which are kept with size 1."""
+    # Eager torch adds pairwise, but the code that torch.compile (torch 2.11) generates for a CPU
+    # adds one number after the other and so loses digits in float32.
     if torch.compiler.is_compiling() and x.device.type == "cpu":
         return x.sum(over, keepdim=True, dtype=torch.float64).to(x.dtype)
     return x.sum(over, keepdim=True)
@@ -545,14 +552,14 @@ def _correlate(
 ) -> tuple[Tensor, Tensor]:
     """Return Pearson's correlation, and (Q, -P): the coefficients of its negative gradient.
 
-    Both are 0 where student or teacher is constant up to rounding: its standard deviation is within
-    tolerance times its mean. Its deviations are then rounding errors, and coefficients of up to
-    ``1 / eps`` would amplify them.
+    Both are 0 if the student or the teacher is constant up to rounding: its standard deviation is
+    at most the tolerance times its mean. The deviations are then rounding errors, and coefficients
+    of up to ``1 / eps`` would amplify them.
     """
     student_norm, teacher_norm = moments[:2].sqrt().split(1)
     reciprocal = (student_norm * teacher_norm + eps).reciprocal()
     for norm, tolerance, mean in zip((student_norm, teacher_norm), tolerances, means, strict=True):
-        # NaN compares as False, so it stays NaN.
+        # A comparison with NaN is False, so NaN is not replaced by 0.
         reciprocal.masked_fill_(norm <= abs(mean) * (count**0.5 * tolerance), 0)
     rho = moments[2:] * reciprocal
     # The clamp avoids 0 / 0 where the student is constant.

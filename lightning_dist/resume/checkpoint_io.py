@@ -1,4 +1,4 @@
-"""``AtomicCheckpointIO``: writes a checkpoint completely or not at all."""
+"""``AtomicCheckpointIO``: a checkpoint writer that never leaves a file half written."""
 
 import os
 from pathlib import Path
@@ -11,9 +11,9 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 class AtomicCheckpointIO(TorchCheckpointIO):
     """A checkpoint writer that uses a temporary file and renames it when it is complete.
 
-    Whenever the run is interrupted, the file at the path is a complete checkpoint: the new one or
-    the one before. (The temporary file lies in the same folder. Lightning's own writer uses the
-    system's temporary folder, which may be on another disk.)
+    Even if the run is interrupted while it saves, the file at the path is a complete checkpoint:
+    the new one or the previous one. (The temporary file is in the same folder. Lightning's own
+    writer uses the system's temporary folder, but that may be on another disk.)
     """
 
     def save_checkpoint(
@@ -23,11 +23,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
         Args:
             checkpoint: the entries of the checkpoint.
-            path: the file to write. Lightning itself writes to a URL such as ``s3://...``.
-            storage_options: options for Lightning's own writer, which is used if there are any.
+            path: the file to write. For a URL such as ``s3://...``, Lightning's own writer is used.
+            storage_options: options for Lightning's own writer, which is used if they are given.
 
         Raises:
-            OSError: if the checkpoint cannot be written; a file that was there before is intact.
+            OSError: if the checkpoint cannot be written; an existing file at the path is intact.
         """
         if "://" in str(path) or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
@@ -45,8 +45,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             before = path.is_file()
             if partial.parent.is_dir():
                 partial.unlink(missing_ok=True)
-            # When writing fails, torch.save fails again while it closes its file and raises that
-            # second error. The error of the disk is in its context.
+            # If writing fails, torch.save fails a second time while it closes its file, and raises
+            # the second error. The context of the second error contains the error of the disk.
             disk: BaseException = error
             while disk.__context__ is not None and not isinstance(disk, OSError):
                 disk = disk.__context__

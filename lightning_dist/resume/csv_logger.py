@@ -15,13 +15,13 @@ class ResumableCSVLogger(CSVLogger):
     """A CSVLogger that keeps the rows before the checkpoint from which a run resumes.
 
     :class:`lightning_dist.resume.ExactResume` calls :meth:`rewind`. Without that callback, a new
-    run moves the file of an earlier run to ``metrics.before.csv``; Lightning's logger deletes it.
-    The file is only appended to, or replaced by a complete one, so that an interruption cannot
-    damage it.
+    run renames the file of an earlier run to ``metrics.before.csv``, but Lightning's logger deletes
+    that file. The logger only appends rows to the file, or replaces the file with a complete one,
+    so that an interruption cannot damage it.
 
     Args:
-        args: the arguments of :class:`lightning.pytorch.loggers.CSVLogger`.
-        kwargs: its keyword arguments.
+        args: the positional arguments of :class:`lightning.pytorch.loggers.CSVLogger`.
+        kwargs: the keyword arguments of that class.
     """
 
     @property
@@ -38,7 +38,7 @@ class ResumableCSVLogger(CSVLogger):
         """Delete the rows of a step and of all later steps from the file.
 
         Args:
-            step: number of optimizer updates; 0 deletes all rows.
+            step: a number of optimizer updates; 0 deletes all rows.
         """
         self.experiment.rewind(step)
 
@@ -46,7 +46,7 @@ class ResumableCSVLogger(CSVLogger):
 class _ResumableWriter(ExperimentWriter):
     """Lightning's writer of a CSV file, changed so that it never deletes an existing file.
 
-    It overrides two private methods of Lightning's writer, read in Lightning 2.6.6.
+    It overrides two private methods of Lightning's writer, as they are in Lightning 2.6.6.
     """
 
     rewound = False
@@ -63,8 +63,8 @@ class _ResumableWriter(ExperimentWriter):
             kept = [row for row in reader if (row.get("step") or "").isdigit()]
             kept = [row for row in kept if int(row["step"]) < step]
             keys = list(reader.fieldnames or ())
-        # Keep only the columns that have a value. A column of deleted rows alone is added again
-        # when its metric is logged.
+        # Keep only the columns that still have a value. The other columns are added again when
+        # their metrics are logged.
         self.metrics_keys = [key for key in keys if any(row.get(key) for row in kept)]
         if kept:
             self._replace(kept)
@@ -72,7 +72,7 @@ class _ResumableWriter(ExperimentWriter):
             path.unlink()
 
     def save(self) -> None:
-        """Append the new rows to the file; before the first ones, move the file of another run."""
+        """Append the new rows to the file; before the first rows, rename another run's file."""
         path = Path(self.metrics_file_path)
         try:
             if self.metrics and not self.rewound and path.exists():
@@ -83,7 +83,7 @@ class _ResumableWriter(ExperimentWriter):
             raise OSError(error.errno, f"cannot write {path}: {error.strerror}") from error
 
     def _check_log_dir_exists(self) -> None:
-        """Do nothing, where Lightning's method deletes the file."""
+        """Do nothing; Lightning's method would delete the file."""
 
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
         """Add columns to the file; unlike Lightning's method, never leave it half written."""

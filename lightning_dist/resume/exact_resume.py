@@ -1,4 +1,4 @@
-"""``ExactResume``: a callback with which a resumed run ends as an uninterrupted run would."""
+"""``ExactResume``: a callback that gives a resumed run the result of an uninterrupted run."""
 
 import os
 import random
@@ -22,7 +22,7 @@ from lightning_dist.resume.checkpoint_io import AtomicCheckpointIO, refuse_unwri
 from lightning_dist.resume.csv_logger import ResumableCSVLogger
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# The entry of a checkpoint that says whether a callback, such as EarlyStopping, ended the training.
+# This entry of a checkpoint is True if a callback, such as EarlyStopping, has ended the training.
 _STOPPED = "lightning_dist_stopped"
 
 
@@ -44,25 +44,27 @@ class Interrupted(SystemExit):
 
 
 class ExactResume(Callback):
-    """Make a run that is interrupted and resumed end as it would have without the interruption.
+    """A callback that gives an interrupted and resumed run the result of an uninterrupted run.
 
     - After SIGTERM or SIGINT, sent to any process of the run, the run completes the current batch
       and its gradient accumulation, saves ``last.ckpt`` in the folder of the Trainer's
       ModelCheckpoint, and ends every process. The exit status of the first process is 143 or 130.
-      In the last batch of an epoch and in its validation, the run completes the epoch first. A
-      second SIGINT ends the run at once.
+      In the last batch of an epoch and in the validation after it, the run completes the epoch
+      first. A second SIGINT ends the run immediately.
     - The random numbers of a training step (dropout, mixup) depend only on seed, epoch, batch and
       process, so that no state of a random generator has to be saved.
     - A checkpoint is written to a temporary file, which replaces the old one when it is complete.
-    - A :class:`lightning_dist.resume.ResumableCSVLogger` continues its file at the checkpoint.
+    - A :class:`lightning_dist.resume.ResumableCSVLogger` deletes the rows after the checkpoint and
+      appends new rows.
 
     Resume with ``trainer.fit(..., ckpt_path="last")``, or ``resume=true`` of ``lightning-dist
     train``. On a CPU the result is the same to the last bit; on a GPU it is the same if its kernels
     are deterministic (``Trainer(deterministic=True)``). The order of the samples must be a function
-    of the epoch, and the training loader must have a state, as those of
-    :class:`lightning_dist.data.base.ImageDataModule`. Manual optimization is not supported. Means
-    over a training epoch (``self.log(..., on_epoch=True)`` in ``training_step``) start again where
-    the run resumes, and ReduceLROnPlateau misses a step there.
+    of the epoch, and the training loader must have a state, as the loaders of
+    :class:`lightning_dist.data.base.ImageDataModule` do. Manual optimization is not supported.
+    After a resume within an epoch, means over that training epoch (``self.log(...,
+    on_epoch=True)`` in ``training_step``) do not include its earlier batches. ReduceLROnPlateau
+    misses a step where the run resumes.
 
     Args:
         seed: a whole number from which the random numbers of the training steps are derived.
@@ -70,7 +72,8 @@ class ExactResume(Callback):
     Raises:
         ValueError: if the seed is not a whole number of at least 0.
         OSError: at the start of ``fit``, if no file can be written to the folder of the
-            checkpoints; later, if a checkpoint cannot be written. The one before is then intact.
+            checkpoints; later, if a checkpoint cannot be written. The previous checkpoint is then
+            intact.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -78,7 +81,8 @@ class ExactResume(Callback):
         self.seed = seed
         self._received: int | None = None
         self._saved_step: int | None = None
-        self._must_end = False  # After saving for a signal, no batch and no epoch may begin.
+        # This is True when the run is saved because of a signal: no batch or epoch may begin.
+        self._must_end = False
         self._batches = 0  # The number of completed batches of this epoch.
         self._resumes = False
         self._trains = False
@@ -100,7 +104,7 @@ class ExactResume(Callback):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Rewind the CSV files. This hook runs also if nothing is left to train."""
+        """Rewind the CSV files. Lightning calls this hook even if nothing is left to train."""
         if trainer.state.fn != TrainerFn.FITTING:
             return
         self._resumes = True
@@ -110,19 +114,19 @@ class ExactResume(Callback):
             trainer.should_stop = True
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the number of completed batches of the epoch, for the checkpoint."""
+        """Return the number of completed batches of the epoch, which the checkpoint stores."""
         return {"batches": self._batches}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the number of completed batches of the epoch from a checkpoint."""
+        """Load the number of completed batches of the epoch from a checkpoint."""
         self._batches = state_dict["batches"]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn of ReduceLROnPlateau, and let a run resume in the right epoch."""
+        """Warn of ReduceLROnPlateau, and make a run resume in the right epoch."""
         if any(config.reduce_on_plateau for config in trainer.lr_scheduler_configs):
             rank_zero_warn(
-                "ReduceLROnPlateau misses a step wherever a run resumes (Lightning skips it): the "
-                "run then ends otherwise than without an interruption"
+                "ReduceLROnPlateau misses a step wherever a run resumes, because Lightning skips "
+                "it: the result then differs from that of a run without an interruption"
             )
         if self._resumes:
             _do_not_repeat_a_complete_epoch(trainer)
@@ -142,7 +146,7 @@ class ExactResume(Callback):
         self._reseed(trainer, 0)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """End the run if it was saved for a signal; otherwise seed the first batch."""
+        """End the run if it was saved because of a signal; otherwise seed the first batch."""
         if self._must_end:
             self._end_run(trainer)
         self._batches = 0
@@ -151,8 +155,8 @@ class ExactResume(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """End the run if it was saved for a signal; otherwise seed the training step."""
-        # Not in on_train_batch_end: Lightning logs the metrics of a batch after that hook.
+        """End the run if it was saved because of a signal; otherwise seed the training step."""
+        # Do not end it in on_train_batch_end, because Lightning logs a batch's metrics after that.
         if self._must_end:
             self._end_run(trainer)
         self._reseed(trainer, 1)
@@ -169,8 +173,8 @@ class ExactResume(Callback):
         self._batches = batch_idx + 1
         self._reseed(trainer, 0)
         accumulates = (batch_idx + 1) % trainer.accumulate_grad_batches != 0
-        # After the last batch of an epoch comes its validation. A run that resumed from here would
-        # skip it, so on_train_epoch_end saves instead.
+        # Do not save after the last batch of an epoch: a run that resumes from there would skip the
+        # validation of the epoch. on_train_epoch_end saves instead.
         if self._any_received_signal(trainer) and not accumulates and not trainer.is_last_batch:
             self._save(trainer)
 
@@ -187,19 +191,19 @@ class ExactResume(Callback):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Write the loggers' rows first, so that their files are never behind a checkpoint."""
+        """Write the loggers' rows before the checkpoint, so that no row before it can be lost."""
         self._saved_step = trainer.global_step
         checkpoint[_STOPPED] = trainer.should_stop
         for logger in trainer.loggers:
             logger.save()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """End the run if it was saved for a signal, before anything else begins."""
+        """End the run if it was saved because of a signal."""
         if self._must_end:
             self._end_run(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let a test after this ``fit`` be logged at the right step and epoch."""
+        """Correct the counters, so that a later test is logged at the right step and epoch."""
         if self._resumes and not self._trains:
             _count_last_batch_and_epoch(trainer)
 
@@ -212,12 +216,12 @@ class ExactResume(Callback):
     def _handle_signals(self, trainer: Trainer) -> None:
         """Install handlers that store the signal while training, and end the run at other times.
 
-        Lightning puts the former handlers back when ``fit`` or ``test`` ends.
+        Lightning restores the previous handlers when ``fit`` or ``test`` ends.
         """
         own = os.getpid()
 
         def store(number: int, frame: Any) -> None:
-            # A worker of a data loader inherits this handler. The run ends its workers itself.
+            # The workers of a data loader inherit this handler, but the main process ends them.
             if os.getpid() != own:
                 return
             again = self._received is not None
@@ -234,9 +238,9 @@ class ExactResume(Callback):
                 signal.signal(number, store)
 
     def _reseed(self, trainer: Trainer, phase: int) -> None:
-        """Seed all random generators from the place in the run.
+        """Seed all random generators with numbers derived from epoch, batch, process and phase.
 
-        Phase 0 is before a batch is moved to its device, phase 1 is before its training step.
+        Phase 0 begins before a batch is moved to its device, and phase 1 before its training step.
         """
         place = (self.seed, trainer.current_epoch, self._batches, trainer.global_rank, phase)
         for_torch, for_numpy, for_random = derive_seeds(*place, count=3)
@@ -245,16 +249,16 @@ class ExactResume(Callback):
         random.seed(for_random)
 
     def _any_received_signal(self, trainer: Trainer) -> bool:
-        """Return whether any process of the run received a signal: the same in all processes."""
+        """Return True, in all processes, if any process of the run received a signal."""
         received = self._received is not None
         return trainer.strategy.reduce_boolean_decision(received, all=False)
 
     def _save(self, trainer: Trainer) -> None:
-        """Save a checkpoint if there is a folder for it, and let the run end at the next hook."""
+        """Save a checkpoint if there is a folder for it, and make the next hook end the run."""
         folder, saver = _checkpoint_folder(trainer), trainer.checkpoint_callback
         if folder is not None and isinstance(saver, ModelCheckpoint):
             path = f"{folder}/last.ckpt"
-            # Otherwise ModelCheckpoint would write its next one to last-v1.ckpt.
+            # Without this, ModelCheckpoint would write its next checkpoint to last-v1.ckpt.
             saver.last_model_path = path
             trainer.save_checkpoint(path)
         self._must_end = True
@@ -266,8 +270,8 @@ class ExactResume(Callback):
             f"{signal.Signals(number).name}: stopped at step {trainer.global_step}, "
             f"{'which is saved' if self._saved_step == trainer.global_step else 'nothing is saved'}"
         )
-        # Other ranks exit with 0: Lightning's launcher kills rank 0 when a child process fails,
-        # before rank 0 can exit with its own status.
+        # The other ranks exit with status 0. If one of them failed, Lightning's launcher would kill
+        # rank 0 before rank 0 could exit with its own status.
         raise Interrupted(number, status=128 + number if trainer.is_global_zero else 0)
 
 
@@ -284,18 +288,18 @@ def _checkpoint_folder(trainer: Trainer) -> str | None:
     return str(saver.dirpath or trainer.default_root_dir)
 
 
-# The functions below use private parts of Lightning, as they are in Lightning 2.6.6: check them
-# with every new release. They are FitLoop.reset, the setter of FitLoop.restarting,
-# FitLoop.epoch_progress and _TrainingEpochLoop._batches_that_stepped.
+# The functions below use private parts of Lightning 2.6.6: FitLoop.reset, the setter of
+# FitLoop.restarting, FitLoop.epoch_progress and _TrainingEpochLoop._batches_that_stepped. Check
+# these parts in every new release.
 
 
 def _do_not_repeat_a_complete_epoch(trainer: Trainer) -> None:
-    """Let a run with ``max_steps`` that resumes at the end of an epoch begin the next epoch.
+    """Make a run with ``max_steps`` that resumes at the end of an epoch begin the next epoch.
 
-    Lightning 2.6.6 would run the epoch again: with ``max_steps``, the setter of
-    ``FitLoop.restarting`` always stores True, as if the checkpoint were from within an epoch.
-    Lightning calls it when it loads the state of the loops, and then calls ``FitLoop.reset``. No
-    hook lies between the two, so ``reset`` is replaced for one call.
+    Lightning 2.6.6 would repeat the epoch: with ``max_steps``, the setter of
+    ``FitLoop.restarting`` always stores True, as if the checkpoint were from the middle of an
+    epoch. Lightning calls the setter when it loads the state of the loops, and then calls
+    ``FitLoop.reset``. It calls no hook between them, so ``reset`` is replaced for one call.
     """
     loop = trainer.fit_loop
     reset = loop.reset
@@ -315,7 +319,8 @@ def _count_last_batch_and_epoch(trainer: Trainer) -> None:
     """Complete the counters of a run that resumed with nothing left to train.
 
     Lightning 2.6.6 saves a checkpoint before it counts the last batch and epoch, and counts them
-    only if the training goes on. ``_batches_that_stepped`` is the step at which it logs a test.
+    after a resume only if the training continues. It logs a test at the step
+    ``_batches_that_stepped``.
     """
     trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
     if trainer.should_stop or trainer.global_step == trainer.max_steps:

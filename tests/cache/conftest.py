@@ -1,4 +1,4 @@
-"""Fixtures of the tests of the teacher cache."""
+"""Fixtures for the tests of the teacher cache."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from lightning_dist.tasks.classification import ClassificationModule
 
 @pytest.fixture
 def train(make_trainer):
-    """Train a student of a teacher on digits; the module."""
+    """Return a function that trains a student on digits with a teacher, and returns the module."""
 
     def run(teacher, data=None, module=None, epochs=3, **kwargs):
         if module is None:

@@ -1,4 +1,4 @@
-"""CachedTeacher: what it trains, what it keeps in files, who shares them, and what it refuses."""
+"""Tests of CachedTeacher: its training, its files, the runs that share them, and its refusals."""
 
 import copy
 import json
@@ -42,11 +42,11 @@ from lightning_dist.tasks.segmentation import SegmentationModule
 from lightning_dist.teacher import EnsembleTeacher, InputBridge
 
 HELPERS = Path(__file__).parents[1] / "helpers"
-SAMPLES = 16  # the teacher is called with so many images before training
+SAMPLES = 16  # The teacher is called with this number of images before the training.
 
 
 class Asked(SmallCNN):
-    """A teacher that counts the images it is asked about, and how often it is moved."""
+    """A teacher that counts its images, and how often it is moved to a device."""
 
     images = moves = 0
 
@@ -68,7 +68,7 @@ def _reset() -> None:
 
 
 def assert_rows_are_fresh_answers(folder: Path, data: DigitsDataModule, ask=None) -> None:
-    """Every row of every view, against a forward of the sample that the view shows."""
+    """Compare every row of every view with the teacher's output for the sample in that view."""
     images = data.train_dataset().with_seed(0)
     ask = ask or teacher()
     for path in files(folder):
@@ -80,12 +80,12 @@ def assert_rows_are_fresh_answers(folder: Path, data: DigitsDataModule, ask=None
         np.testing.assert_allclose(rows, fresh, rtol=2**-10, atol=2**-10)
 
 
-# What it trains
+# The training
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_it_trains_the_student_that_the_teacher_itself_trains(train, tmp_path, workers):
-    """Seed 0 draws the views in its first epochs."""
+    """The seed is 0, because the views are drawn with seed 0 in its first epochs."""
     live = train(teacher())
     warm = CachedTeacher(teacher(), tmp_path, views=3, dtype="float32")
     assert same_weights(live, train(warm, digits(num_workers=workers)))
@@ -140,7 +140,7 @@ def test_every_precision_of_the_student(train, tmp_path, precision):
 
 
 def test_a_view_is_drawn_in_the_loaders_default_dtype(train, tmp_path):
-    """A step under bf16-true has another one, in which torch.rand draws other numbers."""
+    """A step under bf16-true has another default dtype, in which torch.rand draws other numbers."""
 
     class Noisy(Dataset):
         def __init__(self, samples):
@@ -228,7 +228,7 @@ def test_a_run_that_resumes_in_mid_epoch_gets_the_answers_to_its_batches(train, 
 
 @pytest.mark.parametrize("network", ["one head", "two heads"])
 def test_dense_logits(make_trainer, tmp_path, network):
-    """Main and auxiliary logits, at the network's own resolution."""
+    """The logits of the main and the auxiliary head, at the network's own resolution."""
 
     class TwoHeads(SmallUNet):
         def __init__(self, *args, **kwargs):
@@ -251,19 +251,20 @@ def test_dense_logits(make_trainer, tmp_path, network):
 
     live = run(Teacher)
     assert same_weights(live, run(lambda t: CachedTeacher(t, tmp_path, dtype="float32")))
-    (path,) = files(tmp_path)  # scenes draw nothing: one view is all
+    (path,) = files(tmp_path)  # Scenes have no random augmentation, so there is one view.
     dtype = np.load(path, allow_pickle=False).dtype
     assert dtype["classifier"].shape == (11, 16, 16)
     assert ("aux_classifier" in dtype.names) == (network == "two heads")
 
 
-# Who asks the teacher, and which cache they share
+# The number of calls of the teacher, and the runs that share a cache
 
 
 def test_each_view_is_asked_about_once_by_runs_of_all_seeds(train, tmp_path):
     kept = CachedTeacher(Asked(), tmp_path, views=2)
     train(kept, digits(seed=1), epochs=1)
-    assert Asked.images == SIZE + 2 * SAMPLES  # twice, to see whether it draws random numbers
+    # The samples are computed twice, to check whether the teacher draws random numbers.
+    assert Asked.images == SIZE + 2 * SAMPLES
     train(kept, digits(seed=1), epochs=5)
     train(kept, digits(seed=2, num_workers=1, global_batch_size=32, drop_last=True), epochs=5)
     assert Asked.images == 2 * SIZE + 4 * SAMPLES
@@ -276,7 +277,7 @@ def test_a_warm_run_asks_and_moves_the_teacher_for_the_samples_only(train, tmp_p
     Asked.images = Asked.moves = 0
     train(kept, epochs=2)
     assert Asked.images == SAMPLES
-    assert Asked.moves == 2  # to the device, and back to the CPU
+    assert Asked.moves == 2  # The teacher moves to the device, and back to the CPU.
 
 
 def test_more_views_keep_those_that_are_there(train, tmp_path):
@@ -335,7 +336,7 @@ def test_another_teacher_or_other_data_have_another_cache(train, tmp_path, chang
 
 def test_off_is_the_teacher_itself():
     network = teacher()
-    for off in ("off", False):  # YAML reads off as False
+    for off in ("off", False):  # YAML reads off as False.
         assert cached(network, off) is network
     assert cached(network, True).root == Path("data/teacher_cache")
     assert cached(network, "auto").root == Path("data/teacher_cache")
@@ -351,7 +352,7 @@ def test_a_word_that_would_become_a_folder_is_refused(word):
 def test_the_command_keeps_its_caches_in_one_place(command, tmp_path):
     options = ["trainer=cpu", "trainer.max_epochs=2", "print_config=false", "test_teacher=false"]
     command("train", "distill.cache=auto", *options, "callbacks.progress=null")
-    (path,) = files(tmp_path / "data" / "teacher_cache")  # unshifted digits have one view
+    (path,) = files(tmp_path / "data" / "teacher_cache")  # Digits without shifts have one view.
     about = json.loads((path.parent / "about.json").read_text())
     assert about["samples"] == len(np.load(path, allow_pickle=False))
 
@@ -363,7 +364,7 @@ def test_asked_directly_it_is_the_teacher(tmp_path):
     assert torch.equal(kept.as_network()(images), kept.teacher(images))
 
 
-# What it refuses
+# The refusals
 
 
 def test_an_image_that_the_teacher_did_not_see(train, tmp_path):
@@ -371,7 +372,8 @@ def test_an_image_that_the_teacher_did_not_see(train, tmp_path):
     train(kept, epochs=1)
     data = digits()
     data.setup("fit")
-    data._dataset("train").images[7] += 1  # none of those whose pixels are part of the key
+    # Image 7 is none of the samples whose pixels are part of the key.
+    data._dataset("train").images[7] += 1
     with pytest.raises(ValueError, match=r"sample 7 in view 0 is another image.*Delete .*"):
         train(kept, data, epochs=1)
 
@@ -521,7 +523,7 @@ def test_logits_beyond_float32_are_refused_without_advice_that_does_not_help(tra
 
 
 class RulesOut(SmallCNN):
-    """Rules a class out: its logit is `value`."""
+    """A network that excludes one class: the logit of this class is `value`."""
 
     def __init__(self, value: float) -> None:
         torch.manual_seed(3)
@@ -585,7 +587,7 @@ def test_a_teacher_that_is_no_network_is_refused(tmp_path):
 
 @pytest.fixture
 def counted(tmp_path, monkeypatch):
-    """A teacher of any process that writes down what it is asked; the batches of views."""
+    """Return functions that create a counting teacher and return the sizes of its batches."""
     monkeypatch.setenv("COUNTED", str(tmp_path / "counted.txt"))
     monkeypatch.setenv("PYTHONPATH", str(HELPERS))
 
@@ -602,10 +604,10 @@ def counted(tmp_path, monkeypatch):
 
 
 def fork(train, *args, **kwargs) -> multiprocessing.Process:
-    """Train in a process of its own."""
+    """Train in a forked process."""
 
     def work() -> None:
-        torch.set_num_threads(1)  # those of OpenMP do not survive a fork
+        torch.set_num_threads(1)  # OpenMP's threads do not survive a fork.
         train(*args, **kwargs)
 
     process = multiprocessing.get_context("fork").Process(target=work)

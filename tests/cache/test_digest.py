@@ -1,4 +1,4 @@
-"""Digests: equal in every process, and different where something that counts differs."""
+"""Tests that digests are equal in every process, and differ if a relevant value differs."""
 
 import copy
 import functools
@@ -110,7 +110,7 @@ def test_a_compiled_network_is_the_network():
 
 
 def test_every_process_has_the_same_digest():
-    """Sets of strings have an order of their own in each process, and objects their addresses."""
+    """The order of a set of strings, and the addresses of objects, differ in each process."""
     code = (
         "import torch; from lightning_dist.cache.digest import digest; torch.manual_seed(0);"
         "net = torch.compile(torch.nn.Linear(2, 2), backend='eager');"

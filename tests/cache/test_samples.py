@@ -1,4 +1,4 @@
-"""The teacher's answers to a few samples: what has changed is found, and what has not is not."""
+"""Tests of the check with samples: it finds a changed teacher, and accepts an unchanged one."""
 
 import collections
 import functools
@@ -24,7 +24,7 @@ OTHERWISE = r"answers otherwise than when (.*) was filled.*Delete the folder.*di
 
 
 class Scaled(SmallCNN):
-    """Multiplies its logits by a factor that `read` takes out of an attribute."""
+    """A network that multiplies its logits by the factor that `read` takes from an attribute."""
 
     def __init__(self, hidden, read) -> None:
         torch.manual_seed(0)
@@ -36,7 +36,7 @@ class Scaled(SmallCNN):
 
 
 def large(factor: float) -> torch.Tensor:
-    """A tensor that is printed without its factor."""
+    """Return a tensor whose printed form does not contain the factor."""
     values = torch.ones(3000)
     values[1500] = factor
     return values
@@ -50,7 +50,7 @@ class Slotted:
 
 
 class Session:
-    """Has loaded a file that it names, as a session of ONNX Runtime."""
+    """An object that has loaded a file and stores its path, like a session of ONNX Runtime."""
 
     def __init__(self, path) -> None:
         self.path = path
@@ -67,9 +67,10 @@ def hooked(factor, register, hook):
 
 
 def helper(factor, tmp_path, monkeypatch):
-    """A network that calls a function of a module, which is then written anew."""
+    """Return a network that calls a function from a module, after writing this module's file."""
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # bytecode knows a file by its second
+    # Write no bytecode: Python recognises a changed file only by its size and by the second.
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
     (tmp_path / "scaling_helper.py").write_text(f"def gain():\n    return {factor}\n")
     monkeypatch.delitem(sys.modules, "scaling_helper", raising=False)
     importlib.invalidate_caches()
@@ -104,7 +105,7 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_teacher_that_answers_otherwise_is_refused(train, tmp_path, monkeypatch, way):
-    """The answers change by one in a thousand; the key does not hold what has changed them."""
+    """The outputs change by one in a thousand, by a change that is not in the digest."""
 
     def run(factor):
         torch.manual_seed(0)
@@ -153,7 +154,7 @@ def test_outputs_of_another_shape_are_refused(train, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 def test_rounding_is_no_change(train, tmp_path, dtype):
-    """Sums in another order: those of a batch in channels-last memory, and of other threads."""
+    """The sums have another order in a batch in channels-last memory, and with other threads."""
     trained = teacher(dtype=dtype)
     train(CachedTeacher(trained, tmp_path, views=1), epochs=1)
     trained.network.to(memory_format=torch.channels_last)
@@ -240,7 +241,7 @@ def test_damaged_samples_are_refused_by_name(train, tmp_path, damage):
 
 
 class Noting(CachedTeacher):
-    """Writes each process's error to a file, and waits for that of the other of two processes."""
+    """A CachedTeacher that writes its process's error to a file, and waits for the other file."""
 
     def attach(self, trainer, *args):
         try:

@@ -1,4 +1,4 @@
-"""The command: what it runs, leaves behind, prints and refuses."""
+"""Tests of the command: the runs that it starts, its files, its output and its refusals."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def test_train_leaves_a_result_a_checkpoint_and_curves(command, tmp_path, capsys
         curves.read_text().split("\n")[0].split(",")
     )
     printed = capsys.readouterr().out
-    assert "lightning_dist.models.small.SmallCNN" in printed  # the config
+    assert "lightning_dist.models.small.SmallCNN" in printed  # The config is printed.
     assert Path(result["checkpoint"]).name in printed
 
 
@@ -207,7 +207,7 @@ def test_a_sweep_ends_with_a_table_and_a_plot(command, tmp_path, capsys):
     page = plot.with_suffix(".html")
     assert str(page.relative_to(tmp_path)) in printed
     words = page.read_text()
-    assert "val/accuracy" in words  # a learning curve
+    assert "val/accuracy" in words  # The page contains a learning curve.
     assert "438" in words
     assert "no teacher" in words
     command("report", "multirun", "--metric", "test/loss")
@@ -237,7 +237,7 @@ def test_a_sweep_survives_a_failing_job(command, tmp_path, capsys):
 
 @pytest.fixture
 def sweep(processes, tmp_path):
-    """Run a sweep of runs with two processes each; fail if one of them outlives it."""
+    """Run a sweep whose runs have two processes each, and fail if a process outlives the sweep."""
 
     def run(*arguments: str) -> subprocess.CompletedProcess:
         options = [*QUICK[1:], "trainer=ddp_sim", "data.train_size=128", "test_teacher=false"]
@@ -262,9 +262,10 @@ def test_a_sweep_of_two_process_runs_gives_what_single_runs_give(sweep, processe
         assert result["status"] == "completed"
         assert "test/accuracy" in result["metrics"]
         checkpoint = torch.load(result["checkpoint"], weights_only=True)
-        assert checkpoint["global_step"] == 2  # 128 images in global batches of 64
+        assert checkpoint["global_step"] == 2  # The run has 128 images in global batches of 64.
     assert len([*tmp_path.rglob("last.ckpt")]) == 4
-    # Each is run again, alone; one launch of two processes is enough for all four.
+    # Run each of the four runs alone as well; one launch of two processes is enough for all of
+    # them.
     singles = [
         ["train", *result["overrides"], f"hydra.run.dir=single/{number}"]
         for number, result in enumerate(found)

@@ -1,4 +1,4 @@
-"""Completion on TAB: the candidates, and the scripts of the shells."""
+"""Tests of the completion on TAB: the candidates, and the scripts for the shells."""
 
 import os
 import shutil
@@ -52,7 +52,7 @@ def test_groups_values_and_keys_are_completed(words, expected):
     ["train student.channels=", "eval ckpt=", "eval exp", "report ou", "trian ", "train 'e"],
 )
 def test_there_may_be_no_candidates(words):
-    """The shell then completes file names."""
+    """Without candidates, the shell completes file names."""
     assert complete(f"lightning-dist {words}") == []
 
 
@@ -65,7 +65,7 @@ def test_configs_of_the_users_own_are_completed(tmp_path):
 
 @pytest.mark.parametrize("shell", SHELLS)
 def test_candidates_are_printed_one_a_line_as_the_shell_reads_them(command, capsys, shell):
-    space = " " if shell == "bash" else ""  # its script lets bash add none
+    space = " " if shell == "bash" else ""  # The script for bash makes bash add no space.
     command("completion", shell, "lightning-dist e")
     assert capsys.readouterr().out == f"eval{space}\nexport{space}\n"
     command("completion", shell, "lightning-dist train experiment=digits")
@@ -95,7 +95,7 @@ def test_a_script_has_no_syntax_error(command, capsys, tmp_path, shell):
 
 @pytest.fixture
 def in_bash(tmp_path):
-    """Complete a line in bash, as its TAB does; what takes the place of the last part of a word."""
+    """Complete a line in bash as TAB does; return the text that replaces the last word part."""
     if shutil.which("bash") is None:
         pytest.skip("bash is not installed")
     program = tmp_path / "bin" / "lightning-dist"

@@ -1,4 +1,4 @@
-"""Hostile weight files at every place where weights enter: refused by name, nothing is run."""
+"""Tests that every way to load weights refuses hostile files by name, and that no code runs."""
 
 import io
 import os
@@ -22,7 +22,7 @@ QUICK += ("print_config=false", "callbacks.progress=null")
 
 
 class Runs:
-    """Makes a folder where it is unpickled."""
+    """An object that creates a folder when it is unpickled."""
 
     def __reduce__(self):
         return os.mkdir, ("trace",)
@@ -39,7 +39,7 @@ def weights() -> dict[str, torch.Tensor]:
 
 
 def repacked(name: str, compression: int = zipfile.ZIP_STORED) -> bytes:
-    """A torch file with one more entry, or with its entries compressed."""
+    """Return a torch file with an additional entry, or with compressed entries."""
     buffer = io.BytesIO()
     with (
         zipfile.ZipFile(io.BytesIO(saved(weights()))) as source,
@@ -52,7 +52,7 @@ def repacked(name: str, compression: int = zipfile.ZIP_STORED) -> bytes:
 
 
 def overlapping() -> bytes:
-    """A zip whose directory has one entry a hundred times, so that it unpacks to far more."""
+    """Return a zip file that lists one entry a hundred times, so that it unpacks to more data."""
     once = repacked("archive/data/99")
     with zipfile.ZipFile(io.BytesIO(once)) as source:
         start = source.start_dir
@@ -65,7 +65,7 @@ def overlapping() -> bytes:
 
 
 def bomb() -> bytes:
-    """A safetensors header that promises a tensor of 4 TB."""
+    """Return a safetensors header that declares a tensor of 4 TB."""
     header = b'{"a":{"dtype":"F32","shape":[1099511627776],"data_offsets":[0,4398046511104]}}'
     return len(header).to_bytes(8, "little") + header + b"\0" * 64
 
@@ -140,7 +140,7 @@ def test_a_hostile_checkpoint_in_the_folder_of_a_run_is_refused(refused, tmp_pat
 
 
 def hostile_config(**student: object) -> dict:
-    """The contents of a checkpoint whose student is built so."""
+    """Return the contents of a checkpoint whose config builds the student in this way."""
     module = {
         "_target_": "lightning_dist.DistillModule",
         "student": {"_target_": "timm.create_model", "model_name": "resnet18"} | student,
@@ -216,7 +216,7 @@ def test_a_config_without_end_is_refused(refused, tmp_path):
 
 @pytest.mark.parametrize("options", [("ckpt_path=run/checkpoints/last.ckpt",), ("resume=true",)])
 def test_a_checkpoint_that_is_a_folder_is_refused(refused, tmp_path, options):
-    """Its strategy would unpickle the pieces."""
+    """The strategy would unpickle the pieces in the folder."""
     folder = tmp_path / "run" / "checkpoints" / "last.ckpt"
     folder.mkdir(parents=True)
     (folder / ".metadata").write_bytes(pickle.dumps(Runs()))
@@ -277,7 +277,7 @@ def test_a_name_with_a_colon_is_no_path_out_of_the_archive(tmp_path):
 
 
 def test_a_whole_file_of_the_corpus_would_load(tmp_path):
-    """The same files with harmless contents are read: only what the tests name is refused."""
+    """The same files with harmless contents load, so the hostile contents cause the refusals."""
     path = tmp_path / "w.pth"
     path.write_bytes(repacked("archive/more"))
     load_weights(SmallCNN([32, 64, 128]), path)

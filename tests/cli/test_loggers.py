@@ -1,4 +1,4 @@
-"""Loggers and callbacks that the config chooses: what each is told, in the same run."""
+"""Tests of the loggers and callbacks that the config chooses, and of the values that they log."""
 
 import csv
 import json
@@ -48,7 +48,7 @@ def test_all_loggers_at_once_are_told_the_same(command, tmp_path, monkeypatch):
             assert str(saved["seed"]) == seed
             assert saved["optimizer"]["lr"] == 0.01
             assert saved["callbacks"]["checkpoint"]["dirpath"] == str(folder / "checkpoints")
-        (run,) = (folder / "wandb").glob("offline-run-*")  # one for each job
+        (run,) = (folder / "wandb").glob("offline-run-*")  # There is one run for each job.
         assert [file.suffix for file in run.glob("run-*")] == [".wandb"]
         events = EventAccumulator(str(folder / "tensorboard")).Reload()
         for name, value in expected.items():
@@ -67,7 +67,8 @@ def test_early_stopping_the_learning_rate_and_the_throughput_by_config(command, 
         *("hydra.run.dir=run", "data.global_batch_size=32"),
     )
     run = tmp_path / "run"
-    assert len(column(run, "val/accuracy")) == 3  # the first, and two that are no better
+    # These are the first epoch, and two epochs without an improvement.
+    assert len(column(run, "val/accuracy")) == 3
     assert column(run, "lr-AdamW") == [0.0] * 3
     samples = column(run, "train/device/samples_per_sec")
     assert samples == pytest.approx([32 * x for x in column(run, "train/device/batches_per_sec")])

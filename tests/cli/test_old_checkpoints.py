@@ -1,4 +1,4 @@
-"""A checkpoint of an earlier commit, written by its code, is still read by the verbs."""
+"""Tests that the commands can read a checkpoint that the code of an earlier commit wrote."""
 
 import csv
 import shutil
@@ -14,7 +14,7 @@ CPU = "trainer=cpu"
 
 @pytest.fixture
 def old_run(golden, tmp_path):
-    """The images that the checkpoint was trained on, and the checkpoint, as ``old.ckpt``."""
+    """Write the images on which the checkpoint was trained, and the checkpoint as ``old.ckpt``."""
     rng = np.random.default_rng(0)
     for split, images in (("train", 4), ("val", 2)):
         for label, name in enumerate(("dark", "light")):

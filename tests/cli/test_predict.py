@@ -1,4 +1,4 @@
-"""Predictions as files and pictures: the verb predict, and samples for the loggers."""
+"""Tests of predictions as files and pictures, from ``predict`` and from the loggers' callback."""
 
 import csv
 import json
@@ -27,7 +27,7 @@ CKPT = "ckpt=run/checkpoints/last.ckpt"
 
 @pytest.fixture
 def images(tmp_path):
-    """A folder of images of two sizes."""
+    """Write a folder of images of two sizes."""
     data = ScenesDataModule()
     for name, size in (("one", (48, 64)), ("deep/two", (40, 56))):
         path = tmp_path / "images" / f"{name}.png"
@@ -130,7 +130,7 @@ def test_chosen_colours_all_differ():
 
 
 class Pictures(Logger):
-    """Keeps what it is given."""
+    """A logger that stores the images that it gets."""
 
     name = version = "pictures"
 

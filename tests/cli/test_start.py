@@ -1,4 +1,4 @@
-"""The command starts without what only training needs."""
+"""Tests that the command starts without the packages that only training needs."""
 
 import subprocess
 import sys
@@ -20,7 +20,7 @@ print(status, *sorted({name.partition(".")[0] for name in sys.modules}))
 
 
 def loaded(folder: Path, *arguments: str) -> tuple[int, set[str]]:
-    """Run the command; its exit status, and the packages that it has imported."""
+    """Run the command; return its exit status, and the packages that it has imported."""
     run = subprocess.run(
         [sys.executable, "-c", PROGRAM, *arguments],
         cwd=folder,

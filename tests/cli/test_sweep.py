@@ -1,4 +1,4 @@
-"""Sweeps: their launchers, the search with Optuna, and jobs that fail or are killed."""
+"""Tests of sweeps: launchers, the search with Optuna, and jobs that fail or are killed."""
 
 import csv
 import json
@@ -20,19 +20,20 @@ from hydra_plugins.lightning_dist_optuna.sweeper import STUDY, OptunaSweeper, op
 ASSETS = Path(lightning_dist.__file__).parent / "assets"
 QUICK = ["trainer=cpu", "trainer.max_epochs=1", "print_config=false", "callbacks.progress=null"]
 TINY = [*QUICK, "data.train_size=64", "test_teacher=false"]
-# Its workers outlive a sweep, and stay in the folder where they started: give them full paths.
+# The launcher's workers outlive a sweep, and stay in the folder where they started. So use full
+# paths.
 JOBLIB = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
 
 
 def results(folder: Path) -> list[dict]:
-    """Return the result of each job, in the jobs' order."""
+    """Return the result of each job, in the order of the jobs."""
     paths = sorted(folder.glob("*/result.json"), key=lambda path: int(path.parent.name))
     return [json.loads(path.read_text()) for path in paths]
 
 
 @pytest.fixture
 def ends_badly(command, capsys):
-    """The one line that a command ends with, after whatever else it prints."""
+    """Return a function that runs a failing command and returns the last line that it prints."""
 
     def run(*arguments: str) -> str:
         with pytest.raises(SystemExit) as stop:
@@ -91,7 +92,7 @@ def test_a_sweep_in_a_folder_with_runs_is_refused_before_its_first_job(refused, 
 def test_a_sweep_whose_report_cannot_be_written_fails_and_counts_its_failures(
     ends_badly, put_run, tmp_path
 ):
-    """Its jobs disagree on the metric."""
+    """The jobs have different metrics."""
     other = put_run(tmp_path / "sweep" / "9", "seed=9", metric="test/miou")
     monitors = "monitor=val/accuracy,val/nothing"
     options = [*TINY, "resume=true", "hydra.sweep.dir=sweep"]
@@ -105,7 +106,7 @@ def test_a_sweep_whose_report_cannot_be_written_fails_and_counts_its_failures(
 
 
 def test_the_command_of_a_trial_runs_alone_without_the_pruning_of_its_search(command, tmp_path):
-    """Alone it has no callbacks.pruning to override."""
+    """Without the search there is no callbacks.pruning to override."""
     options = [*TINY, "hydra/sweeper=optuna", "hydra.sweeper.n_trials=1", "hydra.sweep.dir=sweep"]
     pruning = ["callbacks.pruning.pruner.n_warmup_steps=1", "~callbacks.pruning.monitor"]
     pruning += ["++callbacks.pruning.monitor=val/accuracy"]
@@ -125,7 +126,7 @@ def test_a_folder_of_another_run_says_how_to_merge(ends_badly, put_run, tmp_path
     assert "another folder (two sweeps are merged by lightning-dist report DIR DIR)" in line
 
 
-# One callback ends the process as an error in C code does, and the other does nothing.
+# One callback ends the process as an error in C code does, and the other one does nothing.
 DIES = "+callbacks.broken._target_=os.abort,lightning.pytorch.callbacks.Timer"
 
 
@@ -152,7 +153,7 @@ def test_a_launcher_that_loses_a_job_says_what_to_do(ends_badly, tmp_path):
 
 @pytest.fixture
 def with_experiment(tmp_path):
-    """Write an experiment of the user's; the options that find it."""
+    """Write a user's experiment, and return the options with which the command finds it."""
 
     def write(text: str) -> list[str]:
         folder = tmp_path / "mine" / "experiment"
@@ -182,7 +183,7 @@ def test_an_experiment_chooses_its_launcher_too_late_for_a_sweep(
 
 
 def test_the_papers_sweeps_are_launched(refused, tmp_path):
-    """Their configs set what is swept over, which is no choice of a sweeper."""
+    """The sweep configs set the values to sweep over, but they do not choose a sweeper."""
     line = refused("train", "-m", "+sweep=imagenet", "distill=none", "print_config=false")
     assert "2 of 2 jobs failed" in line, "for want of ImageNet"
 
@@ -213,7 +214,7 @@ def study(folder: Path) -> list[FrozenTrial]:
 
 @pytest.fixture
 def search(tmp_path):
-    """Search without training: a job's result is its number, or what `results` has for it."""
+    """Run a search without training: a job's result is its number, or its entry in `results`."""
 
     class Launcher:
         def __init__(self, results: dict[int, float]) -> None:

@@ -25,7 +25,7 @@ both_worker_counts = pytest.mark.parametrize("num_workers", [0, 2])
 
 
 class Noisy(Dataset):
-    """A data set that returns a draw from each of the three random generators, and the index."""
+    """A data set that returns a number from each of the three random generators, and the index."""
 
     def __init__(self, length: int = SAMPLES) -> None:
         self.length = length
@@ -58,7 +58,7 @@ class NoisyData(ImageDataModule):
 
 
 class Recorder(L.LightningModule):
-    """A module that keeps the batches of each epoch."""
+    """A module that stores the batches of each epoch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ def fit(data: ImageDataModule, make_trainer: Callable[..., L.Trainer], **kwargs:
 
 
 def on_rank(rank: int, **settings: Any) -> ImageDataModule:
-    """Return a data module as one of two processes has it."""
+    """Return the data module as one of two processes has it."""
     data = NoisyData(**settings)
     data.trainer = SimpleNamespace(distributed_sampler_kwargs={"num_replicas": 2, "rank": rank})
     return data
@@ -120,7 +120,7 @@ def on_rank(rank: int, **settings: Any) -> ImageDataModule:
 def test_epoch_has_the_same_order_and_draws_in_every_fresh_module(num_workers: int) -> None:
     expected = epoch_of(NoisyData(), epoch=3)
     data = NoisyData(num_workers=num_workers)
-    for epoch in (0, 3):  # the workers persist between the epochs
+    for epoch in (0, 3):  # The workers stay alive between the epochs.
         batches = epoch_of(data, epoch)
     assert torch.equal(batches, expected)
 
@@ -313,7 +313,7 @@ def test_tensor_images_take_every_crop_and_both_sides_and_nothing_else() -> None
     taken = [dataset[2, epoch][0] for epoch in range(400)]
     times = [sum(torch.equal(one, other) for other in taken) for one in possible]
     assert sum(times) == 400
-    assert min(times) > 5  # 22 expected
+    assert min(times) > 5  # The expected number is 22.
 
 
 def test_tensor_images_are_the_same_whatever_batch_they_come_in() -> None:

@@ -1,4 +1,4 @@
-"""Tests that CIFAR is read from its own files and augmented as torchvision does it."""
+"""Tests that CIFAR is read from its original files and augmented as torchvision does it."""
 
 import hashlib
 import pickle
@@ -58,7 +58,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def by_torchvision(data: CIFAR10DataModule, train: bool) -> tuple[Tensor, Tensor]:
-    """Return all images, normalised by torchvision's own transforms, and labels."""
+    """Return all images, normalised by torchvision's own transforms, and their labels."""
     normalise = transforms.Normalize(data.mean, data.std)
     to_tensor = transforms.Compose([transforms.ToTensor(), normalise])
     samples = list(data.source(data.root, train=train, transform=to_tensor))

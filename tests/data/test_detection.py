@@ -1,4 +1,4 @@
-"""Tests that images and boxes are read from each data set's own files, and checked."""
+"""Tests that images and boxes are read from the files of each data set, and checked."""
 
 import json
 import logging
@@ -23,7 +23,7 @@ def write_image(path: Path, size: tuple[int, int] = SIZE) -> None:
 
 
 def coco() -> dict[str, Any]:
-    """Return COCO annotations of three images, one without boxes, and of a crowd region."""
+    """Return COCO annotations of three images, of which one has no boxes, and of a crowd region."""
     return {
         "images": [
             {"id": 5, "file_name": "a.jpg", "height": 32, "width": 48},

@@ -87,7 +87,7 @@ def test_augmentation_shifts_by_up_to_one_pixel_and_leaves_evaluation_alone() ->
     images, _ = whole(shifted.train_dataset(), epoch=1)
     matches = torch.isclose(images, possible).flatten(2).all(2)
     assert matches.any(0).all()
-    assert (matches.sum(1) > 90).all()  # 144 expected for each of the nine shifts
+    assert (matches.sum(1) > 90).all()  # The expected number for each of the nine shifts is 144.
     assert not torch.equal(images, whole(shifted.train_dataset(), epoch=2)[0])
     assert images_of(plain.val_dataset()) == images_of(shifted.val_dataset())
 

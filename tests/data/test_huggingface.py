@@ -1,4 +1,4 @@
-"""Tests that Hugging Face data sets are read, with small ones saved by `datasets`."""
+"""Tests that Hugging Face data sets can be read; `datasets` saves small ones for the tests."""
 
 import io
 import sys
@@ -22,7 +22,7 @@ def datasets(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def columns(count: int, image: str = "image", label: str = "label") -> dict[str, list[Any]]:
-    """Return labels and images whose shade is five times the row: black for row 0."""
+    """Return labels, and images whose grey value is five times the row, so that row 0 is black."""
     shades = [Image.new("L" if row % 2 else "RGB", (20, 16), "black") for row in range(count)]
     for row, picture in enumerate(shades):
         picture.paste((5 * row,) * len(picture.getbands()), (0, 0, 20, 16))

@@ -34,7 +34,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def view(data: ImageFolderDataModule, index: int, epoch: int = 0) -> torch.Tensor:
-    """Return an augmented training image of an epoch, the same in every run of the tests."""
+    """Return an augmented training image of an epoch; it is the same in every run of the tests."""
     return data.train_dataloader().dataset[index, epoch][0]
 
 
@@ -66,7 +66,8 @@ def test_training_takes_random_crops_and_flips_of_every_image(root: Path) -> Non
     views = torch.stack([view(data, 0, epoch) for epoch in range(40)])
     assert views.shape[1:] == (3, 32, 32)
     assert len(views.flatten(1).unique(dim=0)) == 40
-    red = views[:, 0]  # grows to the right in every file, so only a flip lets it fall
+    # The values increase to the right in every file, so they decrease only in a flipped image.
+    red = views[:, 0]
     rises = red[:, :, -1].mean(1) > red[:, :, 0].mean(1)
     assert 5 < rises.sum() < 35
     labels = [label for _, label in data.train_dataset()]
@@ -95,7 +96,7 @@ def test_strong_augmentation_is_the_same_in_every_fresh_module(
 
 def test_random_erasing_fills_in_noise_by_default_and_only_where_asked_for(root: Path) -> None:
     def jumps(**settings: object) -> list[int]:
-        """Return the largest number of jumps in a row of pixels per image; the files have none."""
+        """Return the largest number of jumps in a pixel row of each image; the files have none."""
         data = ImageFolderDataModule(root=root, image_size=64, **settings)
         steps = [view(data, index).diff(dim=-1).abs() for index in range(12)]
         return [int((step > 0.5).sum(-1).max()) for step in steps]

@@ -1,4 +1,4 @@
-"""Tests that images and masks are read from each data set's own files, and checked."""
+"""Tests that images and masks are read from the files of each data set, and checked."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +20,8 @@ from lightning_dist.data.segmentation_base import (
     SegmentationDataModule,
 )
 
-TRAINED = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]  # PAPER.md
+# The values of PAPER.md
+TRAINED = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
 OTHERS = [*(i for i in range(34) if i not in TRAINED), 255]
 SIZE = (32, 64)
 
@@ -105,7 +106,7 @@ def test_the_published_input_is_bgr_less_the_mean(cityscapes: Path):
 
 
 class Coded(SegmentationDataModule):
-    """A data set whose images have the class of the mask as their red channel."""
+    """A data set whose images have the class of the mask in their red channel."""
 
     num_classes = 3
     class_names = None
@@ -144,9 +145,11 @@ def test_augmentation_moves_image_and_mask_alike_and_fills_with_what_does_not_co
         for image, mask in zip(data.to_pixels(images), masks, strict=True):
             inside = mask != 255
             sizes.add(int(inside.sum()))
-            assert (image[:, ~inside] == 128).all()  # the mean, 0 when normalised
+            # The padding is the mean, so it is 0 when normalised.
+            assert (image[:, ~inside] == 128).all()
             right = image[0].float() / 100
-            close = (right - mask).abs()[inside] < 0.5  # except where resizing blends two classes
+            # Exclude pixels where resizing blends two classes.
+            close = (right - mask).abs()[inside] < 0.5
             assert close.float().mean() > 0.9
             seen = mask[mask.shape[0] // 2][mask[mask.shape[0] // 2] < 3]
             flipped += bool(len(seen) and seen[0] > seen[-1])

@@ -1,4 +1,4 @@
-"""Tests that Tiny-ImageNet is read from its own layout, and that errors name the broken file."""
+"""Tests that Tiny-ImageNet is read from its own layout, and that errors name the damaged file."""
 
 from pathlib import Path
 
@@ -10,7 +10,8 @@ from torchvision import transforms
 
 from lightning_dist.data.tiny_imagenet import TinyImageNetDataModule
 
-WNIDS = ["n02124075", "n01443537", "n07873807"]  # in the archive's order, which is not sorted
+# The classes are in the order of the archive, which is not sorted.
+WNIDS = ["n02124075", "n01443537", "n07873807"]
 WORDS = {"n01443537": "goldfish, Carassius auratus", "n02124075": "Egyptian cat"}
 VALIDATION = [("val_0.JPEG", WNIDS[0]), ("val_1.JPEG", WNIDS[2]), ("val_2.JPEG", WNIDS[1])]
 VALIDATION += [("val_3.JPEG", WNIDS[0])]

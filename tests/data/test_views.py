@@ -1,4 +1,4 @@
-"""Fixed views of a training set, and batches that know their samples."""
+"""Tests of fixed views of a training set, and of batches that contain their samples' indices."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from lightning_dist.data.views import KeyedBatch, Views, fingerprints
 
 
 def epoch_of(data: DigitsDataModule, epoch: int) -> dict[int, torch.Tensor]:
-    """The images of an epoch by the index of their sample, in the order in which they came."""
+    """Return the images of an epoch by the index of their sample, in the order of loading."""
     loader = data.train_dataloader()
     loader.sampler.set_epoch(epoch)
     return {
@@ -79,7 +79,7 @@ def test_a_data_set_that_draws_nothing_has_one_view():
 
 
 class Drawn(Dataset):
-    """Samples of which each read draws another image."""
+    """A data set that draws another image at each read."""
 
     def __len__(self) -> int:
         return 6

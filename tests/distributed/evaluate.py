@@ -1,4 +1,4 @@
-"""A script that validates and tests in two processes sets that these cannot share evenly.
+"""A script that validates and tests on sets that two processes cannot share evenly.
 
 Rank 0 saves the logged metrics.
 """
@@ -45,7 +45,7 @@ def main(out: str, count: int, batch: int) -> None:
         head="",
         optimizer=lambda student: torch.optim.SGD(student.parameters(), lr=0.0),
     )
-    module.student.eval()  # nothing about the student moves
+    module.student.eval()  # The student does not change.
     module.student.train = lambda mode=True: module.student
     loader = DataLoader(samples(count), batch_size=batch)
     trainer.fit(module, DataLoader(samples(4), batch_size=2), loader)

@@ -1,7 +1,8 @@
-"""Run scripts of this folder, and commands, one after the other in one process or launch.
+"""A script that runs scripts of this folder and commands, one after the other, in one process.
 
-To start Python and to import torch takes longer than most of them; run by test_distributed.py and
-test_cli.py with a list in JSON: a command is a list of words, and a script its name and options.
+Most of them take less time than starting Python and importing torch. test_distributed.py and
+test_cli.py call this script with a list in JSON: a command is a list of words, and a script is a
+dict of its name and options.
 """
 
 import importlib

@@ -1,7 +1,7 @@
-"""A script in which one of two ranks leaves the distillation out of a step.
+"""A script in which one of two ranks skips the distillation in one step.
 
-A part of the student, `extra`, is trained by distillation alone: DDP waits for its gradient on
-every rank, also on the one that skips.
+A part of the student, `extra`, is trained only by the distillation. DDP waits for its gradient on
+every rank, even on the rank that skips the step.
 """
 
 import json
@@ -19,7 +19,7 @@ STEPS = 4
 
 
 class Student(nn.Module):
-    """Two heads, of which the task loss takes one."""
+    """A student with two heads; the task loss uses only one of them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Student(nn.Module):
 
 
 class NotANumberOnce(nn.Linear):
-    """A teacher whose second answer on the second rank is NaN."""
+    """A teacher whose second output on the second rank is NaN."""
 
     def __init__(self) -> None:
         super().__init__(6, 4)
@@ -57,10 +57,10 @@ class Module(L.LightningModule):
 
 
 def main(out: str) -> None:
-    """Train, and save the weights and the count of each rank.
+    """Train, and save the weights and the number of skipped steps of each rank.
 
     Args:
-        out: the folder.
+        out: the folder for the files.
     """
     torch.manual_seed(7)
     inputs, labels = torch.randn(2 * STEPS * 8, 6), torch.randint(0, 4, (2 * STEPS * 8,))

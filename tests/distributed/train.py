@@ -1,6 +1,6 @@
-"""A script that trains under a strategy and saves what each rank saw.
+"""A script that trains under a strategy and saves the losses and weights of each rank.
 
-Each of five batches has ROWS[i] rows for rank i; one process takes them joined.
+Each rank gets some rows of each of five batches; a single process gets all rows.
 """
 
 import copy
@@ -20,7 +20,7 @@ from lightning_dist import DistillationCallback, DistillModule, DISTLoss, Studen
 
 
 class Batches(Dataset):
-    """Whole batches, dealt out to the ranks by rows."""
+    """A data set of whole batches, whose rows are divided among the ranks."""
 
     def __init__(self, trainer_rank: int, world: int, uneven: bool) -> None:
         generator = torch.Generator().manual_seed(1)
@@ -45,10 +45,10 @@ def new_student() -> nn.Sequential:
 
 
 class Recorded(L.LightningModule):
-    """Its data, and what it saw of the distillation loss."""
+    """A module that loads its own data and stores the distillation loss of each step."""
 
     uneven = False
-    distill = ()  # of spawned processes, the main one sees nothing
+    distill = ()  # With spawned processes, this stays empty in the main process.
 
     def train_dataloader(self):
         self.distill = []
@@ -61,7 +61,7 @@ class Recorded(L.LightningModule):
 
 
 class Averaged(Recorded, DistillModule):
-    """A DistillModule that keeps an average of the student."""
+    """A DistillModule that averages the student's weights."""
 
 
 class Plain(Recorded):
@@ -91,27 +91,29 @@ def main(
     uneven: bool = False,
     ema: bool = False,
 ) -> None:
-    """Train, and save what this rank saw.
+    """Train, and save the results of this rank.
 
     Args:
-        out: the folder.
-        devices: number of processes.
-        strategy: of the Trainer.
-        sync: of the loss.
-        uneven: the ranks' last batches have 11 and 5 rows.
+        out: the folder for the files.
+        devices: the number of processes.
+        strategy: the strategy of the Trainer.
+        sync: the option ``sync`` of the loss.
+        uneven: give the ranks 11 and 5 rows of the last batch.
         ema: train a DistillModule with StudentEMA.
     """
     warnings.filterwarnings("error", message=".*unused parameters.*")
     torch.manual_seed(7)
     teacher = nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.Linear(12, 4)).double()
-    if not sync:  # a broadcast would show: each rank's teacher is its own
+    # Each rank has another teacher, so that a broadcast of the teacher would be noticed.
+    if not sync:
         teacher[0].bias.data += 0.01 * int(os.environ.get("LOCAL_RANK", 0))
     before = copy.deepcopy(teacher.state_dict())
     loss = DISTLoss(sync=sync)
     callback = DistillationCallback(
         teacher,
         loss=loss,
-        # A mean of uneven means is not the joined mean: then the task loss stays out of it.
+        # With uneven batches, the mean over the ranks is not the mean of the joined batch. So leave
+        # out the task loss.
         task_weight=0.0 if uneven else 1.0,
     )
     fsdp2 = {"data_parallel_size": 2, "tensor_parallel_size": 1}

@@ -1,4 +1,4 @@
-"""Export: each file gives the student's outputs without this package, and tells of its images."""
+"""Tests that exported files give the student's outputs without this package, and its facts."""
 
 import json
 import subprocess
@@ -42,7 +42,7 @@ FACTS = {"mean": [0.5], "std": [0.25], "class_names": ["a", "b"]}
 
 
 def trained(network: nn.Module) -> nn.Module:
-    """With batch norm statistics of some images, so that evaluation and training mode differ."""
+    """Set the batch norms' statistics, so that evaluation and training mode differ."""
     with torch.no_grad():
         for module in network.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -52,7 +52,7 @@ def trained(network: nn.Module) -> nn.Module:
 
 
 def open_onnx(path: Path):
-    """A function from images to a list of outputs, and the file's metadata."""
+    """Return a function from images to a list of outputs, and the file's metadata."""
     onnxruntime = pytest.importorskip("onnxruntime")
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     (inputs,) = session.get_inputs()
@@ -74,7 +74,7 @@ OPEN = {"onnx": open_onnx, "torch_export": open_pt2}
 
 
 class TwoHeads(nn.Module):
-    """Returns what torchvision's segmentation networks do."""
+    """A network with the outputs of torchvision's segmentation networks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ NETWORKS = {
     "with an auxiliary head": (TwoHeads, (3, 12, 12)),
     "DeepLabV3": (lambda: deeplabv3("test_resnet", 3, 8), (3, 64, 64)),
 }
-# onnxruntime 1.24 and older compute something else of a dilated network, and the export is refused.
+# onnxruntime 1.24 and older compute other outputs for a dilated network, so the export is refused.
 CASES = [(f, n) for f in OPEN for n in NETWORKS if (f, n) != ("onnx", "DeepLabV3")]
 
 
@@ -164,7 +164,7 @@ def test_timm_reads_its_folder(tmp_path):
     images = torch.randn(3, 1, 64, 64)
     torch.testing.assert_close(again(images), student.eval()(images))
     data = timm.data.resolve_model_data_config(again)
-    assert tuple(data["input_size"]) == (1, 64, 64)  # timm 1.0.22 reads a list
+    assert tuple(data["input_size"]) == (1, 64, 64)  # timm 1.0.22 reads a list here.
     assert (list(data["mean"]), list(data["std"])) == ([0.5], [0.25])
     assert (data["crop_pct"], data["interpolation"]) == (0.9, "bilinear")
     assert list(again.pretrained_cfg["label_names"]) == ["a", "b"]
@@ -172,7 +172,7 @@ def test_timm_reads_its_folder(tmp_path):
 
 
 class Counting(RetinaNet):
-    """Moves its boxes by how often it was called, which a trace cannot know."""
+    """A detector that moves its boxes by its number of calls, which a trace does not record."""
 
     calls = 0
 
@@ -232,7 +232,7 @@ def test_the_student_of_a_module_is_exported_from_python(tmp_path):
 
 
 class Moody(nn.Module):
-    """Computes something else each time, which no exporter can know."""
+    """A network that computes another output at each call, which no exporter can record."""
 
     calls = 0
 
@@ -242,7 +242,7 @@ class Moody(nn.Module):
 
 
 class Stiff(nn.Module):
-    """Takes two images, no more and no less."""
+    """A network that takes exactly two images."""
 
     def forward(self, images):
         return images.reshape(2, -1)[:, :4]
@@ -436,7 +436,7 @@ def test_the_command_tells_how_masks_are_made(command, tmp_path):
 
 def test_the_command_exports_a_detector(command, refused, tmp_path):
     command("train", "experiment=scenes/detection_fasterrcnn_teacher", *QUICK, *SCENES)
-    # Of a detector that has hardly trained, rounding decides which boxes are found.
+    # In a detector that has hardly been trained, rounding decides which boxes are found.
     path = tmp_path / "run" / "checkpoints" / "last.ckpt"
     checkpoint = torch.load(path, weights_only=True)
     trained = read_checkpoint("pkg://lightning_dist/assets/scenes_fasterrcnn_teacher.safetensors")

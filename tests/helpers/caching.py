@@ -1,4 +1,4 @@
-"""Helpers of the teacher cache's tests: small data, a trained teacher, the files of views."""
+"""Helpers for the tests of the teacher cache: small data, a trained teacher, the files of views."""
 
 from pathlib import Path
 
@@ -13,21 +13,21 @@ SIZE = 150
 
 
 def digits(**settings) -> DigitsDataModule:
-    """Shifted digits."""
+    """Return a data module of shifted digits."""
     return DigitsDataModule(augment=True, train_size=SIZE, **settings)
 
 
 def teacher(**settings) -> Teacher:
-    """A network that knows digits."""
+    """Return a teacher that was trained on digits."""
     return Teacher(SmallCNN([32, 64, 128]), TRAINED, **settings)
 
 
 def files(folder: Path) -> list[Path]:
-    """The complete views of all caches in a folder."""
+    """Return the files of the complete views of all caches in a folder."""
     return sorted(folder.glob("*/view-*.npy"))
 
 
 def same_weights(one: nn.Module, other: nn.Module) -> bool:
-    """Whether two networks are equal to the last bit."""
+    """Return True if the weights of two networks are bitwise equal."""
     ours, theirs = one.state_dict(), other.state_dict()
     return all(bool((value == theirs[name]).all()) for name, value in ours.items())

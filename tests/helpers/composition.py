@@ -1,4 +1,4 @@
-"""Configs as the command composes them; each is composed once, since that takes long."""
+"""A function that composes configs as the command does, each only once because that is slow."""
 
 import functools
 
@@ -8,13 +8,14 @@ from omegaconf import DictConfig, OmegaConf
 
 @functools.cache
 def composed(*overrides: str) -> DictConfig:
-    """Return what ``lightning-dist train`` would run; to be read, not changed."""
+    """Return the config that ``lightning-dist train`` would run; do not change it."""
     with initialize_config_module("lightning_dist.conf", version_base="1.3"):
         config = compose("train", overrides=list(overrides), return_hydra_config=True)
     config.hydra.runtime.output_dir = "outputs"
     OmegaConf.set_struct(config, False)
     del config.hydra
-    for part in ("callbacks", "logger"):  # they name the folder of a run, which is hydra's
+    # These contain the path of the run's folder, which comes from the config of Hydra.
+    for part in ("callbacks", "logger"):
         config[part] = OmegaConf.to_container(config[part], resolve=False)
     OmegaConf.set_struct(config, True)
     return config

@@ -1,4 +1,4 @@
-"""A teacher that writes down what it is asked, for tests of caches that several processes share."""
+"""A teacher that writes the size of each batch to a file, for tests with several processes."""
 
 import os
 import time
@@ -10,7 +10,7 @@ from lightning_dist.models.small import SmallCNN
 
 
 class CountedCNN(SmallCNN):
-    """Appends the size of each batch to the file COUNTED, after SLOWLY seconds."""
+    """A network that appends the size of each batch to the file COUNTED, after SLOWLY seconds."""
 
     def forward(self, images: Tensor) -> Tensor:
         time.sleep(float(os.environ.get("SLOWLY", "0")))

@@ -1,4 +1,4 @@
-"""A signal at a known place of a run."""
+"""A callback that sends a signal at a fixed place of a run."""
 
 import os
 import signal
@@ -7,7 +7,7 @@ from lightning.pytorch import Callback
 
 
 class Send(Callback):
-    """Send this process a signal once so many batches have begun."""
+    """A callback that sends a signal to this process in the batch with the given index."""
 
     def __init__(self, number: signal.Signals, batch: int) -> None:
         self.number = number

@@ -1,4 +1,4 @@
-"""Processes that a test starts, and ends with all that these have started."""
+"""A class that starts processes for a test, and ends them with all processes that they started."""
 
 import os
 import subprocess
@@ -10,14 +10,14 @@ from contextlib import suppress
 
 import psutil
 
-TIMEOUT = 600  # seconds for what takes a few: two processes on a busy machine are slow
+TIMEOUT = 600  # In seconds; usually a few are enough, but two processes on a busy machine are slow.
 
 
 class Processes:
-    """Start Python as processes, and kill those that are left at the end of the ``with``.
+    """A context manager that starts Python processes, and kills those that still run at its end.
 
-    They, and all that they start, have a variable in their environment whose name is drawn once: so
-    the processes of other tests, and of other checkouts, are never found.
+    These processes, and all that they start, have an environment variable with a random name. So
+    the processes of other tests, or of other checkouts, are never killed.
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,8 @@ class Processes:
         return self
 
     def __exit__(self, *_: object) -> None:
-        while alive := self.alive():  # one may have started another since they were listed
+        # A process may have started another one after the list was made.
+        while alive := self.alive():
             for process in alive:
                 with suppress(psutil.NoSuchProcess):
                     process.kill()
@@ -45,24 +46,24 @@ class Processes:
     def run(
         self, *arguments: object, timeout: float = TIMEOUT, **options: object
     ) -> subprocess.CompletedProcess:
-        """Start Python with these arguments and return its status and output when it has ended."""
+        """Start Python with these arguments, wait for its end, and return its status and output."""
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         process = self.start(*arguments, **pipes, **options)
         stdout, stderr = process.communicate(timeout=timeout)
         return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
     def alive(self) -> list[psutil.Process]:
-        """Return the processes that were started here, by themselves or by one another."""
+        """Return the running processes that were started here, directly or by one another."""
         return [process for process in psutil.process_iter() if self._is_marked(process)]
 
     def _is_marked(self, process: psutil.Process) -> bool:
-        with suppress(psutil.Error):  # it may end meanwhile, or belong to another user
+        with suppress(psutil.Error):  # The process may have ended, or may belong to another user.
             return self._mark in process.environ()
         return False
 
 
 def wait_until(condition: Callable[[], bool], timeout: float = TIMEOUT) -> None:
-    """Return when the condition holds; fail when it does not within so many seconds."""
+    """Wait until the condition is true; fail after `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline, f"not within {timeout} seconds"

@@ -1,4 +1,4 @@
-"""The losses as functions, against golden values, SciPy, torchdistill and the plain formulation."""
+"""Tests of the loss functions against golden values, SciPy, torchdistill and plain formulas."""
 
 import numpy as np
 import pytest
@@ -107,7 +107,8 @@ def test_dist_loss_equals_torchdistill():
 
     value, grad = value_and_grad(dist_loss, student, teacher, tau=2.0, beta=1.5, gamma=0.5)
     expected, expected_grad = value_and_grad(peer, student, teacher)
-    assert value.item() == pytest.approx(expected.item(), rel=1e-7)  # their eps bounds each norm
+    # torchdistill's eps is a lower bound of each norm.
+    assert value.item() == pytest.approx(expected.item(), rel=1e-7)
     assert relative_error(grad, expected_grad) < 1e-6
 
 
@@ -176,9 +177,9 @@ def test_student_and_teacher_may_differ_in_dtype():
 @pytest.mark.parametrize(
     ("student", "teacher"),
     [
-        ([[1.0, 1.0, 1.0]] * 3, [[1.0, 2.0, 3.0]] * 3),  # constant rows and columns
-        ([[1.0, 2.0, 3.0]], [[3.0, 1.0, 2.0]]),  # one sample
-        ([[1.0], [2.0]], [[3.0], [4.0]]),  # one class
+        ([[1.0, 1.0, 1.0]] * 3, [[1.0, 2.0, 3.0]] * 3),  # The rows and columns are constant.
+        ([[1.0, 2.0, 3.0]], [[3.0, 1.0, 2.0]]),  # There is one sample.
+        ([[1.0], [2.0]], [[3.0], [4.0]]),  # There is one class.
         ([[1e4, -1e4, 0.0], [-1e4, 0.0, 1e4]], [[-1e4, 1e4, 0.0], [1e4, 0.0, -1e4]]),
         ([[1e4, -1e4], [1e4, -1e4]], [[1e4, -1e4], [1e4, -1e4]]),
     ],
@@ -212,7 +213,7 @@ def test_a_constant_column_has_correlation_zero():
 
 
 def test_near_constant_columns_do_not_cancel():
-    """A column of mean 0.9 and deviation 1e-5 keeps its correlation in float32."""
+    """A column with mean 0.9 and deviation 1e-5 keeps its correlation in float32."""
     noise = torch.randn(2, 200_000, 3)
     student, teacher = 0.9 + 1e-5 * noise[0], 0.9 + 1e-5 * (noise[0] + noise[1])
     exact = intra_class_correlation(student.double(), teacher.double()).item()
@@ -221,7 +222,7 @@ def test_near_constant_columns_do_not_cancel():
 
 
 def test_sorted_rows_do_not_lose_precision():
-    """Blocks whose means differ merge exactly: each block sees another part of the range."""
+    """Blocks with different means are merged exactly: each block has another part of the range."""
     values = torch.linspace(0, 1, 400_000)
     student = torch.stack((values, values**2), dim=1)
     teacher = torch.stack((values**2, values), dim=1)

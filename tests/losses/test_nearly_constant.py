@@ -1,4 +1,4 @@
-"""The DIST gradient where rows or columns are constant or nearly so, in every dtype."""
+"""Tests of the DIST gradient for rows or columns that are constant or nearly constant."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from lightning_dist.functional import dist_loss
 from lightning_dist.losses import streaming
 
 ACTIVATIONS = {"softmax": lambda x: x.softmax(1), "sigmoid": torch.sigmoid, "identity": lambda x: x}
-UNITS = 8  # of rounding in the dtype of the computation, see the docstring of dist_loss
+UNITS = 8  # Units of rounding in the dtype of the computation; see the docstring of dist_loss.
 
 
 def gradient(loss, student: Tensor, teacher: Tensor, **options) -> Tensor:
@@ -20,13 +20,13 @@ def gradient(loss, student: Tensor, teacher: Tensor, **options) -> Tensor:
 
 
 def tolerance_of(dtype: torch.dtype) -> float:
-    """Return the relative deviation up to which a row or column counts as constant."""
+    """Return the largest relative deviation with which a row or column counts as constant."""
     computed = torch.promote_types(dtype, torch.float32)
     return max(torch.finfo(dtype).eps, UNITS * torch.finfo(computed).eps)
 
 
 def deviations(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each row's centred values, and its standard deviation over its mean."""
+    """Return the centred values of each row, and its standard deviation divided by its mean."""
     mean = x.detach().mean(1)
     std = (x.detach() - mean[:, None]).square().mean(1).sqrt()
     return x - x.mean(1, keepdim=True), torch.where(std == 0, 0, std / mean.abs())
@@ -38,7 +38,7 @@ def zero_rule_loss(tolerance: float, activation: str = "softmax"):
     def correlation(a: Tensor, b: Tensor) -> Tensor:
         (u, u_ratio), (v, v_ratio) = deviations(a), deviations(b)
         kept = (u_ratio > tolerance) & (v_ratio > tolerance)
-        # Select before dividing: the gradient of a norm at 0 is NaN.
+        # Select the rows before dividing, because the gradient of a norm at 0 is NaN.
         u, v = u[kept], v[kept]
         return ((u * v).sum(1) / (u.norm(dim=1) * v.norm(dim=1) + 1e-8)).sum() / len(a)
 
@@ -50,14 +50,14 @@ def zero_rule_loss(tolerance: float, activation: str = "softmax"):
 
 
 def floor_of(student: Tensor, teacher: Tensor, activation: str, tolerance: float) -> float:
-    """Return the least norm of a row or column that may have a gradient."""
+    """Return the smallest norm of a row or column that may have a gradient."""
     y = ACTIVATIONS[activation](student)
     floors = [len(x[0]) ** 0.5 * tolerance * x.mean(1).abs() for x in (y, y.T)]
     return min(floor.min().item() for floor in floors)
 
 
 def largest_term(y: Tensor, tolerance: float) -> float:
-    """Return the largest entry that the terms of the gradient of one mean may have."""
+    """Return the largest possible entry in the terms of the gradient of one mean."""
     centred, ratio = deviations(y)
     norms = centred.norm(dim=1)[ratio > tolerance]
     return (1 / norms.min()).item() / len(y) if len(norms) else 0.0
@@ -68,7 +68,7 @@ def relative_l2(found: Tensor, expected: Tensor) -> float:
 
 
 def derivative_bound(y: Tensor, activation: str) -> Tensor:
-    """Return the largest factor that the derivative of the activation applies to an entry."""
+    """Return the largest factor by which the derivative of the activation multiplies an entry."""
     if activation == "softmax":
         return 2 * y
     return y * (1 - y) if activation == "sigmoid" else torch.ones_like(y)
@@ -96,7 +96,7 @@ def test_the_gradient_is_that_of_float64_with_constant_rows_and_columns_left_out
     tolerance = tolerance_of(dtype)
     wide = [ACTIVATIONS[activation](x.double()) for x in (student, teacher)]
     ratios = torch.cat([deviations(z)[1] for x in wide for z in (x, x.T)])
-    # Rounding decides on which side of the tolerance the closest fall.
+    # Rounding decides on which side of the tolerance the closest values are.
     assume(not ((ratios > tolerance / 4) & (ratios < 4 * tolerance)).any())
 
     found = gradient(dist_loss, student, teacher, activation=activation).double()
@@ -106,8 +106,9 @@ def test_the_gradient_is_that_of_float64_with_constant_rows_and_columns_left_out
 
     reference = zero_rule_loss(tolerance, activation)
     expected = gradient(reference, student.double(), teacher.double())
-    # A deviation that is small beside its mean has lost as many digits of the activation, and in
-    # rows of two classes the terms cancel but for eps: so the terms count, too.
+    # A deviation that is small compared to its mean has lost as many digits of the activation. In
+    # rows of two classes the terms cancel except for eps. So the bound includes the size of the
+    # terms.
     kept = ratios[ratios > tolerance]
     lost = 1 / kept.min().clamp(max=1).item() if len(kept) else 1.0
     terms = sum(largest_term(y, tolerance) for y in (wide[0], wide[0].T))
@@ -135,7 +136,7 @@ def test_float32_gradients_do_not_cancel(shape, scale, shift, activation):
     plain = zero_rule_loss(tolerance, activation)
     exact = gradient(plain, student.double(), teacher.double())
     found = relative_l2(gradient(dist_loss, student, teacher, activation=activation), exact)
-    # Where logits are nearly uniform, the softmax itself has lost digits, as in the plain formula.
+    # For nearly uniform logits, the softmax itself has lost digits, also in the plain formulation.
     assert found <= max(1e-5, 1.5 * relative_l2(gradient(plain, student, teacher), exact))
 
 
@@ -154,7 +155,7 @@ def test_a_zero_initialised_head_gets_a_finite_small_gradient(
         student = torch.full(shape, 0.3, dtype=dtype)
         found = gradient(dist_loss, student, teacher, activation=activation, mask=mask)
         assert not found.any()
-    # A task loss has moved the head by a few units of rounding.
+    # A task loss has changed the head by a few units of rounding.
     student = student + 0.3 * torch.finfo(dtype).eps * torch.randint(0, 2, shape).to(dtype)
     found = gradient(dist_loss, student, teacher, mask=mask)
     assert found.abs().max() <= 0.1
@@ -187,7 +188,7 @@ def test_nan_in_logits_is_not_taken_for_a_constant(side):
 
 
 def accuracy_of_a_student(seed: int, precision: torch.dtype) -> float:
-    """Return the accuracy of a small network, trained with DIST for 200 steps under autocast."""
+    """Return the accuracy of a small network after 200 training steps with DIST under autocast."""
     generator = torch.Generator().manual_seed(seed)
     features = torch.randn(1024, 8, generator=generator)
     direction = torch.randn(8, generator=generator)

@@ -1,4 +1,4 @@
-"""The losses inside torch.func, and with tensors from inference mode."""
+"""Tests of the losses inside torch.func, and with tensors from inference mode."""
 
 import pytest
 import torch

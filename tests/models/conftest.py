@@ -1,4 +1,4 @@
-"""Fixtures: names and shapes of the authors' networks, and the values of their weights."""
+"""Fixtures with the names, shapes and weight values of the authors' networks."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""Tests that the CIFAR networks are the published ones: names, shapes and outputs."""
+"""Tests that the CIFAR networks have the names, shapes and outputs of the published ones."""
 
 import math
 from collections.abc import Callable
@@ -74,7 +74,7 @@ def test_backward_pass_gives_every_parameter_a_gradient(name: str):
 def test_convolutions_start_kaiming_normal_over_their_fan_out(name: str):
     torch.manual_seed(0)
     convolutions = [layer for layer in build(name).modules() if isinstance(layer, nn.Conv2d)]
-    # Where input and output are equally wide, fan-in and fan-out are the same number.
+    # If the numbers of input and output channels are equal, fan-in and fan-out are equal as well.
     widening = [layer for layer in convolutions if layer.in_channels != layer.out_channels]
     largest = max(widening, key=lambda layer: layer.weight.numel())
     expected = math.sqrt(2 / (largest.out_channels * math.prod(largest.kernel_size)))

@@ -14,7 +14,7 @@ from lightning_dist.teacher import Teacher
 
 
 def published_backbone(name):
-    """Return a ResNet's weights under MMDetection's names, which are torchvision's."""
+    """Return a ResNet's weights under MMDetection's names, which are also torchvision's names."""
     body = torchvision.models.get_model(name, weights=None)
     return {f"backbone.{k}": v for k, v in body.state_dict().items() if not k.startswith("fc.")}
 
@@ -77,7 +77,7 @@ def convolve(state, name, x, stride=1):
 
 
 def pyramid(state, images, stages):
-    """Compute the FPN from a checkpoint's own names, on torchvision's ResNet."""
+    """Compute the FPN from the checkpoint's entries, after torchvision's ResNet."""
     body = torchvision.models.resnet50(weights=None).eval()
     body.load_state_dict(
         {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")},
@@ -97,7 +97,7 @@ def pyramid(state, images, stages):
 
 
 def roi_align(features, box, stride):
-    """RoIAlign with half-pixel alignment and adaptive sampling, in NumPy: 7 x 7 bins of a box."""
+    """Compute 7 x 7 bins by RoIAlign in NumPy, with half-pixel alignment and adaptive sampling."""
     features = features.numpy().astype(np.float64)
     x1, y1, x2, y2 = (side / stride - 0.5 for side in box)
     high, wide = (y2 - y1) / 7, (x2 - x1) / 7
@@ -154,7 +154,8 @@ def test_the_first_stage_classifies_boxes_as_an_independent_computation_does(tmp
                 x = (state[f"{name}.weight"].double() @ x + state[f"{name}.bias"].double()).relu()
             name = "roi_head.bbox_head.0.fc_cls"
             logits = state[f"{name}.weight"].double() @ x + state[f"{name}.bias"].double()
-            rows.append(torch.cat([logits[-1:], logits[:-1]]))  # the background is last there
+            # The background is the last class there.
+            rows.append(torch.cat([logits[-1:], logits[:-1]]))
     torch.testing.assert_close(found.double(), torch.stack(rows), rtol=1e-3, atol=1e-4)
 
 

@@ -1,4 +1,4 @@
-"""Tests that the segmentation networks are the published ones, and dilated to their stride."""
+"""Tests that the segmentation networks are the published ones, with the right dilation."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The Cityscapes recipes say what the paper says, and run with their real networks."""
+"""Tests that the Cityscapes recipes have the paper's settings, and run with their real networks."""
 
 import gzip
 import json
@@ -18,12 +18,12 @@ from torchvision.transforms import v2
 import composition
 from lightning_dist.data.segmentation_base import RandomScale
 
-# The settings of the paper, written down apart from conf/.
-RECIPES = {  # student, teacher, by the names of golden/state_dict_shapes.json.gz
+# The settings of the paper, written independently of conf/.
+RECIPES = {  # Student and teacher, under their names in golden/state_dict_shapes.json.gz
     "cityscapes/deeplabv3_r101_deeplabv3_r18": ("deeplabv3_resnet18", "deeplabv3_resnet101"),
     "cityscapes/deeplabv3_r101_pspnet_r18": ("psp_resnet18", "deeplabv3_resnet101"),
 }
-MEAN = [104.00698793, 116.66876762, 122.67891434]  # blue, green, red in 0..255
+MEAN = [104.00698793, 116.66876762, 122.67891434]  # Blue, green and red in 0..255
 OFFLINE = ["student.backbone_weights=null"]
 UNTAUGHT = [*OFFLINE, "teacher.weights=null"]
 
@@ -41,7 +41,7 @@ def built(config: DictConfig) -> Any:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small tree in Cityscapes' layout."""
+    """Write a small data set in Cityscapes' layout."""
     folder, rng = tmp_path_factory.mktemp("cityscapes"), np.random.default_rng(0)
     for split, count in (("train", 4), ("val", 1)):
         for number in range(count):

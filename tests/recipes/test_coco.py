@@ -1,4 +1,4 @@
-"""The COCO recipes say what the paper says, and run with their real student networks."""
+"""Tests that the COCO recipes have the paper's settings, and run with their real students."""
 
 import json
 import math
@@ -17,11 +17,11 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import composition
 
-# shared/PAPER.md, section 3, written down apart from conf/.
+# The settings of shared/PAPER.md, section 3, written independently of conf/.
 TWO, ONE = "coco/fasterrcnn_x101_r50", "coco/retinanet_x101_r50"
 RECIPES = [TWO, f"{TWO}_mimic", ONE, f"{ONE}_mimic"]
 LR = {TWO: 0.02, ONE: 0.01}
-UPDATES = 7330  # of 16 of the 117,266 training images that have boxes
+UPDATES = 7330  # Batches of 16 of the 117,266 training images that have boxes
 OFFLINE = ["student.weights_backbone=null", "teacher.weights=null"]
 
 every_recipe = pytest.mark.parametrize("recipe", RECIPES)
@@ -32,7 +32,7 @@ def composed(recipe: str, *overrides: str) -> DictConfig:
 
 
 def built(config: DictConfig) -> Any:
-    """The module, without memory for its networks' weights."""
+    """Build the module on the meta device, without memory for the weights."""
     with torch.device("meta"):
         student = instantiate(config.student)
         teacher = instantiate(config.teacher) if config.distill.teacher else None
@@ -69,7 +69,7 @@ def test_networks_are_those_of_the_paper(recipe):
 
 
 def test_the_stem_and_the_first_stage_are_frozen_and_batch_norms_hold(tmp_path, monkeypatch):
-    """With weights for the backbone, as the recipes have them; here they are random ones."""
+    """The recipes load weights for the backbone; here they are random."""
     weights = _resnet50().state_dict()
     monkeypatch.setattr(
         "torchvision.models.resnet.ResNet50_Weights.get_state_dict", lambda *_, **__: weights
@@ -150,7 +150,7 @@ def test_losses_batch_and_processes_are_the_papers(recipe):
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small tree in COCO's layout."""
+    """Write a small data set in COCO's layout."""
     folder, rng = tmp_path_factory.mktemp("coco"), np.random.default_rng(0)
     (folder / "annotations").mkdir()
     for split, count in (("train2017", 4), ("val2017", 1)):
@@ -178,7 +178,7 @@ def test_two_steps_run_with_the_real_students(recipe, root, make_trainer):
     config = composed(
         recipe,
         *OFFLINE,
-        # 0.4 GB of weights: a smaller one of the same kind teaches
+        # Its weights have 0.4 GB, so a smaller network of the same kind is the teacher.
         "teacher.network.backbone=resnet50",
         *("trainer=cpu", "student.min_size=96", "student.max_size=128"),
         *(f"data.root={root}", "data.global_batch_size=2", "data.num_workers=0"),

@@ -1,4 +1,4 @@
-"""Every recipe says what the paper says, and runs with its real networks."""
+"""Tests that every recipe has the paper's settings, and runs with its real networks."""
 
 import copy
 import gzip
@@ -44,7 +44,7 @@ def composed(recipe: str, *overrides: str) -> DictConfig:
 
 
 def offline(recipe: str) -> list[str]:
-    """Overrides that keep the teacher's weights out."""
+    """Return overrides with which the teacher's weights are not loaded."""
     pretrained = [] if recipe.startswith("cifar100") else ["teacher.pretrained=false"]
     return [*pretrained, "teacher.weights=null"]
 
@@ -59,16 +59,16 @@ def expected(recipe: str) -> SimpleNamespace:
 
 
 def built(config: DictConfig, **others: Any) -> Any:
-    """The module with student and teacher (or others), without memory for their weights."""
+    """Build the module of a config on the meta device, without memory for the weights."""
     with torch.device("meta"):
         return instantiate(config.module, **others)
 
 
-# The data sets, small, in their own formats
+# The data sets, in a small size and in their own formats
 
 
 def write_cifar(root: Path, patch: pytest.MonkeyPatch) -> None:
-    """CIFAR-100's pickles, with md5 sums that torchvision takes for the right ones."""
+    """Write small CIFAR-100 files, and make torchvision accept their md5 sums."""
     folder, rng = root / CIFAR100.base_folder, np.random.default_rng(0)
     folder.mkdir(parents=True)
 
@@ -115,7 +115,7 @@ def write_tiny_imagenet(root: Path) -> None:
 
 @pytest.fixture(scope="module")
 def roots(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
-    """The folder of each kind of data."""
+    """Write a data set of each kind, and return their folders."""
     folder = tmp_path_factory.mktemp("data")
     roots = {kind: folder / kind for kind in ("cifar", "imagenet", "tiny")}
     with pytest.MonkeyPatch.context() as patch:
@@ -125,7 +125,7 @@ def roots(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]
         yield roots
 
 
-# Field by field
+# The settings, one by one
 
 
 def test_every_recipe_of_the_paper_has_an_experiment_and_no_other_does():
@@ -189,8 +189,8 @@ def test_dropout_and_drop_path_are_those_of_the_paper(recipe):
 
 
 def paper_lr(lr: dict[str, Any], epochs: int, update: int) -> float:
-    """The learning rate of an optimizer update by the paper's rule."""
-    time = Fraction(update, UPDATES_PER_EPOCH)  # in epochs, exactly
+    """Return the learning rate of an optimizer update by the paper's rule."""
+    time = Fraction(update, UPDATES_PER_EPOCH)  # The epoch as an exact fraction
     warmup = lr.get("warmup", 0)
     if time < warmup:
         return lr["start"] + (lr["base"] - lr["start"]) * float(time / warmup)
@@ -203,7 +203,7 @@ def paper_lr(lr: dict[str, Any], epochs: int, update: int) -> float:
 
 
 def on_a_stub(module: Any) -> SimpleNamespace:
-    """Attach what a module asks its Trainer for while it steps a schedule."""
+    """Give a module a stand-in for the Trainer, with the attributes that its schedule needs."""
     trainer = SimpleNamespace(
         fit_loop=SimpleNamespace(setup_data=lambda: None),
         num_training_batches=UPDATES_PER_EPOCH,
@@ -212,7 +212,7 @@ def on_a_stub(module: Any) -> SimpleNamespace:
         current_epoch=0,
     )
     module.trainer = trainer
-    return trainer  # the module holds it weakly
+    return trainer  # Return it, because the module has only a weak reference to it.
 
 
 @every_recipe
@@ -227,7 +227,7 @@ def test_learning_rate_is_the_papers_at_every_update_of_the_run(recipe):
         rate = paper_lr(paper.lr, paper.epochs, update)
         for group in optimizer.param_groups:
             assert math.isclose(group["lr"], rate, rel_tol=1e-9), f"update {update}"
-        optimizer._opt_called = True  # torch warns where the optimizer was never stepped
+        optimizer._opt_called = True  # Otherwise torch warns that the optimizer was never stepped.
         trainer.global_step += 1
         trainer.current_epoch = update // UPDATES_PER_EPOCH
         if plan["interval"] == "step" or (update + 1) % UPDATES_PER_EPOCH == 0:
@@ -248,7 +248,7 @@ def kind_of(network: nn.Module) -> dict[int, str]:
 def test_optimizer_and_weight_decay_are_the_papers(recipe):
     paper = expected(recipe)
     module = built(composed(recipe, "distill=none"))
-    trainer = on_a_stub(module)  # held here: the module's own hold is weak
+    trainer = on_a_stub(module)  # Keep a reference, because the module's own reference is weak.
     assert trainer is not None
     optimizer = module.configure_optimizers()["optimizer"]
     assert type(optimizer).__name__ == paper.optimizer["name"]
@@ -340,7 +340,7 @@ def test_images_are_prepared_as_in_the_paper(recipe, roots):
     assert (resize.size, tuple(centre.size)) == (settings["resize"], (size, size))
 
 
-# The tables
+# The tables of the paper
 
 
 @pytest.mark.parametrize("table", TABLES)
@@ -366,7 +366,7 @@ def test_the_docs_give_the_command_of_every_recipe_and_table():
         assert f"lightning-dist train -m +sweep={table}`" in text
 
 
-# Two steps of each
+# Two steps of each recipe
 
 
 @pytest.mark.slow
@@ -381,7 +381,8 @@ def test_two_steps_run_with_the_real_networks(recipe, roots, make_trainer):
         f"data.global_batch_size={batch}",
         "data.num_workers=0",
     ]
-    if "swin_l" in recipe:  # 0.8 GB of weights: its little sister teaches
+    # The teacher's weights have 0.8 GB, so a smaller network of its family is the teacher.
+    if "swin_l" in recipe:
         overrides.append("teacher.source=timm/swin_tiny_patch4_window7_224")
     config = composed(recipe, *overrides)
     module = instantiate(config.module)
@@ -404,7 +405,7 @@ def test_two_steps_run_with_the_real_networks(recipe, roots, make_trainer):
     assert not any(after[name].equal(before[name]) for name in (stem, head))
 
 
-# The trajectory
+# The trajectory of the weights
 
 
 @pytest.mark.slow
@@ -412,8 +413,9 @@ def test_two_steps_run_with_the_real_networks(recipe, roots, make_trainer):
     ("lr", "free"),
     [
         pytest.param(5e-5, True, id="the-rate-after-epoch-210"),
-        # From random weights at this rate rounding errors grow tenfold a step, in any program: so
-        # each step starts anew from Lightning's weights, and its new weights are compared too.
+        # With random weights and this learning rate, rounding errors grow tenfold in each step, in
+        # any program. So each step starts from Lightning's weights, and its new weights are
+        # compared as well.
         pytest.param(0.05, False, id="the-first-rate-step-by-step"),
     ],
 )

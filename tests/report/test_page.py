@@ -35,7 +35,7 @@ EVIL = [
     "$\\frac{$",
     "a\x00\x1b[2Jb\ud800\u202ec",
 ]
-SHOWN = [*EVIL[:-1], r"a\x00\x1b[2Jb\ud800\u202ec"]  # control characters as escapes
+SHOWN = [*EVIL[:-1], r"a\x00\x1b[2Jb\ud800\u202ec"]  # Control characters are escaped.
 
 
 class Page(HTMLParser):
@@ -59,7 +59,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="session")
 def put_log(put_run: PutRun) -> PutRun:
-    """Write a run with a log as Lightning's CSV logger writes it, of two epochs."""
+    """Write a run with a log of two epochs, as Lightning's CSV logger writes it."""
 
     def put(folder: Path, *overrides: str, name: str = "val/accuracy", **fields: Any) -> Path:
         put_run(folder, *overrides, **fields)
@@ -107,7 +107,7 @@ def compared(folder: Path) -> list[tuple[str, str, int, float | None, float | No
 
 def test_settings_are_compared_by_a_t_test_paired_by_seed(tmp_path: Path, put_run: PutRun) -> None:
     none, dist = [0.81, 0.86, 0.83], [0.84, 0.91, 0.85]
-    # In another order, and one more seed, which failed on the other side.
+    # The seeds have another order, and there is one more seed, which failed on the other side.
     for seed in (2, 0, 1):
         put_run(tmp_path / f"n{seed}", "distill=none", f"seed={seed}", metrics=of(none[seed]))
     put_run(tmp_path / "n7", "distill=none", "seed=7", metrics=of(0.1))
@@ -146,7 +146,8 @@ def test_pairs_that_cannot_be_tested_say_why(
     assert (found, p, said) == (seeds, None, reason)
     write_page(read_runs(tmp_path), tmp_path / "page.html")
     text = Page(tmp_path / "page.html").text
-    several = min(len(first), len(second)) > 1  # otherwise no other setting can be its partner
+    # Otherwise no other setting can be compared with it.
+    several = min(len(first), len(second)) > 1
     assert (reason if several else "results of fewer than 2 seeds: 2 settings") in text
 
 
@@ -255,7 +256,7 @@ def test_runs_that_diverged_or_failed_do_not_break_the_page(
 
 @pytest.fixture(scope="module")
 def evil(tmp_path_factory: pytest.TempPathFactory, put_log: PutRun) -> Path:
-    """Write the page of runs with hostile text wherever text comes from a user or a file."""
+    """Write the page of runs with hostile text wherever a text comes from a user or a file."""
     tmp_path = tmp_path_factory.mktemp("runs")
     for number, text in enumerate(EVIL):
         for seed in range(2):
@@ -365,14 +366,14 @@ def test_a_browser_sorts_the_tables_and_shows_the_plots(
     by_name = [["w9", "none"], ["w9", "dist"], ["w10", "none"], ["w10", "dist"]]
     assert [column(browser, "groups", i) for i in (1, 2)] == [list(x) for x in zip(*by_name)]  # noqa: B905
 
-    # Natural order of text, then the other way round; the rest of a row goes along.
+    # First the natural order of text, then the reverse order; the whole row moves.
     assert clicked(browser, "groups", "net") == ["w9", "w9", "w10", "w10"]
     assert header(browser, "groups", "net")[0].get_attribute("aria-sort") == "ascending"
     assert clicked(browser, "groups", "net") == ["w10", "w10", "w9", "w9"]
     assert header(browser, "groups", "net")[0].get_attribute("aria-sort") == "descending"
     assert column(browser, "groups", 2) == ["none", "dist", "none", "dist"]
 
-    # Numbers as numbers; a run without one comes last, whichever way.
+    # Numbers are sorted as numbers; a run without a number is last in both orders.
     rising = clicked(browser, "runs", "test/accuracy")
     assert rising[-1] == "-"
     assert [float(x) for x in rising[:-1]] == sorted(float(x) for x in rising[:-1])
@@ -403,7 +404,7 @@ def test_a_browser_sorts_the_tables_and_shows_the_plots(
     failed = browser.find_element(By.ID, "failed").text
     assert f"{sweep / '12'}: out of memory" in failed
 
-    # The setting that is pointed at stands out.
+    # The setting under the pointer is highlighted.
     browser.execute_script("document.querySelector('.legend li').focus()")
     faded = browser.find_elements(By.CSS_SELECTOR, "figure.curves .faded")
     assert {element.get_attribute("data-group") for element in faded} == {"1", "2", "3"}
@@ -420,4 +421,5 @@ def test_a_browser_runs_nothing_that_a_name_holds(browser: webdriver.Chrome, evi
     assert len(browser.find_elements(By.TAG_NAME, "script")) == 1
     _, number = header(browser, "runs", "command")
     assert set(SHOWN) <= set(column(browser, "runs", number))
-    assert browser.get_log("browser") == []  # nor did its policy have to stop anything
+    # The page's policy did not have to block a request either.
+    assert browser.get_log("browser") == []

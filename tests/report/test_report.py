@@ -1,4 +1,4 @@
-"""Tests that reports show the runs' results, whatever characters their names have."""
+"""Tests that reports contain the runs' results, even with unusual characters in names."""
 
 import csv
 import os
@@ -197,7 +197,7 @@ def test_failed_runs_are_listed_with_their_reason_and_stay_out_of_the_mean(
     mean = group_runs(runs)[2].summary("test/accuracy")
     assert mean is not None
     assert mean.numbers == ACCURACY["dist"]
-    text = "".join(shown(table).split())  # the caption is as wide as the table: lines break
+    text = "".join(shown(table).split())  # The caption is as wide as the table, so its lines break.
     assert f"failed:{sweep / '9'}:outof\\nmemory" in text
     assert f"failed:{sweep / '10'}:noreasongiven" in text
     assert [text.get_text() for text in plot_runs(runs).axes[0].texts] == ["no result"]
@@ -242,7 +242,7 @@ def test_markup_and_control_characters_in_names_are_shown_not_obeyed(
     put_run(tmp_path / "[blue]2", **bad | {"status": "failed", "error": markup})
     table = write_report(tmp_path)
     text = shown(table)
-    assert text.count(markup) == 3  # a value, a column name and a reason
+    assert text.count(markup) == 3  # The hostile texts are a value, a column name and a reason.
     assert "[red]key" in text
     assert "[blue]2" in text
     assert "\x1b" not in text
@@ -272,7 +272,7 @@ def test_plot_shows_each_run_and_the_mean_with_error_bar(sweep: Path) -> None:
     assert axes.get_title() == "test/accuracy"
     assert axes.get_title(loc="left") == "distill"
     assert tick_labels(axes.figure) == list(ACCURACY)  # type: ignore[arg-type]
-    assert axes.yaxis_inverted()  # the first group on top, as in the table
+    assert axes.yaxis_inverted()  # The first group is on top, as in the table.
     dots = [list(line.get_xdata()) for line in axes.lines if line.get_marker() == "o"]
     assert dots == list(ACCURACY.values())
     for bar, (row, numbers) in zip(axes.containers, enumerate(ACCURACY.values()), strict=True):
@@ -315,7 +315,7 @@ def test_write_report_fills_the_first_folder_or_out(
     written = ["report.csv", "report.html", "report.png"]
     assert sorted(os.listdir(tmp_path / "new" / "out")) == written
     image = matplotlib.image.imread(tmp_path / "new" / "out" / "report.png")
-    assert image.std() > 0.05  # something is drawn
+    assert image.std() > 0.05  # The plot is not empty.
 
 
 def test_folder_without_runs_is_an_error_that_says_what_is_missing(sweep: Path) -> None:
@@ -393,7 +393,7 @@ def test_unknown_metric_is_an_error_that_lists_the_known(
 
 
 def test_import_leaves_slow_packages_alone() -> None:
-    # Beside an empty parent: torchmetrics, which the package imports, imports matplotlib.
+    # torchmetrics, which the package imports, imports matplotlib; so compare with an empty parent.
     code = """
 import sys, types
 parent = sys.modules["lightning_dist"] = types.ModuleType("lightning_dist")

@@ -1,4 +1,4 @@
-"""Tests that a run which is interrupted, or cannot write, loses nothing."""
+"""Tests that a run that is interrupted, or that cannot write a file, loses nothing."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def dropout_module() -> DistillModule:
 
 @pytest.fixture
 def fit(make_trainer: Callable[..., L.Trainer], tmp_path: Path) -> Callable[..., DistillModule]:
-    """Train a student with dropout for two epochs of 21 batches; its checkpoints and curves."""
+    """Return a function that trains a student with dropout for two epochs of 21 batches."""
 
     def run(name: str, *callbacks: Callback, resume: bool = False, **kwargs: object):
         module = dropout_module()
@@ -58,7 +58,7 @@ def fit(make_trainer: Callable[..., L.Trainer], tmp_path: Path) -> Callable[...,
 
 @pytest.fixture(scope="module")
 def whole_runs() -> dict[str, tuple[dict, str]]:
-    """Weights and curves of runs that are not interrupted, by their limits."""
+    """Return the weights and curves of uninterrupted runs, by their limits."""
     return {}
 
 
@@ -81,7 +81,7 @@ def test_a_run_that_is_told_to_stop_resumes_to_the_last_bit(
     assert stopped.value.code == status
     assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == before
     saved = torch.load(tmp_path / "stopped" / "last.ckpt", weights_only=True)
-    assert saved["global_step"] == batch + 1  # the batch that ran was not lost
+    assert saved["global_step"] == batch + 1  # The batch that was running was not lost.
     resumed = fit("stopped", resume=True, **limits)
     for name, value in weights.items():
         assert torch.equal(resumed.state_dict()[name], value)
@@ -122,10 +122,11 @@ def test_a_second_ctrl_c_does_not_wait(fit):
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(SystemExit) as stopped:  # Lightning's end of a KeyboardInterrupt
+    # Lightning ends the process after a KeyboardInterrupt.
+    with pytest.raises(SystemExit) as stopped:
         fit("run", Twice())
     assert stopped.value.code == 1
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning leaves it ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning leaves the signal ignored.
 
 
 def test_a_run_without_checkpoints_stops_and_says_that_nothing_is_saved(make_trainer, caplog):
@@ -151,7 +152,7 @@ def test_rewound_curves_keep_the_rows_before_a_step_and_their_columns(tmp_path):
     logger.save()
     path = tmp_path / "run" / "metrics.csv"
     with path.open("a") as file:
-        file.write("1,")  # a write that was cut off
+        file.write("1,")  # A part of a write that was interrupted
     again = ResumableCSVLogger(tmp_path, "run", version="")
     again.rewind(2)
     assert path.read_text() == "loss,step\n0,0\n1,1\n"
@@ -208,7 +209,8 @@ def test_a_run_without_a_batch_before_its_epochs_last_one_stops_too(fit, tmp_pat
 
 
 def test_an_interruption_and_the_end_of_an_epoch_save_under_one_name(make_trainer, tmp_path):
-    saver = ModelCheckpoint(tmp_path, save_last=True)  # which numbers a name that is taken
+    # ModelCheckpoint adds a number if the name exists.
+    saver = ModelCheckpoint(tmp_path, save_last=True)
     trainer = make_trainer(
         enable_checkpointing=True, callbacks=[saver, ExactResume(), Send(signal.SIGTERM, 3)]
     )
@@ -242,7 +244,7 @@ def test_a_run_that_was_killed_in_its_test_resumes_to_the_same(command, tmp_path
     folder = tmp_path / "run"
     result, curves = json.loads((folder / "result.json").read_text()), folder / "logs/metrics.csv"
     before = curves.read_text()
-    curves.write_text(before[: before.rindex("\n", 0, -1) + 1])  # without the test's row
+    curves.write_text(before[: before.rindex("\n", 0, -1) + 1])  # The row of the test is left out.
     (folder / "result.json").write_text(json.dumps(result | {"status": "failed"}))
     command(*QUICK, *options, "resume=true")
     assert json.loads((folder / "result.json").read_text())["metrics"] == result["metrics"]
@@ -258,7 +260,7 @@ def test_interrupted_processes_resume_to_the_last_bit(processes, tmp_path):
 
 @pytest.fixture
 def start_sweep(processes, tmp_path) -> Callable[..., subprocess.Popen]:
-    """Start a sweep of runs that do not end by themselves, and wait until the first one trains."""
+    """Start a sweep of endless runs, and wait until the first one trains."""
 
     def start(*options: str) -> subprocess.Popen:
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}

@@ -1,4 +1,4 @@
-"""Tests of the detection task: losses on the class logits, parts asked of the teacher, mAP."""
+"""Tests of the detection task: losses on the class logits, inputs of the teacher's parts, mAP."""
 
 import contextlib
 import copy
@@ -27,7 +27,7 @@ SMALL = {"num_classes": CLASSES, "image_size": 48}
 
 
 def sure(detector, path, std=0.3):
-    """A new detector is never sure of a class; one with larger weights is, as after training."""
+    """Increase the weights of a new detector, so that its scores are high, as after training."""
     nn.init.normal_(detector.get_submodule(path).weight, std=std)
     return detector
 
@@ -53,10 +53,10 @@ def data():
 
 
 def calibrated(detector, data):
-    """The detector with its batch norms' statistics of the data, as after training."""
+    """Set the statistics of the batch norms from the data, as after training."""
     norms = [m for m in detector.modules() if isinstance(m, nn.BatchNorm2d)]
     for norm in norms:
-        norm.momentum = None  # the plain mean
+        norm.momentum = None  # None selects the plain mean.
     images, targets = next(iter(data.train_dataloader()))
     with torch.no_grad():
         detector.train()(images, targets)
@@ -73,7 +73,7 @@ def make_module(kind, teacher=None, student=None, **options):
 
 
 class Inputs(Callback):
-    """Keeps the student's class logits and what its parts were called with, of the first step."""
+    """A callback that stores the first step's class logits of the student and its parts' inputs."""
 
     def __init__(self, *paths):
         self.paths = paths
@@ -154,7 +154,7 @@ def test_dist_takes_the_activation_of_the_head_unless_one_is_chosen(kind):
 @both
 def test_a_student_that_is_its_teacher_has_no_distillation_loss(kind, data, make_trainer):
     student = calibrated(BUILD[kind](4, 8, 8), data)
-    if kind == "two":  # so sure that the formula's eps is nothing beside the deviations
+    if kind == "two":  # The logits differ so much that the eps of the formula is negligible.
         sure(student, "roi_heads.box_predictor.cls_score", std=3.0)
     module = make_module(
         kind,
@@ -277,7 +277,7 @@ def test_a_class_map_of_the_teachers_own_is_refused():
 
 
 def reference_map(predictions, targets):
-    """COCO's mAP by pycocotools, from plain lists."""
+    """Compute COCO's mAP with pycocotools, from plain lists."""
     coco = pytest.importorskip("pycocotools.coco")
     from pycocotools.cocoeval import COCOeval
 
@@ -312,7 +312,7 @@ def reference_map(predictions, targets):
 
 
 class Oracle(nn.Module):
-    """A detector that finds what is there, but for noise that its input decides."""
+    """A detector that finds the true boxes, with noise that depends on its input."""
 
     def __init__(self, targets_of):
         super().__init__()

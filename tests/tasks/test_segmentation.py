@@ -19,7 +19,7 @@ CLASSES = 5
 
 
 class TwoHeads(nn.Module):
-    """Logits at a quarter of the resolution, as torchvision's networks name them."""
+    """A network that returns logits at a quarter of the resolution, named as in torchvision."""
 
     def __init__(self, width=6, aux=True):
         super().__init__()
@@ -86,7 +86,7 @@ def test_without_an_auxiliary_head_of_both_there_is_one_term(make_trainer, loade
 
 
 def confusion(pairs):
-    """Rows are masks, columns predictions, without torchmetrics."""
+    """Compute the confusion matrix without torchmetrics: masks in rows, predictions in columns."""
     table = np.zeros((CLASSES, CLASSES), dtype=np.int64)
     for predicted, mask in pairs:
         kept = mask != 255
@@ -95,7 +95,7 @@ def confusion(pairs):
 
 
 def test_miou_and_accuracy_are_those_of_the_whole_sets_confusion_matrix(make_trainer, loader):
-    loader.dataset.tensors[1][loader.dataset.tensors[1] == 4] = 3  # a class that does not occur
+    loader.dataset.tensors[1][loader.dataset.tensors[1] == 4] = 3  # Class 4 does not occur.
     module = make_module()
     with torch.no_grad():
         module.student.classifier.bias[4] = -100.0
@@ -123,7 +123,7 @@ def test_windows_cover_the_image_and_average_where_they_overlap():
     seen = torch.zeros(1, 1, 20, 30)
 
     class Count(nn.Module):
-        """Returns its input, and notes which pixels it saw."""
+        """A network that returns its input, and stores its pixels."""
 
         classifier = nn.Identity()
 

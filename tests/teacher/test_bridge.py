@@ -1,4 +1,4 @@
-"""The bridge: what a teacher sees of the batch, and which of its classes are the student's."""
+"""Tests of the bridge, which converts the teacher's input images and output classes."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from normalisation import MEAN, OURS, STD, as_student, raw_images
 
 
 class Records(nn.Module):
-    """Answers with what it was given."""
+    """A network that stores and returns its input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ def seen_by(bridge: InputBridge, *args, **kwargs):
 
 @pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
 def test_noise_is_resized_as_pillow_does(mode):
-    """On black and white noise bicubic interpolation overshoots, which Pillow clips."""
+    """On black and white noise, bicubic interpolation overshoots, and Pillow clips the values."""
     pixels = 255 * torch.randint(0, 2, (3, 24, 24), dtype=torch.uint8)
     size, way = (31, 17), Image.Resampling[mode.upper()]
     expected = pil_to_tensor(to_pil_image(pixels).resize(size[::-1], way)) / 255
@@ -49,7 +49,7 @@ def test_values_beyond_black_and_white_are_not_clipped():
 @pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("size", [13, (5, 6), 8])
 def test_the_bridge_gives_what_the_teachers_own_transform_would(mode, size):
-    raw = 0.3 + 0.4 * raw_images()  # no overshoot leaves 0..1
+    raw = 0.3 + 0.4 * raw_images()  # No value is outside 0..1 after an overshoot.
     bridge = InputBridge(MEAN, STD, **OURS, size=size, interpolation=mode)
     (seen,) = seen_by(bridge, as_student(raw))
     shape = [size, size] if isinstance(size, int) else size

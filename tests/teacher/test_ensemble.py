@@ -1,4 +1,4 @@
-"""EnsembleTeacher: the mean of several teachers, alone, in a run and from a config."""
+"""Tests of EnsembleTeacher: the mean of several teachers, alone, in a run and from a config."""
 
 import copy
 import pickle
@@ -106,7 +106,7 @@ def test_hydra_builds_an_ensemble_with_bridges_and_class_names():
     )
 
 
-# In a run
+# The ensemble in a run
 
 
 class Trains(L.LightningModule):

@@ -1,4 +1,4 @@
-"""load_teacher: names of timm and torchvision, factories, weights from files, and refusals."""
+"""Tests of load_teacher: names of timm and torchvision, factories, weight files, and refusals."""
 
 import pickle
 
@@ -91,7 +91,7 @@ def test_a_torchvision_network_without_weights_downloads_no_backbone(hub, monkey
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_, **__: pytest.fail("download"))
     name = "torchvision/lraspp_mobilenet_v3_large"
     teacher = load_teacher(name, pretrained=False, num_classes=5, class_map=[4, 0], **OURS)
-    assert teacher.inputs.size is None  # such a network takes any size
+    assert teacher.inputs.size is None  # Such a network takes images of any size.
     assert teacher(as_student(raw_images(32, 32)))["out"].shape == (2, 2, 32, 32)
 
 

@@ -1,4 +1,4 @@
-"""A teacher that FSDP2 divides among processes; here there is one, and two in test_distributed."""
+"""Tests of a teacher that FSDP2 shards, with one process; test_distributed has two processes."""
 
 import pytest
 import torch

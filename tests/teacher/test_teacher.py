@@ -1,4 +1,4 @@
-"""Teacher: a network that stays frozen, and answers in the classes of the student."""
+"""Tests of Teacher: the network stays frozen, and its logits have the student's classes."""
 
 import copy
 import pickle
@@ -68,7 +68,7 @@ def test_a_class_map_that_does_not_fit_is_refused():
         Teacher(Answers("text"), class_map=[0])(torch.rand(1))
 
 
-# What holds for every teacher
+# Tests that every teacher must pass
 
 
 def every_kind() -> list[Teacher]:

@@ -1,4 +1,4 @@
-"""StudentEMA: averaged weights, evaluated beside the student's own."""
+"""Tests of StudentEMA: averaged weights, evaluated in addition to the student's own weights."""
 
 import copy
 import functools
@@ -82,7 +82,7 @@ def test_the_average_is_neither_trained_nor_does_it_change_training(make_trainer
 
 @pytest.fixture
 def checkpoint(make_trainer, loader, tmp_path):
-    """A checkpoint after one epoch with an average."""
+    """Return a checkpoint after one epoch with an average."""
     torch.manual_seed(0)
     trainer = make_trainer(max_epochs=1, callbacks=[StudentEMA(0.9)])
     trainer.fit(make_module(), loader)
@@ -96,7 +96,8 @@ def test_a_resumed_run_continues_the_average(make_trainer, loader, checkpoint):
     make_trainer(max_epochs=2, callbacks=[StudentEMA(0.9)]).fit(whole, loader)
     torch.manual_seed(0)
     resumed = make_module()
-    nn.init.zeros_(resumed.student[0].weight)  # of both, for the average begins as a copy
+    # This changes the average as well, because it begins as a copy.
+    nn.init.zeros_(resumed.student[0].weight)
     trainer = make_trainer(max_epochs=2, callbacks=[StudentEMA(0.9)])
     trainer.fit(resumed, loader, ckpt_path=checkpoint)
     torch.testing.assert_close(resumed.student_ema.state_dict(), whole.student_ema.state_dict())
@@ -106,7 +107,8 @@ def test_a_checkpoint_of_any_callback_holds_the_average_of_its_step(make_trainer
     module = make_module()
     states = []
 
-    class Save(Callback):  # listed first, as a callback that saves where a signal has come
+    # This callback comes first in the list, like one that saves a checkpoint after a signal.
+    class Save(Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             trainer.save_checkpoint(tmp_path / "step.ckpt")
             saved = torch.load(tmp_path / "step.ckpt", weights_only=True)["state_dict"]

@@ -1,4 +1,4 @@
-"""Evaluation: how many samples a batch holds, and which of them are no copies."""
+"""Tests of evaluation: the number of samples in a batch, and the samples that are not copies."""
 
 from collections import namedtuple
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ def collated(n):
     return tuple(default_collate(samples))
 
 
-# Batches of the first n samples.
+# Batches of the first n samples
 BATCHES = {
     "tensors": lambda n: (IMAGES[:n], LABELS[:n]),
     "mappings": lambda n: ({"x": IMAGES[:n]}, {"a": LABELS[:n], "b": WEIGHTS[:n]}),
@@ -34,7 +34,7 @@ BATCHES = {
 
 @pytest.mark.parametrize("first", BATCHES.values(), ids=BATCHES)
 def test_the_copies_of_a_distributed_sampler_are_left_out(first):
-    """Of thirteen images the second of two ranks gets six and a copy: its last batch has two."""
+    """Rank 1 of two ranks gets six of 13 images and a copy, so its last batch has two images."""
     sampler = DistributedSampler(range(13), num_replicas=2, rank=1, shuffle=False)
     loader, batch = SimpleNamespace(sampler=sampler, batch_size=4), first(4)
     assert count_samples(batch[0]) == 4
@@ -44,7 +44,7 @@ def test_the_copies_of_a_distributed_sampler_are_left_out(first):
 
 @pytest.mark.parametrize("kind", [dict, tuple])
 def test_a_target_of_several_tensors_is_weighted_by_its_samples(make_trainer, kind):
-    """A mean of batches of 5 and 2 samples, whatever number of entries the target has."""
+    """The mean weights batches of 5 and 2 samples by these numbers, not by the target's entries."""
     inputs, labels, weights = torch.randn(7, 6), torch.randint(0, 4, (7,)), torch.rand(7)
 
     def collate(indices):

@@ -1,4 +1,4 @@
-"""The wrapped training step: in place during fit, gone afterwards, never in copies or pickles."""
+"""Tests of the wrapped training step: it exists only during fit, and never in copies or pickles."""
 
 import copy
 import pickle

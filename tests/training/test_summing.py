@@ -1,4 +1,4 @@
-"""The terms and their sum, from recorded outputs alone."""
+"""Tests of the terms and their sum, computed from recorded outputs alone."""
 
 from types import SimpleNamespace
 
@@ -58,7 +58,7 @@ def test_a_term_that_is_not_finite_names_its_side_or_is_left_out():
 
 def test_batches_of_one_sample_need_several_processes():
     x = torch.randn(1, 3, requires_grad=True)
-    for sync in (False, True):  # in one process there is nothing to synchronise with
+    for sync in (False, True):  # With one process, there is nothing to synchronise.
         with pytest.raises(MisconfigurationException, match="the batch has one sample"):
             summed({"a": Term(DISTLoss(sync=sync))}, {"": [x]}, {"": [x.detach()]})
 
