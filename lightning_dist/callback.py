@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from lightning_dist.checks import check_number
 from lightning_dist.losses import DISTLoss
 from lightning_dist.taps import find_submodule, recording
-from lightning_dist.teacher import TeacherBase, as_teacher
+from lightning_dist.teacher import TeacherBase, as_teacher, is_other_teacher
 from lightning_dist.terms import (
     Nonfinite,
     Term,
@@ -139,7 +140,7 @@ class DistillationCallback(Callback):
         self._refuse_second_callback(trainer)
         refuse_unmapped(self.terms, self.teacher.class_map)
         taps = [(term.teacher, term.output) for term in self.terms.values()]
-        self._attached = True
+        self._attached, self._fingerprint = True, None
         self.teacher.attach(trainer, pl_module, taps, self.inputs)
         if TermParameters.join(self.terms, pl_module):
             self._refuse_earlier_averaging(trainer)
@@ -171,11 +172,13 @@ class DistillationCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Remove everything from the module when ``fit`` fails."""
-        self._detach(pl_module)
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._detach(pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove everything from the module when ``fit`` ends."""
-        self._detach(pl_module)
+        if stage == "fit":  # not where a callback validates with another Trainer within fit
+            self._detach(pl_module)
 
     @property
     def state_key(self) -> str:
@@ -200,13 +203,10 @@ class DistillationCallback(Callback):
         """
         self.skipped = state_dict.get("skipped", 0)
         state = self.state_dict()
-        if (
-            self._step is not None
-            and state_dict.get("teacher", state["teacher"]) != state["teacher"]
-        ):
+        saved = state_dict.get("teacher", state["teacher"])
+        if self._step is not None and is_other_teacher(saved, state["teacher"]):
             rank_zero_warn(
-                f"this run was distilled from {state_dict['teacher']} and goes on with "
-                f"{state['teacher']}"
+                f"this run was distilled from {saved} and goes on with {state['teacher']}"
             )
         load_states(self.terms, state_dict["terms"], strict=self._step is not None)
 

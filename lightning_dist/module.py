@@ -19,7 +19,7 @@ from lightning_dist.checks import check_number
 from lightning_dist.losses import DISTLoss
 from lightning_dist.teacher import TeacherBase, as_teacher, shard_teacher
 from lightning_dist.terms import Nonfinite, Term, Weight
-from lightning_dist.training.averaging import make_room_for_average
+from lightning_dist.training.averaging import make_room_for_average, refuse_stale_average
 from lightning_dist.training.evaluation import (
     EvaluationMetrics,
     Metrics,
@@ -30,6 +30,7 @@ from lightning_dist.training.optimization import (
     build_optimizer,
     build_scheduler,
     is_plateau,
+    refuse_wrong_mode,
     step_scheduler,
 )
 
@@ -200,7 +201,7 @@ class DistillModule(LightningModule):
     def _update(self, batch: Any, network: nn.Module, metrics: EvaluationMetrics) -> None:
         """Update and log the metrics of one network."""
         inputs, target = batch
-        count = count_samples(inputs)
+        count = count_samples(inputs, target)
         if count:
             output = self.infer(network, inputs)
             metrics.collection.update(output, target)
@@ -254,6 +255,10 @@ class DistillModule(LightningModule):
         """Create an average of the student to load into, if the checkpoint contains one."""
         make_room_for_average(self, checkpoint)
 
+    def on_fit_start(self) -> None:
+        """Refuse to train a student whose average nothing would update."""
+        refuse_stale_average(self)
+
     def configure_model(self) -> None:
         """Shard the student, and with ``shard_teacher`` also the teacher, if FSDP2 is used.
 
@@ -292,6 +297,7 @@ class DistillModule(LightningModule):
         scheduler = build_scheduler(self.scheduler, optimizer, self._updates_per_epoch)
         settings = {"scheduler": scheduler, "interval": self.scheduler_interval}
         if is_plateau(scheduler):
+            refuse_wrong_mode(scheduler, self.scheduler_monitor)
             settings |= {"reduce_on_plateau": True, "monitor": self.scheduler_monitor}
         return {"optimizer": optimizer, "lr_scheduler": settings}
 

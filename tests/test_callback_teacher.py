@@ -309,4 +309,122 @@ def test_a_run_that_resumes_with_another_teacher_is_warned_with_both(make_traine
     other = teacher_net()
     other[0].bias.data[0] += 1
     (message,) = resume(other)
-    assert message.count("Teacher(Sequential), 136 numbers, checksum ") == 2
+    assert message.count("Teacher(Sequential), 136 numbers of torch.float32, checksum ") == 2
+
+
+# What a review found
+
+
+@pytest.mark.parametrize(("weight", "nonfinite"), [(1.0, "skip"), (0.0, "raise")])
+def test_a_part_that_overflows_does_not_reach_the_student(make_trainer, weight, nonfinite):
+    class Module(Plain):
+        """A part that only distillation trains, and which overflows."""
+
+        def __init__(self):
+            super().__init__()
+            self.extra, self.identity = nn.Linear(6, 4), nn.Identity()
+
+        def training_step(self, batch, batch_idx):
+            self.identity((1000 * self.extra(batch[0])).exp())
+            return super().training_step(batch, batch_idx)
+
+    terms = {"extra": Term(F.mse_loss, weight, student="identity")}
+    options = {"terms": terms, "nonfinite": nonfinite, "inputs": {"net": ""}}
+    callback = DistillationCallback(teacher_net(), student="", **options)
+    module, _ = fitted(make_trainer, callback, module=Module)
+    assert all(x.isfinite().all() for x in module.parameters())
+    torch.testing.assert_close(
+        module.net.state_dict(), fitted(make_trainer)[0].net.state_dict(), rtol=0, atol=0
+    )
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_teacher_that_writes_leaves_the_batch_of_a_compiled_module_alone(make_trainer, backend):
+    teacher = teacher_net(nn.ReLU(inplace=True))
+    eager, _ = fitted(make_trainer, DistillationCallback(teacher))
+    trainer = make_trainer(callbacks=[DistillationCallback(teacher)])
+    trainer.fit(torch.compile(module := Plain(), backend=backend))
+    torch.testing.assert_close(module.state_dict(), eager.state_dict(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_member_of_an_ensemble_that_writes_leaves_the_next_ones_alone():
+    members = [teacher_net(nn.ReLU(inplace=True)), teacher_net()]
+    x = torch.randn(5, 6)
+    expected = sum(member(x.clone()) for member in members) / 2
+    ensemble = EnsembleTeacher(members, mean="logits")
+    for _ in range(3):
+        torch.testing.assert_close(ensemble(x), expected)
+
+
+def test_a_class_map_applies_to_another_entry_of_the_teachers_output(make_trainer):
+    class Two(nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            logits = self.net(x)
+            return {"out": logits, "aux": 2 * logits}
+
+    class Module(Plain):
+        def __init__(self):
+            super().__init__()
+            self.net = Two(self.net)
+
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self.net(batch[0])["out"], batch[1])
+
+    values = set()
+    for class_map in (None, [3, 2, 1, 0], [0, 0, 0, 0]):
+        teacher = Teacher(Two(teacher_net()), class_map=class_map)
+        callback = DistillationCallback(teacher, output="aux")
+        _, trainer = fitted(make_trainer, callback, module=Module, max_steps=1)
+        values.add(trainer.callback_metrics["train/distill"].item())
+    assert len(values) == 3
+
+
+class Batch(dict):
+    """A mapping that torch does not take for a container."""
+
+
+def test_inputs_in_a_container_of_another_class_are_protected(make_trainer):
+    class Named(nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+
+        def forward(self, batch):
+            return self.net(batch["x"])
+
+    class Module(Plain):
+        def __init__(self):
+            super().__init__()
+            self.net = Named(self.net)
+
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self.net(Batch(x=batch[0])), batch[1])
+
+    writing = Named(teacher_net(nn.ReLU(inplace=True)))
+    module, _ = fitted(make_trainer, DistillationCallback(writing), module=Module)
+    plain = Named(teacher_net(nn.ReLU()))
+    other, _ = fitted(make_trainer, DistillationCallback(plain), module=Module)
+    assert_same_bits(module, other)
+
+
+def test_validation_by_another_trainer_within_fit_leaves_the_distillation_on(make_trainer):
+    teacher = Counting(teacher_net())
+    callback = DistillationCallback(teacher)
+
+    class Nested(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx == 1:
+                other = make_trainer(callbacks=[callback])
+                other.validate(pl_module, pl_module.train_dataloader(), verbose=False)
+                pl_module.trainer = trainer
+
+    class Validating(Plain):
+        def validation_step(self, batch, batch_idx):
+            self.net(batch[0])
+
+    fitted(make_trainer, callback, Nested(), module=Validating)
+    assert teacher.calls == STEPS

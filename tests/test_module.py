@@ -9,6 +9,7 @@ import timm.scheduler
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from timm.data import Mixup
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -318,6 +319,12 @@ def test_a_scheduler_that_waits_for_a_plateau_gets_its_metric(make_trainer, libr
     module = Worse(network(), optimizer=sgd, scheduler=factory, scheduler_monitor="val/score")
     make_trainer(max_epochs=4).fit(module, data(), data())
     assert seen == pytest.approx([0.1, 0.1, 0.05, 0.025])
+
+
+def test_a_plateau_scheduler_that_waits_for_a_loss_to_rise_is_refused(make_trainer):
+    module = DistillModule(network(), scheduler=timm.scheduler.PlateauLRScheduler)
+    with pytest.raises(MisconfigurationException, match=r"val/loss .* mode='min'"):
+        make_trainer().fit(module, data(), data())
 
 
 def test_an_unknown_scheduler_interval_is_refused():

@@ -7,7 +7,7 @@ from lightning_dist.teacher.base import TeacherBase
 from lightning_dist.teacher.bridge import InputBridge, match_classes
 from lightning_dist.teacher.ensemble import EnsembleTeacher
 from lightning_dist.teacher.sharding import shard_teacher
-from lightning_dist.teacher.teacher import Teacher, as_teacher
+from lightning_dist.teacher.teacher import Teacher, as_teacher, is_other_teacher
 
 __all__ = [
     "EnsembleTeacher",
@@ -15,6 +15,7 @@ __all__ = [
     "Teacher",
     "TeacherBase",
     "as_teacher",
+    "is_other_teacher",
     "match_classes",
     "shard_teacher",
 ]

@@ -199,18 +199,16 @@ class Teacher(TeacherBase):
         return output
 
     def fingerprint(self) -> str:
-        """Return the kind, size and checksum of the network; without checksum if it is sharded."""
-        state = self.network.state_dict()
-        size = sum(x.numel() for x in state.values() if isinstance(x, Tensor))
-        name = f"{self}, {size:,} numbers"
-        if is_sharded(self.network):
-            return name
+        """Return the kind, size, dtype and checksum of the network, see :class:`TeacherBase`."""
+        state = [x for x in self.network.state_dict().values() if isinstance(x, Tensor)]
+        size = sum(x.numel() for x in state)
+        dtype = state[0].dtype if state else None
         checksum = 0
-        for value in state.values():
-            if isinstance(value, Tensor):
-                flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-                checksum = zlib.crc32(flat.numpy().data, checksum)
-        return f"{name}, checksum {checksum:08x}"
+        for value in [] if is_sharded(self.network) else state:
+            flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            checksum = zlib.crc32(flat.numpy().data, checksum)
+        known = "unknown" if is_sharded(self.network) else f"{checksum:08x}"
+        return f"{self}, {size:,} numbers of {dtype}, checksum {known}"
 
     def refuse_taps(self, taps: Sequence[Tap]) -> None:
         """Refuse terms that this teacher cannot serve; an ensemble overrides this.
@@ -352,6 +350,21 @@ class Teacher(TeacherBase):
 
     def __repr__(self) -> str:
         return f"Teacher({type(self.network).__name__})"
+
+
+def is_other_teacher(saved: str, own: str) -> bool:
+    """Return whether two fingerprints are those of different teachers.
+
+    Weights in another dtype, and a checksum that is unknown, are not compared.
+
+    Args:
+        saved: the fingerprint in a checkpoint.
+        own: the fingerprint of the teacher at hand.
+    """
+    (_, *numbers), (_, *others) = saved.rsplit(", ", 2), own.rsplit(", ", 2)
+    if numbers[0] != others[0]:
+        return numbers[0].split()[0] != others[0].split()[0]
+    return "checksum unknown" not in (numbers[1], others[1]) and numbers[1] != others[1]
 
 
 def as_teacher(teacher: nn.Module | TeacherBase) -> TeacherBase:

@@ -4,8 +4,8 @@ import functools
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -59,9 +59,20 @@ class StudentEMA(Callback):
                 "StudentEMA averages whole students, but ModelParallelStrategy shards them: train "
                 "without StudentEMA, or with ddp"
             )
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        if sum(isinstance(callback, StudentEMA) for callback in callbacks) > 1:
+            raise MisconfigurationException(
+                "the Trainer has several StudentEMAs, which would update one average: keep one"
+            )
+        before = callbacks[: callbacks.index(self)]
+        averaging = next((c for c in before if isinstance(c, WeightAveraging)), None)
+        if averaging is not None:  # It has copied the module already, without the average.
+            raise MisconfigurationException(
+                f"{type(averaging).__name__} comes before StudentEMA: list StudentEMA first"
+            )
         keep_average(pl_module, self.decay)
         # Run first, so that the average is up to date when another callback saves a checkpoint.
-        others = [c for c in trainer.callbacks if c is not self]  # type: ignore[attr-defined]
+        others = [callback for callback in callbacks if callback is not self]
         trainer.callbacks = [self, *others]  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -84,7 +95,7 @@ def keep_average(module: Any, decay: float = 0.9999) -> None:
 
     Args:
         module: the module.
-        decay: the weight of the old average in each update.
+        decay: the weight of the old average in each update. Without StudentEMA it does not matter.
     """
     update = functools.partial(_average, decay)
     if module.student_ema is None:
@@ -102,19 +113,40 @@ def make_room_for_average(module: Any, checkpoint: dict[str, Any]) -> None:
         checkpoint: the checkpoint dict that Lightning has loaded.
 
     Raises:
-        MisconfigurationException: in ``fit``, if the checkpoint contains an average but there is no
-            StudentEMA to update it.
+        MisconfigurationException: if the module has an average, but the checkpoint does not.
     """
-    if "student_ema.n_averaged" not in checkpoint["state_dict"] or module.student_ema is not None:
-        return
-    if module._trainer is not None and module.trainer.state.fn == TrainerFn.FITTING:
+    found = "student_ema.n_averaged" in checkpoint["state_dict"]
+    if found and module.student_ema is None:
+        keep_average(module)
+    elif not found and module.student_ema is not None:
         raise MisconfigurationException(
-            "the checkpoint holds an average of the student, but no callback would update it: add "
-            "lightning_dist.StudentEMA to the Trainer's callbacks"
+            "the module keeps an average of the student, but the checkpoint holds none: use it "
+            "without StudentEMA, in a module that has no average yet"
         )
-    keep_average(module)
+
+
+def refuse_stale_average(module: Any) -> None:
+    """Refuse to train a module whose average no callback would update.
+
+    Args:
+        module: a DistillModule at the start of ``fit``.
+
+    Raises:
+        MisconfigurationException: if the module has an average and the Trainer has no StudentEMA.
+    """
+    kept = any(isinstance(callback, StudentEMA) for callback in module.trainer.callbacks)
+    if module.student_ema is not None and not kept:
+        raise MisconfigurationException(
+            "the module, or the checkpoint that it loaded, holds an average of the student, but no "
+            "callback would update it: add lightning_dist.StudentEMA to the Trainer's callbacks"
+        )
 
 
 def _average(decay: float, averaged: Any, current: Any, updates: Any) -> None:
     """Update a moving average; ddp_spawn can pickle this function, but not torch's closure."""
-    get_ema_multi_avg_fn(decay)(averaged, current, updates)
+    if averaged[0].is_floating_point():
+        get_ema_multi_avg_fn(decay)(averaged, current, updates)
+        return
+    # Counters and index buffers: a weighted sum would be rounded down to other integers.
+    for old, new in zip(averaged, current, strict=True):
+        old.copy_(new)

@@ -53,27 +53,41 @@ def without_repeats(batch: Any, batch_idx: int, loaders: Any) -> Any:
         return batch
     own = len(range(sampler.rank, len(cast(Sized, sampler.dataset)), sampler.num_replicas))
     inputs, target = batch
-    given, count = count_samples(inputs), max(own - batch_idx * size, 0)
+    given, count = count_samples(inputs, target), max(own - batch_idx * size, 0)
     if count >= given:
         return batch
     return _first(inputs, count, given), _first(target, count, given)
 
 
-def count_samples(inputs: Any) -> int:
-    """Return the number of samples in the inputs of a batch.
+def count_samples(inputs: Any, target: Any) -> int:
+    """Return the number of samples in a batch.
 
     Args:
-        inputs: a batched tensor, a mapping or tuple of them, or a list with one item per sample.
+        inputs: a batched tensor, a mapping or tuple that contains one, or a list.
+        target: the same. Only if there is no batched tensor outside of lists in either of them, a
+            list of the inputs counts, as it is then taken to have one item per sample.
 
     Example:
         >>> import torch
-        >>> count_samples({"pixels": torch.zeros(8, 3, 4, 4), "mask": torch.zeros(8, 4)})
+        >>> count_samples({"path": ["a.png"] * 8, "pixels": torch.zeros(8, 3, 4, 4)}, None)
         8
     """
-    if isinstance(inputs, (Mapping, tuple)) and len(inputs):
-        first = next(iter(inputs.values() if isinstance(inputs, Mapping) else inputs))
-        return count_samples(first) if isinstance(first, (Tensor, Mapping, tuple)) else len(inputs)
-    return len(inputs)
+    sizes = [*_sizes(inputs), *_sizes(target)]
+    if sizes:
+        return sizes[0]
+    leaves = inputs.values() if isinstance(inputs, Mapping) else [inputs]
+    return next((len(x) for x in leaves if isinstance(x, Sized)), 0)
+
+
+def _sizes(samples: Any) -> list[int]:
+    """Return the first dimension of each tensor in nested mappings and tuples."""
+    if isinstance(samples, Tensor):
+        return [len(samples)] if samples.dim() else []
+    if isinstance(samples, Mapping):
+        return [size for value in samples.values() for size in _sizes(value)]
+    if isinstance(samples, tuple):
+        return [size for value in samples for size in _sizes(value)]
+    return []
 
 
 def _first(samples: Any, count: int, given: int) -> Any:

@@ -72,6 +72,23 @@ def is_plateau(scheduler: Any) -> bool:
     return isinstance(inner, ReduceLROnPlateau)
 
 
+def refuse_wrong_mode(scheduler: Any, monitor: str) -> None:
+    """Refuse a plateau scheduler that waits for a loss to rise, which is timm's default mode.
+
+    Args:
+        scheduler: the scheduler, torch's or timm's.
+        monitor: the name of its metric.
+
+    Raises:
+        MisconfigurationException: if the metric is a loss and the mode is ``"max"``.
+    """
+    if getattr(scheduler, "lr_scheduler", scheduler).mode == "max" and monitor.endswith("loss"):
+        raise MisconfigurationException(
+            f"the scheduler lowers the rate when {monitor} stops to rise: give the scheduler "
+            "mode='min', or set scheduler_monitor to a metric of which more is better"
+        )
+
+
 def step_scheduler(scheduler: Any, trainer: Trainer, interval: str, metric: Any | None) -> None:
     """Step a timm scheduler with the current position, which it does not count itself.
 

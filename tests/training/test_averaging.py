@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
@@ -141,3 +142,36 @@ def test_a_run_without_the_callback_does_not_go_on_from_an_average(
 def test_a_module_without_a_student_is_refused(make_trainer):
     with pytest.raises(MisconfigurationException, match="is a BoringModel: use Lightning's EMA"):
         make_trainer(callbacks=[StudentEMA()]).fit(BoringModel())
+
+
+def test_a_module_with_an_average_does_not_train_without_the_callback(make_trainer, loader):
+    module = make_module()
+    make_trainer(callbacks=[StudentEMA(0.9)]).fit(module, loader)
+    with pytest.raises(MisconfigurationException, match=r"holds an average .* add .*StudentEMA"):
+        make_trainer().fit(module, loader)
+
+
+def test_integer_buffers_are_copied(make_trainer, loader):
+    module = make_module()
+    module.student.register_buffer("index", torch.arange(200))
+    make_trainer(max_epochs=2, callbacks=[StudentEMA()]).fit(module, loader)
+    assert torch.equal(module.student_ema.module.index, torch.arange(200))
+    assert module.student_ema.module[1].num_batches_tracked == 12
+
+
+def test_callbacks_that_do_not_go_together_are_refused(make_trainer, loader):
+    for callbacks, message in [
+        ([StudentEMA(), StudentEMA()], "several StudentEMAs"),
+        ([EMAWeightAveraging(), StudentEMA()], "list StudentEMA first"),
+    ]:
+        with pytest.raises(MisconfigurationException, match=message):
+            make_trainer(callbacks=callbacks).fit(make_module(), loader)
+
+
+def test_a_checkpoint_without_an_average_is_refused_by_name(make_trainer, loader, tmp_path):
+    trainer = make_trainer(max_epochs=1)
+    trainer.fit(make_module(), loader)
+    trainer.save_checkpoint(tmp_path / "plain.ckpt")
+    trainer = make_trainer(max_epochs=2, callbacks=[StudentEMA()])
+    with pytest.raises(MisconfigurationException, match="the checkpoint holds none"):
+        trainer.fit(make_module(), loader, ckpt_path=tmp_path / "plain.ckpt")

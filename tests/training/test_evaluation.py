@@ -28,6 +28,7 @@ BATCHES = {
     "tuples": lambda n: ((IMAGES[:n], IMAGES[:n]), (LABELS[:n], WEIGHTS[:n])),
     "named tuples": lambda n: (Pair(IMAGES[:n], IMAGES[:n]), Pair(LABELS[:n], WEIGHTS[:n])),
     "collated tuples": collated,
+    "collated pairs of images": lambda n: ([IMAGES[:n], IMAGES[:n]], LABELS[:n]),
     "lists of samples": lambda n: ([*IMAGES[:n]], [{"x": torch.ones(i, 4)} for i in range(n)]),
 }
 
@@ -37,9 +38,15 @@ def test_the_copies_of_a_distributed_sampler_are_left_out(first):
     """Rank 1 of two ranks gets six of 13 images and a copy, so its last batch has two images."""
     sampler = DistributedSampler(range(13), num_replicas=2, rank=1, shuffle=False)
     loader, batch = SimpleNamespace(sampler=sampler, batch_size=4), first(4)
-    assert count_samples(batch[0]) == 4
+    assert count_samples(*batch) == 4
     assert without_repeats(batch, 0, loader) is batch
     torch.testing.assert_close(without_repeats(batch, 1, loader), first(2))
+
+
+def test_names_beside_the_images_are_not_counted():
+    assert count_samples({"path": [*"abcd"], "x": IMAGES, "size": torch.tensor(3)}, None) == 4
+    assert count_samples(([*"abcd"], IMAGES), None) == 4
+    assert count_samples([], torch.zeros(0)) == 0
 
 
 @pytest.mark.parametrize("kind", [dict, tuple])
