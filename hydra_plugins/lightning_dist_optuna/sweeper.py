@@ -1,4 +1,4 @@
-"""``OptunaSweeper``: search hyper-parameters with Optuna, where each Hydra job is one trial.
+"""``OptunaSweeper``: search hyper-parameters with Optuna; each Hydra job is one trial.
 
 ``hydra-optuna-sweeper`` 1.2 requires Optuna below version 3 and does not support pruning.
 """
@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from lightning_dist.checks import check_number
 
-if TYPE_CHECKING:  # Optuna is optional, and slow to import.
+if TYPE_CHECKING:  # Optuna is an optional package that is slow to import.
     from optuna import Study
     from optuna.distributions import BaseDistribution
     from optuna.samplers import BaseSampler
@@ -28,23 +28,23 @@ if TYPE_CHECKING:  # Optuna is optional, and slow to import.
 
 STUDY = "lightning-dist"
 _MISSING = object()
-PRUNED = "pruned"  # The attribute of a trial that ended early.
+PRUNED = "pruned"  # The user attribute of a trial that the pruner ended.
 
 
 class OptunaSweeper(Sweeper):
     """A Hydra sweeper that searches for the values with the best ``monitor``.
 
-    The number of a trial is the number of its job. Optuna's data lie in one file, to which
+    A trial and its job have the same number. Optuna stores its data in one file, to which
     :class:`lightning_dist.cli.sweep.pruning.PruneTrial` also writes the validations of the jobs. A
-    trial that fails or is interrupted stays open in that file. ``resume=true`` runs it again, in
-    its folder, and then the trials that are missing.
+    trial that fails or is interrupted stays unfinished in that file. ``resume=true`` runs such a
+    trial again, in its folder, and then the missing trials.
 
     Args:
         n_trials: the number of trials, including those of a resumed search.
-        n_jobs: the number of trials that the launcher gets at once.
-        storage: the path of the file.
-        sampler: a sampler of Optuna.
-        params: values to search, in Hydra's sweep syntax, such as
+        n_jobs: the number of trials that the launcher runs together.
+        storage: the path of Optuna's file.
+        sampler: an Optuna sampler.
+        params: the values to search, in Hydra's sweep syntax, such as
             ``{"distill.weight": "interval(0.1, 10.0)"}``. The command line can add to them and
             replace them. An interval with the tag ``log`` is searched on a logarithmic scale.
 
@@ -90,7 +90,7 @@ class OptunaSweeper(Sweeper):
             arguments: the overrides of the command line, some of which are sweeps.
 
         Raises:
-            HydraException: if a key is not in the config, or the search that is resumed has other
+            HydraException: if a key is not in the config, or the resumed search has other kinds of
                 values for a key.
         """
         assert self.launcher is not None  # Hydra calls setup first.
@@ -99,8 +99,8 @@ class OptunaSweeper(Sweeper):
         for key in space:
             if OmegaConf.select(self.config, key, default=_MISSING) is _MISSING:
                 raise HydraException(
-                    f"the search has {key}, which is not in this config (distill=dist has the keys "
-                    "of the preset): fix it on the command line, or set hydra.sweeper.params"
+                    f"the search has {key}, but this config does not (distill=dist has the keys of "
+                    "the preset): fix it on the command line, or set hydra.sweeper.params"
                 )
         study = self._open_study(self.config)
         _check_space(study, space)
@@ -115,7 +115,7 @@ class OptunaSweeper(Sweeper):
     def _search_space(
         self, arguments: list[str]
     ) -> tuple[dict[str, "BaseDistribution"], list[str]]:
-        """Return the values to search by key, and the overrides that all trials share."""
+        """Return the values to search for each key, and the overrides that all trials share."""
         presets = [f"{key}={value!s}" for key, value in self.params.items()]
         overrides = OverridesParser.create().parse_overrides([*presets, *arguments])
         last = {override.get_key_element(): override for override in overrides}
@@ -136,14 +136,14 @@ class OptunaSweeper(Sweeper):
             direction="maximize" if config.monitor_mode == "max" else "minimize",
             load_if_exists=True,
         )
-        if study.trials:  # With its seed, the sampler would draw the first trials again.
+        if study.trials:  # With the same seed, the sampler would draw the first trials again.
             self.sampler.reseed_rng()
         return study
 
     def _batches(
         self, study: "Study", space: dict[str, "BaseDistribution"]
     ) -> Iterator[Sequence["Trial | FrozenTrial"]]:
-        """Yield the trials to run together: first those that are open, then new ones."""
+        """Yield the trials to run together: each unfinished trial alone, then new trials."""
         from optuna.trial import TrialState
 
         for trial in study.get_trials(states=[TrialState.RUNNING]):
@@ -173,7 +173,7 @@ class OptunaSweeper(Sweeper):
 def _check_space(study: "Study", space: dict[str, "BaseDistribution"]) -> None:
     """Raise an error if a resumed search has other kinds of values for a key.
 
-    Optuna would raise it too, but only while it creates a trial, which would then stay incomplete.
+    Optuna raises such an error only while it creates a trial, which would then stay unfinished.
 
     Raises:
         HydraException: if the values for a key are not compatible with those of earlier trials.
@@ -187,12 +187,12 @@ def _check_space(study: "Study", space: dict[str, "BaseDistribution"]) -> None:
             except ValueError as error:
                 raise HydraException(
                     f"the resumed search has {key} in another space ({error}): resume with the "
-                    "sweeps with which it was started, or choose another hydra.sweep.dir"
+                    "sweeps of that search, or choose another hydra.sweep.dir"
                 ) from error
 
 
 def _distribution(override: Override) -> "BaseDistribution":
-    """Return Optuna's form of a sweep: an interval of numbers, or a list of choices."""
+    """Convert a sweep of Hydra, an interval or a list of choices, to an Optuna distribution."""
     from optuna.distributions import (
         CategoricalDistribution,
         FloatDistribution,
@@ -211,12 +211,12 @@ def _distribution(override: Override) -> "BaseDistribution":
 
 
 def _override(key: str, value: Any) -> str:
-    """Return a value as an override; four digits are enough, and fit into a table."""
+    """Return the override for a value, with four digits, which fit into a table."""
     return f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}"
 
 
 def _store_result(study: "Study", number: int, job: JobReturn) -> None:
-    """Store the result of a job in its trial; a trial without a result stays open."""
+    """Store the result of a job in its trial; a trial without a result stays unfinished."""
     from optuna.trial import TrialState
 
     value = job.return_value
@@ -227,10 +227,10 @@ def _store_result(study: "Study", number: int, job: JobReturn) -> None:
 
 
 def open_storage(path: Path) -> "JournalStorage":
-    """Return Optuna's storage in a file, to which all processes of a search can write.
+    """Open a file as Optuna storage, to which all processes of a search can write.
 
     Args:
-        path: the file, which is created if it does not exist.
+        path: the path of the file, which is created if it does not exist.
 
     Returns:
         The storage.

@@ -1,4 +1,4 @@
-"""The command ``lightning-dist VERB``. A verb is imported when it is called, for a quick start."""
+"""The command ``lightning-dist VERB``. It imports only the verb that is called, to start fast."""
 
 import difflib
 import importlib
@@ -12,21 +12,22 @@ VERBS = {
     "eval": "test the student of a checkpoint",
     "predict": "label the images of a folder with the student of a checkpoint",
     "export": "write the student of a checkpoint as safetensors, timm folder, torch.export or ONNX",
-    "report": "table, plots and page of the runs in one or more folders",
-    "completion": "script that completes verbs, groups and keys on TAB, for bash, zsh or fish",
+    "report": "write a table, plots and a page of the runs in one or more folders",
+    "completion": "print a bash, zsh or fish script that completes verbs, groups and keys on TAB",
 }
 _USAGE = """usage: lightning-dist VERB [key=value ...]
 
 {verbs}
 
-lightning-dist VERB --help lists the options of a verb, lightning-dist --version the version."""
+lightning-dist VERB --help lists the options of a verb; --version prints the version."""
 
 
 def main() -> None:
     """Run the verb that the command line names.
 
     Raises:
-        SystemExit: with status 1 or 2 after an error, 0 after ``--help`` and ``--version``.
+        SystemExit: after an error, with status 1 or 2, and after ``--help`` and ``--version``,
+            with status 0.
     """
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):

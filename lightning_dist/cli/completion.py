@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from lightning_dist.cli import VERBS
 
-if TYPE_CHECKING:  # verbs are completed without Hydra
+if TYPE_CHECKING:  # the completion of a verb does not import Hydra
     from omegaconf import DictConfig
 
 _HELP = """Print the script that completes the command lines of lightning-dist in a shell.
@@ -19,10 +19,11 @@ _HELP = """Print the script that completes the command lines of lightning-dist i
   zsh, in ~/.zshrc, after compinit:      eval "$(lightning-dist completion zsh)"
   fish, in ~/.config/fish/config.fish:   lightning-dist completion fish | source"""
 
-# Each script calls the command with the line up to the cursor and reads candidates, one a line.
+# Each script calls the command with the line up to the cursor, and reads one candidate per line.
 _SCRIPTS = {
-    # Bash replaces what follows the last of COMP_WORDBREAKS, which has "=": the rest is cut off.
-    # Candidates end in a space where the word is complete; bash 3.2 of macOS has no other way.
+    # Bash replaces only the text after the last character of COMP_WORDBREAKS, such as "=", so the
+    # script removes the text before it from a candidate. The candidate of a complete word ends in a
+    # space, because bash 3.2 of macOS has no option that adds the space for some candidates only.
     "bash": r"""_lightning_dist() {
     local line="${COMP_LINE:0:$COMP_POINT}" candidate
     local word="${line##*[[:space:]]}"
@@ -48,7 +49,7 @@ complete -o nospace -o default -F _lightning_dist lightning-dist
 }
 compdef _lightning_dist lightning-dist
 """,
-    # Fish itself adds no space after "=", "." and "/".
+    # Fish adds a space after a candidate, except after "=", "." and "/".
     "fish": r"""function __lightning_dist
     set -l program (commandline -opc)[1]
     set -l candidates ($program completion fish (commandline -cp | string collect) 2>/dev/null)
@@ -68,10 +69,10 @@ complete -c lightning-dist -f -a '(__lightning_dist)'
 
 
 def main() -> None:
-    """Print the script of the shell that ``sys.argv`` names, or candidates for its scripts.
+    """Print the script for the shell in ``sys.argv``, or the candidates that a script asks for.
 
     Raises:
-        SystemExit: with status 2, if ``sys.argv`` names no shell.
+        SystemExit: with status 2, if ``sys.argv`` contains no known shell.
     """
     parser = argparse.ArgumentParser(
         prog="lightning-dist completion",
@@ -90,14 +91,15 @@ def main() -> None:
 
 
 def complete(line: str) -> list[str]:
-    """Return the words that can stand in the place of the last one of a command line.
+    """Return the words that can replace the last word of a command line.
 
     Args:
-        line: from the name of the program up to the cursor. After a blank, the last word is empty.
+        line: the command line from the name of the program up to the cursor. After a space, the
+            last word is empty.
 
     Returns:
-        Whole words, sorted. One that ends in ``=``, ``.`` or ``/`` goes on. Empty where the shell's
-        own completion of file names is all there is, and in an open quotation.
+        The words, sorted. A word that ends in ``=``, ``.`` or ``/`` is not complete. The list is
+        empty if only the shell can complete the word, as a file name, or if a quote is not closed.
     """
     try:
         _, *words = shlex.split(line)
@@ -115,24 +117,24 @@ def complete(line: str) -> list[str]:
 
 
 def _fits(candidate: str, word: str) -> bool:
-    """Return whether a candidate begins with a word; an option needs a dash for that."""
+    """Return whether a candidate starts with a word; an option never matches an empty word."""
     return candidate.startswith(word) and (word != "" or not candidate.startswith("-"))
 
 
 class _Candidates:
-    """Complete the overrides of a verb from its config, composed as the words before them say.
+    """Complete an override of a verb from its config, which is composed with the earlier words.
 
-    Hydra 1.3 completes too, but no value in a folder of a group (``experiment=cifar100/...``) nor
-    after a comma, no key after ``~`` or ``++``, and it offers groups that a verb does not have. Its
-    search for keys is used here.
+    Hydra 1.3 has its own completion, and this class uses its search for keys. But Hydra completes
+    no value in a folder of a group (``experiment=cifar100/...``) or after a comma, and no key after
+    ``~`` or ``++``, and it offers groups that the verb does not have.
 
     Args:
-        verb: the name of its config.
-        words: those of the command line between the verb and the cursor.
+        verb: the verb, whose config has the same name.
+        words: the words of the command line between the verb and the cursor.
     """
 
     def __init__(self, verb: str, words: Sequence[str]) -> None:
-        # Not at the top: verbs are completed without Hydra.
+        # Imported here, because the completion of a verb does not need Hydra.
         from hydra._internal.config_loader_impl import ConfigLoaderImpl
         from hydra._internal.utils import create_config_search_path, get_args
 
@@ -153,12 +155,12 @@ class _Candidates:
             return sorted(option for option in options if option.startswith(word))
         sign, word = _split(r"\+\+|\+|~|", word)
         found = set(self._values(word) or self._groups_and_keys(sign, word))
-        if sign == "~":  # what is taken away needs no value
+        if sign == "~":  # an override that deletes a key needs no value
             found = {candidate.rstrip("=") for candidate in found}
         return sorted(sign + candidate for candidate in found)
 
     def _values(self, word: str) -> list[str]:
-        """Return the configs and folders of a group, also for a further value after a comma."""
+        """Return the configs and folders of a group, also for a value after a comma."""
         from hydra.core.object_type import ObjectType
 
         start, value = _split(r"[^=]+=(?:.*[\[,])?|", word)
@@ -173,16 +175,16 @@ class _Candidates:
         return [start + name for name in names if name.startswith(value)]
 
     def _groups_and_keys(self, sign: str, word: str) -> list[str]:
-        """Return groups and keys, or for a whole key the value that it has."""
+        """Return groups and keys, or the value of a key if the word contains the whole key."""
         from hydra.plugins.completion_plugin import CompletionPlugin
         from hydra.types import RunMode
 
-        # As for a sweep, because the line may have values between commas before it has the -m.
+        # Compose as for a sweep: the line may have values with commas before the user types -m.
         config = self.loader.load_configuration(self.verb, self.overrides, RunMode.MULTIRUN)
         if sign == "+":
             return self._further_groups(config, word)
         keys = CompletionPlugin._get_matches(config, word)
-        if "=" in word:  # a list or a mapping is no value, and a missing value adds nothing
+        if "=" in word:  # leave out lists, mappings and missing values
             return [x for x in keys if x != word and not x.endswith(("=", ".")) and " " not in x]
         choices = config.hydra.runtime.choices
         groups = [f"{group}=" for group in choices if group.startswith(word) and "@" not in group]
@@ -191,14 +193,14 @@ class _Candidates:
         return keys if sign == "++" else [*groups, *keys]
 
     def _further_groups(self, config: "DictConfig", word: str) -> list[str]:
-        """Return the groups of which the config has none yet."""
+        """Return the groups from which the config has no choice yet."""
         groups = self.loader.list_groups("")
         choices = config.hydra.runtime.choices
         return [f"{x}=" for x in groups if x.startswith(word) and x not in choices]
 
 
 def _split(pattern: str, word: str) -> tuple[str, str]:
-    """Split a word behind what a pattern matches at its start."""
+    """Split a word at the end of the text that a pattern matches at its start."""
     match = re.match(pattern, word)
     end = match.end() if match else 0
     return word[:end], word[end:]

@@ -1,4 +1,4 @@
-"""Errors of the command: one line for what the user can fix, a traceback for a bug."""
+"""Print an error that the user can fix as one line, and a bug with its traceback."""
 
 import errno
 import importlib.util
@@ -14,17 +14,17 @@ FULL_ERROR = "HYDRA_FULL_ERROR"  # set to 1 by a user who wants tracebacks
 
 
 class UserError(Exception):
-    """An error in what the user asked for; its message is printed as one line."""
+    """An error that the user can fix; its message is printed as one line."""
 
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Exit with one line where the block raises an error of the user's.
+    """Exit with one line if the block raises an error that the user can fix.
 
-    Every error keeps its traceback where the user has set ``HYDRA_FULL_ERROR=1``.
+    If the user has set ``HYDRA_FULL_ERROR=1``, every error is raised, with its traceback.
 
     Raises:
-        SystemExit: with status 1, in place of an error of the user's.
+        SystemExit: with status 1, if the block raised an error that the user can fix.
     """
     try:
         yield
@@ -38,7 +38,7 @@ def is_users(error: Exception) -> bool:
     """Return whether the user can fix what an error reports, so that its message is enough.
 
     Args:
-        error: raised anywhere below a verb.
+        error: an error that the code of a verb raised.
     """
     if isinstance(error, (*_kinds_of_libraries(), FileNotFoundError, UserError)):
         return True
@@ -48,7 +48,11 @@ def is_users(error: Exception) -> bool:
     while traceback is not None and traceback.tb_next is not None:
         traceback = traceback.tb_next
     raiser = traceback.tb_frame.f_globals.get("__name__", "") if traceback else ""
-    if raiser.partition(".")[0] in ("hydra", "omegaconf", "antlr4"):  # they read the command line
+    if raiser.partition(".")[0] in (
+        "hydra",
+        "omegaconf",
+        "antlr4",
+    ):  # these packages parse the command line
         return True
     kinds = (ValueError, OSError, FloatingPointError, ImportError)
     return isinstance(error, kinds) and raiser.startswith("lightning_dist.")
@@ -58,8 +62,8 @@ def fail(message: str, status: int = 1) -> NoReturn:
     """Print an error on one line and exit.
 
     Args:
-        message: of any number of lines.
-        status: of the process; 2 for a command line that cannot be read.
+        message: the message, which may have several lines.
+        status: the exit status; 2 means that the command line cannot be parsed.
 
     Raises:
         SystemExit: always.
@@ -69,18 +73,19 @@ def fail(message: str, status: int = 1) -> NoReturn:
 
 
 def with_extra(message: str) -> str:
-    """Return an error message, with the command that installs the optional package it names.
+    """Add the command that installs an optional package to an error that names the package.
 
     Args:
-        message: stays as it is where it names no optional package, or one that is installed.
+        message: the message, which is returned unchanged if it names no optional package, or only
+            one that is installed.
     """
     for extra, (named, module) in _EXTRAS.items():
         if named in message and importlib.util.find_spec(module) is None:
-            return f"{message} (to install what it needs: pip install 'lightning-dist[{extra}]')"
+            return f"{message} (to install the package: pip install 'lightning-dist[{extra}]')"
     return message
 
 
-# Errors of libraries that report what the user gave, each with the module that defines it.
+# Library errors that report wrong input of the user, each with the module that defines it.
 _LIBRARY_ERRORS = {
     "HydraException": "hydra.errors",
     "MisconfigurationException": "lightning.pytorch.utilities.exceptions",
@@ -89,7 +94,7 @@ _LIBRARY_ERRORS = {
 
 
 def _kinds_of_libraries() -> tuple[type[Exception], ...]:
-    """Return the classes of library errors; one whose module is not loaded raised nothing."""
+    """Return the classes of library errors; a module that is not loaded cannot have raised one."""
     return tuple(
         getattr(sys.modules[module], name)
         for name, module in _LIBRARY_ERRORS.items()
@@ -97,7 +102,8 @@ def _kinds_of_libraries() -> tuple[type[Exception], ...]:
     )
 
 
-# No space, no permission, a file in the place of a folder: the user's wherever they are raised.
+# The user can fix a full disk, a missing permission or a file in the place of a folder, whichever
+# code raises the error.
 _DISK_ERRORS = (
     errno.EACCES,
     errno.EDQUOT,
@@ -109,7 +115,7 @@ _DISK_ERRORS = (
     errno.EROFS,
 )
 
-# Each extra of this package: the word in an error by which to recognise it, and its module.
+# Each extra of this package, with the word by which an error is recognised, and its module.
 _EXTRAS = {
     "deepspeed": ("DeepSpeed", "deepspeed"),
     "joblib": ("hydra/launcher/joblib", "hydra_plugins.hydra_joblib_launcher"),

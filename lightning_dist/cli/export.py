@@ -25,7 +25,7 @@ def main() -> None:
 
 
 def _job(config: DictConfig) -> None:
-    for chatty in ("onnx_ir", "onnxscript", "timm"):  # Hydra sets the root logger to INFO
+    for chatty in ("onnx_ir", "onnxscript", "timm"):  # Hydra 1.3 sets the root logger to INFO
         logging.getLogger(chatty).setLevel(logging.WARNING)
     check_flag("ema", config.ema)
     check_flag("dynamic_size", config.dynamic_size)
@@ -60,7 +60,7 @@ def _job(config: DictConfig) -> None:
 
 
 def _input_size(config: DictConfig, data: Any) -> list[int] | None:
-    """Return (channels, height, width) of the images for evaluation, or None if not known."""
+    """Return (channels, height, width) of the evaluation images, or None if it is not known."""
     size = config.input_size
     if size is not None:
         size = OmegaConf.to_container(size) if OmegaConf.is_list(size) else size
@@ -79,12 +79,12 @@ def _numbers(data: Any, name: str) -> list[float] | None:
 
 
 def _extra(module: DistillModule, data: Any, format: str) -> Mapping[str, Any]:
-    """Return what else a reader of the file needs to prepare images and to read the outputs."""
+    """Return the other settings that a user of the file needs for its images and outputs."""
     channels = {1: "gray", 3: "bgr" if getattr(data, "bgr", False) else "rgb"}
     extra: dict[str, Any] = {"channels": channels.get(getattr(data, "in_channels", 3))}
     if isinstance(module, ClassificationModule):
         resized = getattr(data, "interpolation", "bilinear")
-        # "random" is for training only; the data evaluates with bilinear.
+        # "random" is for training only; the data module evaluates with bilinear.
         extra["interpolation"] = "bilinear" if resized == "random" else resized
         extra["crop_pct"] = getattr(data, "crop_pct", 1.0)
     if isinstance(module, SegmentationModule):

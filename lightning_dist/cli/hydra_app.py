@@ -1,4 +1,4 @@
-"""`hydra_app`: run the job of a verb as a Hydra app."""
+"""`hydra_app`: run a verb as a Hydra app."""
 
 import functools
 import os
@@ -10,22 +10,22 @@ from lightning_dist.cli.errors import FULL_ERROR, one_line_errors
 
 
 def hydra_app(verb: str, job: Callable[[Any], Any]) -> None:
-    """Compose the config of a verb from ``sys.argv`` and run a job with it, or a sweep of jobs.
+    """Compose the config of a verb from ``sys.argv``, and run one job or a sweep of jobs with it.
 
-    Hydra 1.3 needs two things otherwise than the job does. It would take the verb for an override,
-    while the processes that subprocess DDP starts from ``sys.argv`` need it. And with
-    ``HYDRA_FULL_ERROR=1`` it raises an error, where it would print several lines, while the job
-    must see what the user has set. Both are as Hydra needs them except while a job runs.
+    Two settings are set for Hydra 1.3, and are reset while a job runs. The verb is removed from
+    ``sys.argv``, because Hydra would parse it as an override; but subprocess DDP starts its
+    processes from ``sys.argv`` and needs the verb. ``HYDRA_FULL_ERROR`` is 1, so that Hydra raises
+    an error and does not print several lines; but a job needs the value that the user has set.
 
     Args:
         verb: the first argument of the command line, and the name of the verb's config.
-        job: takes the composed config.
+        job: a function that is called with the composed config.
 
     Raises:
-        Exception: whatever Hydra raises on composing.
-        SystemExit: with status 1, after an error of the user's in the job.
+        Exception: if Hydra cannot compose the config.
+        SystemExit: with status 1, if the job raised an error that the user can fix.
     """
-    import hydra  # not at the top: completion and help do without
+    import hydra  # imported here: completion and help do not need it
 
     users = os.environ.get(FULL_ERROR)
 
@@ -34,7 +34,7 @@ def hydra_app(verb: str, job: Callable[[Any], Any]) -> None:
         sys.argv.insert(1, verb)
         _set_full_error(users)
         try:
-            # Here and not around Hydra: it prints a line of its own on an error that leaves a job.
+            # Inside the job, because Hydra 1.3 prints a further line if a job raises an error.
             with one_line_errors():
                 return job(config)
         finally:

@@ -33,11 +33,11 @@ def main() -> None:
 
 
 class Files(Dataset):
-    """Image files as ``(tensor, index)``.
+    """A data set that returns ``(tensor, index)`` for each image file.
 
     Args:
-        paths: of the images.
-        prepare: makes a tensor of shape (channels, height, width) from an image.
+        paths: the paths of the images.
+        prepare: a function that converts an image to a tensor of shape (channels, height, width).
     """
 
     def __init__(self, paths: Sequence[Path], prepare: Callable[[Image.Image], Tensor]) -> None:
@@ -52,11 +52,11 @@ class Files(Dataset):
 
 
 class Writer(BasePredictionWriter):
-    """A base class of writers: names of predictions and of classes, and paths in a folder.
+    """The base class of the writers, with the names of classes and the paths of pictures.
 
     Args:
-        names: of the predictions, one an image.
-        out: folder to write to.
+        names: the name of the prediction for each image.
+        out: the folder to write to.
         saved: the config of the checkpoint, with the names and colours of its classes.
     """
 
@@ -69,18 +69,18 @@ class Writer(BasePredictionWriter):
         self.colors = saved.get("class_colors")
 
     def class_names(self, labels: Tensor) -> list[str]:
-        """Return the names of classes, or their numbers where the data has no names.
+        """Return the names of classes, or their numbers if the data has no names.
 
         Args:
-            labels: class numbers, of shape (n,).
+            labels: the class numbers, with shape (n,).
         """
         return [self.classes[i] if self.classes else str(i) for i in labels.tolist()]
 
     def png(self, index: int) -> Path:
-        """Return the path of the picture for an image, in a folder that exists.
+        """Return the path of the picture for an image, and create its folder.
 
         Args:
-            index: of the image.
+            index: the index of the image.
         """
         path = self.out / f"{self.names[index]}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,7 +88,7 @@ class Writer(BasePredictionWriter):
 
 
 class MaskWriter(Writer):
-    """Write a palette PNG for each image: its pixels are class numbers, in the classes' colours."""
+    """Write a palette PNG for each image; its pixels are class numbers, drawn in class colours."""
 
     def write_on_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, prediction: Any, *args: Any
@@ -100,10 +100,10 @@ class MaskWriter(Writer):
 
 
 class ClassWriter(Writer):
-    """Write a line for each image to ``predictions.csv``: its class, with the probability."""
+    """Write the class of each image and its probability to a line of ``predictions.csv``."""
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Replace the file of an earlier command by one with a header only."""
+        """Write a file with only the header, which replaces the file of an earlier command."""
         self.out.mkdir(parents=True, exist_ok=True)
         self._write("w", [("image", "class", "probability")])
 
@@ -122,7 +122,7 @@ class ClassWriter(Writer):
 
 
 class BoxWriter(Writer):
-    """Write a PNG for each image, with its boxes drawn, and all boxes to ``predictions.json``."""
+    """Write a PNG with drawn boxes for each image, and write all boxes to ``predictions.json``."""
 
     when = "batch_and_epoch"
 
@@ -144,7 +144,7 @@ class BoxWriter(Writer):
             ]
 
     def write_on_epoch_end(self, trainer: Trainer, *args: Any) -> None:
-        """Write all boxes, also those whose score is too low to be drawn."""
+        """Write all boxes, including those whose score is too low to be drawn."""
         (self.out / "predictions.json").write_text(json.dumps(self.found, indent=1) + "\n")
 
 
@@ -159,9 +159,8 @@ def _job(config: DictConfig) -> None:
     writer = next((w for task, w in writers if isinstance(module, task)), None)
     if writer is None:
         raise UserError(
-            f"{config.ckpt} holds a {type(module).__name__}: only the modules of "
-            "lightning_dist.tasks have a form to write predictions in; call its predict_step from "
-            "Python"
+            f"{config.ckpt} contains a {type(module).__name__}, but predict writes only the "
+            "predictions of modules from lightning_dist.tasks: call predict_step from Python"
         )
     paths = image_files(Path(config.images))
     datamodule = instantiate(OmegaConf.merge(saved["data"], config.data))
@@ -174,13 +173,13 @@ def _job(config: DictConfig) -> None:
 
 
 def image_files(source: Path) -> list[Path]:
-    """Return the images in a folder at any depth, sorted, or the one file.
+    """Return the sorted paths of all images in a folder, at any depth, or the path of one file.
 
     Args:
         source: the folder or the file.
 
     Raises:
-        UserError: if there is none.
+        UserError: if the folder contains no image, or does not exist.
     """
     if source.is_file():
         return [source]
@@ -192,7 +191,7 @@ def image_files(source: Path) -> list[Path]:
 
 
 def _names(paths: Sequence[Path], source: Path, with_suffix: bool) -> list[str]:
-    """Return a name for each prediction: the path of its image within the folder."""
+    """Return the name of each prediction, which is the path of its image inside the folder."""
     root = source.parent if source.is_file() else source
     named: dict[str, Path] = {}
     for path in paths:

@@ -1,4 +1,4 @@
-"""Keys of the config that had another name, so that an error about an old one gives the new one."""
+"""The renamed keys of the config, so that an error about an old name gives the new name."""
 
 import re
 from collections.abc import Container
@@ -14,10 +14,10 @@ _NOT_FOUND = re.compile(r"Could not (?:override|delete|find|load) '([^'/]+)")
 
 
 def with_new_name(message: str) -> str:
-    """Return an error of Hydra's, with the new name of the key where it is about an old one.
+    """Replace an error of Hydra about an old name of a key by one that gives the new name.
 
     Args:
-        message: the error.
+        message: the message of the error, which is returned unchanged if it names no old key.
 
     Example:
         >>> with_new_name("Could not override 'dist_activation'.")
@@ -30,13 +30,13 @@ def with_new_name(message: str) -> str:
 
 
 def refuse_renamed_keys(config: Container[str]) -> None:
-    """Refuse old names that Hydra takes for new keys, as it does in experiment files.
+    """Refuse old names of keys; Hydra accepts them as new keys, for example in experiment files.
 
     Args:
         config: the composed config.
 
     Raises:
-        ValueError: naming the first of them, and its new name.
+        ValueError: if the config has an old name; the message gives the new name.
     """
     for old, new in NEW_NAMES.items():
         if old in config:

@@ -1,4 +1,4 @@
-"""``lightning-dist report``: print a table of finished runs, and write plots and a page."""
+"""``lightning-dist report``: print a table of finished runs, and write plots and an HTML page."""
 
 import argparse
 import sys
@@ -11,33 +11,35 @@ from lightning_dist.report import write_report
 
 
 def main() -> None:
-    """Parse ``sys.argv``, the verb first, and report on the folders that it names.
+    """Write the report on the folders in ``sys.argv``, whose first argument is the verb.
 
     Raises:
-        SystemExit: with status 2, if it cannot be parsed.
-        ValueError: if a folder holds no run or a broken one, or the runs share no metric.
+        SystemExit: with status 2, if ``sys.argv`` cannot be parsed.
+        ValueError: if a folder contains no run or a broken one, or the runs share no metric.
     """
     parser = argparse.ArgumentParser(
         prog="lightning-dist report",
-        description="Table, CSV, plot and HTML page of the runs in folders.",
+        description="Write a table, a CSV file, plots and an HTML page of the runs in folders.",
     )
-    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="runs, at any depth")
-    parser.add_argument("--metric", help="what to compare by, such as test/accuracy")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="for the files: not the first DIR")
+    parser.add_argument(
+        "folders", nargs="+", type=Path, metavar="DIR", help="folder with runs, at any depth"
+    )
+    parser.add_argument("--metric", help="metric to compare by, such as test/accuracy")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the files (first DIR)")
     options = parser.parse_args(sys.argv[2:])
     print_report(options.folders, options.out or options.folders[0], options.metric)
 
 
 def print_report(folders: Sequence[Path], out: Path, metric: str | None = None) -> None:
-    """Print the table of runs, write the other files of the report, and name them.
+    """Print the table of runs, write the files of the report, and print their paths.
 
     Args:
-        folders: with runs, at any depth.
-        out: folder for the files.
-        metric: to compare by; without one, the metric that the runs monitor.
+        folders: the folders with runs, at any depth.
+        out: the folder for the files.
+        metric: the metric to compare by; by default the one that the runs monitor.
 
     Raises:
-        ValueError: if a folder holds no run or a broken one, or the runs share no metric.
+        ValueError: if a folder contains no run or a broken one, or the runs share no metric.
     """
     rich.print(write_report(folders, out, metric))
     print(f"saved {out / 'report.csv'} and {out / 'report.png'}")

@@ -1,4 +1,4 @@
-"""``lightning-dist train``: compose, fit, test, and write a result for the report."""
+"""``lightning-dist train``: fit and test a student, and write a result for the report."""
 
 import logging
 import math
@@ -38,25 +38,25 @@ def main() -> None:
     """Run the Hydra app on ``sys.argv``.
 
     Raises:
-        UserError: if a worker of the launcher died.
+        UserError: if a worker process of the launcher died.
     """
-    Plugins.instance().register(OptunaSweeper)  # Hydra misses it in an editable install
+    Plugins.instance().register(OptunaSweeper)  # Hydra 1.3 does not find it in an editable install
     try:
         hydra_app("train", _job)
     except Exception as error:
         if type(error).__module__.partition(".")[0] not in ("joblib", "ray", "submitit"):
             raise
         raise UserError(
-            f"the launcher lost a job, which was killed ({type(error).__name__}): own_process=true "
-            "lets the others go on, and resume=true with the same hydra.sweep.dir runs what is "
-            "missing"
+            f"the launcher lost a job, which was killed ({type(error).__name__}): with "
+            "own_process=true the other jobs continue, and resume=true with the same "
+            "hydra.sweep.dir runs the missing jobs"
         ) from error
 
 
 def _job(config: DictConfig) -> float | None:
-    """Run one job, alone or in a sweep, which goes on after a job that fails."""
+    """Run one job; in a sweep, log its error and return NaN, so that the sweep continues."""
     worker = multiprocessing.get_start_method(allow_none=True) == "loky"
-    if worker:  # joblib's start method, with which the workers of a data loader do not start
+    if worker:  # joblib's start method, which cannot start the workers of a data loader
         multiprocessing.set_start_method(None, force=True)
     end_with_parent(worker)
     run = Run(config)
@@ -86,15 +86,15 @@ def _run_here(run: Run) -> None:
 
 
 def train(run: Run) -> dict[str, Any]:
-    """Fit and test what the config of a run describes.
+    """Fit and test the module that the config of a run describes.
 
     Args:
-        run: begun, with its config checked.
+        run: a run that has begun and whose config has been checked.
 
     Returns:
-        ``metrics``, the last value of every ``val/`` and ``test/`` metric, with ``test_teacher``
-        also the teacher's as ``teacher/``; ``checkpoint``, the path of the one that was tested, or
-        ``None``; and what :func:`_networks` returns.
+        A dict with ``metrics``, the last value of every ``val/`` and ``test/`` metric, and of every
+        ``teacher/`` metric if ``test_teacher`` is true; ``checkpoint``, the path of the tested
+        checkpoint or ``None``; and the teacher's name and the sizes of both networks.
 
     Raises:
         UserError: if settings, data and checkpoint do not fit together.
@@ -108,12 +108,13 @@ def train(run: Run) -> dict[str, Any]:
     datamodule = instantiate(config.data)
     saver = SaveConfig(to_save(config))
     trainer = _build_trainer(run, saver)
-    # The teacher drew random numbers too: students with and without one must train on the same.
+    # Seed again, because the teacher may have drawn random numbers: a student must train with the
+    # same random numbers with and without a teacher.
     seed_everything(config.seed, workers=True)
     with closed_loggers(trainer):
         _fit(trainer, module, datamodule, run.checkpoint)
         metrics = saver.validation | logged_metrics(trainer, "val/")
-        if not metrics:  # resumed from another program's checkpoint with nothing left to train
+        if not metrics:  # another program's checkpoint, with no epoch left to train
             with without_loggers(trainer):
                 trainer.validate(module, datamodule=datamodule, verbose=False)
             metrics = logged_metrics(trainer, "val/")
@@ -142,7 +143,7 @@ def _build_trainer(run: Run, saver: SaveConfig) -> Trainer:
     )
     if config.trainer.get("sync_batchnorm") and trainer.strategy.root_device.type == "cpu":
         raise UserError(
-            "trainer.sync_batchnorm=true needs GPUs, and this run is on the CPU: leave it out"
+            "trainer.sync_batchnorm=true needs GPUs, but this run is on the CPU: leave it out"
         )
     return trainer
 
@@ -155,7 +156,7 @@ def _fit(
 ) -> None:
     with _as_user_errors(checkpoint):
         trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
-    # With a limit of 0 Lightning 2.6 counts no batches: num_training_batches stays infinite.
+    # With a limit of 0, Lightning 2.6 does not count the batches: num_training_batches is infinite.
     if trainer.num_training_batches == 0 or trainer.limit_train_batches == 0:
         raise UserError(
             "there is no training batch: give the data more images, a smaller "
@@ -166,7 +167,7 @@ def _fit(
 
 @contextmanager
 def _as_user_errors(checkpoint: str | None) -> Iterator[None]:
-    """Raise a UserError for what Lightning and torch find wrong with settings and checkpoint."""
+    """Convert the errors of Lightning and torch about settings and checkpoint to a UserError."""
     try:
         yield
     except (RuntimeError, ValueError) as error:
@@ -184,9 +185,9 @@ def _as_user_errors(checkpoint: str | None) -> Iterator[None]:
 def _test_teacher(
     config: DictConfig, trainer: Trainer, datamodule: LightningDataModule
 ) -> dict[str, float]:
-    """Test the teacher in the place of the student, and return and log its metrics."""
+    """Test the teacher like a student, then log and return its metrics as ``teacher/``."""
     teacher = instantiate(config.distill.teacher).as_network()
-    with without_loggers(trainer) as metrics:  # they have the student's metrics as test/
+    with without_loggers(trainer) as metrics:  # they contain the student's metrics as test/
         changes = {"student": teacher, "teacher": None}
         trainer.test(instantiate(config.module, **changes), datamodule)
         found = logged_metrics(trainer, "test/").items()
@@ -195,15 +196,15 @@ def _test_teacher(
 
 
 def _networks(module: LightningModule, config: DictConfig) -> dict[str, Any]:
-    """Return the teacher's name and the sizes of both networks, for the report."""
+    """Return the name of the teacher and the sizes of both networks, for the report."""
     if not isinstance(module, DistillModule):  # a config may name any LightningModule
         return {}
     networks = {"student_parameters": sum(x.numel() for x in module.student.parameters())}
     if module.teacher is None:
         return networks | {"teacher": None, "teacher_parameters": None}
     settings = config.module.teacher
-    settings = settings.get("teacher", settings)  # those inside a cached teacher
-    # A teacher that is loaded by name has a source; the others are named by their file in conf.
+    settings = settings.get("teacher", settings)  # a cached teacher contains them
+    # A teacher that is loaded by name has a source; the name of others is their file in conf.
     name = settings.get("source") or HydraConfig.get().runtime.choices.get("teacher", "teacher")
     weights = settings.get("weights")
     size = sum(x.numel() for x in module.teacher.network.parameters())
@@ -212,7 +213,7 @@ def _networks(module: LightningModule, config: DictConfig) -> dict[str, Any]:
 
 
 def _checkpoint_to_test(saver: Any, which: str) -> str | None:
-    """Return the path of the "last" or "best" checkpoint, or None if it was not saved."""
+    """Return the path of the "last" or the "best" checkpoint, or None if it was not saved."""
     if which == "best":
         return str(getattr(saver, "best_model_path", "")) or None
     last = Path(getattr(saver, "dirpath", None) or "") / "last.ckpt"

@@ -1,4 +1,4 @@
-"""Reports on finished runs: a table, a CSV file, a plot, and a single-file HTML page."""
+"""Report on finished runs with a table, a CSV file, a plot, and a single-file HTML page."""
 
 from pathlib import Path
 
@@ -41,12 +41,12 @@ __all__ = [
 
 
 def write_report(folders: Folders, out: PathLike | None = None, metric: str | None = None) -> Table:
-    """Read all runs under some folders, write report.csv, report.png and report.html.
+    """Read all runs in some folders, and write report.csv, report.png and report.html.
 
     Args:
-        folders: a folder, or several whose runs are merged.
-        out: folder for the files; by default the first of `folders`.
-        metric: metric to compare by; by default the one that all runs optimise.
+        folders: a folder or several folders, whose runs are merged.
+        out: the folder for the files; by default the first of `folders`.
+        metric: the metric to compare by; by default the one that all runs optimise.
 
     Returns:
         The table of results, for ``rich.print``.

@@ -1,4 +1,4 @@
-"""Read a run's learning curves from the file of Lightning's CSV logger."""
+"""Read the learning curves of a run from the file of Lightning's CSV logger."""
 
 import csv
 import math
@@ -10,24 +10,24 @@ LOG_FILE = "logs/metrics.csv"  # the path that conf/logger/csv.yaml sets
 
 @dataclass
 class Curve:
-    """The values of a metric, and the number of optimizer steps before each."""
+    """The values of a metric, and the number of optimizer steps before each value."""
 
     steps: list[float] = field(default_factory=list)
     values: list[float] = field(default_factory=list)
 
 
 def read_curves(folder: Path) -> dict[str, Curve]:
-    """Read the metrics that a run logged during training, each with its own steps.
+    """Read the metrics that a run logged during training, each with its steps.
 
     Args:
-        folder: folder of the run.
+        folder: the folder of the run.
 
     Returns:
-        The curve of each metric, by name.
+        A dict from the names of the metrics to their curves.
 
     Raises:
-        ValueError: if the folder has no log of the CSV logger, or the log has no metric with a
-            step.
+        ValueError: if the folder has no file of the CSV logger, or if no row of the file has both a
+            step and a metric.
     """
     path = folder / LOG_FILE
     try:
@@ -42,18 +42,18 @@ def read_curves(folder: Path) -> dict[str, Curve]:
         step = _parse_number(row.get("step"))
         for name in row.keys() - {"step", "epoch", None}:
             value = _parse_number(row[name])
-            # Each row has some of the metrics, and a killed run may leave half a row at the end.
+            # A row has only some of the metrics, and the last row of a killed run may be cut off.
             if value is not None and step is not None:
                 curve = curves.setdefault(name, Curve())
                 curve.steps.append(step)
                 curve.values.append(value)
     if not curves:
-        raise ValueError(f"{path} has no metric beside a step")
+        raise ValueError(f"{path} has no row with a step and a metric")
     return curves
 
 
 def _parse_number(text: str | None) -> float | None:
-    """Return the number in a field: nan if it is not finite, None if the field has no number."""
+    """Return the number in a field, nan if it is not finite, or None if there is no number."""
     try:
         number = float(text or "")
     except ValueError:

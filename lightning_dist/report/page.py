@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 class Cell(NamedTuple):
-    """A cell of a table: its text, its sort key unless that is the text, and its CSS class."""
+    """A cell of a table with its text, its CSS class, and its sort key (None: the text)."""
 
     text: str
     key: str | None = None
@@ -43,19 +43,19 @@ class Cell(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A row of a table, and the number of its group, if it belongs to one."""
+    """A row of a table, and the number of its group, or None if it has no group."""
 
     cells: list[Cell]
     group: int | None = None
 
 
 def write_page(runs: Sequence[Run], path: PathLike, metric: str | None = None) -> None:
-    """Write a page that a browser opens without a server or network.
+    """Write a page that a browser can open without a server or a network.
 
     Args:
-        runs: the runs, as :func:`read_runs` returns them; their folders have the learning curves.
-        path: path of the HTML file.
-        metric: metric to compare by; by default the one that all runs optimise.
+        runs: the runs, as :func:`read_runs` returns them; their folders contain the curves.
+        path: the path of the HTML file.
+        metric: the metric to compare by; by default the one that all runs optimise.
 
     Raises:
         ValueError: if the runs share no metric.
@@ -91,14 +91,14 @@ def write_page(runs: Sequence[Run], path: PathLike, metric: str | None = None) -
 
 def _template() -> "Template":
     """Load the page's template, which escapes HTML and control characters in all text."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined  # imported late: slow to import
+    from jinja2 import Environment, PackageLoader, StrictUndefined  # slow to import
 
     def printable_text(value: Any) -> Any:
         return printable(value) if type(value) is str else value
 
     environment = Environment(
         loader=PackageLoader("lightning_dist.report"),
-        autoescape=True,  # a Markup is HTML already and stays as it is
+        autoescape=True,  # but a Markup, which is HTML already, is not changed
         undefined=StrictUndefined,
         finalize=printable_text,
         trim_blocks=True,
@@ -108,7 +108,7 @@ def _template() -> "Template":
 
 
 def _curves(runs: Sequence[Run], metric: str) -> tuple[dict[str, dict[Path, Curve]], list[str]]:
-    """Return the learning curves by name and folder, and the reasons why some runs have none."""
+    """Return curves by name of metric and folder, and the reasons why some runs have no curve."""
     found: dict[Path, dict[str, Curve]] = {}
     reasons = []
     for run in runs:
@@ -116,7 +116,7 @@ def _curves(runs: Sequence[Run], metric: str) -> tuple[dict[str, dict[Path, Curv
             found[run.folder] = read_curves(run.folder)
         except ValueError as error:
             reasons.append(str(error))
-    # A test metric has no curve, but training logged the same metric of the validation set.
+    # A test metric has no curve, so plot the same metric of the validation set.
     first = [metric.replace("test/", "val/", 1), "val/loss"]
     logged = sorted(all_keys(found.values()))
     chosen = [name for name in dict.fromkeys(first) if name in logged]
@@ -134,7 +134,7 @@ def _plots(
     metric: str,
     curves: Mapping[str, Mapping[Path, Curve]],
 ) -> dict[str, list[tuple[str, str]]]:
-    """Return title and SVG of the figures in each section, without those that have no data."""
+    """Return the titles and SVGs of the figures in each section; skip figures without data."""
     from markupsafe import Markup
 
     figures: dict[str, list[tuple[str, Figure | None]]] = {
@@ -215,7 +215,7 @@ def _number_cell(value: float | None, form: str) -> Cell:
 
 
 def _sort_key(value: float) -> str:
-    """Return a number as JavaScript reads it; nan becomes "", which the page sorts last."""
+    """Return a number as text for JavaScript; nan becomes "", which the page sorts last."""
     if math.isinf(value):
         return "Infinity" if value > 0 else "-Infinity"
     return "" if math.isnan(value) else repr(value)

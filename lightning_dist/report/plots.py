@@ -1,4 +1,4 @@
-"""Plot runs: by setting, over the student's size, by teacher, and over optimizer steps."""
+"""Plot the results of runs by setting, by student size, by teacher, and by optimizer step."""
 
 import html
 import io
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MOST_POINTS = 150  # per curve
-# Users choose the names: they may be long. And they may have $, hence parse_math=False everywhere.
+# Users choose the names, which may be long. They may contain $, hence parse_math=False everywhere.
 _shorten = partial(re.sub, "(?<=^.{39}).+(?=.{40}$)", "…")
 
 
 def plot_runs(runs: Sequence[Run], metric: str | None = None) -> "Figure":
-    """Plot a metric with a row per group: mean ± std, and below it a dot per run.
+    """Plot a metric with one row per group: the mean ± std, and below it one dot per run.
 
     Args:
         runs: the runs, as :func:`read_runs` returns them.
@@ -67,7 +67,7 @@ def plot_teachers(groups: Sequence[Group], metric: str) -> "Figure | None":
         metric: the metric.
 
     Returns:
-        The figure, or None if no result names its teacher.
+        The figure, or None if no run has both the metric and the student's size.
     """
     teachers: dict[str, dict[int, list[Run]]] = {}
     for number, run in _with_result(groups, metric):
@@ -102,14 +102,14 @@ def plot_teachers(groups: Sequence[Group], metric: str) -> "Figure | None":
 
 
 def plot_sizes(groups: Sequence[Group], metric: str) -> "Figure | None":
-    """Plot a metric of each group over the number of the student's parameters.
+    """Plot a metric of each group over the number of student parameters.
 
     Args:
         groups: the groups, as :func:`group_runs` returns them.
         metric: the metric.
 
     Returns:
-        The figure, or None if no result has that number.
+        The figure, or None if no run has both the metric and the student's size.
     """
     from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
@@ -143,7 +143,7 @@ def plot_curves(groups: Sequence[Group], curves: Mapping[Path, Curve]) -> "Figur
 
     Args:
         groups: the groups, as :func:`group_runs` returns them.
-        curves: the curve of each run, by the run's folder.
+        curves: a dict from the folder of each run to its curve.
     """
     colors = group_colors(groups)
     figure, axes = _empty_figure()
@@ -161,7 +161,7 @@ def plot_curves(groups: Sequence[Group], curves: Mapping[Path, Curve]) -> "Figur
 
 
 def group_colors(groups: Sequence[Group]) -> list[str]:
-    """Return a colour for each group, visible on white and on black, as "#rrggbb"."""
+    """Return a colour "#rrggbb" for each group that is visible on white and on black."""
     import matplotlib
     from matplotlib.colors import to_hex
 
@@ -183,13 +183,13 @@ def to_svg(figure: "Figure", groups: Sequence[Group]) -> str:
 
     def tag(match: re.Match[str]) -> str:
         number = match[1].removeprefix(_GROUP)
-        if number == match[1]:  # an id of matplotlib's own, which is not unique in the page
+        if number == match[1]:  # an id from matplotlib, which is not unique in the page
             return "<g>"
         name = html.escape(groups[int(number)].name)
         return f'<g data-group="{number}"><title>{name}</title>'
 
     file = io.StringIO()
-    # Write text as text and not as paths, and ids that are the same in every run.
+    # Write text as text and not as paths, and write the same ids in every run of this function.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lightning-dist"}):
         nothing = dict.fromkeys(["Creator", "Date", "Format", "Type"])
         options: dict[str, Any] = {"metadata": nothing, "transparent": True}
@@ -207,7 +207,7 @@ def _mark_group(artists: Iterable[Any], number: int) -> None:
 
 
 def _with_result(groups: Sequence[Group], metric: str) -> list[tuple[int, Run]]:
-    """Return the runs that have the metric and the student's size, each with its group's number."""
+    """Return the runs with the metric and the student's size, each with the number of its group."""
     runs = [(number, run) for number, group in enumerate(groups) for run in group.completed]
     return [x for x in runs if metric in x[1].metrics and x[1].student_parameters is not None]
 
@@ -218,10 +218,10 @@ def _draw_mean(axes: "Axes", summary: Summary, y: float, color: str) -> Iterable
 
 
 def _figure_of_rows(count: int, inches: float) -> tuple["Figure", "Axes"]:
-    """Return a figure with a number of rows, each of a height in inches."""
+    """Return a figure and axes for a number of rows; `inches` is the height of a row."""
     from matplotlib.figure import Figure
 
-    # matplotlib's Agg canvas has at most 65536 pixels a side.
+    # Each side of matplotlib's Agg canvas has at most 65536 pixels.
     height = min(1.1 + inches * count, 200.0)
     figure = Figure(figsize=(6.4, height), dpi=150)
     axes = figure.add_axes((0.0, 0.5 / height, 1.0, 1.0 - 0.9 / height))

@@ -13,18 +13,18 @@ import numpy as np
 PathLike = str | os.PathLike[str]
 Folders = PathLike | Sequence[PathLike]
 RESULT_FILE = "result.json"
-# Overrides that leave runs in one group.
+# Runs that differ only in these overrides are in the same group.
 _NOT_SETTINGS = ("seed", "print_config", "own_process")
 _LATER_FIELDS = {"student_parameters": int, "teacher": str, "teacher_parameters": int}
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run as its result.json describes it; ``overrides`` maps each key to its last value.
+    """The data of a run from its result.json.
 
-    ``metrics`` maps names to values, ``seconds`` is the run's duration, ``error`` the message of a
-    failed run. Results of earlier versions have no numbers of parameters (None).
-    ``teacher`` is None there too, and in a run without a teacher.
+    ``overrides`` maps each key to its last value, and ``metrics`` maps names to values. ``seconds``
+    is the duration of the run, and ``error`` is the message of a failed run. The last three
+    are None in results of earlier versions, and those of the teacher in a run without a teacher.
     """
 
     folder: Path
@@ -42,7 +42,7 @@ class Run:
 
     @property
     def completed(self) -> bool:
-        """True if the run ended without an error."""
+        """Whether the run ended without an error."""
         return self.status == "completed"
 
     @property
@@ -53,7 +53,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Summary:
-    """A metric over several runs; ``std`` is the sample standard deviation, None for one run."""
+    """A metric over several runs; ``std`` is the sample standard deviation, or None for one run."""
 
     numbers: list[float]
     mean: float
@@ -69,7 +69,7 @@ class Summary:
 class Group:
     """Runs that differ in nothing but the seed.
 
-    ``values`` maps each setting that varies between groups to its value, None for the default.
+    ``values`` maps each setting that varies between groups to its value; None is the default.
     """
 
     values: dict[str, str | None]
@@ -82,7 +82,7 @@ class Group:
 
     @property
     def labels(self) -> list[str]:
-        """The values as text without control characters, for a table or plot."""
+        """The values as text without control characters, for a table or a plot."""
         return ["(default)" if x is None else printable(x) or "''" for x in self.values.values()]
 
     @property
@@ -93,32 +93,32 @@ class Group:
 
     @property
     def count(self) -> str:
-        """The numbers of completed and of failed runs, as text."""
+        """The numbers of completed runs and of failed runs, as text."""
         lost = len(self.runs) - len(self.completed)
         return f"{len(self.completed)} + {lost} failed" if lost else str(len(self.completed))
 
     def summary(self, metric: str) -> Summary | None:
-        """Summarise a metric over the completed runs that logged it; None if no run did."""
+        """Summarise a metric over the completed runs that have it; return None if no run has it."""
         return summarize([x.metrics[metric] for x in self.completed if metric in x.metrics])
 
 
 def summarize(numbers: list[float]) -> Summary | None:
-    """Return mean and sample standard deviation of some numbers, or None if there are none."""
+    """Return the mean and sample standard deviation of numbers, or None if the list is empty."""
     if not numbers:
         return None
-    with np.errstate(invalid="ignore"):  # a diverged run makes both nan, as it should
+    with np.errstate(invalid="ignore"):  # if a run diverged, both are nan
         std = float(np.std(numbers, ddof=1)) if len(numbers) > 1 else None
         return Summary(numbers, float(np.mean(numbers)), std)
 
 
 def read_runs(folders: Folders) -> list[Run]:
-    """Read all runs at any depth under one or several folders.
+    """Read all runs in one or several folders, at any depth.
 
     Args:
-        folders: a folder or several; a run under two of them is read once.
+        folders: a folder or several folders; a run that is inside two of them is read once.
 
     Returns:
-        The runs, folder by folder, in natural order of their paths (10 follows 9).
+        The runs, folder by folder, in the natural order of their paths (10 comes after 9).
 
     Raises:
         ValueError: if a folder contains no run, or a result.json is broken or incomplete.
@@ -131,12 +131,12 @@ def read_runs(folders: Folders) -> list[Run]:
             why = f"a run folder contains the {RESULT_FILE} that `lightning-dist train` writes"
             raise ValueError(f"no runs found under {top}{gone}: {why}")
         for folder in sorted(inside, key=lambda folder: _natural_order(folder.relative_to(top))):
-            found.setdefault(folder.resolve(), folder)  # folders may overlap: each run once
+            found.setdefault(folder.resolve(), folder)  # folders may overlap
     return [_read_run(folder) for folder in found.values()]
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
-    """Group runs, also failed ones, by the values of all overrides that vary except the seed."""
+    """Group runs, including failed ones, by all overrides that vary except the seed."""
     keys = [key for key in all_keys(run.overrides for run in runs) if key not in _NOT_SETTINGS]
     keys = [key for key in keys if len({run.overrides.get(key) for run in runs}) > 1]
     groups: dict[tuple[str | None, ...], list[Run]] = {}
@@ -176,7 +176,7 @@ def table_metrics(runs: Sequence[Run], metric: str) -> list[str]:
         metric: the metric that the runs are compared by, such as "test/accuracy".
 
     Returns:
-        The given metric first, then all of the same split, and the teacher's own result.
+        The given metric, then the other metrics of its split and the teacher's own result.
     """
     split = metric.rpartition("/")[0]
     metrics = all_keys([{metric: 0}, *(run.metrics for run in runs if run.completed)])
@@ -185,7 +185,7 @@ def table_metrics(runs: Sequence[Run], metric: str) -> list[str]:
 
 
 def teacher_metric(metric: str) -> str:
-    """Return the name under which a run reports the teacher's own result in a metric."""
+    """Return the name under which a run stores the teacher's own result for a metric."""
     return f"teacher/{metric.rpartition('/')[2]}"
 
 
@@ -197,7 +197,7 @@ def as_paths(folders: Folders) -> list[Path]:
     """
     several = [folders] if isinstance(folders, str | os.PathLike) else folders
     if not several:
-        raise ValueError("no folder given: name one that holds runs")
+        raise ValueError("no folder given: give a folder that contains runs")
     return [Path(folder) for folder in several]
 
 
@@ -213,7 +213,7 @@ def _read_run(folder: Path) -> Run:
         for name, kind in _LATER_FIELDS.items():
             if not isinstance(content.get(name), kind | None):
                 raise ValueError(f"{name} is {content[name]!r}")
-        # Pick the fields by name: results of later versions may have more, earlier ones fewer.
+        # Pick the fields by name: a later version may have more fields, an earlier one has fewer.
         wanted = [x for x in fields(Run)[1:] if x.default is MISSING or x.name in content]
         return Run(folder, **{field.name: content[field.name] for field in wanted})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -221,7 +221,7 @@ def _read_run(folder: Path) -> Run:
 
 
 def _parse_override(text: str) -> tuple[str, str]:
-    """Return key and value of a Hydra override, without its `+` signs and quotes."""
+    """Return the key and the value of a Hydra override, without `+` signs and quotes."""
     key, equals, value = text.partition("=")
     if key.startswith("~"):
         return key[1:], "(removed)"
@@ -229,22 +229,22 @@ def _parse_override(text: str) -> tuple[str, str]:
         raise ValueError(f"{text!r} is no override like key=value")
     if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
         value = value[1:-1].replace("\\" + value[0], value[0])
-    elif value.lower() in ("true", "false", "null"):  # Hydra's sweeps write True for true
+    elif value.lower() in ("true", "false", "null"):  # a Hydra sweep writes True for true
         value = value.lower()
     return key.lstrip("+"), value
 
 
 def _natural_order(path: Path) -> list[list[str | int]]:
-    # The split alternates text and digits, so text is compared with text and numbers with numbers.
+    # The split alternates text and digits, so text is compared with text, and numbers with numbers.
     pieces = [enumerate(re.split("([0-9]+)", part)) for part in path.parts]
     return [[int(x) if i % 2 else x for i, x in part] for part in pieces]
 
 
 def all_keys(mappings: Iterable[dict[str, Any]]) -> list[str]:
-    """Return the keys of all mappings, each once, in the order of their first appearance."""
+    """Return the keys of all mappings without duplicates, in the order of first appearance."""
     return list(dict.fromkeys(name for mapping in mappings for name in mapping))
 
 
 def printable(text: str) -> str:
-    """Return text on one line, with escapes for control characters, which terminals execute."""
+    """Return text on one line; control characters, which a terminal would execute, are escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -1,4 +1,4 @@
-"""Test whether two settings differ by more than runs with different seeds do."""
+"""Test whether two settings differ by more than runs of one setting with different seeds."""
 
 import statistics
 from collections.abc import Sequence
@@ -17,10 +17,11 @@ class Comparison:
     Args:
         setting: the group that comes later in the report.
         baseline: the group that comes earlier in the report.
-        seeds: number of seeds with a result in both groups.
-        difference: mean of ``setting - baseline`` over these seeds, None if there are none.
-        p: two-sided p-value of the paired t-test, None if it cannot be computed.
-        reason: the reason why it cannot be computed.
+        seeds: the number of seeds with a result in both groups.
+        difference: the mean of ``setting - baseline`` over these seeds, or None if there is no such
+            seed or a run diverged.
+        p: the two-sided p-value of the paired t-test, or None if it cannot be computed.
+        reason: the reason why ``p`` cannot be computed.
     """
 
     setting: Group
@@ -34,7 +35,8 @@ class Comparison:
 def compare_groups(groups: Sequence[Group], metric: str) -> list[Comparison]:
     """Compare every pair of groups by a t-test on their runs, paired by seed.
 
-    Runs of a group with the same seed, as in a sweep that was run twice, count as one: their mean.
+    If several runs of a group have the same seed, for example because a sweep was run twice, their
+    mean is used.
 
     Args:
         groups: the groups, as :func:`group_runs` returns them.
@@ -49,10 +51,10 @@ def compare_groups(groups: Sequence[Group], metric: str) -> list[Comparison]:
 
 
 def numbers_by_seed(group: Group, metric: str) -> dict[str, float]:
-    """Return a group's metric by seed, the mean where completed runs share a seed.
+    """Return a dict from seeds to a group's metric, with the mean of completed runs that share one.
 
     Args:
-        group: the runs; those without an override of the seed share the seed "(default)".
+        group: the group; its runs without an override of the seed share the seed "(default)".
         metric: the metric.
     """
     found: dict[str, list[float]] = {}
@@ -63,7 +65,7 @@ def numbers_by_seed(group: Group, metric: str) -> dict[str, float]:
 
 
 def _compare(setting: Group, base: Group, x: dict[str, float], y: dict[str, float]) -> Comparison:
-    from scipy.stats import ttest_rel  # imported late: slow to import
+    from scipy.stats import ttest_rel  # slow to import
 
     seeds = sorted(x.keys() & y.keys())
     first, second = (np.array([numbers[seed] for seed in seeds]) for numbers in (x, y))
@@ -73,7 +75,7 @@ def _compare(setting: Group, base: Group, x: dict[str, float], y: dict[str, floa
     mean = float(differences.mean()) if seeds else None
     if len(seeds) < 2:
         return Comparison(setting, base, len(seeds), mean, None, "fewer than 2 common seeds")
-    # Differences that are equal up to rounding have variance 0, by which the test divides.
+    # The test divides by the variance, which is 0 if the differences are equal up to rounding.
     if np.ptp(differences) <= 1e-12 * np.abs([first, second]).max():
         return Comparison(setting, base, len(seeds), mean, None, "the differences are identical")
     return Comparison(setting, base, len(seeds), mean, float(ttest_rel(first, second).pvalue))

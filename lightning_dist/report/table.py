@@ -18,11 +18,12 @@ from lightning_dist.report.runs import (
 
 
 def report_table(runs: Sequence[Run], metric: str | None = None) -> Table:
-    """Make a table with a row per group and the ``mean ± std`` of each metric.
+    """Make a table with one row per group and the ``mean ± std`` of each metric.
 
     Args:
         runs: the runs, as :func:`read_runs` returns them.
-        metric: metric to compare by, which comes first; by default the one that all runs optimise.
+        metric: the metric to compare by, in the first column of metrics; by default the one that
+            all runs optimise.
 
     Returns:
         The table, for ``rich.print``; its caption lists the failed runs.
@@ -33,7 +34,7 @@ def report_table(runs: Sequence[Run], metric: str | None = None) -> Table:
     groups, metric = group_runs(runs), optimized_metric(runs, metric)
     metrics = table_metrics(runs, metric)
     reasons = [printable(f"failed: {x.folder}: {x.reason}") for x in runs if not x.completed]
-    # rich reads [brackets] in a str as markup, but not in a Text.
+    # rich parses [brackets] in a str as markup, but not in a Text.
     # A caption is wrapped to the width of its table, which may be narrow.
     caption, width = Text("\n".join(reasons)), 79 if reasons else 0
     table = Table(caption=caption, caption_justify="left", min_width=width)
@@ -47,14 +48,14 @@ def report_table(runs: Sequence[Run], metric: str | None = None) -> Table:
 
 
 def write_csv(runs: Sequence[Run], path: PathLike) -> None:
-    """Write a CSV file with a row per run: folder, status, all overrides, all metrics, and more.
+    """Write a CSV file with one row per run: folder, status, overrides, metrics, and more.
 
     Args:
         runs: the runs, as :func:`read_runs` returns them.
-        path: path of the file.
+        path: the path of the file.
     """
     keys, metrics = all_keys(run.overrides for run in runs), all_keys(run.metrics for run in runs)
-    # Rows are lists, because an override may have a column's name and a dict would lose one.
+    # Rows are lists and not dicts, because an override may have the same name as a column.
     with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.writer(file)
         writer.writerow(["folder", "status", "seconds", "error", *keys, *metrics, "command"])

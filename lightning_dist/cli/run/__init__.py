@@ -1,1 +1,1 @@
-"""One run of ``lightning-dist train``: its folder, its result, and the config in its checkpoint."""
+"""Modules for one run of ``lightning-dist train``: its folder, result, callbacks and config."""

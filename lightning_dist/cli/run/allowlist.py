@@ -1,4 +1,4 @@
-"""Allowlist: what the config in a checkpoint may build or load without ``trust=true``."""
+"""An allowlist of the code that the config in a checkpoint may call without ``trust=true``."""
 
 import importlib
 import re
@@ -20,9 +20,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from lightning_dist.cli.errors import UserError
 from lightning_dist.training import warmup_multistep
 
-# Each base class, and the packages in which the constructors of its subclasses only build objects.
-# Whole libraries would be too much: torchmetrics.text and timm.task load files by name, and
-# torch.distributed writes code.
+# A subclass of a base class is allowed in the packages next to it, because the constructors there
+# only build objects. Whole libraries are not allowed: torchmetrics.text and timm.task load files by
+# name, and torch.distributed writes code.
 _CLASSES: tuple[tuple[type, tuple[str, ...]], ...] = (
     (
         nn.Module,
@@ -58,12 +58,12 @@ _FUNCTIONS = (
 )
 _PACKAGES = ("lightning_dist", "timm", "torch", "torchmetrics", "torchvision")
 
-# Arguments and names for which timm reads a file or downloads from a hub; this package passes them
-# on to timm unchanged.
+# With these arguments and names timm reads a file or downloads from a hub, and this package passes
+# them to timm unchanged.
 _TIMM_LOADS = re.compile("checkpoint_path|cache_dir|pretrained_.*")
 _TIMM_SOURCE = re.compile("(hf|local)[-_](hub|dir):", re.IGNORECASE)
 
-# Levels and values of a config, far above those of any that train saves.
+# Limits for the levels and values of a config, far above those of the configs that train saves.
 _MAX_DEPTH, _MAX_VALUES = 32, 100_000
 
 
@@ -71,14 +71,14 @@ def check_allowed(config: Any, path: str) -> None:
     """Refuse a config that can do more than build networks, data, optimizers and schedules.
 
     Args:
-        config: plain data, to be instantiated by Hydra.
-        path: the file that holds it, for the message.
+        config: the config as plain data, before Hydra instantiates it.
+        path: the file that contains the config, for the message.
 
     Raises:
-        UserError: naming the value that is refused.
+        UserError: if a value is refused; the message names the value.
     """
     for count, node in enumerate(_nodes(config, path)):
-        # A list that holds another list twice, which does the same, doubles with every level.
+        # If each list contains the next list twice, the number of values doubles at every level.
         if count > _MAX_VALUES:
             raise UserError(f"{path} is damaged: its config has more than {_MAX_VALUES} values")
         if isinstance(node, Mapping):
@@ -93,7 +93,7 @@ def check_allowed(config: Any, path: str) -> None:
 
 
 def _nodes(config: Any, path: str, depth: int = 0) -> Iterator[Any]:
-    """Yield a config and every value inside it, a mapping before its values."""
+    """Yield a config and every value inside it; a mapping comes before its values."""
     if depth > _MAX_DEPTH:
         raise UserError(f"{path} is damaged: its config is nested without end")
     yield config
@@ -105,8 +105,8 @@ def _nodes(config: Any, path: str, depth: int = 0) -> Iterator[Any]:
 def _check_text(value: Any, path: str) -> None:
     """Refuse an interpolation, or a name for which timm loads a file.
 
-    OmegaConf resolves interpolations when it reads a config, and a resolver is a function call.
-    ``train`` saves its config resolved, so that a genuine one has none.
+    OmegaConf resolves an interpolation when the value is read, and a resolver is a function call.
+    ``train`` resolves a config before it saves it, so a config of ``train`` has no interpolation.
     """
     if isinstance(value, str) and "${" in value:
         raise _refusal(path, f"would resolve {value!r:.100}")
@@ -123,7 +123,7 @@ def _check_call(node: Mapping[str, Any], path: str) -> None:
             f"would run {target!r:.100}, which is no network, data module, metric, optimizer or "
             f"scheduler of {', '.join(_PACKAGES)}",
         )
-    # Arguments by position have no names, by which the others are checked.
+    # The other arguments are checked by name, and positional arguments have no name.
     if node.get("_args_") and not _is_known_class(found):
         raise _refusal(path, f"would run {target!r} with arguments that it does not name")
     if found is timm.create_model and not timm.is_model(str(node.get("model_name"))):
@@ -149,7 +149,7 @@ def _is_known_function(found: Any) -> bool:
 
 
 def _locate(target: str) -> Any:
-    """Return what Hydra would call, or None; only allowed packages are imported for it."""
+    """Return the object that Hydra would call, or None; import only packages that are allowed."""
     parts = target.split(".")
     if parts[0] not in _PACKAGES or any(part.startswith("_") or not part for part in parts):
         return None

@@ -1,4 +1,4 @@
-"""Callbacks of every run: they save its config, check its monitor, and record its first error."""
+"""Callbacks of every run that save its config, check its monitor, and record its first error."""
 
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,13 @@ VALIDATION_KEY = "lightning_dist_validation"
 
 
 class SaveConfig(Callback):
-    """Put the composed config into every checkpoint, so that other verbs need nothing else.
+    """Save the config in every checkpoint, so that other verbs need only the checkpoint.
 
-    The names and colours of the data's classes are saved with it: they may be known from files
-    alone. So is the last validation, which a run that resumes after it may not repeat.
+    The names and colours of the classes are saved too, because some data sets read them from files.
+    The last validation is saved too, because a run that resumes after it may not repeat it.
 
     Args:
-        config: plain data, from :func:`lightning_dist.cli.run.saved_config.to_save`.
+        config: the config as plain data, from :func:`lightning_dist.cli.run.saved_config.to_save`.
 
     Attributes:
         validation: the metrics of the last validation before the run was resumed.
@@ -47,7 +47,7 @@ class CheckMonitor(Callback):
     """Refuse a monitored metric that validation does not log, before the first epoch.
 
     Args:
-        metric: the monitored one, such as ``val/accuracy``.
+        metric: the monitored metric, such as ``val/accuracy``.
     """
 
     def __init__(self, metric: str) -> None:
@@ -63,10 +63,10 @@ class CheckMonitor(Callback):
 
 
 class RecordError(Callback):
-    """Record the first error among the processes of a run: it causes what the others raise later.
+    """Record the first error in the processes of a run, because it causes the later errors.
 
     Args:
-        folder: of the run.
+        folder: the folder of the run.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -80,11 +80,11 @@ class RecordError(Callback):
 
 
 def logged_metrics(trainer: Trainer, prefix: str) -> dict[str, float]:
-    """Return the last value of each metric that was logged under a prefix.
+    """Return the last value of each logged metric whose name starts with a prefix.
 
     Args:
-        trainer: of the run.
-        prefix: such as ``"val/"``; the names keep it.
+        trainer: the trainer of the run.
+        prefix: the prefix, such as ``"val/"``; the returned names include it.
     """
     metrics = trainer.callback_metrics.items()
     return {name: float(value) for name, value in metrics if name.startswith(prefix)}

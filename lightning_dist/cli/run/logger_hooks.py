@@ -1,4 +1,4 @@
-"""Hyper-parameters for the loggers, and closing W&B between the runs of a sweep."""
+"""Log hyper-parameters, run without the loggers, and close W&B between the runs of a sweep."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ class LogConfig(Callback):
     """Log the whole config as hyper-parameters, in the process that logs the metrics.
 
     Args:
-        config: composed.
+        config: the composed config.
     """
 
     def __init__(self, config: DictConfig) -> None:
@@ -28,10 +28,10 @@ class LogConfig(Callback):
 def closed_loggers(trainer: Trainer) -> Iterator[None]:
     """Close the run of Weights & Biases at the end of the block.
 
-    It is global to the process, so that the next run of a sweep would go on logging to it.
+    The W&B run is global to the process, so the next run of a sweep would log to it too.
 
     Args:
-        trainer: whose loggers are closed.
+        trainer: the trainer that has the loggers.
     """
     failed = True
     try:
@@ -48,10 +48,10 @@ def without_loggers(trainer: Trainer) -> Iterator[dict[str, float]]:
     """Run the block without the trainer's loggers.
 
     Args:
-        trainer: gets its loggers back at the end of the block.
+        trainer: the trainer, whose loggers are restored at the end of the block.
 
     Returns:
-        An empty dict; the metrics that the block puts into it are logged after all.
+        An empty dict; the metrics that the block adds to it are logged at the end of the block.
     """
     loggers, trainer.loggers = trainer.loggers, []
     metrics: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""Read and write what a run leaves in its folder: ``result.json``, and the first error."""
+"""Read and write the result and the first error of a run in its folder."""
 
 import json
 import logging
@@ -17,10 +17,10 @@ _ERROR_FILE = "error.txt"
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
-    """Return the result in the folder of a run, or None where there is none that can be read.
+    """Return the result in the folder of a run, or None if it does not exist or is damaged.
 
     Args:
-        folder: of the run.
+        folder: the folder of the run.
     """
     path = folder / RESULT_FILE
     if not path.is_file():
@@ -32,20 +32,20 @@ def read_result(folder: Path) -> dict[str, Any] | None:
             return result
     except (ValueError, TypeError, KeyError, RecursionError):
         pass
-    log.warning("%s is damaged: it counts as none", path)
+    log.warning("%s is damaged and is ignored", path)
     return None
 
 
 @rank_zero_only
 def write_result(folder: Path, result: dict[str, Any]) -> None:
-    """Write the result of a run, at once or not at all; only the first process writes.
+    """Write the result of a run as one atomic change; only the first process writes.
 
     Args:
-        folder: of the run.
-        result: plain data, as :class:`lightning_dist.cli.run.run.Run` keeps it.
+        folder: the folder of the run.
+        result: the attribute ``result`` of :class:`lightning_dist.cli.run.run.Run`.
 
     Raises:
-        OSError: if the disk is full, or the folder cannot be written.
+        OSError: if the disk is full, or the folder is not writable.
     """
     path = folder / RESULT_FILE
     partial = path.with_suffix(".partial")
@@ -54,22 +54,22 @@ def write_result(folder: Path, result: dict[str, Any]) -> None:
 
 
 def record_error(folder: Path, error: BaseException) -> None:
-    """Write the error of this process, unless another process of the run has written its own.
+    """Write the error of this process, unless another process of the run has written one.
 
     Args:
-        folder: of the run.
-        error: what this process ends with.
+        folder: the folder of the run.
+        error: the error that ends this process.
     """
-    # FileExistsError: another process was first. A full disk is what ``error`` itself reports.
+    # FileExistsError: another process was first. ``error`` itself reports a full disk.
     with suppress(OSError), open(folder / _ERROR_FILE, "x") as file:
         file.write(f"{type(error).__name__}: {error}")
 
 
 def first_error(folder: Path) -> str | None:
-    """Return the first error among the processes of a run, or None if none was written.
+    """Return the first error in the processes of a run, or None if no process wrote an error.
 
     Args:
-        folder: of the run.
+        folder: the folder of the run.
     """
     path = folder / _ERROR_FILE
     return path.read_text() if path.is_file() else None
@@ -80,6 +80,6 @@ def forget_error(folder: Path) -> None:
     """Delete the error file of an earlier attempt.
 
     Args:
-        folder: of the run.
+        folder: the folder of the run.
     """
     (folder / _ERROR_FILE).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Find and check the checkpoint that a run goes on from."""
+"""Find and check the checkpoint from which a run continues."""
 
 import logging
 from collections.abc import Mapping
@@ -15,16 +15,17 @@ log = logging.getLogger(__name__)
 
 
 def checkpoint_to_begin_with(config: DictConfig, folder: Path) -> str | None:
-    """Return the path of the checkpoint that a run goes on from, or None where it starts anew.
+    """Return the path of the checkpoint from which a run continues, or None if it starts anew.
 
     Args:
-        config: the config ``train``. With ``resume=true`` or ``ckpt_path=last`` the run goes on
-            from its own last checkpoint, otherwise from the file ``ckpt_path``.
-        folder: of the run.
+        config: the config ``train``. With ``resume=true`` or ``ckpt_path=last`` the run continues
+            from the last checkpoint in its folder, otherwise from the file ``ckpt_path``.
+        folder: the folder of the run.
 
     Raises:
-        UserError: if its own checkpoint is another run's, or if no run can go on from it.
-        ValueError, FileNotFoundError: if ``ckpt_path`` is no checkpoint.
+        UserError: if another run wrote the checkpoint in the folder, or if no run can continue
+            from the checkpoint.
+        ValueError, FileNotFoundError: if ``ckpt_path`` is not a checkpoint.
     """
     named = config.ckpt_path
     if config.resume or named == "last":
@@ -38,10 +39,10 @@ def checkpoint_to_begin_with(config: DictConfig, folder: Path) -> str | None:
 
 
 def _last_checkpoint(config: DictConfig, folder: Path) -> str | None:
-    """Return the path of the last checkpoint in the folder of a run, if it got so far.
+    """Return the path of the last checkpoint in the folder of a run, or None if there is none.
 
     Raises:
-        UserError: if the checkpoint is another run's.
+        UserError: if another run wrote the checkpoint.
     """
     path = folder / "checkpoints" / "last.ckpt"
     if not path.exists():
@@ -54,13 +55,13 @@ def _last_checkpoint(config: DictConfig, folder: Path) -> str | None:
     saved = saved if isinstance(saved, Mapping) else {}
     if any(saved.get(key) != value for key, value in to_save(config).items()):
         raise UserError(
-            f"{path} is of a run with other data, networks or settings: resume with the overrides "
-            "that it was started with, or choose another folder"
+            f"{path} is from a run with other data, networks or settings: resume with the "
+            "overrides of that run, or choose another folder"
         )
     return str(path)
 
 
-# The entries of a checkpoint that Lightning 2.6 reads without a check of its own.
+# The entries of a checkpoint that Lightning 2.6 reads without a check.
 _ENTRIES: dict[str, type] = {
     "pytorch-lightning_version": str,
     "state_dict": Mapping,
@@ -74,18 +75,18 @@ _ENTRIES: dict[str, type] = {
 
 
 def _read_resumable(path: str, trust: bool) -> dict[str, Any] | None:
-    """Return the checkpoint, or None for a folder, which only its strategy can read.
+    """Return the checkpoint, or None if it is a folder, which only the strategy can read.
 
-    The pieces in a folder are pickles, and reading a pickle runs the code that it names.
+    The files in such a folder are pickles, and a pickle can run any code when it is loaded.
 
     Raises:
-        UserError: if it is a folder without ``trust=true``, or no whole checkpoint.
+        UserError: if it is a folder and ``trust`` is false, or if an entry is missing.
     """
     if Path(path).expanduser().is_dir():
         if not trust:
             raise UserError(
-                f"{path} is a folder, whose pieces can run code when they are read: if you trust "
-                "it, add trust=true; otherwise give a checkpoint that is one file"
+                f"{path} is a folder of pickles, which can run code when they are loaded: if you "
+                "trust it, add trust=true; otherwise give a checkpoint that is one file"
             )
         return None
     checkpoint = read_checkpoint(path)
@@ -94,8 +95,8 @@ def _read_resumable(path: str, trust: bool) -> dict[str, Any] | None:
         missing = ["loops"]
     if missing:
         raise UserError(
-            f"{path} is no checkpoint that a run can go on from, it has no {', '.join(missing)}: "
-            "give one that 'lightning-dist train' has written; weights alone are for "
-            "teacher.weights"
+            f"{path} is no checkpoint that a run can continue from, because it has no "
+            f"{', '.join(missing)}: give a checkpoint of 'lightning-dist train'; use "
+            "teacher.weights for a file with weights only"
         )
     return checkpoint

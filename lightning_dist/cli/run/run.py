@@ -26,17 +26,17 @@ log = logging.getLogger(__name__)
 
 
 class Run:
-    """A run: its config, its folder, the checkpoint that it goes on from, and its result.
+    """A run with its config, its folder, the checkpoint to continue from, and its result.
 
     Args:
-        config: the config ``train`` of a Hydra job, composed.
+        config: the composed config ``train`` of a Hydra job.
 
     Attributes:
-        config: the same.
+        config: the given config.
         folder: the output folder of the job.
-        checkpoint: path of the checkpoint that the run goes on from; None before :meth:`begin`,
-            and for a run that starts anew.
-        result: plain data, written to the folder as ``result.json``.
+        checkpoint: the path of the checkpoint from which the run continues; None before
+            :meth:`begin`, and if the run starts anew.
+        result: a dict of plain data, which is written to the folder as ``result.json``.
     """
 
     def __init__(self, config: DictConfig) -> None:
@@ -48,14 +48,14 @@ class Run:
 
     @property
     def monitored(self) -> float | None:
-        """The value of the metric ``monitor``, which a sweeper compares; None without a result."""
+        """The value of the metric ``monitor``, for sweepers; None if the run did not complete."""
         return self.result["metrics"].get(self.config.monitor)
 
     def has_completed(self) -> bool:
-        """Return whether ``resume=true`` finds this run completed; :attr:`result` is then that.
+        """Return whether ``resume`` is true and this run has completed; then load :attr:`result`.
 
         Raises:
-            UserError: if the folder holds another run.
+            UserError: if the folder contains another run.
             ValueError: if ``resume`` is neither true nor false.
         """
         check_flag("resume", self.config.resume)
@@ -74,10 +74,10 @@ class Run:
         return True
 
     def begin(self) -> None:
-        """Find the checkpoint to go on from, and mark the run as begun in its folder.
+        """Find the checkpoint to continue from, and write an unfinished result to the folder.
 
         Raises:
-            UserError, ValueError, FileNotFoundError: if there is no going on from the checkpoint.
+            UserError, ValueError, FileNotFoundError: if no run can continue from the checkpoint.
         """
         self.checkpoint = checkpoint_to_begin_with(self.config, self.folder)
         self._has_begun = True
@@ -86,9 +86,9 @@ class Run:
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
-        """Write the result when the block ends: completed, or failed with the reason.
+        """Write the result when the block ends, as completed or as failed with the reason.
 
-        The result of a completed run stays where the block ends before :meth:`begin`.
+        If the block ends before :meth:`begin`, the result of a completed run is not replaced.
         """
         start = time.monotonic()
         try:
@@ -103,12 +103,12 @@ class Run:
             try:
                 if self._has_begun or not _is_completed(self.folder):
                     write_result(self.folder, self.result)
-            except OSError as error:  # logged, for what ended the run is the error to raise
+            except OSError as error:  # not raised, so that the first error is raised
                 log.error("cannot write the result in %s: %s", self.folder, error)
 
 
 def config_folders() -> list[str]:
-    """Return the options of the command line that name folders of configs."""
+    """Return the ``--config-dir`` options of the command line."""
     sources = HydraConfig.get().runtime.config_sources
     return [f"--config-dir={x.path}" for x in sources if x.provider == "command-line"]
 
@@ -117,7 +117,7 @@ def _unfinished_result(config: DictConfig) -> dict[str, Any]:
     """Return the result of a run that has not ended."""
     overrides = [str(override) for override in HydraConfig.get().overrides.task]
     overrides = [override for override in overrides if not override.startswith("resume=")]
-    # The command runs the job alone, where there is no pruning: only a search has it.
+    # The command runs the job outside the search, where there is no pruning to configure.
     alone = [x for x in overrides if not x.lstrip("+~").startswith("callbacks.pruning")]
     return {
         "metrics": {},
@@ -132,6 +132,6 @@ def _unfinished_result(config: DictConfig) -> dict[str, Any]:
 
 
 def _is_completed(folder: Path) -> bool:
-    """Return whether the folder holds the result of a run, this or another, that has completed."""
+    """Return whether the folder contains the result of a completed run, this or another one."""
     result = read_result(folder)
     return result is not None and result["status"] == "completed"

@@ -1,4 +1,4 @@
-"""Save the config inside a checkpoint, read it, and build the module that it describes."""
+"""Prepare a config for a checkpoint, read it back, and build the module that it describes."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +15,7 @@ from lightning_dist.weights import read_checkpoint
 
 CONFIG_KEY = "lightning_dist_config"
 
-# Classes that saved configs name by a path that they no longer have, with the path of today.
+# The old paths of classes and functions in saved configs, with their current paths.
 _MOVED = {
     "lightning_dist.data.imagenet.ImageFolderDataModule": (
         "lightning_dist.data.image_folder.ImageFolderDataModule"
@@ -25,10 +25,10 @@ _MOVED = {
 
 
 def to_save(config: DictConfig) -> dict[str, Any]:
-    """Return what a checkpoint keeps of a config: data, module and seed, but not the teacher.
+    """Return the parts of a config to save: data, module and seed, but not the teacher.
 
     Args:
-        config: the config ``train``, composed.
+        config: the composed config ``train``.
     """
     plain = OmegaConf.to_container(config, resolve=True)
     assert isinstance(plain, dict)
@@ -40,14 +40,15 @@ def read_saved(path: str, trust: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     """Read a checkpoint of ``lightning-dist train``.
 
     Args:
-        path: the checkpoint.
-        trust: accept a config that names any code.
+        path: the path of the checkpoint.
+        trust: whether to accept a config that calls code outside the allowlist.
 
     Returns:
         The checkpoint and its config.
 
     Raises:
-        UserError: no such file, damaged, not of ``lightning-dist train``, or naming other code.
+        UserError: if the file does not exist, is damaged or was not written by
+            ``lightning-dist train``, or if its config calls code outside the allowlist.
     """
     check_flag("trust", trust)
     try:
@@ -59,24 +60,24 @@ def read_saved(path: str, trust: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     config = config_in(checkpoint)
     _check_structure(checkpoint, config, path)
     if not trust:
-        from lightning_dist.cli.run.allowlist import check_allowed  # train does without its imports
+        from lightning_dist.cli.run.allowlist import check_allowed  # slow; train needs no allowlist
 
         check_allowed({"module": config["module"], "data": config["data"]}, path)
     return checkpoint, config
 
 
 def config_in(checkpoint: Mapping[str, Any]) -> Any:
-    """Return the config inside a checkpoint, with today's paths of its classes and options.
+    """Return the config inside a checkpoint, with the current paths of classes and no old options.
 
     Args:
-        checkpoint: as it was read; its config is changed in place.
+        checkpoint: the loaded checkpoint, whose config is changed in place.
 
     Returns:
-        Whatever the file holds in the place of a config; nothing of it has been checked.
+        The entry for the config, which can be any object, because it has not been checked.
     """
     config = checkpoint.get(CONFIG_KEY)
     nodes, seen = [config], set()
-    while nodes:  # no recursion: a hostile config contains itself
+    while nodes:  # no recursion: a hostile config may contain itself
         node = nodes.pop()
         if id(node) in seen:
             continue
@@ -98,12 +99,12 @@ def build_module(
     """Build the module with the student of a checkpoint, without a teacher.
 
     Args:
-        checkpoint: with the weights.
-        config: of the checkpoint, as :func:`read_saved` returns it.
-        path: the file of the checkpoint, for the message.
+        checkpoint: the checkpoint with the weights.
+        config: the config of the checkpoint, as :func:`read_saved` returns it.
+        path: the path of the checkpoint, for the message.
 
     Raises:
-        UserError: if the config describes no network, or one that the weights do not fit.
+        UserError: if the config describes no network, or the weights do not fit the network.
     """
     try:
         module = instantiate(config["module"], teacher=None)
@@ -118,10 +119,10 @@ def build_module(
 
 
 def _check_structure(checkpoint: Mapping[str, Any], config: Any, path: str) -> None:
-    """Refuse a checkpoint without the entries that a run has saved.
+    """Refuse a checkpoint without the entries that every run saves.
 
     Raises:
-        UserError: naming what is missing.
+        UserError: if entries are missing; the message names them.
     """
     state, parts = checkpoint.get("state_dict"), config if isinstance(config, Mapping) else {}
     missing = [
@@ -136,8 +137,8 @@ def _check_structure(checkpoint: Mapping[str, Any], config: Any, path: str) -> N
     ]
     if missing:
         raise UserError(
-            f"{path} is damaged, it has no {' or '.join(missing)}: give a checkpoint as "
-            "'lightning-dist train' has written it"
+            f"{path} is damaged, because it has no {' or '.join(missing)}: give a checkpoint that "
+            "'lightning-dist train' has written"
         )
 
 

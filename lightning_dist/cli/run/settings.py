@@ -7,13 +7,13 @@ from lightning_dist.cli.renamed_keys import refuse_renamed_keys
 
 
 def check_settings(config: DictConfig) -> None:
-    """Refuse settings that neither Hydra nor the objects of the config refuse before training.
+    """Refuse wrong settings that neither Hydra nor the objects of the config refuse.
 
     Args:
-        config: the config ``train``, composed.
+        config: the composed config ``train``.
 
     Raises:
-        ValueError: naming the key, its value and what to give.
+        ValueError: if a setting is wrong; the message names its key and the values to use.
     """
     refuse_renamed_keys(config)
     check_number("seed", config.seed, int, least=0, most=2**32 - 1)
@@ -27,8 +27,8 @@ def check_settings(config: DictConfig) -> None:
     strategy = config.trainer.get("strategy")
     if OmegaConf.is_config(strategy) and strategy.get("stage") == 3:
         raise ValueError(
-            "trainer.strategy.stage is 3, and DeepSpeed loads its checkpoints to train on, not for "
-            "the test of a run: use stage 2, or trainer=fsdp2 to shard the parameters"
+            "trainer.strategy.stage is 3, but DeepSpeed can load a checkpoint of stage 3 only to "
+            "continue training, not to test: use stage 2, or trainer=fsdp2 to shard the parameters"
         )
     teacher = config.distill.teacher
     if OmegaConf.is_config(teacher) and teacher.get("teacher", "") is None:

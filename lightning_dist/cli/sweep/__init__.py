@@ -1,1 +1,1 @@
-"""Sweeps: launch a run as its own process, check the launcher, prune trials, report at the end."""
+"""Parts of sweeps: run a job in its own process, check the launcher, prune trials, report."""

@@ -1,4 +1,4 @@
-"""A Hydra callback that refuses a launcher or sweeper which Hydra would ignore."""
+"""A Hydra callback that refuses a launcher or sweeper that Hydra would ignore."""
 
 from collections.abc import Iterator
 from contextlib import suppress
@@ -14,10 +14,10 @@ from lightning_dist.cli.errors import fail
 
 
 class RefuseSweptLauncher(Callback):
-    """Refuse a sweep over config files of which one sets the launcher or the sweeper.
+    """Refuse a sweep over config files if one of them sets the launcher or the sweeper.
 
-    Hydra picks both before it composes the configs that are swept over (Hydra issue 2946). It would
-    ignore the choice of an experiment file in a sweep over several, and follow it for a single one.
+    Hydra picks both before it composes the configs of the jobs (Hydra issue 2946). It would use the
+    choice of a single experiment file, but ignore the choice in a sweep over several files.
     """
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
@@ -32,7 +32,7 @@ class RefuseSweptLauncher(Callback):
 
 
 def _swept_configs(config: DictConfig) -> Iterator[tuple[str, DictConfig]]:
-    """Yield each config file that is swept over, by its override, and a config composed with it."""
+    """Yield the override of each config file in the sweep, and the config composed with it."""
     loader = GlobalHydra.instance().config_loader()
     params = config.hydra.sweeper.get("params") or {}
     parser = OverridesParser.create(config_loader=loader)
@@ -44,7 +44,7 @@ def _swept_configs(config: DictConfig) -> Iterator[tuple[str, DictConfig]]:
             continue
         for value in override.sweep_string_iterator():
             choice = f"{override.get_key_element()}={value}"
-            with suppress(HydraException):  # Hydra composes every job next, and raises it then
+            with suppress(HydraException):  # Hydra raises it later, when it composes the jobs
                 yield choice, loader.load_sweep_config(config, [*fixed, choice])
 
 

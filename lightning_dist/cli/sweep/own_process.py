@@ -1,4 +1,4 @@
-"""Run a job of a sweep as a command of its own, and end it with the process of its sweep."""
+"""Run a job of a sweep as a separate command, and stop it if the process of the sweep ends."""
 
 import os
 import signal
@@ -22,18 +22,18 @@ _POLL_SECONDS = 0.5
 
 
 def run_apart(run: Run) -> None:
-    """Run a job of a sweep as a command of its own, which ends alone if it is killed.
+    """Run a job of a sweep as a separate command, so that the sweep survives if it is killed.
 
-    Runs with several processes need that: subprocess DDP starts the command line again, which would
-    be the whole sweep, and leaves its rank and port in the environment, which the next run would
-    read as its own.
+    A run with several processes needs that for two reasons. Subprocess DDP runs the command line
+    again, which would start the whole sweep. And it leaves its rank and port in the environment,
+    from which the next run would read them.
 
     Args:
-        run: gets the result that the command has written.
+        run: the run, whose ``result`` is replaced by the result that the command has written.
 
     Raises:
-        UserError: with the reason, if the command failed.
-        SystemExit: after a signal to this process.
+        UserError: if the command failed; the message gives the reason.
+        SystemExit: if this process received a signal.
     """
     hydra = HydraConfig.get()
     overrides = [*hydra.overrides.task, f"hydra.job.num={hydra.job.num}"]
@@ -43,7 +43,7 @@ def run_apart(run: Run) -> None:
     (run.folder / RESULT_FILE).unlink(missing_ok=True)  # of an earlier attempt
     status = _run_command(["train", *overrides], hydra.runtime.cwd)
     run.result = read_result(run.folder) or run.result
-    if run.result["error"] == UNFINISHED:  # killed, as Lightning does where another rank has failed
+    if run.result["error"] == UNFINISHED:  # killed, for example by Lightning if another rank failed
         run.result["error"] = first_error(run.folder) or f"ended with exit status {status}"
         write_result(run.folder, run.result)
     if status or run.result["status"] == "failed":
@@ -51,13 +51,13 @@ def run_apart(run: Run) -> None:
 
 
 def needs_own_process(config: DictConfig) -> bool:
-    """Return whether a job of a sweep has to run as a command of its own.
+    """Return whether a job of a sweep has to run as a separate command.
 
-    That is where the user asks for it, and where its Trainer may start several processes: with a
-    strategy, several nodes, or any ``devices`` but one (``auto`` may be several).
+    It has to if the user sets ``own_process``, or if its Trainer may start several processes: with
+    a strategy, several nodes, or any ``devices`` but one (``auto`` may be several).
 
     Args:
-        config: the job's config.
+        config: the config of the job.
     """
     trainer = config.trainer
     devices = trainer.get("devices", "auto")
@@ -68,16 +68,16 @@ def needs_own_process(config: DictConfig) -> bool:
 
 
 def end_with_parent(worker: bool) -> None:
-    """Stop this run as SIGTERM does, which saves it, once the process of its sweep is gone.
+    """Send SIGTERM to this process, so that the run is saved, when the process of its sweep ends.
 
-    That process may be killed, or end with its terminal. The run would otherwise go on training,
-    beside the one that resumes the sweep.
+    The process of the sweep may be killed, or end with its terminal. Without this signal, the run
+    would continue, and another process that resumes the sweep would train the same run.
 
     Args:
-        worker: whether this process is a launcher's worker, whose parent is the sweep. A command of
-            :func:`run_apart` finds the process id of its sweep in the environment.
+        worker: whether this process is a worker of a launcher, whose parent is the sweep. A command
+            of :func:`run_apart` reads the process id of its sweep from the environment.
     """
-    named = os.environ.pop(_PARENT, None)  # taken out, for the processes that this one starts
+    named = os.environ.pop(_PARENT, None)  # not passed on to processes that this one starts
     if named is None and not worker:
         return
     parent = os.getppid() if named is None else int(named)
@@ -91,13 +91,13 @@ def end_with_parent(worker: bool) -> None:
 
 
 def _run_command(arguments: list[str], folder: str) -> int:
-    """Run the command in a process of its own and return its exit status.
+    """Run the command in a new process and return its exit status.
 
-    A signal is passed on, so that the run can save its state, and ends this process afterwards. The
-    command is in a session of its own, for a terminal would send Ctrl-C to both processes.
+    A signal is passed on to the command, so that the run can save its state; then this process
+    ends. The command runs in a new session, because a terminal would send Ctrl-C to both processes.
 
     Raises:
-        SystemExit: with the run's status, after a signal.
+        SystemExit: if a signal was received, with the exit status of the run.
     """
     command = [sys.executable, "-m", "lightning_dist", *arguments]
     process: subprocess.Popen | None = None

@@ -1,4 +1,4 @@
-"""`PruneTrial`: a trial of an Optuna search reports its validations and ends early if it lags."""
+"""`PruneTrial`: report the validations of an Optuna trial, and end the trial early if it lags."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from lightning_dist.cli.errors import UserError
 
 
 class Pruned(UserError):  # noqa: N818 - it is no error
-    """Ends a trial early, because its pruner expects no good result."""
+    """Raised to end a trial early, when its pruner does not expect a good result."""
 
 
 class PruneTrial(Callback):
@@ -20,13 +20,13 @@ class PruneTrial(Callback):
 
     Args:
         storage: the journal file of the sweeper.
-        trial: number of the trial.
+        trial: the number of the trial.
         monitor: the metric to report.
         pruner: an Optuna pruner; its steps are epochs.
 
     Raises:
-        UserError: before training, if there is no such file.
-        Pruned: in validation, in all processes of the run.
+        UserError: before training, if the journal file does not exist.
+        Pruned: after a validation, in all processes of the run, if the trial lags.
     """
 
     def __init__(self, storage: str, trial: int, monitor: str, pruner: Any) -> None:
@@ -44,7 +44,7 @@ class PruneTrial(Callback):
             return
         if self.monitor not in trainer.callback_metrics:
             raise MisconfigurationException(
-                f"pruning needs {self.monitor!r}, and validation logged "
+                f"pruning needs {self.monitor!r}, but validation logged only "
                 f"{', '.join(map(repr, trainer.callback_metrics))}: set monitor"
             )
         value = float(trainer.callback_metrics[self.monitor])

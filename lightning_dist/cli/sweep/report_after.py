@@ -1,4 +1,4 @@
-"""A Hydra callback that reports a sweep after its last job."""
+"""A Hydra callback that prints the report of a sweep after its last job."""
 
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,9 @@ from lightning_dist.report.runs import RESULT_FILE
 
 
 class ReportAfterSweep(Callback):
-    """Print the report of a multirun when its last job has ended; exit with 1 if one failed.
+    """Print the report of a sweep after its last job, and exit with status 1 if a job failed.
 
-    Refuse, before the first job, a folder whose runs would be taken for this sweep's.
+    Before the first job, refuse a folder that contains runs, because the report would include them.
     """
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
@@ -36,7 +36,7 @@ class ReportAfterSweep(Callback):
         reasons = []
         try:
             print_report([folder], folder)
-        except (ValueError, OSError) as error:  # Hydra 1.3 would only warn of it
+        except (ValueError, OSError) as error:  # Hydra 1.3 would only log a warning
             reasons.append(f"there is no report: {error}")
         # An unreadable result counts as a failed job.
         results = [
