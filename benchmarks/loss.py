@@ -1,22 +1,22 @@
 """Measure speed, memory and accuracy of DISTLoss: ``python -m benchmarks.loss [--quick]``.
 
-For each shape of logits, 3 * randn in float32, it measures forward and backward to the student's
-logits. "Ours" is this package's DISTLoss.
+For each shape of logits, 3 * randn in float32, it measures the forward and the backward to the
+student's logits. In the table, "ours" is this package's DISTLoss.
 
-- Speed is the time of another loss divided by ours, so above 1 ours is faster. The other losses are
-  torchdistill's DISTLoss and a KL divergence (log_softmax and kl_div). All run interleaved in this
-  process, and the ratio is the median over the rounds. torchdistill takes matrices, so dense logits
-  are permuted for it.
-- Memory is the peak beyond the two inputs, with the gradient, in units of one logits tensor. It
-  comes from PyTorch's allocation events. The bar is for the eager operator, which streams over
-  blocks; when compiled, inductor stores about two more tensors.
-- Gradient error is the largest difference from the float64 gradient, divided by that gradient's
-  largest entry. Ours is compared with the authors' formulation, and torchdistill with itself in
-  float64, because it uses eps in another way.
+- The speed is the time of another loss divided by the time of DISTLoss; above 1, DISTLoss is
+  faster. The other losses are torchdistill's DISTLoss and a KL divergence (log_softmax and kl_div).
+  All losses run interleaved in this process, and the ratio is the median over the rounds. Dense
+  logits are permuted for torchdistill, because it takes matrices.
+- The memory is the peak in addition to the two inputs, including the gradient, in units of one
+  tensor of logits. It is computed from PyTorch's allocation events. The bar is for the eager
+  operator, which processes blocks. In compiled code, inductor stores about two more tensors.
+- The gradient error is the largest difference from the float64 gradient, divided by the largest
+  entry of the float64 gradient. The reference for DISTLoss is the authors' formula. The reference
+  for torchdistill is torchdistill in float64, because it uses eps in another way.
 
-The bars are for the CPU. On a GPU (``--device cuda``) the blocks are larger, and so is the memory.
+The bars are for the CPU. On a GPU (``--device cuda``) the blocks and the memory are larger.
 
-"Compiled" is ``torch.compile(DISTLoss(), fullgraph=True)``, compiled for each shape.
+"Compiled" means ``torch.compile(DISTLoss(), fullgraph=True)``, compiled for each shape.
 """
 
 import argparse
@@ -58,13 +58,13 @@ SHAPES: list[tuple[int, ...]] = [
 ]
 QUICK: list[tuple[int, ...]] = [(256, 100), (2, 19, 16, 32)]
 MEMORY_BAR_SHAPES = {(200000, 100), (2, 720, 100, 152)}  # large enough to compare with the bar
-SECONDS = 6.0  # of timing per shape
+SECONDS = 6.0  # the duration of the timing per shape
 OURS, COMPILED = "ours", "ours compiled"
 TORCHDISTILL, TORCHDISTILL_COMPILED, KL = "torchdistill", "torchdistill compiled", "KL"
 
 
 class Row(NamedTuple):
-    """The measurements of one shape: times, memory and gradient errors by loss."""
+    """The measurements of one shape, as dicts from losses to times, memory and gradient errors."""
 
     shape: tuple[int, ...]
     times: dict[str, list[float]]
@@ -72,20 +72,20 @@ class Row(NamedTuple):
     error: dict[str, float]
 
     def speed(self, slower: str, faster: str) -> float:
-        """Return the median ratio of two losses' times; nan if `slower` was not measured."""
+        """Return the median ratio of two losses' times, or nan if `slower` was not measured."""
         if slower not in self.times:
             return float("nan")
         return statistics.median(ratios(self.times, slower, faster))
 
 
 def kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """Compute the KL divergence of student from teacher, both logits (N, C, ...)."""
+    """Compute the KL divergence of student and teacher from their logits (N, C, ...)."""
     log_student, target = F.log_softmax(student, dim=1), F.softmax(teacher, dim=1)
     return F.kl_div(log_student, target, reduction="sum") * (student.shape[1] / student.numel())
 
 
 def gradient(loss: Loss, student: Tensor, teacher: Tensor) -> Tensor:
-    """Run a loss forward and backward; return the gradient of the student's logits."""
+    """Run a loss forward and backward, and return the gradient of the student's logits."""
     return torch.autograd.grad(loss(student, teacher), student)[0]
 
 
@@ -93,12 +93,12 @@ def measure(shape: tuple[int, ...], torchdistill: Loss, seconds: float, device: 
     """Measure all losses on one shape.
 
     Args:
-        shape: shape (N, C, ...) of the logits.
-        torchdistill: torchdistill's loss.
-        seconds: duration of the timing.
-        device: "cpu" or "cuda".
+        shape: the shape (N, C, ...) of the logits.
+        torchdistill: the loss of torchdistill.
+        seconds: the duration of the timing, in seconds.
+        device: the device, "cpu" or "cuda".
     """
-    torch._dynamo.reset()  # else it compiles a graph with dynamic shapes from the second shape on
+    torch._dynamo.reset()  # otherwise it compiles dynamic shapes from the second shape on
     generator = torch.Generator().manual_seed(0)
     student, teacher = (3 * torch.randn(shape, generator=generator).to(device) for _ in range(2))
     student.requires_grad_()
@@ -111,7 +111,7 @@ def measure(shape: tuple[int, ...], torchdistill: Loss, seconds: float, device: 
     }
     try:
         gradient(losses[TORCHDISTILL_COMPILED], student, teacher)
-    except Exception as error:  # worth printing, but the benchmark goes on
+    except Exception as error:  # the benchmark continues without this loss
         print(f"torchdistill does not compile for {shape}: {error}")
         del losses[TORCHDISTILL_COMPILED]
     calls = {
@@ -136,10 +136,10 @@ def errors(losses: Mapping[str, Loss], student: Tensor, teacher: Tensor) -> dict
 
 
 def table_of(results: list[Row]) -> Table:
-    """Make the table of results, with a row per shape."""
+    """Return the table of results, with a row per shape."""
     table = Table(
         title="DIST loss, forward + backward, float32",
-        caption="td: torchdistill · c: compiled · memory in logits tensors",
+        caption="td: torchdistill · c: compiled · memory in tensors of logits",
     )
     table.add_column("logits", no_wrap=True)
     for title in (
@@ -165,7 +165,7 @@ def table_of(results: list[Row]) -> Table:
 
 
 def verdict(results: list[Row], device: str) -> list[str]:
-    """Return lines of means and extremes, with their bars on the CPU."""
+    """Return lines with means and extremes, and on the CPU also with their bars."""
 
     def judged(value: float, limit: str, met: bool) -> str:
         return bar(value, limit, met) if device == "cpu" else f"{value:.3g}"
@@ -190,13 +190,12 @@ def verdict(results: list[Row], device: str) -> list[str]:
 def main() -> None:
     """Measure all shapes and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a few small shapes, as a smoke test")
+    parser.add_argument("--quick", action="store_true", help="measure only two small shapes")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="of timing per shape")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="duration per shape")
     options = parser.parse_args()
-    logging.getLogger("torch.utils.cpp_extension").setLevel(
-        logging.ERROR
-    )  # warns if there is no CUDA
+    # cpp_extension logs a warning if CUDA is missing.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     torchdistill = torchdistill_loss()
     known = torch.randn(1000, 1000, device=options.device)
     meter = peak_bytes(known.exp) / (4 * known.numel())
