@@ -1,1 +1,1 @@
-"""Benchmarks against other libraries in the same run; each module prints one table of ratios."""
+"""Benchmarks that compare with other libraries in the same run and print tables of ratios."""

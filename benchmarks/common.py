@@ -1,4 +1,4 @@
-"""Helpers of the benchmarks: interleaved timing, peak memory, the authors' DIST loss, tables."""
+"""Helpers for the benchmarks: interleaved timing, peak memory, the authors' DIST loss, tables."""
 
 import importlib
 import os
@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler prints each start
+# Without this level, torch's profiler prints a line at each start.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 import torch
 from rich.console import Console
@@ -28,18 +29,19 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Time several functions in rounds, so that other processes slow all of them equally.
 
-    A round calls all contestants one after the other, starting with another one each time. Fast
+    A round calls all contestants one after the other, starting with another one in each round. Fast
     calls are repeated until they take `slice_seconds`.
 
     Args:
-        contestants: the functions, by name; call each once before, so that it is compiled.
-        seconds: duration after which no further round starts.
-        least: smallest number of rounds, whatever their duration.
-        most: largest number of rounds.
-        slice_seconds: shortest duration to time, in seconds.
+        contestants: a dict from names to functions; call each function once before, so that it is
+            compiled.
+        seconds: the duration after which no further round starts, in seconds.
+        least: the smallest number of rounds, even if they take longer.
+        most: the largest number of rounds.
+        slice_seconds: the shortest duration to time, in seconds.
 
     Returns:
-        The seconds per call of each contestant, one value per round.
+        A dict from names to the seconds per call, one value per round.
     """
     repeats = {
         name: max(1, round(slice_seconds / _seconds(call, 1))) for name, call in contestants.items()
@@ -57,12 +59,12 @@ def interleave(
 
 
 def ratios(times: Times, slower: str, *faster: str) -> list[float]:
-    """Return one contestant's time divided by another's, or by the sum of several, per round.
+    """Return the ratio of one contestant's time to the sum of some others' times, per round.
 
     Args:
-        times: seconds of each contestant, one value per round.
-        slower: name of the contestant in the numerator.
-        *faster: names of those in the denominator.
+        times: the seconds of each contestant, one value per round.
+        slower: the name of the contestant in the numerator.
+        *faster: the names of the contestants in the denominator.
     """
     rounds = zip(times[slower], *(times[name] for name in faster), strict=True)
     return [first / sum(rest) for first, *rest in rounds]
@@ -71,7 +73,7 @@ def ratios(times: Times, slower: str, *faster: str) -> list[float]:
 def peak_bytes(call: Callable[[], object]) -> int:
     """Return the peak of the memory that a call allocates, in bytes.
 
-    It measures the GPU's memory if this process uses one, otherwise the CPU's.
+    It measures GPU memory if this process uses a GPU, and otherwise CPU memory.
     """
     if torch.cuda.is_initialized():
         before = torch.cuda.memory_allocated()
@@ -90,13 +92,13 @@ def peak_bytes(call: Callable[[], object]) -> int:
 
 
 def plain_dist(student: Tensor, teacher: Tensor, tau: float = 1.0, eps: float = 1e-8) -> Tensor:
-    """Compute DIST as the authors do: Pearson correlations of the rows, then of the columns.
+    """Compute DIST as the authors do, by Pearson correlations of the rows, then of the columns.
 
     Args:
-        student: logits of shape (N, C, ...).
-        teacher: logits of the same shape.
-        tau: temperature.
-        eps: added to the denominators.
+        student: the student's logits, shape (N, C, ...).
+        teacher: the teacher's logits, with the same shape.
+        tau: the temperature.
+        eps: a small number that is added to the denominators.
     """
     y_s, y_t = rows(student / tau).softmax(1), rows(teacher / tau).softmax(1)
     relations = _correlation(y_s, y_t, eps) + _correlation(y_s.T, y_t.T, eps)
@@ -104,21 +106,21 @@ def plain_dist(student: Tensor, teacher: Tensor, tau: float = 1.0, eps: float = 
 
 
 def rows(logits: Tensor) -> Tensor:
-    """Reshape logits (N, C, ...) to the matrix that other libraries take, with a row per pixel."""
+    """Reshape logits (N, C, ...) to a matrix with a row per pixel, for other libraries."""
     return logits.movedim(1, -1).reshape(-1, logits.shape[1])
 
 
 def peer(module: str) -> Any:
-    """Import a package to compare with; if it is missing, print how to install it and exit."""
+    """Import a package for comparison; if it is missing, print how to install it, and exit."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        print(f"compares with {module} ({error}): pip install 'lightning-dist[test]'")
+        print(f"this benchmark needs {module} ({error}): pip install 'lightning-dist[test]'")
         sys.exit(0)
 
 
 def torchdistill_loss() -> Callable[[Tensor, Tensor], Tensor]:
-    """Return torchdistill's DISTLoss as a function of two logits tensors."""
+    """Return torchdistill's DISTLoss as a function of two tensors of logits."""
     module = peer("torchdistill.losses.mid_level").DISTLoss("logits", "output", "logits", "output")
 
     def loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -128,7 +130,7 @@ def torchdistill_loss() -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def show(table: Table, *lines: str) -> None:
-    """Print a table and lines below it, at least 130 columns wide whatever the terminal."""
+    """Print a table and lines below it, at least 130 columns wide even in a narrower terminal."""
     console = Console()
     console.width = max(console.width, 130)
     console.print(table)
@@ -137,11 +139,11 @@ def show(table: Table, *lines: str) -> None:
 
 
 def bar(value: float, limit: str, met: bool) -> str:
-    """Format a measured number and the bar that it has to meet.
+    """Format a measured number and its bar, the limit that it must meet.
 
     Args:
-        value: the number.
-        limit: the bar, such as "<= 1.3".
+        value: the measured number.
+        limit: the bar as text, such as "<= 1.3".
         met: whether the number meets the bar.
     """
     return f"{value:.3g} (bar {limit}: {'met' if met else '[bold red]missed[/]'})"

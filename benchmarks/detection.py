@@ -1,10 +1,11 @@
 """Measure the memory of DIST on RetinaNet's class maps: ``python -m benchmarks.detection``.
 
-Two images of 800 x 1333 pixels, padded to 1344, give five maps of 9 anchors x 80 classes = 720
-channels. The losses of the five maps, with sigmoid, are summed and differentiated: by DISTLoss, and
-by torchdistill's formula (written out here, because its module has softmax only). The table shows
-the peak that each allocates beyond its inputs, with the gradient, in units of the maps' bytes. It
-comes from the events of PyTorch's CPU allocator.
+Two images of 800 x 1333 pixels, padded to 1344, have five maps of 9 anchors x 80 classes = 720
+channels. The losses of the five maps, with sigmoid, are summed and differentiated. This is done
+once with DISTLoss and once with torchdistill's formula, which is repeated here because its module
+has only softmax. The table contains the peak memory that each loss allocates in addition to its
+inputs, including the gradient, in units of the maps' bytes. The peak is computed from the events of
+PyTorch's CPU allocator.
 """
 
 import torch
@@ -18,13 +19,13 @@ IMAGES, CHANNELS, HEIGHT, WIDTH = 2, 9 * 80, 800, 1344
 
 
 def correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Return the mean Pearson correlation of the rows of two matrices, as torchdistill does."""
+    """Return the mean Pearson correlation of the rows of two matrices, as in torchdistill."""
     a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
     return torch.nn.functional.cosine_similarity(a, b, eps=1e-8).mean()
 
 
 def torchdistill_formula(student: Tensor, teacher: Tensor) -> Tensor:
-    """Compute torchdistill's DIST loss of logits (N, C, H, W), with sigmoid for softmax."""
+    """Compute torchdistill's DIST loss of logits (N, C, H, W), with sigmoid instead of softmax."""
     y_s, y_t = rows(student).sigmoid(), rows(teacher).sigmoid()
     return 2 - correlation(y_s, y_t) - correlation(y_s.t(), y_t.t())
 

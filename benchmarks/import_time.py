@@ -1,8 +1,9 @@
-"""Time the import against that of Lightning and timm: ``python -m benchmarks.import_time``.
+"""Compare the import time with that of Lightning and timm: ``python -m benchmarks.import_time``.
 
-``import lightning_dist`` and ``import lightning, timm`` take turns, each in a fresh interpreter.
-The interpreter times the import itself, so its own start is not counted. The first round only fills
-the file cache. The table has CPU time besides wall time, because other processes hardly change it.
+``import lightning_dist`` and ``import lightning, timm`` take turns, each in a new interpreter. The
+interpreter measures the time of the import, so the start of the interpreter is not included. The
+first round only fills the file cache. The table has wall time and CPU time, because other processes
+hardly change the CPU time.
 """
 
 import statistics
@@ -25,7 +26,7 @@ print(time.perf_counter() - wall, time.process_time() - cpu)
 
 
 def seconds(statement: str) -> tuple[float, float]:
-    """Return the wall time and CPU time of a statement in a fresh interpreter, in seconds."""
+    """Return the wall time and CPU time of a statement in a new interpreter, in seconds."""
     result = subprocess.run(
         [sys.executable, "-c", PROGRAM.format(statement=statement)],
         check=True,
@@ -50,7 +51,7 @@ def main() -> None:
         name: [statistics.median(column) for column in zip(*values, strict=True)]
         for name, values in times.items()
     }
-    table = Table(title=f"Import time, median of {ROUNDS} fresh interpreters each")
+    table = Table(title=f"Import time, median of {ROUNDS} new interpreters each")
     table.add_column("statement")
     for title in ("wall, s", "CPU, s", "wall ratio", "CPU ratio"):
         table.add_column(title, justify="right")
@@ -62,7 +63,7 @@ def main() -> None:
             *(f"{share:.3f}" for share in shares),
         )
     wall = medians["ours"][0] / medians["parts"][0]
-    show(table, f"wall time over that of the parts: {bar(wall, '<= 1.1', wall <= 1.1)}")
+    show(table, f"wall time divided by that of the parts: {bar(wall, '<= 1.1', wall <= 1.1)}")
 
 
 if __name__ == "__main__":

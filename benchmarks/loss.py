@@ -16,9 +16,9 @@ backward to the student's logits. "Ours" is this package's DISTLoss.
   With two classes or nearly uniform logits the softmax itself loses digits: the bar is then twice
   the error of the authors' formulation in float32.
 
-The bars are for the CPU. On a GPU (``--device cuda``) the blocks are larger, and so is the memory.
+The bars are for the CPU. On a GPU (``--device cuda``) the blocks and the memory are larger.
 
-"Compiled" is ``torch.compile(DISTLoss(), fullgraph=True)``, compiled for each shape.
+"Compiled" means ``torch.compile(DISTLoss(), fullgraph=True)``, compiled for each shape.
 """
 
 import argparse
@@ -61,7 +61,7 @@ SHAPES: list[tuple[int, ...]] = [
 ]
 QUICK: list[tuple[int, ...]] = [(256, 100), (2, 19, 16, 32)]
 MEMORY_BAR_SHAPES = {(200000, 100), (2, 720, 100, 152)}  # large enough to compare with the bar
-SECONDS = 6.0  # of timing per shape
+SECONDS = 6.0  # the duration of the timing per shape
 OURS, COMPILED, PLAIN = "ours", "ours compiled", "plain"
 TORCHDISTILL, TORCHDISTILL_COMPILED, KL = "torchdistill", "torchdistill compiled", "KL"
 NEARLY_UNIFORM: list[tuple[int, ...]] = [(1024, 1000)]
@@ -69,7 +69,7 @@ SCALE, UNIFORM_SCALE = 3.0, 0.01
 
 
 class Row(NamedTuple):
-    """The measurements of one shape: times, memory and gradient errors by loss."""
+    """The measurements of one shape, as dicts from losses to times, memory and gradient errors."""
 
     shape: tuple[int, ...]
     scale: float
@@ -83,20 +83,20 @@ class Row(NamedTuple):
         return self.shape[1] == 2 or self.scale != SCALE
 
     def speed(self, slower: str, faster: str) -> float:
-        """Return the median ratio of two losses' times; nan if `slower` was not measured."""
+        """Return the median ratio of two losses' times, or nan if `slower` was not measured."""
         if slower not in self.times:
             return float("nan")
         return statistics.median(ratios(self.times, slower, faster))
 
 
 def kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """Compute the KL divergence of student from teacher, both logits (N, C, ...)."""
+    """Compute the KL divergence of student and teacher from their logits (N, C, ...)."""
     log_student, target = F.log_softmax(student, dim=1), F.softmax(teacher, dim=1)
     return F.kl_div(log_student, target, reduction="sum") * (student.shape[1] / student.numel())
 
 
 def gradient(loss: Loss, student: Tensor, teacher: Tensor) -> Tensor:
-    """Run a loss forward and backward; return the gradient of the student's logits."""
+    """Run a loss forward and backward, and return the gradient of the student's logits."""
     return torch.autograd.grad(loss(student, teacher), student)[0]
 
 
@@ -112,7 +112,7 @@ def measure(
         seconds: duration of the timing.
         device: "cpu" or "cuda".
     """
-    torch._dynamo.reset()  # else it compiles a graph with dynamic shapes from the second shape on
+    torch._dynamo.reset()  # otherwise it compiles dynamic shapes from the second shape on
     generator = torch.Generator().manual_seed(0)
     student, teacher = (
         scale * torch.randn(shape, generator=generator).to(device) for _ in range(2)
@@ -127,7 +127,7 @@ def measure(
     }
     try:
         gradient(losses[TORCHDISTILL_COMPILED], student, teacher)
-    except Exception as error:  # worth printing, but the benchmark goes on
+    except Exception as error:  # the benchmark continues without this loss
         print(f"torchdistill does not compile for {shape}: {error}")
         del losses[TORCHDISTILL_COMPILED]
     calls = {
@@ -153,10 +153,10 @@ def errors(losses: Mapping[str, Loss], student: Tensor, teacher: Tensor) -> dict
 
 
 def table_of(results: list[Row]) -> Table:
-    """Make the table of results, with a row per shape."""
+    """Return the table of results, with a row per shape."""
     table = Table(
         title="DIST loss, forward + backward, float32",
-        caption="td: torchdistill · c: compiled · memory in logits tensors",
+        caption="td: torchdistill · c: compiled · memory in tensors of logits",
     )
     table.add_column("logits", no_wrap=True)
     for title in (
@@ -182,7 +182,7 @@ def table_of(results: list[Row]) -> Table:
 
 
 def verdict(results: list[Row], device: str) -> list[str]:
-    """Return lines of means and extremes, with their bars on the CPU."""
+    """Return lines with means and extremes, and on the CPU also with their bars."""
 
     def judged(value: float, limit: str, met: bool) -> str:
         return bar(value, limit, met) if device == "cpu" else f"{value:.3g}"
@@ -211,13 +211,12 @@ def verdict(results: list[Row], device: str) -> list[str]:
 def main() -> None:
     """Measure all shapes and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a few small shapes, as a smoke test")
+    parser.add_argument("--quick", action="store_true", help="measure only two small shapes")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="of timing per shape")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="duration per shape")
     options = parser.parse_args()
-    logging.getLogger("torch.utils.cpp_extension").setLevel(
-        logging.ERROR
-    )  # warns if there is no CUDA
+    # cpp_extension logs a warning if CUDA is missing.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     torchdistill = torchdistill_loss()
     known = torch.randn(1000, 1000, device=options.device)
     meter = peak_bytes(known.exp) / (4 * known.numel())

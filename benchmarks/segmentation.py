@@ -1,13 +1,14 @@
 """Measure the memory of DIST in a segmentation step: ``python -m benchmarks.segmentation``.
 
-The step is forward, cross-entropy at full resolution on the main and the auxiliary head, and
-backward, of a DeepLabV3-ResNet18 student with 19 classes on images (2, 3, 512, 1024). It runs
-without distillation, with this package's DIST on the logits of both heads (stride 8), and with
-torchdistill's DISTLoss instead. The teacher's logits are computed before, so they do not count.
+The step consists of the forward, the cross-entropy of the main and the auxiliary head at full
+resolution, and the backward. The student is a DeepLabV3-ResNet18 with 19 classes on images
+(2, 3, 512, 1024). The step runs without distillation, with this package's DISTLoss on the logits of
+both heads (stride 8), and with torchdistill's DISTLoss. The teacher's logits are computed before,
+so their memory is not included.
 
-The peak of the step comes from the events of PyTorch's CPU allocator. The last column measures each
-loss outside of the step, where no other memory hides it: the peak beyond its inputs, in units of
-the logits' bytes.
+The peak of the step is computed from the events of PyTorch's CPU allocator. The last column
+measures each loss without the rest of the step, because other memory can hide it. The column
+contains the peak in addition to the inputs, in units of the logits' bytes.
 """
 
 import torch
@@ -46,10 +47,10 @@ def main() -> None:
         total = sum(loss(leaves[name], teacher_logits[name]) for name in teacher_logits)
         total.backward()
 
-    one = 4 * shape.numel()  # bytes of one head's logits
-    step(None)  # allocates the parameters' gradients, which all later steps have
+    one = 4 * shape.numel()  # the bytes of the logits of one head
+    step(None)  # allocates the parameters' gradients, which all later steps keep
     table = Table(title=f"DeepLabV3-ResNet18, {tuple(images.shape)}, logits {tuple(shape)}")
-    for column in ("loss", "peak of the step, MB", "added to it", "held by the loss apart"):
+    for column in ("loss", "peak of the step, MB", "added to it", "used by the loss alone"):
         table.add_column(column, justify="left" if column == "loss" else "right")
     peaks, added = {}, {}
     for name, loss in losses.items():
@@ -61,7 +62,7 @@ def main() -> None:
         table.add_row(name, f"{peak / 2**20:.1f}", f"{added.get(name, 0.0):.2f}", f"{alone:.2f}")
     show(
         table,
-        "added and held: in units of the logits of both heads, "
+        "added and used: in units of the logits of both heads, "
         f"{2 * one / 2**20:.2f} MB; torch {torch.__version__}",
         f"added by ours: {bar(added['ours'], '<= 1.3', added['ours'] <= 1.3)}",
     )

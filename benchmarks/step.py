@@ -1,18 +1,20 @@
 """Time a whole distillation step: ``python -m benchmarks.step``.
 
-A step is the student's and the teacher's forward, cross-entropy and distillation loss, backward and
-the optimizer, for a small CNN on 128 colour images of 32 x 32 pixels and 100 classes. It runs in
+A step consists of the forward of the student and the teacher, the cross-entropy, the distillation
+loss, the backward and the optimizer step, for a small CNN on 128 colour images of 32 x 32 pixels
+and 100 classes. It runs in
 
-- DistillationCallback in Lightning's Trainer, its logging included;
-- a plain PyTorch loop with the authors' formulation of the loss;
-- timm's LogitDistillationTask in a plain loop (a KL divergence: it has no DIST loss);
+- DistillationCallback in Lightning's Trainer, including its logging;
+- a plain PyTorch loop with the authors' formula of the loss;
+- timm's LogitDistillationTask in a plain loop, with a KL divergence because timm has no DIST loss;
 - torchdistill's training box with its DISTLoss;
 - the two parts that every implementation needs: a supervised step of the same student in the same
-  Trainer, and the teacher's forward without gradients, timed apart and added.
+  Trainer, and the teacher's forward without gradients. They are timed separately, and their times
+  are added.
 
-Each round runs a few steps of every contestant, of which the first are not timed, and keeps the
-median. A ratio is the median over the rounds, with quartiles that show the noise. "Ours", the
-callback, counts as slower than another library if it was slower in three of four rounds.
+Each round runs a few steps of every contestant and uses the median, without the first steps. A
+ratio is the median over the rounds, with quartiles to estimate the noise. "Ours" is the callback.
+It counts as slower than another library if it was slower in three of four rounds.
 """
 
 import logging
@@ -35,7 +37,8 @@ from lightning_dist import DistillationCallback, DISTLoss
 from lightning_dist.models.cifar import resnet8, resnet20
 
 Batch = tuple[Tensor, Tensor]
-Run = Callable[[list[Batch]], list[float]]  # trains on batches, returns the start time of each
+# A function that trains on batches and returns the start time of each batch.
+Run = Callable[[list[Batch]], list[float]]
 
 SECONDS, LEAST_ROUNDS, STEPS, WARM_UP = 150.0, 4, 6, 2
 CLASSES, WEIGHT = 100, 2.0
@@ -47,7 +50,7 @@ PARTS = "the two parts above"
 
 
 class Classifier(LightningModule):
-    """An ordinary LightningModule without distillation."""
+    """A LightningModule without distillation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,7 +83,7 @@ def sgd(network: nn.Module) -> torch.optim.SGD:
 
 
 def lightning(*callbacks: Callback) -> Run:
-    """Return a contestant that trains in ``fit``, with a new Trainer for each call."""
+    """Return a contestant that trains by ``fit``, with a new Trainer for each call."""
     module = Classifier()
 
     def run(batches: list[Batch]) -> list[float]:
@@ -114,7 +117,7 @@ def loop(step: Callable[[Tensor, Tensor], Any]) -> Run:
 
 
 def plain_loop(teacher: nn.Module) -> Run:
-    """Return a contestant as a user writes it without any library."""
+    """Return a contestant in plain PyTorch, without a distillation library."""
     student = resnet8(num_classes=CLASSES)
     optimizer = sgd(student)
 
@@ -131,7 +134,7 @@ def plain_loop(teacher: nn.Module) -> Run:
 
 
 def timm_task(teacher: nn.Module) -> Run:
-    """Return timm's task; equal normalisations of student and teacher save it the conversion."""
+    """Return timm's task, with equal normalisations so that timm need not convert the images."""
     student = resnet8(num_classes=CLASSES)
     student.pretrained_cfg = teacher.pretrained_cfg = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
     student.in_chans = 3
@@ -157,7 +160,7 @@ def timm_task(teacher: nn.Module) -> Run:
 
 
 def training_box(teacher: nn.Module) -> Run:
-    """Return torchdistill's training box, called as in its example scripts."""
+    """Return torchdistill's training box, called as in torchdistill's example scripts."""
     distillation = peer("torchdistill.core.distillation")
     logging.getLogger("torchdistill").setLevel(logging.WARNING)
     tap = {"is_from_teacher": False, "module_path": ".", "io": "output"}
@@ -195,7 +198,7 @@ def training_box(teacher: nn.Module) -> Run:
 
 
 def contestants() -> dict[str, Run]:
-    """Return all contestants, each with its own student; they share the frozen teacher."""
+    """Return all contestants, each with a separate student; they share the frozen teacher."""
     teacher = resnet20(num_classes=CLASSES).eval().requires_grad_(False)
     callback = DistillationCallback(teacher, student="net", loss=DISTLoss(), weight=WEIGHT)
     return {
@@ -209,7 +212,7 @@ def contestants() -> dict[str, Run]:
 
 
 def measure(runs: dict[str, Run]) -> dict[str, list[float]]:
-    """Return the seconds per step of each contestant, one value per round."""
+    """Return a dict from contestants to the seconds per step, one value per round."""
     batch = torch.randn(128, 3, 32, 32), torch.randint(CLASSES, (128,))
     times: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)
@@ -230,13 +233,14 @@ def spread(values: list[float]) -> str:
 
 def main() -> None:
     """Time all contestants and print the table."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # each fit logs its devices
+    # At a lower level, each fit logs its devices.
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     times = measure(contestants())
     times[PARTS] = [a + b for a, b in zip(times[SUPERVISED], times[TEACHER], strict=True)]
     table = Table(title="One step: ResNet-20 teaches ResNet-8, batch 128, 32 x 32, float32")
-    table.add_column("through")
-    for title in ("ms", "ours / it"):
+    table.add_column("contestant")
+    for title in ("ms", "ours / contestant"):
         table.add_column(title, justify="right")
     over = {name: ratios(times, OURS, name) for name in (PLAIN, TIMM, BOX, PARTS)}
     for name, values in times.items():
@@ -248,8 +252,8 @@ def main() -> None:
     show(
         table,
         f"{len(times[OURS])} rounds, {torch.get_num_threads()} threads, torch {torch.__version__}",
-        f"ours over the parts: {bar(parts, '<= 1.05', parts <= 1.05)}",
-        "ours over the fastest peer: "
+        f"ours divided by the parts: {bar(parts, '<= 1.05', parts <= 1.05)}",
+        "ours divided by the fastest peer: "
         + bar(statistics.median(fastest), "lower quartile <= 1.0", not slower),
     )
 

@@ -1,13 +1,14 @@
-"""Measure time saved and accuracy lost by a teacher cache: ``python -m benchmarks.sweep``.
+"""Measure the time and the accuracy of runs with a teacher cache: ``python -m benchmarks.sweep``.
 
-First it times a student's step in Lightning: alone, with the teacher's outputs from a filled cache,
-and with the teacher itself, on the same images from memory, cropped and flipped. Each round runs a
-few steps of the first two, and the first rounds also of the third; the first steps of each are not
-timed. A ratio is the median over the rounds, with quartiles that show the noise.
+First it times a student's step in Lightning in three cases: alone, with the teacher's outputs from
+a filled cache, and with the teacher itself. All use the same images from memory, cropped and
+flipped. Each round runs a few steps of the first two cases, and the first rounds also run the third
+case. The first steps of each case are not timed. A ratio is the median over the rounds, with
+quartiles to estimate the noise.
 
 Then it trains ``experiment=digits`` with shifted images and five seeds, and compares the accuracy
-of eight cached views with that of a new augmentation each epoch. Last, it measures how much storing
-the teacher's outputs as float16 changes the loss.
+with eight cached views to the accuracy with a new augmentation each epoch. Finally, it measures how
+much the loss changes if the teacher's outputs are stored as float16.
 """
 
 import functools
@@ -47,7 +48,7 @@ SWEEP = f"{DIGITS} distill.cache=off,auto seed=0,1,2,3,4"
 
 
 class Noise(ImageDataModule):
-    """A data module of random pixels in CIFAR's size, cropped and flipped."""
+    """A data module of random images with CIFAR's size, cropped and flipped."""
 
     mean, std = (0.5,) * 3, (0.25,) * 3
     location = "noise"
@@ -61,12 +62,12 @@ class Noise(ImageDataModule):
         return TensorImages(images, labels, mean=self.mean, std=self.std, padding=4, flip=True)
 
     def val_dataset(self) -> TensorImages:
-        """Return the training set, since nothing is validated."""
+        """Return the training set, because the benchmark validates nothing."""
         return self.train_dataset()
 
 
 class Steps:
-    """A contestant: a student that trains in Lightning, with a new Trainer for each call."""
+    """A contestant that trains a student in Lightning, with a new Trainer for each call."""
 
     def __init__(self, teacher: Teacher | None) -> None:
         optimizer = functools.partial(torch.optim.SGD, **SGD)
@@ -77,7 +78,7 @@ class Steps:
         self.data = Noise(global_batch_size=BATCH)
 
     def seconds(self) -> float:
-        """Train a few steps and return the seconds of the median step."""
+        """Train a few steps, and return the median seconds per step."""
         clock = Clock()
         trainer = Trainer(
             accelerator="cpu",
@@ -94,16 +95,17 @@ class Steps:
 
 
 def flops(network: nn.Module) -> int:
-    """Return the FLOPs of a network's forward on one image (3, 32, 32)."""
+    """Return the FLOPs of the forward of a network on one image (3, 32, 32)."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network.eval()(torch.zeros(1, 3, 32, 32))
     return counter.get_total_flops()
 
 
 def measure(folder: str) -> dict[str, list[float]]:
-    """Return the seconds per step of each contestant, one value per round.
+    """Return a dict from contestants to the seconds per step, one value per round.
 
-    The folder is that of the cache.
+    Args:
+        folder: the folder of the cache.
     """
     teacher = Teacher(wrn_40_2(num_classes=CLASSES))
     contestants = {ALONE: None, WARM: CachedTeacher(teacher, folder), LIVE: teacher}
@@ -121,7 +123,7 @@ def measure(folder: str) -> dict[str, list[float]]:
 
 
 def accuracies(folder: str) -> dict[str, list[float]]:
-    """Run the sweep of digits in a folder; return the test accuracies by distill.cache."""
+    """Run the sweep in a folder, and return a dict from distill.cache to the test accuracies."""
     options = ["trainer=cpu", "test_teacher=false", "print_config=false", "callbacks.progress=null"]
     words = [*SWEEP.split()[1:], *options, "hydra.sweep.dir=runs"]
     command = [sys.executable, "-m", "lightning_dist", *words]
@@ -135,7 +137,7 @@ def accuracies(folder: str) -> dict[str, list[float]]:
 
 
 def rounding() -> float:
-    """Return the largest relative change of DIST by float16, over an epoch's batches of digits."""
+    """Return the largest relative change of the DIST loss by float16, over one epoch of digits."""
     teacher = Teacher(
         SmallCNN([32, 64, 128]), "pkg://lightning_dist/assets/digits_teacher.safetensors"
     )
@@ -152,7 +154,8 @@ def rounding() -> float:
 
 def main() -> None:
     """Run all measurements and print the tables."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # each fit logs its devices
+    # At a lower level, each fit logs its devices.
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     stats = peer("scipy.stats")
     torch.manual_seed(0)
@@ -160,8 +163,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         times = measure(folder)
         table = Table(title=f"One step: WRN-40-2 teaches ResNet-8, batch {BATCH}, 32 x 32, float32")
-        for title in ("with", "ms", "over the student alone"):
-            table.add_column(title, justify="left" if title == "with" else "right")
+        for title in ("contestant", "ms", "ratio to the student alone"):
+            table.add_column(title, justify="left" if title == "contestant" else "right")
         for name, values in times.items():
             common = {key: column[: len(values)] for key, column in times.items()}
             over = spread(ratios(common, name, ALONE)) if name != ALONE else ""
@@ -171,9 +174,9 @@ def main() -> None:
             table,
             f"{len(times[ALONE])} rounds, {torch.get_num_threads()} threads, "
             f"torch {torch.__version__}",
-            "the teacher's FLOPs over the student's: "
+            "the teacher's FLOPs divided by the student's: "
             + bar(larger, f">= {LEAST_FLOPS}", larger >= LEAST_FLOPS),
-            f"warm cache over the student alone: {bar(warm, f'<= {LIMIT}', warm <= LIMIT)}",
+            f"warm cache divided by the student alone: {bar(warm, f'<= {LIMIT}', warm <= LIMIT)}",
         )
         found = accuracies(folder)
     table = Table(title=SWEEP)

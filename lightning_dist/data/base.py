@@ -1,4 +1,4 @@
-"""`ImageDataModule`: the settings, loaders and seeded order that all data modules share."""
+"""`ImageDataModule`, the base class with the settings and loaders of all data modules."""
 
 import signal
 from collections.abc import Sequence, Sized
@@ -19,7 +19,7 @@ from lightning_dist.data.seeding import EpochSampler, ResumableLoader, SeededDat
 from lightning_dist.data.tensor_images import TensorImages, per_channel
 from lightning_dist.data.views import Views
 
-SPLIT_SEED = 0  # fixed, so that runs with different seeds hold out the same images
+SPLIT_SEED = 0  # constant, so that runs with different seeds hold out the same images
 SPLITS_OF_STAGE = {
     "fit": ("train", "val"),
     "validate": ("val",),
@@ -30,7 +30,7 @@ SPLITS_OF_STAGE = {
 
 
 def collate_as_lists(samples: Sequence[tuple[Any, Any]]) -> tuple[list[Any], list[Any]]:
-    """Collate samples into a list of images and a list of targets, as images differ in size."""
+    """Collate samples into lists of images and targets, because images differ in size."""
     images, targets = zip(*samples, strict=True)
     return list(images), list(targets)
 
@@ -48,14 +48,14 @@ def count_samples(batch: tuple[Any, Any]) -> int:
 def stratified_split(labels: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
     """Split sample indices into two parts with the same proportions of classes.
 
-    The split depends on `labels` and `fraction` alone, so all runs have the same one.
+    The split depends on `labels` and `fraction` alone, so it is the same in all runs.
 
     Args:
-        labels: class of each sample, shape (N,).
-        fraction: part of the samples to hold out, from 0 to below 1.
+        labels: the class of each sample, shape (N,).
+        fraction: the fraction of the samples to hold out, at least 0 and less than 1.
 
     Returns:
-        Indices of the remaining and of the held-out samples, each int64 and in ascending order.
+        The indices of the remaining samples and of the held-out samples, int64 and ascending.
 
     Example:
         >>> rest, held_out = stratified_split(torch.tensor([0, 1] * 10), fraction=0.2)
@@ -75,49 +75,54 @@ def stratified_split(labels: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
 def _leave_signals_to_the_run(worker: int) -> None:
     """Ignore SIGINT and SIGTERM in a loader's worker process.
 
-    A terminal and SLURM send them to every process, but the main process decides when to stop and
-    needs its workers until then.
+    A terminal and SLURM send these signals to every process, but the main process decides when to
+    stop, and it needs its workers until then.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
 class ImageDataModule(LightningDataModule):
-    """A base class that loads the three data sets of its subclass, repeatable to the pixel.
+    """A base class of data modules whose runs with the same seed get the same pixels.
 
-    The training order depends on (seed, epoch) alone, and the augmentation of a sample on (seed,
-    epoch, index) alone. Neither depends on the number of workers or processes, nor on what ran
-    before. So a resumed run, also one resumed within an epoch, gets the same batches as a run that
-    never stopped. Loading leaves the global random generators unchanged.
+    The training order depends only on (seed, epoch), and the augmentation of a sample depends only
+    on (seed, epoch, index). The number of workers or processes and earlier epochs have no effect.
+    Therefore a run that is resumed, even within an epoch, gets the same batches as a run without
+    interruption. Loading does not change the global random generators.
 
     A subclass sets the attributes below and defines `train_dataset`, `val_dataset` and
-    `test_dataset`. It defines `prepare_data` if there is something to download.
+    `test_dataset`. A subclass that downloads its data also defines `prepare_data`.
 
     Args:
-        global_batch_size: number of samples in a training batch, summed over all processes.
-        eval_batch_size: number of samples in an evaluation batch of each process; by default the
-            training batch of a process.
-        num_workers: number of worker processes of each loader; 0 loads in the main process.
-        seed: seed of the training order and the augmentation; the split does not depend on it.
-        pin_memory: copy batches into pinned memory; by default if CUDA is available.
-        drop_last: drop the last training batch if it is smaller (timm's Mixup needs an even one).
-        mean: one value per channel, for pixels scaled to 0..1; by default the data set's own.
-        std: one value per channel, for pixels scaled to 0..1; by default the data set's own.
+        global_batch_size: the number of samples in a training batch, summed over all processes.
+        eval_batch_size: the number of samples in an evaluation batch of each process; by default
+            the same as in a training batch of each process.
+        num_workers: the number of worker processes of each loader; 0 loads in the main process.
+        seed: the seed of the training order and of the augmentation; it does not change the split
+            into training and validation images.
+        pin_memory: whether to copy batches into pinned memory; by default true if CUDA is
+            available.
+        drop_last: drop the last training batch if it is smaller than the others; timm's Mixup needs
+            this if the last batch has an odd number of samples.
+        mean: one value per channel, for pixels scaled to 0..1; by default the class attribute.
+        std: one value per channel, for pixels scaled to 0..1; by default the class attribute.
 
     Raises:
         ValueError: if a setting is out of range.
 
     Attributes:
-        num_classes: number of classes.
-        class_names: names of the classes in the order of the labels, or None if they have none.
+        num_classes: the number of classes.
+        class_names: the names of the classes in the order of the labels, or None if the classes
+            have no names.
         mean: one value per channel, for pixels scaled to 0..1; the loaders subtract it.
         std: one value per channel, for pixels scaled to 0..1; the loaders then divide by it.
         class_colors: a colour (red, green, blue) in 0..255 for each class, or None for default
             colours.
-        image_size: height and width in pixels, if all images are squares of one size.
-        in_channels: number of channels of an image.
-        views: number of fixed augmentations of each sample, the same in every run. Epochs use them
-            in turn, and batches are then KeyedBatches. None draws a new augmentation each epoch.
+        image_size: the height and width in pixels, if all images are squares of one size.
+        in_channels: the number of channels of an image.
+        views: the number of fixed augmentations of each sample, which are the same in every run.
+            Each epoch uses the next one, and training batches are KeyedBatches. If it is None, each
+            epoch draws a new augmentation.
     """
 
     num_classes: int
@@ -127,9 +132,9 @@ class ImageDataModule(LightningDataModule):
     std: tuple[float, ...]
     image_size: int
     in_channels: int = 3
-    views: int | None = None  # set by a cached teacher, which needs images that come again
-    random_transforms: bool = True  # False skips the seeding, if no training transform is random
-    location: str  # of the images, for error messages
+    views: int | None = None  # set by a cached teacher, which needs the same images again
+    random_transforms: bool = True  # False skips the seeding; set it if no transform is random
+    location: str  # the folder or the name of the data set, for error messages
 
     def __init__(
         self,
@@ -169,22 +174,22 @@ class ImageDataModule(LightningDataModule):
         self._datasets: dict[str, Dataset] = {}
 
     def train_dataset(self) -> Dataset:
-        """Return the training set; it takes indices, or Keys if it is a TensorImages."""
+        """Return the training set, which is read by index, or by Key if it is a TensorImages."""
         raise NotImplementedError
 
     def val_dataset(self) -> Dataset:
-        """Return the set for validation during training."""
+        """Return the data set for validation during training."""
         raise NotImplementedError
 
     def test_dataset(self) -> Dataset:
-        """Return the set for the final test, which `predict_dataloader` uses too."""
+        """Return the data set for the final test and for `predict_dataloader`."""
         raise NotImplementedError
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the data sets of a stage, so that errors come before training.
+        """Create the data sets of a stage, so that their errors are raised before training.
 
         Args:
-            stage: "fit", "validate", "test" or "predict"; None opens all data sets.
+            stage: "fit", "validate", "test" or "predict"; None creates all data sets.
 
         Raises:
             ValueError: if a data set is empty.
@@ -194,7 +199,7 @@ class ImageDataModule(LightningDataModule):
 
     @property
     def batch_size(self) -> int:
-        """Number of samples in a training batch of each process.
+        """The number of samples in a training batch of each process.
 
         Raises:
             ValueError: if the processes cannot share `global_batch_size` evenly.
@@ -208,12 +213,12 @@ class ImageDataModule(LightningDataModule):
         return self.global_batch_size // processes
 
     def prepare(self, image: Image.Image) -> Tensor:
-        """Return any image as the evaluation loaders give it to the network: (C, H, W)."""
+        """Convert an image of any size as the evaluation loaders do, to a tensor (C, H, W)."""
         size = (self.image_size, self.image_size)
         return self._to_tensor(image.resize(size, Image.Resampling.BILINEAR))
 
     def _to_tensor(self, image: Image.Image) -> Tensor:
-        """Return a normalised image (C, H, W) without resizing it."""
+        """Convert an image to a normalised tensor (C, H, W) without resizing it."""
         pixels = pil_to_tensor(image.convert("L" if self.in_channels == 1 else "RGB"))
         return self._normalise(pixels)
 
@@ -223,7 +228,7 @@ class ImageDataModule(LightningDataModule):
         return pixels.sub_(per_channel(self.mean)).div_(per_channel(self.std))
 
     def to_pixels(self, images: Tensor) -> Tensor:
-        """Undo the normalisation of a batch (N, C, H, W): return it as uint8 in 0..255."""
+        """Undo the normalisation of a batch (N, C, H, W), and return uint8 pixels in 0..255."""
         mean, std = (per_channel(x).to(images) for x in (self.mean, self.std))
         return (255 * (images * std + mean)).round().clamp(0, 255).to(torch.uint8)
 
@@ -231,15 +236,15 @@ class ImageDataModule(LightningDataModule):
         """Return a loader of shuffled, augmented batches of the training set.
 
         Raises:
-            ValueError: if the set is empty, or `drop_last` would drop all of it.
+            ValueError: if the training set is empty, or if `drop_last` would drop all its images.
         """
         dataset = self._dataset("train")
         sampler = EpochSampler(dataset, self.seed, drop_last=self.drop_last, **self._replica())
         if self.drop_last and len(sampler) < self.batch_size:
             raise ValueError(
                 f"the training set of {self.location} has {len(cast(Sized, dataset))} images, and "
-                f"drop_last drops a batch of less than global_batch_size={self.global_batch_size}: "
-                "set that to less, or drop_last=False"
+                f"drop_last drops a batch smaller than global_batch_size={self.global_batch_size}: "
+                "reduce global_batch_size, or set drop_last=False"
             )
         settings = self._loader_settings(dataset)
         if self.views is not None:
@@ -256,15 +261,15 @@ class ImageDataModule(LightningDataModule):
         )
 
     def train_views(self) -> Views:
-        """Return the training set with its `views` fixed augmentations."""
+        """Return the training set with `views` fixed augmentations of each sample."""
         return Views(self._dataset("train"), self.views or 1, self.random_transforms)
 
     def view_dataloader(self, view: int, indices: Sequence[int]) -> DataLoader:
-        """Return a loader of some training samples, in the given order and in one view.
+        """Return a loader of one view of some training samples, in the given order.
 
         Args:
-            view: number of the view, from 0.
-            indices: positions of the samples in the training set.
+            view: the number of the view, from 0.
+            indices: the positions of the samples in the training set.
         """
         views = self.train_views()
         return DataLoader(
@@ -275,7 +280,7 @@ class ImageDataModule(LightningDataModule):
         )
 
     def sample_settings(self) -> dict[str, Any]:
-        """Return the settings that can change a sample's pixels: all but those of the loaders."""
+        """Return the settings that can change a sample's pixels: all except the loader settings."""
         loaders = {"global_batch_size", "eval_batch_size", "num_workers", "seed", "pin_memory"}
         others = loaders | {"drop_last", "views"} | vars(LightningDataModule()).keys()
         return {
@@ -308,16 +313,16 @@ class ImageDataModule(LightningDataModule):
             "persistent_workers": self.num_workers > 0,
             "pin_memory": self.pin_memory,
             "collate_fn": getattr(dataset, "collate", None),
-            # Without a generator, a DataLoader draws its base seed from torch's global one.
+            # Without a generator, a DataLoader draws its base seed from torch's global generator.
             "generator": torch.Generator().manual_seed(self.seed),
             "worker_init_fn": _leave_signals_to_the_run,
         }
 
     def _dataset(self, split: str) -> Dataset:
-        """Return the data set of a split, opened on first use.
+        """Return the data set of a split, which is created on first use.
 
         Raises:
-            ValueError: if it is empty.
+            ValueError: if the data set is empty.
         """
         if split not in self._datasets:
             dataset: Dataset = getattr(self, f"{split}_dataset")()
@@ -327,9 +332,9 @@ class ImageDataModule(LightningDataModule):
         return self._datasets[split]
 
     def _replica(self) -> dict[str, int]:
-        """Return the number of processes that share the data, and the rank of this one among them.
+        """Return the number of processes that share the data, and the rank of this process.
 
-        They come from the strategy, since processes that split one network read the same data.
+        The strategy sets both, because processes that share one split network read the same data.
         """
         kwargs = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
         return kwargs or {"num_replicas": 1, "rank": 0}

@@ -13,22 +13,21 @@ from lightning_dist.data.tensor_images import TensorImages
 
 
 class CIFAR10DataModule(ImageDataModule):
-    """CIFAR-10 as (3, 32, 32) float32: random crops with 4 pixels of padding, and random flips.
+    """A data module of CIFAR-10: images (3, 32, 32), cropped with padding 4 and mirrored at random.
 
-    The images are held in memory. Validation uses the official test images, unless `val_fraction`
-    holds out training images. The published numbers are test accuracies too: those of the last
-    epoch, not of the best one.
+    All images are kept in memory, and batches are float32. Validation uses the official test
+    images, unless `val_fraction` holds out training images. The published numbers are test
+    accuracies too; they are from the last epoch, not from the best epoch.
 
     Args:
-        root: folder that contains torchvision's folder of the data set, or into which it is
-            downloaded.
+        root: the folder that contains torchvision's folder of the data set; a download creates it.
         download: download the data set if it is missing.
-        val_fraction: part of the training images to hold out for validation, with the same
+        val_fraction: the fraction of the training images to hold out for validation, with the same
             proportions of classes; the split does not depend on `seed`.
-        **settings: see ImageDataModule.
+        **settings: the arguments of ImageDataModule.
 
     Raises:
-        FileNotFoundError: when a data set is opened and its files are missing or damaged.
+        FileNotFoundError: when a data set is created, if its files are missing or damaged.
     """
 
     source: type[CIFAR10] = CIFAR10
@@ -53,7 +52,7 @@ class CIFAR10DataModule(ImageDataModule):
 
     @cached_property
     def class_names(self) -> list[str]:  # type: ignore[override]
-        """Names of the classes in the order of the labels, read from the data set."""
+        """The names of the classes in the order of the labels, read from the data set."""
         return self._torchvision_dataset(train=False).classes
 
     def prepare_data(self) -> None:
@@ -62,13 +61,13 @@ class CIFAR10DataModule(ImageDataModule):
             self.source(self.root, download=True)
 
     def train_dataset(self) -> TensorImages:
-        """Return the official training images without those held out, augmented."""
+        """Return the official training images except the held-out ones, with augmentation."""
         images, labels = pixels_and_labels(self._torchvision_dataset(train=True))
         rest, _ = stratified_split(labels, self.val_fraction)
         return self._images(images[rest], labels[rest], padding=4, flip=True, seed=self.seed)
 
     def val_dataset(self) -> TensorImages:
-        """Return the held-out training images, or the test set if none are held out."""
+        """Return the held-out training images, or the test set if no images are held out."""
         if not self.val_fraction:
             return self.test_dataset()
         images, labels = pixels_and_labels(self._torchvision_dataset(train=True))
@@ -82,7 +81,7 @@ class CIFAR10DataModule(ImageDataModule):
     def _torchvision_dataset(self, train: bool) -> CIFAR10:
         try:
             return self.source(self.root, train=train)
-        except RuntimeError as error:  # raised by torchvision, with a message that names no folder
+        except RuntimeError as error:  # torchvision's message names no folder
             raise FileNotFoundError(
                 f"{self.location}: files of {self.source.__name__} are missing or damaged "
                 "(torchvision checks their md5 sums): set root, or download=true"
@@ -93,7 +92,7 @@ class CIFAR10DataModule(ImageDataModule):
 
 
 class CIFAR100DataModule(CIFAR10DataModule):
-    """CIFAR-100 with the normalisation of the published recipes; see CIFAR10DataModule."""
+    """A data module of CIFAR-100, with the settings of CIFAR10DataModule."""
 
     source = CIFAR100
     num_classes = 100

@@ -14,30 +14,30 @@ from torchvision.models.segmentation import DeepLabV3_ResNet50_Weights
 from lightning_dist.data.detection_base import Annotated, DetectionDataModule
 from lightning_dist.data.image_files import abbreviate
 
-# torchvision lists Pascal VOC's classes with the weights that were trained on them.
+# torchvision stores the names of Pascal VOC's classes with the weights trained on that data set.
 _VOC_CLASSES = DeepLabV3_ResNet50_Weights.DEFAULT.meta["categories"][1:]  # without the background
 _SIDES = ("xmin", "ymin", "xmax", "ymax")
 
 
 class CocoDataModule(DetectionDataModule):
-    """COCO, or any data set with COCO's files: `instances_*.json` and a folder of images.
+    """A data module of COCO, or of any data set with `instances_*.json` and a folder of images.
 
-    Category ids, sorted, become the labels 0, 1, ... Crowd regions are not trained on. The test set
-    is the validation set, because COCO's test annotations are not public.
+    The sorted category ids become the labels 0, 1, ... Crowd regions are not used for training. The
+    test set is the validation set, because COCO's test annotations are not public.
 
     Args:
-        root: folder to which all other paths are relative.
-        num_classes: number of categories that the annotations must have.
-        train_images: folder of the training images.
-        val_images: folder of the validation images.
-        train_annotations: file of the training annotations.
-        val_annotations: file of the validation annotations.
-        **settings: see DetectionDataModule and ImageDataModule.
+        root: the folder to which all other paths are relative.
+        num_classes: the number of categories that the annotations must have.
+        train_images: the folder of the training images.
+        val_images: the folder of the validation images.
+        train_annotations: the file of the training annotations.
+        val_annotations: the file of the validation annotations.
+        **settings: the arguments of DetectionDataModule and ImageDataModule.
 
     Raises:
-        FileNotFoundError: when a data set is opened, if a file is missing.
-        ValueError: when a data set is opened, if the annotations are no JSON of COCO's form, have
-            another number of categories, or name an unknown image or category.
+        FileNotFoundError: when a data set is created, if a file is missing.
+        ValueError: when a data set is created, if the annotations are not JSON in COCO's format,
+            have another number of categories, or refer to an unknown image or category.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class CocoDataModule(DetectionDataModule):
 
         Raises:
             FileNotFoundError: if the annotation file is missing.
-            ValueError: if the annotations are broken; see the class.
+            ValueError: if the annotations are invalid; the docstring of the class lists the cases.
         """
         images, annotations = self.files["train" if split == "train" else "val"]
         path = self.root / annotations
@@ -82,12 +82,12 @@ class CocoDataModule(DetectionDataModule):
             if entry is None:
                 raise ValueError(
                     f"{what} is of image {annotation['image_id']}, which the file does not list: "
-                    "remove it, or add the image"
+                    "remove the annotation, or add the image"
                 )
             if annotation["category_id"] not in label_of:
                 raise ValueError(
                     f"{what}, of {entry.image.name}, has category {annotation['category_id']}, "
-                    "which the file does not list: correct it, or add the category"
+                    "which the file does not list: correct the annotation, or add the category"
                 )
             x, y, width, height = annotation["bbox"]
             entry.boxes.append([x, y, x + width, y + height])
@@ -112,20 +112,20 @@ class CocoDataModule(DetectionDataModule):
 
 
 class VOCDetectionDataModule(DetectionDataModule):
-    """Pascal VOC with boxes of 20 classes, found through torchvision's data set.
+    """A data module of Pascal VOC with boxes of 20 classes, which torchvision's data set finds.
 
     Objects marked as difficult are treated like COCO's crowd regions. The test set is the
     validation set.
 
     Args:
-        root: folder that contains `VOCdevkit/VOC<year>`.
-        year: "2007" or "2012".
+        root: the folder that contains `VOCdevkit/VOC<year>`.
+        year: the year of the data set, "2007" or "2012".
         download: download the data set if it is missing.
-        **settings: see DetectionDataModule and ImageDataModule.
+        **settings: the arguments of DetectionDataModule and ImageDataModule.
 
     Raises:
-        FileNotFoundError: when a data set is opened, if a folder or file is missing.
-        ValueError: when a data set is opened, if an annotation is no XML, or an object has an
+        FileNotFoundError: when a data set is created, if a folder or file is missing.
+        ValueError: when a data set is created, if an annotation is not XML, or if an object has an
             unknown class or no box.
     """
 
@@ -147,16 +147,16 @@ class VOCDetectionDataModule(DetectionDataModule):
         self.class_names = list(_VOC_CLASSES)
 
     def prepare_data(self) -> None:
-        """Download the data set if `download` is set and it is missing."""
+        """Download the data set if `download` is set and the data set is missing."""
         if self.download and not (self.root / "VOCdevkit" / f"VOC{self.year}").is_dir():
             VOCDetection(self.root, self.year, download=True)
 
     def entries(self, split: str) -> list[Annotated]:
-        """Return the images in the split's list in `ImageSets/Main`, and their boxes.
+        """Return the images that `ImageSets/Main` lists for a split, and their boxes.
 
         Raises:
             FileNotFoundError: if a folder or file is missing.
-            ValueError: if an annotation is broken; see the class.
+            ValueError: if an annotation is invalid; the docstring of the class lists the cases.
         """
         try:
             data = VOCDetection(self.root, self.year, "train" if split == "train" else "val")
@@ -170,7 +170,7 @@ class VOCDetectionDataModule(DetectionDataModule):
 
     def _entry(self, image: Path, file: Path) -> Annotated:
         if not file.is_file():
-            raise FileNotFoundError(f"{file} is missing: restore it, or take {image.stem} out")
+            raise FileNotFoundError(f"{file} is missing: restore it, or remove its image")
         try:
             root = ElementTree.parse(file).getroot()
         except ElementTree.ParseError as error:
@@ -193,23 +193,24 @@ class VOCDetectionDataModule(DetectionDataModule):
 
 
 class YoloDataModule(DetectionDataModule):
-    """Folders in YOLO's format: a text file per image, with a line per box.
+    """A data module of folders in YOLO's format: one text file per image, with one line per box.
 
     A line is `class x y width height`; x and y are the centre of the box. All four numbers are
     fractions of the image's width or height. An image without a text file has no boxes.
 
     Args:
-        root: folder that contains `images/SPLIT/NAME.jpg` and `labels/SPLIT/NAME.txt`.
-        class_names: names of the classes, in the order of their numbers.
-        train: name of the training split's folder, under `images` and `labels`.
-        val: name of the validation split's folder.
-        test: name of the test split's folder; by default that of the validation split.
-        **settings: see DetectionDataModule and ImageDataModule.
+        root: the folder that contains `images/SPLIT/NAME.jpg` and `labels/SPLIT/NAME.txt`.
+        class_names: the names of the classes, in the order of their numbers.
+        train: the name of the training split's folder, under `images` and `labels`.
+        val: the name of the validation split's folder.
+        test: the name of the test split's folder; by default the validation split's folder.
+        **settings: the arguments of DetectionDataModule and ImageDataModule.
 
     Raises:
-        FileNotFoundError: when a data set is opened, if a folder is missing or a text file has no
-            image.
-        ValueError: when a data set is opened, if a line is broken or images share a text file.
+        FileNotFoundError: when a data set is created, if a folder is missing, or if a text file has
+            no image.
+        ValueError: when a data set is created, if a line is invalid, or if several images have the
+            same text file.
     """
 
     relative_boxes = True
@@ -236,7 +237,7 @@ class YoloDataModule(DetectionDataModule):
 
         Raises:
             FileNotFoundError: if a folder is missing, or a text file has no image.
-            ValueError: if a line is broken; the message names the file and the line.
+            ValueError: if a line is invalid; the message names the file and the line.
         """
         folder = self.root / "images" / self.splits[split]
         labels = self.root / "labels" / self.splits[split]

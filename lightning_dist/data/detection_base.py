@@ -1,4 +1,4 @@
-"""`DetectionDataModule`: reads image files with boxes, checks them, and mirrors them at random."""
+"""`DetectionDataModule`, the base class that reads, checks and mirrors image files with boxes."""
 
 import logging
 from collections.abc import Sequence
@@ -22,30 +22,30 @@ log = logging.getLogger(__name__)
 class Annotated(NamedTuple):
     """An image file with its boxes.
 
-    A box is x1, y1, x2, y2, in pixels or as fractions of the image's width and height.
+    A box is [x1, y1, x2, y2], in pixels or as fractions of the image's width and height.
     """
 
     image: Path
     boxes: list[list[float]]
     labels: list[int]
-    crowd: list[bool]  # COCO's iscrowd: not trained on, and detections there count neither way
-    areas: list[float] | None = None  # in square pixels; None for the boxes' own
+    crowd: list[bool]  # COCO's iscrowd: such boxes affect neither training nor the metrics
+    areas: list[float] | None = None  # in square pixels; None if they are the areas of the boxes
 
 
 class AnnotatedImages(Dataset):
     """A data set that reads images and boxes, and applies one transform to both.
 
-    Boxes without area are left out, and a warning lists their images.
+    It leaves out boxes without area, and a warning lists their images.
 
     Args:
         entries: the images and their boxes.
-        transform: a function of an image (3, H, W), uint8 tv_tensor, and its target dictionary that
-            returns both.
-        crowd: keep the crowd regions, which evaluation needs.
-        relative: the boxes are fractions of the image's width and height.
+        transform: a function that takes an image (3, H, W), a uint8 tv_tensor, and its target dict,
+            and returns both transformed.
+        crowd: whether to keep the crowd regions; only evaluation needs them.
+        relative: whether the boxes are fractions of the image's width and height, not pixels.
 
     Raises:
-        FileNotFoundError: if images are missing; all images are checked at once.
+        FileNotFoundError: if images are missing; the message counts all of them.
         OSError: when a sample is read, if the image cannot be decoded.
     """
 
@@ -111,13 +111,13 @@ def _has_area(box: Sequence[float]) -> bool:
 class DetectionDataModule(ImageDataModule):
     """A base class for image files with boxes: pixels in 0..1, mirrored at random in training.
 
-    It neither resizes nor normalises, as torchvision's detectors do both. A subclass defines
-    `entries`.
+    It neither resizes nor normalises images, because torchvision's detectors do both. A subclass
+    defines `entries`.
 
     Args:
-        flip: probability of mirroring.
-        skip_empty: leave out training images without a box to train on.
-        **settings: see ImageDataModule.
+        flip: the probability of mirroring a training image horizontally with its boxes.
+        skip_empty: leave out the training images that have no boxes except crowd regions.
+        **settings: the arguments of ImageDataModule.
     """
 
     mean = (0.0, 0.0, 0.0)
@@ -134,22 +134,22 @@ class DetectionDataModule(ImageDataModule):
         raise NotImplementedError
 
     def train_transform(self) -> v2.Compose:
-        """Return the transform for training, applied to (image, target)."""
+        """Return the training transform, which takes and returns an image and its target."""
         return v2.Compose([v2.RandomHorizontalFlip(self.flip), *self._last_steps()])
 
     def eval_transform(self) -> v2.Compose:
-        """Return the transform for evaluation, applied to (image, target)."""
+        """Return the evaluation transform, which takes and returns an image and its target."""
         return v2.Compose(self._last_steps())
 
     def _last_steps(self) -> list[Any]:
         return [v2.ClampBoundingBoxes(), v2.ToDtype(torch.float32, scale=True)]
 
     def prepare(self, image: Image.Image) -> Tensor:
-        """Return an image as the evaluation loaders do: (3, H, W) in 0..1, not resized."""
+        """Convert an image to a tensor (3, H, W) in 0..1 without resizing it."""
         return self._to_tensor(image)
 
     def train_dataset(self) -> AnnotatedImages:
-        """Return the training images, augmented and without crowd regions."""
+        """Return the training images with augmentation and without crowd regions."""
         data = AnnotatedImages(
             self.entries("train"), self.train_transform(), False, self.relative_boxes
         )

@@ -1,4 +1,4 @@
-"""Data module for scikit-learn's handwritten digits: 1,797 images of 8x8 pixels, no download."""
+"""A data module for the 1,797 handwritten digits of 8x8 pixels that scikit-learn contains."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -18,21 +18,21 @@ WHITE = 16  # the brightest pixel value in scikit-learn's images
 
 
 class DigitsDataModule(ImageDataModule):
-    """Digits as (1, 8, 8) float32, in memory: 1,437 images to train on and 360 to test on.
+    """A data module of digits (1, 8, 8) in memory: 1,437 images for training and 360 for the test.
 
     All splits have the same proportions of classes and do not depend on `seed`.
 
     Args:
-        val_fraction: part of the training images to hold out for validation, from 0 to 0.9; 0
-            validates on the test set.
-        train_size: number of training images to use, with the same proportions of classes; None
-            uses all. A larger set contains every smaller one.
-        augment: shift each training image by up to one pixel.
-        **settings: see ImageDataModule.
+        val_fraction: the fraction of the training images to hold out for validation, from 0 to 0.9;
+            with 0, validation uses the test set.
+        train_size: the number of training images to use, with the same proportions of classes; None
+            uses all. The images of a smaller size are also in every larger set.
+        augment: shift each training image at random by up to one pixel.
+        **settings: the arguments of ImageDataModule.
 
     Raises:
-        ValueError: if `train_size` is more than the number of images, or another setting is out of
-            range.
+        ValueError: if `train_size` is larger than the number of training images, or if another
+            setting is out of range.
 
     Example:
         >>> data = DigitsDataModule(global_batch_size=32, train_size=300)
@@ -66,23 +66,23 @@ class DigitsDataModule(ImageDataModule):
         self.class_names = [str(digit) for digit in range(10)]
 
     def train_dataset(self) -> TensorImages:
-        """Return the training images without those held out, or `train_size` of them.
+        """Return `train_size` of the training images that are not held out, by default all.
 
         Raises:
-            ValueError: if there are fewer than `train_size`.
+            ValueError: if there are fewer than `train_size` such images.
         """
         train, _, _ = self._splits
         if self.train_size is not None:
             if self.train_size > len(train):
                 raise ValueError(
-                    f"train_size={self.train_size}: {self.location} leave {len(train)} images to "
-                    f"train on with val_fraction={self.val_fraction}"
+                    f"train_size={self.train_size}: {self.location} leave {len(train)} images for "
+                    f"training with val_fraction={self.val_fraction}"
                 )
             train = train[stratified_order(self._labels[train])[: self.train_size]]
         return self._images(train, padding=int(self.augment), seed=self.seed)
 
     def val_dataset(self) -> TensorImages:
-        """Return the held-out training images, or the test set if none are held out."""
+        """Return the held-out training images, or the test set if no images are held out."""
         _, val, test = self._splits
         return self._images(val if len(val) else test)
 
@@ -119,10 +119,10 @@ class DigitsDataModule(ImageDataModule):
 
 
 def stratified_order(labels: Tensor) -> Tensor:
-    """Return an order (N,) in which the first K samples have the proportions of all, for every K.
+    """Return an order (N,) whose first K samples, for every K, have the class proportions of all.
 
     Args:
-        labels: class of each sample, shape (N,).
+        labels: the class of each sample, shape (N,).
 
     Example:
         >>> labels = torch.tensor([0, 0, 0, 0, 1, 1])

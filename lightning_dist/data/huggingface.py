@@ -1,4 +1,4 @@
-"""Data module for image classification with Hugging Face's `datasets`, from the hub or disk."""
+"""A data module for image classification with Hugging Face's `datasets`, from the hub or disk."""
 
 from functools import cached_property
 from pathlib import Path
@@ -13,22 +13,23 @@ from lightning_dist.data.timm_transform import TimmTransformDataModule
 
 
 class HuggingFaceDataModule(TimmTransformDataModule):
-    """A data set with an image column and a label column; needs `lightning-dist[datasets]`.
+    """A data module of an image column and a label column; it needs `lightning-dist[datasets]`.
 
     Args:
-        path: name on the hub, folder for `load_dataset`, or folder to which a DatasetDict was
-            saved by `save_to_disk`.
-        config: name of the data set's configuration, if it has several.
-        image_column: name of the column with the images.
-        label_column: name of the column with the labels: a ClassLabel, or whole numbers from 0.
-        train_split: name of the training split.
-        val_split: name of the validation split.
-        test_split: name of the test split; by default the validation split.
-        **settings: see TimmTransformDataModule and ImageDataModule.
+        path: the name on the hub, a folder for `load_dataset`, or a folder to which `save_to_disk`
+            saved a DatasetDict.
+        config: the name of the configuration, if the data set has several.
+        image_column: the name of the column with the images.
+        label_column: the name of the column with the labels, a ClassLabel or whole numbers from 0.
+        train_split: the name of the training split.
+        val_split: the name of the validation split.
+        test_split: the name of the test split; by default the validation split.
+        **settings: the arguments of TimmTransformDataModule and ImageDataModule.
 
     Raises:
-        ImportError: when a data set is opened, if `datasets` is not installed.
-        ValueError: when a data set is opened, if a split or column is missing, or labels are words.
+        ImportError: when a data set is created, if `datasets` is not installed.
+        ValueError: when a data set is created, if a split or column is missing, or if the labels
+            are words.
         OSError: when a sample is read, if the image cannot be decoded.
     """
 
@@ -56,12 +57,12 @@ class HuggingFaceDataModule(TimmTransformDataModule):
 
     @cached_property
     def class_names(self) -> list[str] | None:  # type: ignore[override]
-        """Names of the classes in the order of the labels; None if the labels are numbers only."""
+        """The names of the classes in the order of the labels; None if they have none."""
         return getattr(self._rows(self.train_split).features[self.label_column], "names", None)
 
     @cached_property
     def num_classes(self) -> int:  # type: ignore[override]
-        """Number of classes; without class names, the largest training label plus 1."""
+        """The number of classes; without class names, the largest training label plus 1."""
         if self.class_names is not None:
             return len(self.class_names)
         return max(self._rows(self.train_split)[self.label_column]) + 1
@@ -72,7 +73,7 @@ class HuggingFaceDataModule(TimmTransformDataModule):
             self._rows(split)
 
     def train_dataset(self) -> "RowImages":
-        """Return the training split, augmented."""
+        """Return the training split with augmentation."""
         return self._images(self.train_split, self.train_transform())
 
     def val_dataset(self) -> "RowImages":
@@ -93,7 +94,7 @@ class HuggingFaceDataModule(TimmTransformDataModule):
         )
 
     def _rows(self, split: str) -> Any:
-        """Return the two columns of a split; `datasets` would decode all others too."""
+        """Return only two columns of a split, because `datasets` would decode the others too."""
         rows = self._load_split(split)
         columns = [self.image_column, self.label_column]
         if missing := set(columns) - set(rows.column_names):
@@ -103,8 +104,8 @@ class HuggingFaceDataModule(TimmTransformDataModule):
             )
         if getattr(rows.features[self.label_column], "dtype", "") == "string":
             raise ValueError(
-                f"column {self.label_column} of {self.path} holds words: make them numbers with "
-                "its class_encode_column"
+                f"column {self.label_column} of {self.path} contains words: convert them to "
+                "numbers with the method class_encode_column of the data set"
             )
         return rows.select_columns(columns)
 
@@ -126,10 +127,10 @@ class RowImages(Dataset):
 
     Args:
         rows: one split of the Hugging Face data set.
-        transform: a function of a PIL image that returns a tensor (3, H, W).
-        image_column: name of the column with the images.
-        label_column: name of the column with the labels.
-        location: name of the data set and split, for error messages.
+        transform: a function that converts a PIL image to a tensor (3, H, W).
+        image_column: the name of the column with the images.
+        label_column: the name of the column with the labels.
+        location: the name of the data set and the split, for error messages.
 
     Raises:
         OSError: when a sample is read, if the image cannot be decoded.
@@ -168,7 +169,7 @@ def import_datasets() -> ModuleType:
     """Import and return the optional package `datasets`.
 
     Raises:
-        ImportError: if it is not installed; the message names the pip command.
+        ImportError: if the package is not installed; the message contains the pip command.
     """
     try:
         import datasets

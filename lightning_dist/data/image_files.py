@@ -1,4 +1,4 @@
-"""Read image files and folders with a folder per class; errors name the file or folder."""
+"""Functions that read image files and class folders, with errors that name the file or folder."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,20 +14,20 @@ Transform = Callable[[Image.Image], Tensor]
 def open_image_folder(
     path: Path, transform: Transform, class_names: list[str], expected_by: Path
 ) -> ImageFolder:
-    """Open a folder with a folder of images per class, and check the names of the classes.
+    """Create a data set from a folder with a subfolder per class, and check the class names.
 
     Args:
-        path: folder that contains the class folders.
-        transform: a function of a PIL image that returns a tensor (C, H, W).
-        class_names: names that the class folders must have, no more and no fewer.
-        expected_by: file or folder that the names come from, for the error message.
+        path: the folder that contains the class folders.
+        transform: a function that converts a PIL image to a tensor (C, H, W).
+        class_names: the names of the class folders; other names are refused.
+        expected_by: the file or folder that lists these names, for the error message.
 
     Returns:
-        A data set of (image, label); the labels follow the sorted names.
+        A data set of (image, label). The labels number the class names in sorted order.
 
     Raises:
-        FileNotFoundError: if the folder is missing, or the folder of a class has no image.
-        ValueError: if the class folders have other names.
+        FileNotFoundError: if the folder is missing, or if the folder of a class has no image.
+        ValueError: if the names of the class folders are not `class_names`.
     """
     found = class_folders(path)
     if found != sorted(class_names):
@@ -38,7 +38,7 @@ def open_image_folder(
         )
     try:
         return ImageFolder(path, transform, loader=load_image)
-    except FileNotFoundError as error:  # torchvision names the empty classes, but no path
+    except FileNotFoundError as error:  # torchvision's message names the empty classes, but no path
         raise FileNotFoundError(f"{path}: {error}") from error
 
 
@@ -70,6 +70,6 @@ def load_image(path: str) -> Image.Image:
 
 
 def abbreviate(names: set[str]) -> str:
-    """Return the first five names of a set and the number of the others, for error messages."""
+    """Format the first five names of a set and the number of the others, for error messages."""
     first = ", ".join(sorted(names)[:5]) or "none"
     return first + (f" and {len(names) - 5} more" if len(names) > 5 else "")

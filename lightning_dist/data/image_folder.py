@@ -1,4 +1,4 @@
-"""Data module for ImageNet, or any data set with a folder per class, with timm's augmentation."""
+"""A data module for ImageNet, or any data set with a folder per class, with timm's transforms."""
 
 from functools import cached_property
 from pathlib import Path
@@ -11,22 +11,22 @@ from lightning_dist.data.timm_transform import TimmTransformDataModule
 
 
 class ImageFolderDataModule(TimmTransformDataModule):
-    """Images in ROOT/train/CLASS/FILE and ROOT/val/CLASS/FILE: ImageNet, or any data set like it.
+    """A data module of ROOT/train/CLASS/FILE and ROOT/val/CLASS/FILE, for ImageNet and the like.
 
-    The labels follow the sorted names of the class folders.
+    The labels number the names of the class folders in sorted order.
 
     Args:
-        root: folder that contains the folders below.
-        train_dir: folder of the training images, with a folder per class.
-        val_dir: folder of the validation images, with a folder per class.
-        test_dir: folder of the test images, with a folder per class; by default `val_dir`, because
-            ImageNet's published numbers are validation accuracies.
-        **settings: see TimmTransformDataModule and ImageDataModule.
+        root: the folder that contains the folders below.
+        train_dir: the folder of the training images, with a folder per class.
+        val_dir: the folder of the validation images, with a folder per class.
+        test_dir: the folder of the test images, with a folder per class; by default `val_dir`,
+            because ImageNet's published numbers are validation accuracies.
+        **settings: the arguments of TimmTransformDataModule and ImageDataModule.
 
     Raises:
-        FileNotFoundError: when a data set is opened, if a folder or the images of a class are
-            missing.
-        ValueError: when a data set is opened, if its classes differ from the training classes.
+        FileNotFoundError: when a data set is created, if a folder is missing, or if a class has no
+            images.
+        ValueError: when a data set is created, if its classes differ from the training classes.
         OSError: when a sample is read, if the image cannot be decoded.
     """
 
@@ -48,16 +48,16 @@ class ImageFolderDataModule(TimmTransformDataModule):
 
     @cached_property
     def class_names(self) -> list[str]:  # type: ignore[override]
-        """Names of the class folders of the training images, sorted."""
+        """The sorted names of the class folders of the training images."""
         return class_folders(self.root / self.train_dir)
 
     @property
     def num_classes(self) -> int:  # type: ignore[override]
-        """Number of class folders."""
+        """The number of class folders of the training images."""
         return len(self.class_names)
 
     def train_dataset(self) -> ImageFolder:
-        """Return the training images, augmented."""
+        """Return the training images with augmentation."""
         return self._images(self.train_dir, self.train_transform())
 
     def val_dataset(self) -> ImageFolder:

@@ -23,27 +23,27 @@ class Scene(NamedTuple):
 
     image: Tensor  # uint8 (3, S, S)
     mask: Tensor  # int64 (S, S): 0 for the background, otherwise the digit plus 1
-    boxes: Tensor  # float32 (K, 4): x1, y1, x2, y2 in pixels, around the visible part of a digit
-    labels: Tensor  # int64 (K,): the digit plus 1
+    boxes: Tensor  # float32 (K, 4): x1, y1, x2, y2 in pixels, around the visible parts
+    labels: Tensor  # int64 (K,): the digits plus 1
 
 
 class ScenesDataModule(ImageDataModule):
-    """Generated images (3, S, S) and masks (S, S) of scikit-learn's digits, for segmentation.
+    """A data module of generated images (3, S, S) and masks (S, S) with digits, for segmentation.
 
-    A scene places a few digits at random positions and sizes, in random bright colours, on a darker
-    random texture. Later digits cover earlier ones. A scene depends on (`scene_seed`, split, index)
-    alone, and no digit's image is used in two splits.
+    A scene has a few of scikit-learn's digits at random positions, in random sizes and bright
+    colours, on a darker random texture. Later digits cover earlier digits. A scene depends only on
+    (`scene_seed`, split, index). No image of a digit is used in two splits.
 
     Args:
-        train_size: number of training scenes.
-        val_size: number of validation scenes.
-        test_size: number of test scenes.
-        scene_size: height and width S of a scene in pixels, at least 16.
-        most_digits: largest number of digits in a scene; the smallest is 1.
-        scales: smallest and largest side of a digit, as fractions of the scene's side.
-        texture: contrast of the background, from 0 (one colour) to 1.
-        scene_seed: seed of the scenes; `seed` is the seed of the training order.
-        **settings: see ImageDataModule.
+        train_size: the number of training scenes.
+        val_size: the number of validation scenes.
+        test_size: the number of test scenes.
+        scene_size: the height and width S of a scene in pixels, at least 16.
+        most_digits: the largest number of digits in a scene; the smallest number is 1.
+        scales: the smallest and the largest side of a digit, as fractions of the scene's side.
+        texture: the contrast of the background, from 0 (one colour) to 1.
+        scene_seed: the seed of the scenes; `seed` is the seed of the training order.
+        **settings: the arguments of ImageDataModule.
 
     Raises:
         ValueError: if a setting is out of range.
@@ -78,14 +78,14 @@ class ScenesDataModule(ImageDataModule):
         self.class_names = ["background", *map(str, range(10))]
         low, high = scales
         if scene_size < 16:
-            raise ValueError(f"scene_size is {scene_size}: a scene has at least 16 pixels a side")
+            raise ValueError(f"scene_size is {scene_size}: give at least 16 pixels")
         if not 0 < low <= high <= 1 or low * scene_size < 4:
             raise ValueError(
-                f"scales are {low}, {high}: give two parts of the scene's side in ascending order, "
+                f"scales are {low}, {high}: give two fractions of the scene's side, ascending, "
                 f"at most 1 and at least {4 / scene_size}, which is 4 pixels"
             )
         if most_digits < 1:
-            raise ValueError(f"most_digits is {most_digits}: a scene has at least one digit")
+            raise ValueError(f"most_digits is {most_digits}: give at least one digit")
         if not 0 <= texture <= 1:
             raise ValueError(f"texture is {texture}: give a contrast from 0 to 1")
         self.sizes = dict(zip(SPLITS, (train_size, val_size, test_size), strict=True))
@@ -100,7 +100,7 @@ class ScenesDataModule(ImageDataModule):
 
         Args:
             split: "train", "val" or "test".
-            index: number of the scene in its split, from 0.
+            index: the number of the scene in its split, from 0.
         """
         rng = np.random.default_rng((self.scene_seed, SPLITS.index(split), index))
         images, digits = self._digits
@@ -128,7 +128,7 @@ class ScenesDataModule(ImageDataModule):
         return Scene(image, mask, boxes, torch.tensor([labels[i] for i in visible]))
 
     def prepare(self, image: Image.Image) -> Tensor:
-        """Return a normalised image (3, H, W) without resizing it."""
+        """Convert an image to a normalised tensor (3, H, W) without resizing it."""
         return self._to_tensor(image)
 
     def train_dataset(self) -> Dataset:
@@ -146,7 +146,7 @@ class ScenesDataModule(ImageDataModule):
     def _scenes(self, split: str) -> Dataset:
         scenes = [self.scene(split, index) for index in range(self.sizes[split])]
         if not scenes:
-            raise ValueError(f"{split}_size is 0: the {split} set has at least one scene")
+            raise ValueError(f"{split}_size is 0: give at least one scene")
         return self._to_dataset(scenes)
 
     def _to_dataset(self, scenes: list[Scene]) -> Dataset:
@@ -161,7 +161,7 @@ class ScenesDataModule(ImageDataModule):
 
     @cached_property
     def _digits_of_split(self) -> dict[str, Tensor]:
-        """Indices of the digits that each split uses."""
+        """The indices of the digits that each split uses."""
         _, digits = self._digits
         train, others = stratified_split(digits, 0.4)
         val, test = stratified_split(digits[others], 0.5)
@@ -172,7 +172,7 @@ class SceneBoxes(Dataset):
     """A data set of scenes as (image, target), in the form that torchvision's detectors take.
 
     Args:
-        scenes: the scenes, whose labels become the digits 0 to 9.
+        scenes: the scenes. The data set subtracts 1 from their labels to get the digits 0 to 9.
     """
 
     def __init__(self, scenes: Sequence[Scene]) -> None:
@@ -189,10 +189,10 @@ class SceneBoxes(Dataset):
 
 
 class SceneDetectionDataModule(ScenesDataModule):
-    """Generated scenes for detection: images (3, S, S) in 0..1, boxes, and the digits as labels.
+    """A data module of generated scenes for detection: images (3, S, S) in 0..1, boxes and digits.
 
     Args:
-        **settings: see ScenesDataModule.
+        **settings: the arguments of ScenesDataModule.
 
     Example:
         >>> data = SceneDetectionDataModule(train_size=4, global_batch_size=2)
@@ -214,7 +214,7 @@ class SceneDetectionDataModule(ScenesDataModule):
 
 
 def _texture(rng: np.random.Generator, size: int, contrast: float) -> Tensor:
-    """Return a background (3, size, size) in 0..1: waves and noise around a random colour."""
+    """Return a background (3, size, size) in 0..1 with waves and noise around a random colour."""
     y, x = np.mgrid[:size, :size] / size
     waves = np.zeros((3, size, size))
     for _ in range(4):
@@ -228,12 +228,12 @@ def _texture(rng: np.random.Generator, size: int, contrast: float) -> Tensor:
 
 
 def _brighter(rng: np.random.Generator, background: np.ndarray) -> np.ndarray:
-    """Return a random colour, at least 0.25 brighter than the background unless that exceeds 1."""
+    """Return a random colour, each channel at least 0.25 above the background or equal to 1."""
     return rng.uniform(np.minimum(background + 0.25, 1), 1).astype(np.float32)
 
 
 def _box(pixels: Tensor) -> Tensor:
-    """Return the smallest box around the set pixels; x2 and y2 are exclusive."""
+    """Return the smallest box around the True pixels; x2 and y2 are exclusive."""
     rows, columns = pixels.any(1).nonzero().flatten(), pixels.any(0).nonzero().flatten()
     corners = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
     return torch.tensor(corners, dtype=torch.float32)

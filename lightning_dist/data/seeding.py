@@ -1,4 +1,4 @@
-"""Deterministic sampling: order and augmentation as a function of (seed, epoch, index)."""
+"""Samplers and loaders whose order and augmentation depend only on (seed, epoch, index)."""
 
 import random
 from collections.abc import Iterator, Sized
@@ -16,8 +16,8 @@ def derive_seeds(*parts: int, count: int = 1) -> list[int]:
     """Return `count` independent 32-bit seeds that depend on all given numbers and their order.
 
     Args:
-        *parts: whole numbers from 0, such as a seed, an epoch and an index.
-        count: number of seeds.
+        *parts: whole numbers of at least 0, such as a seed, an epoch and an index.
+        count: the number of seeds to return.
 
     Example:
         >>> derive_seeds(0, 1) == derive_seeds(1, 0)
@@ -30,8 +30,8 @@ def derive_seeds(*parts: int, count: int = 1) -> list[int]:
 def seeded(*parts: int) -> Iterator[None]:
     """Seed torch, NumPy and random from `parts`, and restore their states afterwards.
 
-    Of torch only the CPU generator is seeded. `torch.manual_seed` would seed the GPUs too, and so
-    change the dropout of the network that trains in this process.
+    In torch, only the CPU generator is seeded. `torch.manual_seed` would also seed the GPUs, which
+    would change the dropout of the network that trains in this process.
     """
     states = torch.default_generator.get_state(), np.random.get_state(), random.getstate()
     for_torch, for_numpy, for_random = derive_seeds(*parts, count=3)
@@ -47,16 +47,17 @@ def seeded(*parts: int) -> Iterator[None]:
 
 
 class EpochSampler(DistributedSampler):
-    """A sampler that shuffles by (seed, epoch) alone and yields Keys.
+    """A sampler that yields Keys in an order that depends only on (seed, epoch).
 
     It is a DistributedSampler, because Lightning replaces any other sampler in distributed runs.
 
     Args:
         dataset: the data set to sample.
-        seed: seed of the run; no two seeds share an order, whatever the epochs.
-        num_replicas: number of processes that share the samples of each epoch.
-        rank: number of this process among them, from 0.
-        drop_last: if the samples cannot be shared evenly, drop the rest instead of repeating some.
+        seed: the seed of the run; two seeds have different orders in all their epochs.
+        num_replicas: the number of processes that share the samples of each epoch.
+        rank: the number of this process, from 0.
+        drop_last: if the processes cannot share the samples evenly, drop the rest instead of
+            repeating some samples.
     """
 
     def __init__(
@@ -78,11 +79,12 @@ class EpochSampler(DistributedSampler):
 
 
 class ResumableLoader(DataLoader):
-    """A loader that a checkpoint from the middle of an epoch resumes at the next batch.
+    """A loader that continues at the next batch after a checkpoint from the middle of an epoch.
 
     Lightning creates the iterator before it calls the sampler's `set_epoch`, and worker processes
-    fetch their first batches at once: on a resume they would repeat the order of epoch 0.
-    Therefore `__iter__` is a generator, which does nothing until the first batch is requested.
+    load their first batches immediately. After a resume, they would repeat the order of epoch 0.
+    Therefore `__iter__` is a generator, because a generator runs no code before the first batch is
+    requested.
     """
 
     _position: dict[str, int] | None = None
@@ -90,11 +92,11 @@ class ResumableLoader(DataLoader):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         sampler = self.sampler
-        if not isinstance(sampler, EpochSampler):  # Lightning replaced it: overfit_batches
+        if not isinstance(sampler, EpochSampler):  # Lightning replaces it for overfit_batches
             yield from super().__iter__()
             return
         resume_at, self._resume_at = self._resume_at, None
-        # A state saved at an epoch's end is of the epoch just finished; the next starts at batch 0.
+        # At an epoch's end, the state contains the finished epoch: the next one starts at batch 0.
         resumes = resume_at is not None and resume_at["epoch"] == sampler.epoch
         done = resume_at["batches"] if resume_at is not None and resumes else 0
         sampler.skip = done * cast(int, self.batch_size)
@@ -103,21 +105,21 @@ class ResumableLoader(DataLoader):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Return the epoch and its number of finished batches; Lightning saves them."""
+        """Return the epoch and its number of finished batches, which Lightning saves."""
         return dict(self._position or {})
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Skip the batches that `state_dict` counts, if the next epoch is the one it names."""
+        """Skip the finished batches in `state_dict`, if the next epoch is its epoch."""
         self._resume_at = state_dict or None
 
 
 class SeededDataset(Dataset):
-    """A data set read by Key, whose random transforms depend on (seed, Key) alone.
+    """A data set that is read by Key and whose random transforms depend only on (seed, Key).
 
     Args:
-        dataset: a map-style data set, read by index.
-        seed: seed of the run; None if no transform is random, which saves the seeding, about 30 us
-            for each sample.
+        dataset: a map-style data set, which is read by index.
+        seed: the seed of the run. None skips the seeding, about 30 us for each sample, and is right
+            if no transform is random.
     """
 
     def __init__(self, dataset: Dataset, seed: int | None) -> None:

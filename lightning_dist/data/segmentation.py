@@ -1,4 +1,4 @@
-"""Data modules for segmentation: Cityscapes, Pascal VOC 2012, and folders as ADE20K has them."""
+"""Data modules for segmentation: Cityscapes, Pascal VOC 2012, and folders like ADE20K's."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,23 +11,23 @@ from torchvision.models.segmentation import DeepLabV3_ResNet50_Weights
 from lightning_dist.data.image_files import abbreviate
 from lightning_dist.data.segmentation_base import IGNORED, Pair, SegmentationDataModule
 
-# torchvision lists Pascal VOC's classes with the weights that were trained on them.
+# torchvision stores the names of Pascal VOC's classes with the weights trained on that data set.
 _VOC_CLASSES = DeepLabV3_ResNet50_Weights.DEFAULT.meta["categories"][1:]  # without the background
 
 
 class CityscapesDataModule(SegmentationDataModule):
-    """Cityscapes with 19 classes, found through torchvision's data set.
+    """A data module of Cityscapes with 19 classes, which torchvision's data set finds.
 
-    The test set is the validation set, because the test masks are not public. Published numbers
-    are on the validation set too.
+    The test set is the validation set, because the test masks are not public. Published
+    numbers are from the validation set too.
 
     Args:
-        root: folder that contains `leftImg8bit/SPLIT/CITY/*_leftImg8bit.png` and
-            `gtFine/SPLIT/CITY/*_gtFine_labelIds.png`, or the archives of both.
-        **settings: see SegmentationDataModule and ImageDataModule.
+        root: the folder that contains `leftImg8bit/SPLIT/CITY/*_leftImg8bit.png` and
+            `gtFine/SPLIT/CITY/*_gtFine_labelIds.png`, or the two zip archives of these files.
+        **settings: the arguments of SegmentationDataModule and ImageDataModule.
 
     Raises:
-        FileNotFoundError: when a data set is opened, if folders, images or masks are missing.
+        FileNotFoundError: when a data set is created, if folders, images or masks are missing.
     """
 
     _trained = sorted((c for c in Cityscapes.classes if 0 <= c.train_id < 255), key=lambda c: c[2])
@@ -43,16 +43,16 @@ class CityscapesDataModule(SegmentationDataModule):
 
     @property
     def class_ids(self) -> list[int]:
-        """The id in the masks of each of the 19 classes, in the order of the classes."""
+        """The mask id of each of the 19 classes, in the order of the classes."""
         return [c.id for c in self._trained]
 
     @property
     def ignored_ids(self) -> list[int]:
-        """All other ids in the masks; the licence plates' id -1 is stored as 255."""
+        """All other mask ids; the masks store the id -1 of licence plates as 255."""
         return [c.id % 256 for c in Cityscapes.classes if c not in self._trained] + [IGNORED]
 
     def pairs(self, split: str) -> list[Pair]:
-        """Return the files of a split, sorted; "test" is the validation split.
+        """Return the sorted files of a split; "test" is the validation split.
 
         Raises:
             FileNotFoundError: if the data set, an image or a mask is missing.
@@ -75,17 +75,17 @@ class CityscapesDataModule(SegmentationDataModule):
 
 
 class VOC2012DataModule(SegmentationDataModule):
-    """Pascal VOC 2012 with 20 classes and the background, found through torchvision's data set.
+    """A data module of Pascal VOC 2012, which torchvision finds: 20 classes and the background.
 
     The test set is the validation set, because the test masks are not public.
 
     Args:
-        root: folder that contains `VOCdevkit/VOC2012`.
+        root: the folder that contains `VOCdevkit/VOC2012`.
         download: download the data set (2 GB) if it is missing.
-        **settings: see SegmentationDataModule and ImageDataModule.
+        **settings: the arguments of SegmentationDataModule and ImageDataModule.
 
     Raises:
-        FileNotFoundError: when a data set is opened, if folders, images or masks are missing.
+        FileNotFoundError: when a data set is created, if folders, images or masks are missing.
     """
 
     num_classes = 21
@@ -100,12 +100,12 @@ class VOC2012DataModule(SegmentationDataModule):
         self.class_names = ["background", *_VOC_CLASSES]
 
     def prepare_data(self) -> None:
-        """Download the data set if `download` is set and it is missing."""
+        """Download the data set if `download` is set and the data set is missing."""
         if self.download and not (self.root / "VOCdevkit" / "VOC2012").is_dir():
             VOCSegmentation(self.root, "2012", download=True)
 
     def pairs(self, split: str) -> list[Pair]:
-        """Return the files in the split's list in `ImageSets/Segmentation`.
+        """Return the files that `ImageSets/Segmentation` lists for a split.
 
         Raises:
             FileNotFoundError: if the data set is missing.
@@ -121,26 +121,28 @@ class VOC2012DataModule(SegmentationDataModule):
 
 
 class MaskFolderDataModule(SegmentationDataModule):
-    """Images and masks with the same names in two folders, as ADE20K has them.
+    """A data module of images and masks with the same names in two folders, as in ADE20K.
 
     Args:
-        root: folder that contains `images/SPLIT/NAME.jpg` and `annotations/SPLIT/NAME.png`; a split
-            may have subfolders.
-        num_classes: number of classes.
-        class_names: names of the classes, in their order; None if they have none.
-        reduce_zero_label: the classes have ids 1 to `num_classes` in the masks and id 0 is ignored,
-            as in ADE20K. By default they have ids 0 to `num_classes` - 1. Id 255 is always ignored.
-        images: name of the folder of the images.
-        masks: name of the folder of the masks.
-        train: name of the training split's folder, in both.
-        val: name of the validation split's folder.
-        test: name of the test split's folder; by default that of the validation split.
-        **settings: see SegmentationDataModule and ImageDataModule.
+        root: the folder that contains `images/SPLIT/NAME.jpg` and `annotations/SPLIT/NAME.png`; a
+            split may have subfolders.
+        num_classes: the number of classes.
+        class_names: the names of the classes in the order of the labels; None if they have no
+            names.
+        reduce_zero_label: if true, the classes have the mask ids 1 to `num_classes` and id 0 is
+            ignored, as in ADE20K. By default the classes have the mask ids 0 to `num_classes` - 1.
+            Id 255 is always ignored.
+        images: the name of the folder of the images.
+        masks: the name of the folder of the masks.
+        train: the name of the training split's folder, under `images` and `masks`.
+        val: the name of the validation split's folder.
+        test: the name of the test split's folder; by default the validation split's folder.
+        **settings: the arguments of SegmentationDataModule and ImageDataModule.
 
     Raises:
-        FileNotFoundError: when a data set is opened, if folders, images or masks are missing.
-        ValueError: if `class_names` are not `num_classes` names; when a data set is opened, if two
-            files have the same name without suffix.
+        FileNotFoundError: when a data set is created, if folders, images or masks are missing.
+        ValueError: if the number of `class_names` is not `num_classes`; when a data set is created,
+            if two files have the same name without suffix.
     """
 
     def __init__(
@@ -160,7 +162,7 @@ class MaskFolderDataModule(SegmentationDataModule):
         super().__init__(**settings)
         if class_names is not None and len(class_names) != num_classes:
             raise ValueError(
-                f"there are {len(class_names)} class_names and num_classes is {num_classes}"
+                f"there are {len(class_names)} class_names, but num_classes is {num_classes}"
             )
         self.root = Path(root)
         self.location = str(self.root)
@@ -172,20 +174,20 @@ class MaskFolderDataModule(SegmentationDataModule):
 
     @property
     def class_ids(self) -> Sequence[int]:
-        """The id in the masks of each class: from 1 with `reduce_zero_label`, otherwise from 0."""
+        """The mask ids of the classes: from 1 with `reduce_zero_label`, otherwise from 0."""
         first = int(self.reduce_zero_label)
         return range(first, first + self.num_classes)
 
     @property
     def ignored_ids(self) -> Sequence[int]:
-        """The ignored ids in the masks: 255, and 0 with `reduce_zero_label`."""
+        """The mask ids of the pixels to ignore: 255, and 0 with `reduce_zero_label`."""
         return (0, IGNORED) if self.reduce_zero_label else (IGNORED,)
 
     def pairs(self, split: str) -> list[Pair]:
         """Return the files of a split, sorted by name.
 
         Raises:
-            FileNotFoundError: if a folder is missing, or an image or a mask has no counterpart.
+            FileNotFoundError: if a folder is missing, or if an image or a mask has no counterpart.
             ValueError: if two files have the same name without suffix.
         """
         images, masks = (self._files(name, self.splits[split]) for name in self.folders)
@@ -194,7 +196,7 @@ class MaskFolderDataModule(SegmentationDataModule):
         return [Pair(images[name], masks[name]) for name in sorted(images)]
 
     def _files(self, kind: str, split: str) -> dict[str, Path]:
-        """Return the image files under a folder, by their names without suffix."""
+        """Return a dict from names without suffix to the image files under a folder."""
         folder = self.root / kind / split
         if not folder.is_dir():
             raise FileNotFoundError(
@@ -206,7 +208,7 @@ class MaskFolderDataModule(SegmentationDataModule):
             if path.suffix.lower() in IMG_EXTENSIONS:
                 name = str(path.relative_to(folder).with_suffix(""))
                 if name in files:
-                    raise ValueError(f"{files[name]} and {path} have one name: remove one")
+                    raise ValueError(f"{files[name]} and {path} have the same name: remove one")
                 files[name] = path
         return files
 
@@ -215,5 +217,5 @@ def _refuse_unpaired(paths: set[str]) -> None:
     if paths:
         raise FileNotFoundError(
             f"{len(paths)} of the images and masks have no counterpart: {abbreviate(paths)}: "
-            "add it, or remove them"
+            "add the counterparts, or remove these files"
         )

@@ -1,4 +1,4 @@
-"""`SegmentationDataModule`: reads image files with masks, checks, augments and normalises them."""
+"""`SegmentationDataModule`, the base class that reads, checks and augments images and masks."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,11 +17,11 @@ from torchvision.transforms.v2 import functional as tvf
 from lightning_dist.data.base import ImageDataModule
 from lightning_dist.data.image_files import abbreviate, load_image
 
-IGNORED = 255  # the label of pixels that neither the loss nor the metrics count
+IGNORED = 255  # the label of the pixels that the loss and the metrics ignore
 
 
 class Pair(NamedTuple):
-    """The files of an image and of its mask."""
+    """The paths of an image and of its mask."""
 
     image: Path
     mask: Path
@@ -31,17 +31,17 @@ class MaskedImages(Dataset):
     """A data set that reads images and masks, and applies one transform to both.
 
     Args:
-        pairs: the files. A mask is an image with one channel or a palette, whose pixels are ids
-            from 0 to 255.
-        class_ids: the id in the masks of each class, in the order of the classes.
-        ignored_ids: ids of the pixels to ignore; they become 255.
-        transform: a function of an image (3, H, W) and a mask (H, W), uint8 tv_tensors, that
-            returns both.
+        pairs: the paths of the images and masks. A mask is an image file with one channel or a
+            palette, and its pixels are ids from 0 to 255.
+        class_ids: the mask id of each class, in the order of the classes.
+        ignored_ids: the mask ids of the pixels to ignore, which get the label 255.
+        transform: a function that takes an image (3, H, W) and a mask (H, W), both uint8
+            tv_tensors, and returns both transformed.
 
     Raises:
-        FileNotFoundError: if files are missing; all files are checked at once.
-        ValueError: when a sample is read, if the mask's size differs from the image's, or the mask
-            has other ids.
+        FileNotFoundError: if files are missing; the message counts all of them.
+        ValueError: when a sample is read, if the image and the mask differ in size, or if the mask
+            contains an id that is neither in `class_ids` nor in `ignored_ids`.
         OSError: when a sample is read, if a file cannot be decoded.
     """
 
@@ -87,23 +87,23 @@ class MaskedImages(Dataset):
             raise OSError(f"{path} cannot be read as a mask ({error}): restore the file") from error
         if ids.ndim != 2 or ids.min() < 0 or ids.max() > 255:
             raise ValueError(
-                f"{path} is no mask of ids from 0 to 255 in one channel, but of {ids.dtype} "
-                f"{' x '.join(map(str, ids.shape))}"
+                f"{path} is no mask of ids from 0 to 255 in one channel: it has {ids.dtype} ids "
+                f"of shape {' x '.join(map(str, ids.shape))}"
             )
         unknown = {str(i) for i in np.unique(ids) if not self.known[i]}
         if unknown:
             raise ValueError(
-                f"{path} has the ids {abbreviate(unknown)}, which are neither a class's nor "
-                "ignored: correct the mask, or the class_ids and ignored_ids of the data set"
+                f"{path} has the ids {abbreviate(unknown)}, which are neither ids of a class "
+                "nor ignored: correct the mask, or the class_ids and ignored_ids of the data set"
             )
         return torch.from_numpy(self.class_of[ids])
 
 
 class RandomScale:
-    """A transform that resizes image and mask by a factor drawn from a list.
+    """A transform that resizes an image and its mask by a random factor from a list.
 
     Args:
-        factors: the factors, all equally likely.
+        factors: the possible factors, which are equally likely.
     """
 
     def __init__(self, factors: Sequence[float]) -> None:
@@ -112,29 +112,31 @@ class RandomScale:
     def __call__(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         factor = self.factors[int(torch.randint(len(self.factors), ()))]
         size = [max(round(side * factor), 1) for side in image.shape[-2:]]
-        return tvf.resize(image, size), tvf.resize(
-            mask, size
-        )  # nearest pixel for a tv_tensors.Mask
+        # torchvision resizes a tv_tensors.Mask by the nearest pixel, so its ids are not averaged.
+        return tvf.resize(image, size), tvf.resize(mask, size)
 
 
 class SegmentationDataModule(ImageDataModule):
     """A base class for image files with masks: random scale, crop and flip in training.
 
-    Evaluation uses whole images. A subclass defines `pairs` and, unless the ids in its masks are
-    0 to `num_classes` - 1 and 255, `class_ids` and `ignored_ids`.
+    Evaluation uses whole images. A subclass defines `pairs`. By default, the mask ids 0 to
+    `num_classes` - 1 are the classes and 255 is ignored; a subclass with other mask ids defines
+    `class_ids` and `ignored_ids` too.
 
     Args:
-        crop_size: height and width of the training crops in pixels; smaller images are padded with
-            the mean colour and ignored labels. None trains on whole images.
-        scales: factors of the random resizing before the crop; None does not resize.
-        flip: probability of mirroring.
-        eval_size: height and width in pixels to which evaluation resizes images and masks; None
-            does not resize, and then images that differ in size need `eval_batch_size=1`.
-        bgr: order the channels blue, green, red, also in `mean` and `std`.
-        mean: one value per channel, for pixels scaled to 0..1. Divide published values for pixels
-            in 0..255 by 255.
-        std: one value per channel, for pixels scaled to 0..1; 1 / 255 leaves pixels in 0..255.
-        **settings: see ImageDataModule.
+        crop_size: the height and width of the training crops in pixels. Smaller images are padded
+            with the mean colour, and their masks with ignored pixels. None trains on whole images.
+        scales: the factors for the random resizing before the crop; with None, training images are
+            not resized.
+        flip: the probability of mirroring a training image horizontally with its mask.
+        eval_size: the height and width in pixels to which evaluation resizes images and masks. With
+            None they are not resized, and images of different sizes need `eval_batch_size=1`.
+        bgr: use the channel order blue, green, red; `mean` and `std` must have this order too.
+        mean: one value per channel, for pixels scaled to 0..1. If published values are for pixels
+            in 0..255, divide them by 255.
+        std: one value per channel, for pixels scaled to 0..1. A network that expects pixels in
+            0..255 needs 1 / 255.
+        **settings: the arguments of ImageDataModule.
     """
 
     def __init__(
@@ -163,42 +165,42 @@ class SegmentationDataModule(ImageDataModule):
 
     @property
     def class_ids(self) -> Sequence[int]:
-        """The id in the masks of each class, in the order of the classes."""
+        """The mask id of each class, in the order of the classes."""
         return range(self.num_classes)
 
     @property
     def ignored_ids(self) -> Sequence[int]:
-        """The ids in the masks of pixels to ignore."""
+        """The mask ids of the pixels to ignore."""
         return (IGNORED,)
 
     def train_transform(self) -> v2.Compose:
-        """Return the transform for training, applied to (image, mask): scale, crop and flip."""
+        """Return the training transform, which scales, crops and mirrors an image and its mask."""
         steps: list[Any] = []
         if self.scales is not None:
             steps.append(RandomScale(self.scales))
         if self.crop_size is not None:
-            # The crop runs before the normalisation, which turns the mean colour into 0.
+            # The crop runs before the normalisation, which converts the mean colour to 0.
             colour = [round(255 * m) for m in (self.mean[::-1] if self.bgr else self.mean)]
             fill = {tv_tensors.Image: colour, tv_tensors.Mask: IGNORED}
             steps.append(v2.RandomCrop(self.crop_size, pad_if_needed=True, fill=fill))
         return v2.Compose([*steps, v2.RandomHorizontalFlip(self.flip), self._to_tensors])
 
     def eval_transform(self) -> v2.Compose:
-        """Return the transform for evaluation, applied to (image, mask): resize to `eval_size`."""
+        """Return the evaluation transform, which resizes an image and its mask to `eval_size`."""
         steps = [] if self.eval_size is None else [v2.Resize(self.eval_size)]
         return v2.Compose([*steps, self._to_tensors])
 
     def prepare(self, image: Image.Image) -> Tensor:
-        """Return a normalised image (3, H, W) without resizing it."""
+        """Convert an image to a normalised tensor (3, H, W) without resizing it."""
         return self._to_tensor(image)
 
     def to_pixels(self, images: Tensor) -> Tensor:
-        """Undo the normalisation of a batch (N, 3, H, W): return it as uint8 RGB in 0..255."""
+        """Undo the normalisation of a batch (N, 3, H, W), and return its RGB pixels in 0..255."""
         pixels = super().to_pixels(images)
         return pixels.flip(1) if self.bgr else pixels
 
     def train_dataset(self) -> MaskedImages:
-        """Return the training images and masks, augmented."""
+        """Return the training images and masks with augmentation."""
         return self._masked_images("train", self.train_transform())
 
     def val_dataset(self) -> MaskedImages:

@@ -1,4 +1,4 @@
-"""`TensorImages`: a data set in memory that augments and normalises a whole batch at a time."""
+"""`TensorImages`, a data set in memory that augments and normalises a whole batch at once."""
 
 import copy
 from collections.abc import Sequence
@@ -12,17 +12,19 @@ from lightning_dist.data.seeding import Key, derive_seeds
 
 
 class TensorImages(Dataset):
-    """A data set in memory that takes Keys or indices, one at a time or a whole batch at once.
+    """A data set in memory that is read by Key or by index, one sample or a whole batch at once.
 
     Args:
-        images: uint8 pixels of shape (N, C, H, W), H = W.
-        labels: int64 class indices of shape (N,), or masks (N, H, W).
+        images: the uint8 pixels, shape (N, C, H, W), where H equals W.
+        labels: the int64 class indices, shape (N,), or masks, shape (N, H, W).
         mean: one value per channel, for pixels scaled to 0..1.
         std: one value per channel, for pixels scaled to 0..1.
         white: the pixel value that is scaled to 1.
-        padding: pad each side by this many black pixels, then crop at random; 0 does neither.
-        flip: mirror half of the images, at random.
-        seed: seed of the run; with a Key's epoch and index it decides the crop and the flip.
+        padding: the number of black pixels to add on each side before a random crop; 0 does not
+            crop.
+        flip: mirror each image with probability 0.5.
+        seed: the seed of the run. The crop and the flip depend on it and on the epoch and the index
+            in the Key.
     """
 
     def __init__(
@@ -55,7 +57,7 @@ class TensorImages(Dataset):
         return images[0], labels[0]
 
     def __getitems__(self, keys: Sequence[Key | int]) -> tuple[Tensor, Tensor]:
-        """Return a batch: normalised images (B, C, H, W) and labels (B,).
+        """Return a batch of normalised images (B, C, H, W) and their labels (B,).
 
         All Keys must have the same epoch.
         """
@@ -69,22 +71,22 @@ class TensorImages(Dataset):
 
     @property
     def random(self) -> bool:
-        """Whether the images are augmented at random."""
+        """True if the images are augmented at random."""
         return bool(self.padding or self.flip)
 
     def with_seed(self, seed: int) -> "TensorImages":
-        """Return a copy with the same images and another seed of the augmentation."""
+        """Return a copy with the same images and another augmentation seed."""
         other = copy.copy(self)
         other.seed, other._draws = seed, None
         return other
 
     @staticmethod
     def collate(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the batch as it is, since `__getitems__` has collated it."""
+        """Return the batch unchanged, because `__getitems__` has collated it."""
         return batch
 
     def _augment(self, images: Tensor, indices: Tensor, epoch: int) -> Tensor:
-        """Crop and mirror a batch by one gather, several times faster than image by image."""
+        """Crop and mirror a batch by one gather, several times faster than one image at a time."""
         offsets, flips = (draw[indices] for draw in self._draws_of(epoch))
         count, channels, size, _ = images.shape
         pixel = torch.arange(size)
@@ -96,7 +98,7 @@ class TensorImages(Dataset):
         return padded.gather(2, source).view_as(images)
 
     def _draws_of(self, epoch: int) -> tuple[Tensor, Tensor]:
-        """Return offsets (N, 2) and flips (N,) of all images, drawn once per epoch."""
+        """Return the crop offsets (N, 2) and flips (N,) of all images, drawn once per epoch."""
         if self._draws is None or self._draws[0] != epoch:
             seeds = derive_seeds(self.seed, epoch, count=2)
             crops, mirrors = (torch.Generator().manual_seed(seed) for seed in seeds)
@@ -107,5 +109,5 @@ class TensorImages(Dataset):
 
 
 def per_channel(values: Sequence[float]) -> Tensor:
-    """Return one number per channel as a tensor (C, 1, 1), to broadcast over an image."""
+    """Return a tensor (C, 1, 1) of one number per channel, which broadcasts over an image."""
     return torch.tensor(values).view(-1, 1, 1)

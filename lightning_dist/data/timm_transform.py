@@ -1,4 +1,4 @@
-"""`TimmTransformDataModule`: augments and normalises images by timm's `create_transform`."""
+"""`TimmTransformDataModule`, a base class that transforms images by timm's `create_transform`."""
 
 from typing import Any
 
@@ -11,25 +11,26 @@ from lightning_dist.data.image_files import Transform
 
 
 class TimmTransformDataModule(ImageDataModule):
-    """A base class for images transformed by timm, with ImageNet's baseline recipe as the default.
+    """A base class for images that timm transforms; the defaults are ImageNet's baseline recipe.
 
     Training uses a random resized crop and a random flip. Evaluation resizes the shorter side to
-    `image_size / crop_pct` pixels and crops the centre. Mixup and CutMix are not here: they mix
-    whole batches, so the LightningModule applies them.
+    `image_size / crop_pct` pixels and crops the centre. The LightningModule applies Mixup and
+    CutMix, because they mix the images of a batch.
 
     Args:
-        image_size: height and width of the crops in pixels.
-        crop_pct: part of the resized image's shorter side that the centre crop keeps.
-        interpolation: "bilinear", "bicubic" or "random"; evaluation uses "bilinear" for "random".
+        image_size: the height and width of the crops in pixels.
+        crop_pct: the fraction of the resized image's shorter side that the centre crop keeps.
+        interpolation: the kind of resizing: "bilinear", "bicubic" or "random". If it is "random",
+            evaluation uses "bilinear".
         auto_augment: timm's string for RandAugment or a similar policy, such as
             "rand-m9-mstd0.5".
-        re_prob: probability of random erasing.
-        re_mode: fill of the erased area: "pixel" (noise), "rand" (one colour) or "const" (the
-            mean).
-        color_jitter: strength of colour jitter; timm ignores it if `auto_augment` is set.
+        re_prob: the probability of random erasing.
+        re_mode: the pixels that fill an erased area: "pixel" (noise), "rand" (one colour) or
+            "const" (the mean).
+        color_jitter: the strength of colour jitter; timm ignores it if `auto_augment` is set.
         mean: one value per channel, for pixels scaled to 0..1.
         std: one value per channel, for pixels scaled to 0..1.
-        **settings: see ImageDataModule.
+        **settings: the arguments of ImageDataModule.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class TimmTransformDataModule(ImageDataModule):
         self.std = tuple(std)
 
     def train_transform(self) -> Transform:
-        """Return the training transform, from a PIL image to a normalised tensor (3, H, W)."""
+        """Return the training transform of a PIL image to a normalised tensor (3, H, W)."""
         return create_transform(
             self.image_size,
             is_training=True,
@@ -72,14 +73,14 @@ class TimmTransformDataModule(ImageDataModule):
         )
 
     def prepare(self, image: Image.Image) -> Tensor:
-        """Return any image as the evaluation loaders give it to the network: (3, H, W)."""
+        """Convert an image of any size as the evaluation loaders do, to a tensor (3, H, W)."""
         return self.eval_transform()(image.convert("RGB"))
 
     def eval_transform(self) -> Transform:
-        """Return the evaluation transform, from a PIL image to a normalised tensor (3, H, W)."""
+        """Return the evaluation transform of a PIL image to a normalised tensor (3, H, W)."""
         return create_transform(
             self.image_size,
-            # timm accepts "random" for the training transform only.
+            # timm accepts "random" only for the training transform.
             interpolation="bilinear" if self.interpolation == "random" else self.interpolation,
             crop_pct=self.crop_pct,
             mean=self.mean,

@@ -1,4 +1,4 @@
-"""Data module for Tiny-ImageNet-200, which reads the files as they are in its archive."""
+"""A data module for Tiny-ImageNet-200 that reads the unpacked archive without changes."""
 
 from collections.abc import Callable
 from functools import cached_property
@@ -21,18 +21,18 @@ LAYOUT = (
 
 
 class TinyImageNetDataModule(ImageDataModule):
-    """Tiny-ImageNet as (3, 64, 64) float32: random crops with 8 pixels of padding, random flips.
+    """A data module of Tiny-ImageNet: (3, 64, 64), cropped with padding 8 and mirrored at random.
 
-    The labels follow the sorted WordNet ids. The test set is the validation set, because the
-    archive's test images have no labels. Published numbers are on the validation set too.
+    The labels number the sorted WordNet ids. The test set is the validation set, because the
+    archive's test images have no labels. Published numbers are from the validation set too.
 
     Args:
-        root: folder that contains wnids.txt, words.txt, train and val.
-        **settings: see ImageDataModule.
+        root: the folder that contains wnids.txt, words.txt, train and val.
+        **settings: the arguments of ImageDataModule.
 
     Raises:
-        FileNotFoundError: when a data set is opened, if a file or folder is missing.
-        ValueError: when a data set is opened, if its classes are not those of wnids.txt.
+        FileNotFoundError: when a data set is created, if a file or folder is missing.
+        ValueError: when a data set is created, if its classes differ from wnids.txt.
         OSError: when a sample is read, if the image cannot be decoded.
     """
 
@@ -47,23 +47,23 @@ class TinyImageNetDataModule(ImageDataModule):
 
     @cached_property
     def wnids(self) -> list[str]:
-        """WordNet ids of the classes, in the order of the labels."""
+        """The WordNet ids of the classes, in the order of the labels."""
         return sorted(self._read("wnids.txt").split())
 
     @cached_property
     def class_names(self) -> list[str]:  # type: ignore[override]
-        """Names of the classes in the order of the labels, from words.txt."""
+        """The names of the classes in the order of the labels, from words.txt."""
         lines = self._read("words.txt").splitlines()
         words = dict(line.split("\t", maxsplit=1) for line in lines if "\t" in line)
         return [words.get(wnid, wnid) for wnid in self.wnids]
 
     @property
     def num_classes(self) -> int:  # type: ignore[override]
-        """Number of WordNet ids, 200 in the archive."""
+        """The number of WordNet ids, which is 200 in the archive."""
         return len(self.wnids)
 
     def train_dataset(self) -> ImageFolder:
-        """Return the training images, augmented."""
+        """Return the training images with augmentation."""
         crop = transforms.RandomCrop(self.image_size, padding=self.image_size // 8)
         augment = [crop, transforms.RandomHorizontalFlip()]
         transform = transforms.Compose([*augment, self._eval_transform()])
@@ -72,7 +72,7 @@ class TinyImageNetDataModule(ImageDataModule):
         )
 
     def val_dataset(self) -> "ListedImages":
-        """Return the validation images, with the labels of val_annotations.txt."""
+        """Return the validation images with the labels from val_annotations.txt."""
         return ListedImages(self._annotated(), self._eval_transform())
 
     def test_dataset(self) -> "ListedImages":
@@ -85,14 +85,14 @@ class TinyImageNetDataModule(ImageDataModule):
         )
 
     def _annotated(self) -> list[tuple[Path, int]]:
-        """Return path and label of each validation image."""
+        """Return the path and the label of each validation image."""
         annotations = self.root / "val" / "val_annotations.txt"
         lines = self._read("val/val_annotations.txt").splitlines()
         rows = [line.split("\t")[:2] for line in lines if line.strip()]
         label_of = {wnid: label for label, wnid in enumerate(self.wnids)}
         if unknown := {wnid for _, wnid in rows} - label_of.keys():
             raise ValueError(
-                f"{annotations} has classes that wnids.txt has not: {abbreviate(unknown)}"
+                f"{annotations} has classes that are not in wnids.txt: {abbreviate(unknown)}"
             )
         images = self.root / "val" / "images"
         present = {path.name for path in images.iterdir()} if images.is_dir() else set()
@@ -113,8 +113,8 @@ class ListedImages(Dataset):
     """A data set of image files and labels from a list.
 
     Args:
-        samples: path and label of each image.
-        transform: a function of a PIL image that returns a tensor (C, H, W).
+        samples: the path and the label of each image.
+        transform: a function that converts a PIL image to a tensor (C, H, W).
     """
 
     def __init__(

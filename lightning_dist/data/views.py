@@ -1,4 +1,4 @@
-"""`Views`: a training set in a fixed number of augmentations, the same in every run."""
+"""`Views`, a training set with a fixed number of augmentations, the same in every run."""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -13,19 +13,19 @@ from torch.utils.data import Dataset, default_collate
 from lightning_dist.data.seeding import Key, SeededDataset
 from lightning_dist.data.tensor_images import TensorImages
 
-VIEW_SEED = 0  # of the augmentation; fixed, so that runs with different seeds share the views
+VIEW_SEED = 0  # constant, so that runs with different seeds use the same augmentations
 
 
 @dataclass
 class KeyedBatch:
-    """A batch ``(inputs, target)``, as which it unpacks, that knows which samples it holds.
+    """A batch that unpacks to ``(inputs, target)`` and also stores the indices of its samples.
 
     Args:
-        inputs: images ``(N, C, H, W)``.
-        target: whatever belongs to them.
-        indices: int64 ``(N,)``, of the samples in the training set.
-        view: in which of the views they are.
-        fingerprints: float64 ``(N,)``, the images' :func:`fingerprints`.
+        inputs: the images ``(N, C, H, W)``.
+        target: the labels or other targets of the images.
+        indices: the positions of the samples in the training set, int64 ``(N,)``.
+        view: the number of the view, from 0.
+        fingerprints: the :func:`fingerprints` of the images, float64 ``(N,)``.
     """
 
     inputs: Tensor
@@ -45,7 +45,7 @@ class KeyedBatch:
         return (self.inputs, self.target)[index]
 
     def pin_memory(self) -> "KeyedBatch":
-        """The same in pinned memory, for DataLoaders that pin."""
+        """Return a copy in pinned memory, for a DataLoader with ``pin_memory=True``."""
         target = self.target.pin_memory() if isinstance(self.target, Tensor) else self.target
         return KeyedBatch(
             self.inputs.pin_memory(), target, self.indices, self.view, self.fingerprints
@@ -53,15 +53,15 @@ class KeyedBatch:
 
 
 class Views(Dataset):
-    """A training set that uses view `e` modulo `count` in epoch `e`, and returns KeyedBatches.
+    """A training set that returns KeyedBatches, in epoch `e` from view `e` modulo `count`.
 
-    A view is an augmentation of every sample that depends on (VIEW_SEED, view, index) alone.
+    A view is an augmentation of every sample that depends only on (VIEW_SEED, view, index).
 
     Args:
-        dataset: the training set, read by index, or by Key if it is a TensorImages.
-        count: number of views; there is one view if no transform is random.
-        random: whether the transforms of the data set are random; ignored for a TensorImages, which
-            has the attribute `random`.
+        dataset: the training set, which is read by index, or by Key if it is a TensorImages.
+        count: the number of views; there is only one view if no transform is random.
+        random: whether the transforms of the data set are random; ignored for a TensorImages,
+            because it has an attribute `random`.
     """
 
     def __init__(self, dataset: Dataset, count: int, random: bool = True) -> None:
@@ -85,7 +85,7 @@ class Views(Dataset):
         """Return the batch of some Keys, which must all have the same epoch.
 
         Raises:
-            TypeError: if the images differ in size, so that they are not one tensor.
+            TypeError: if the images differ in size, because they are then a list.
         """
         pairs = [key if isinstance(key, tuple) else (key, 0) for key in keys]
         view = pairs[0][1] % self.count
@@ -97,25 +97,25 @@ class Views(Dataset):
         if not isinstance(inputs, Tensor):
             raise TypeError(
                 f"the batch's images are a {type(inputs).__name__}, no tensor: a cached teacher "
-                "needs images of one size (distill.cache=off asks the teacher itself)"
+                "needs images of one size (distill.cache=off runs the teacher itself)"
             )
         indices = np.array([index for index, _ in chosen])
         return KeyedBatch(inputs, target, indices, view, fingerprints(inputs))
 
     @staticmethod
     def collate(batch: KeyedBatch) -> KeyedBatch:
-        """Return the batch as it is, since `__getitems__` has collated it."""
+        """Return the batch unchanged, because `__getitems__` has collated it."""
         return batch
 
 
 def fingerprints(images: Tensor) -> np.ndarray:
-    """One number an image, by which other images are told apart: a sum of pixels with fixed signs.
+    """Return a number for each image that differs between images: a sum of pixels with fixed signs.
 
     Args:
-        images: ``(N, ...)``, on the CPU.
+        images: the images ``(N, ...)``, on the CPU.
 
     Returns:
-        float64 ``(N,)``.
+        The numbers, float64 ``(N,)``.
 
     Example:
         >>> here, there = fingerprints(torch.tensor([[1.0, 0.0], [0.0, 2.0]]))
@@ -124,7 +124,8 @@ def fingerprints(images: Tensor) -> np.ndarray:
     """
     rows = images.flatten(1)
     signs = _signs(rows.shape[1])
-    some = max(1, 2**20 // rows.shape[1])  # a double of every pixel at once would be large
+    # The images are summed in parts, because a float64 copy of all pixels would be large.
+    some = max(1, 2**20 // rows.shape[1])
     return torch.cat([part.double() @ signs for part in rows.split(some)]).numpy()
 
 

@@ -1,1 +1,1 @@
-"""Networks that neither timm nor torchvision has."""
+"""Networks that neither timm nor torchvision contains."""

@@ -20,8 +20,8 @@ class SmallPyramid(nn.Module):
     """A backbone of 3x3 convolutions with batch norm, and a feature pyramid of strides 4 and 8.
 
     Args:
-        channels: number of channels of the three stages, which have strides 2, 4 and 8.
-        out_channels: number of channels of each pyramid level.
+        channels: the number of channels of the three stages, which have strides 2, 4 and 8.
+        out_channels: the number of channels of each pyramid level.
 
     Shape:
         ``(N, 3, H, W)`` to ``{"0": (N, out_channels, H / 4, W / 4), "1": (N, ..., H / 8, W / 8)}``.
@@ -45,20 +45,20 @@ class TimmPyramid(nn.Module):
     """A timm backbone with a feature pyramid, for torchvision's detectors.
 
     Args:
-        name: timm's name of the backbone.
-        levels: numbers of the feature maps that the pyramid uses, from 0. A ResNet's maps 1 to 4
-            have strides 4 to 32.
-        out_channels: number of channels of each pyramid level.
-        extra_levels: coarser levels to add: ``"pool"`` adds Faster R-CNN's one, ``"p6p7"``
-            RetinaNet's two.
-        options: arguments of ``timm.create_model``, such as ``pretrained``.
+        name: the name of the backbone in timm.
+        levels: the numbers of the feature maps that the pyramid uses, from 0. The maps 1 to 4 of a
+            ResNet have strides 4 to 32.
+        out_channels: the number of channels of each pyramid level.
+        extra_levels: the coarser levels to add: ``"pool"`` adds the one level of Faster R-CNN, and
+            ``"p6p7"`` adds the two levels of RetinaNet.
+        options: other arguments of ``timm.create_model``, such as ``pretrained``.
 
     Shape:
         ``(N, 3, H, W)`` to maps ``(N, out_channels, h, w)`` named ``"0"``, ``"1"``, ... and then
         ``"pool"``, or ``"p6"`` and ``"p7"``.
 
     Raises:
-        ValueError: if ``extra_levels`` is another string.
+        ValueError: if ``extra_levels`` is neither ``"pool"`` nor ``"p6p7"``.
 
     Example:
         >>> backbone = TimmPyramid("resnet18", levels=(1, 2, 3, 4))
@@ -102,11 +102,11 @@ def small_faster_rcnn(
     """Build torchvision's Faster R-CNN for small images and objects.
 
     Args:
-        channels: number of channels of the backbone's stages; see :class:`SmallPyramid`.
-        out_channels: number of channels of each pyramid level.
-        width: output features of the box head's two layers.
-        num_classes: number of classes without the background.
-        image_size: shorter side in pixels to which the detector resizes its images.
+        channels: the number of channels of the backbone's stages; see :class:`SmallPyramid`.
+        out_channels: the number of channels of each pyramid level.
+        width: the number of output features of the box head's two layers.
+        num_classes: the number of classes without the background.
+        image_size: the length in pixels to which the detector resizes the shorter side of images.
     """
     return FasterRCNN(
         SmallPyramid(channels, out_channels),
@@ -135,10 +135,10 @@ def small_retinanet(
     """Build torchvision's RetinaNet for small images and objects.
 
     Args:
-        channels: number of channels of the backbone's stages; see :class:`SmallPyramid`.
-        out_channels: number of channels of each pyramid level and of the heads.
-        num_classes: number of classes.
-        image_size: shorter side in pixels to which the detector resizes its images.
+        channels: the number of channels of the backbone's stages; see :class:`SmallPyramid`.
+        out_channels: the number of channels of each pyramid level and of the heads.
+        num_classes: the number of classes.
+        image_size: the length in pixels to which the detector resizes the shorter side of images.
     """
     anchors = _anchors()
     (per_pixel, *_) = anchors.num_anchors_per_location()
@@ -158,7 +158,7 @@ def small_retinanet(
 
 
 def _group_norm(channels: int) -> nn.GroupNorm:
-    """Build the norm of the heads, which run on all levels: batch statistics differ by level."""
+    """Build the norm of the heads, a group norm because batch statistics differ by level."""
     return nn.GroupNorm(4, channels)
 
 

@@ -1,4 +1,4 @@
-"""MMDetection's published teachers: the parts that distillation calls, and weight conversion."""
+"""The parts of MMDetection's published teachers that distillation calls, and their weights."""
 
 import re
 from collections.abc import Mapping
@@ -21,12 +21,12 @@ _CHANNELS = {"layer1": 256, "layer2": 512, "layer3": 1024, "layer4": 2048}
 class MMDetector(nn.Module):
     """The backbone and the classification head of a detector.
 
-    It has no `forward`: distillation calls its parts. `transform` gives the normalisation of the
-    images, ImageNet's, under the names of torchvision's detectors.
+    It has no `forward`, because distillation calls its parts. `transform` stores the normalisation
+    of ImageNet under the attribute names of torchvision's detectors.
 
     Args:
-        backbone: maps images (N, 3, H, W) to the levels of a feature pyramid, by name.
-        **parts: the other sub-modules, by name.
+        backbone: a network that maps images (N, 3, H, W) to a dict of the feature pyramid's levels.
+        **parts: the other sub-modules, under the names of their attributes.
     """
 
     def __init__(self, backbone: nn.Module, **parts: nn.Module) -> None:
@@ -40,7 +40,7 @@ class MMDetector(nn.Module):
 
     @staticmethod
     def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return MMDetection's weights under these networks' names, and all others unchanged."""
+        """Rename MMDetection's weights for these networks, and return all others unchanged."""
         if not any(name.startswith("neck.") for name in state_dict):
             return dict(state_dict)
         return convert_mmdetection(state_dict)
@@ -52,9 +52,10 @@ def cascade_rcnn(
     """Build a Cascade (Mask) R-CNN with an FPN, up to the class logits of its first stage.
 
     Args:
-        backbone: torchvision's name of a ResNet with bottlenecks.
-        num_classes: number of classes without the background, which has logit 0 as in torchvision.
-        width: output features of the box head's two layers.
+        backbone: the name of a ResNet with bottlenecks in torchvision.
+        num_classes: the number of classes without the background; logit 0 is the background, as in
+            torchvision.
+        width: the number of output features of the box head's two layers.
     """
     heads = nn.Module()
     heads.box_roi_pool = AlignedRoIPool()
@@ -70,9 +71,9 @@ def retinanet(
     """Build a RetinaNet with an FPN, up to the class logits.
 
     Args:
-        backbone: torchvision's name of a ResNet with bottlenecks.
-        num_classes: number of classes.
-        num_anchors: number of anchors at each pixel of a feature map.
+        backbone: the name of a ResNet with bottlenecks in torchvision.
+        num_classes: the number of classes.
+        num_anchors: the number of anchors at each pixel of a feature map.
     """
     head = nn.ModuleDict({"classification_head": _ClassMaps(num_anchors, num_classes)})
     return MMDetector(_pyramid(backbone, 2), head=head)
@@ -90,14 +91,14 @@ class _ClassMaps(nn.Module):
 
 
 class AlignedRoIPool(nn.Module):
-    """RoIAlign with half-pixel alignment, which torchvision 0.29's MultiScaleRoIAlign lacks.
+    """A RoIAlign with half-pixel alignment, because torchvision 0.29's MultiScaleRoIAlign has none.
 
-    Boxes with a side below 112 pixels are pooled from the map of stride 4, below 224 from stride 8,
-    below 448 from stride 16, and larger ones from stride 32.
+    The square root of a box's area selects the map: stride 4 below 112 pixels, stride 8 below 224,
+    stride 16 below 448, and otherwise stride 32.
 
     Shape:
-        maps (N, 256, h, w), of which the first four have strides 4 to 32, and N tensors of boxes
-        (K, 4) in pixels; returns (sum of all K, 256, 7, 7).
+        A dict of maps (N, 256, h, w), the first four with strides 4 to 32, and N tensors of boxes
+        (K, 4) in pixels, to (sum of all K, 256, 7, 7).
     """
 
     def forward(
@@ -116,7 +117,7 @@ class AlignedRoIPool(nn.Module):
 
 
 class _ExtraLevels(LastLevelP6P7):
-    """Two more pyramid levels on the last stage, without torchvision's ReLU between them."""
+    """Two extra pyramid levels after the last stage, without torchvision's ReLU between them."""
 
     def forward(
         self, p: list[Tensor], c: list[Tensor], names: list[str]
@@ -125,7 +126,7 @@ class _ExtraLevels(LastLevelP6P7):
         return [*p, sixth, self.p7(sixth)], [*names, "p6", "p7"]
 
 
-# Patterns of MMDetection's names, and the names of the networks above.
+# Each pattern matches names in MMDetection, and its replacement is a name in the networks above.
 _RENAMES: list[tuple[str, Replacement]] = [
     (r"backbone\.", "backbone.body."),
     (r"neck\.lateral_convs\.(\d)\.conv\.", r"backbone.fpn.inner_blocks.\1.0."),
@@ -138,7 +139,7 @@ _RENAMES: list[tuple[str, Replacement]] = [
     (r"bbox_head\.cls_convs\.(\d)\.conv\.", r"head.classification_head.conv.\1.0."),
     (r"bbox_head\.retina_cls\.", "head.classification_head.cls_logits."),
 ]
-# Parts that distillation does not call: proposals, box regression, masks, later stages.
+# Distillation does not call these parts: proposals, box regression, masks and later stages.
 _UNUSED = re.compile(
     r"rpn_head\.|roi_head\.mask_head\.|roi_head\.semantic_head\.|roi_head\.bbox_head\.[12]\."
     r"|roi_head\.bbox_head\.(?:0\.)?fc_reg\.|bbox_head\.reg_convs\.|bbox_head\.retina_reg\."
@@ -148,18 +149,18 @@ _UNUSED = re.compile(
 def convert_mmdetection(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Convert a published detector's weights for :func:`cascade_rcnn` or :func:`retinanet`.
 
-    MMDetection's two-stage detectors have the background behind the classes, these networks in
-    front of them. Proposals, box regression, masks and the cascade's later stages are left out,
+    MMDetection's two-stage detectors have the background as the last class, but these networks have
+    it as the first. Proposals, box regression, masks and the cascade's later stages are left out,
     because distillation does not call them.
 
     Args:
-        state_dict: weights of a two-stage detector or a RetinaNet with an FPN.
+        state_dict: the weights of a two-stage detector or a RetinaNet with an FPN.
 
     Returns:
         The tensors under these networks' names, for ``load_state_dict``.
 
     Raises:
-        ValueError: if some names are of another network; the message lists them.
+        ValueError: if some names belong to another network; the message lists the first ones.
     """
     renames = rename_entries(
         (name for name in state_dict if not _UNUSED.match(name)),
@@ -178,9 +179,9 @@ def convert_mmdetection(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _pyramid(backbone: str, first: int) -> BackboneWithFPN:
-    """Build a feature pyramid of 256 channels on the stages from `layer{first}` to `layer4`.
+    """Build a feature pyramid of 256 channels from the stages `layer{first}` to `layer4`.
 
-    From `layer2` on it is RetinaNet's, which has two extra levels.
+    If `first` is 2, it is the pyramid of RetinaNet, which has two extra levels.
     """
     body = torchvision.models.get_model(backbone, weights=None)
     del body.fc

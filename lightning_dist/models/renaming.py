@@ -1,4 +1,4 @@
-"""Translate the names of a published checkpoint's entries by a table of patterns."""
+"""A function that renames the entries of a published checkpoint by a table of patterns."""
 
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -9,16 +9,16 @@ Replacement = str | Callable[[re.Match[str]], str]
 def rename_entries(
     names: Iterable[str], table: Sequence[tuple[str, Replacement]], network: str
 ) -> dict[str, str]:
-    """Replace the beginning of each name by the first pattern in a table that matches it.
+    """Replace the beginning of each name by the first pattern in a table that matches the name.
 
     Args:
-        names: names of a checkpoint's entries.
-        table: pairs of a regular expression, matched at the beginning of a name, and its
-            replacement as :func:`re.sub` takes it.
-        network: network that the names should be of, for the error message.
+        names: the names of the checkpoint's entries.
+        table: pairs of a regular expression, which is matched at the beginning of a name, and its
+            replacement for :func:`re.sub`.
+        network: the network to which the names should belong, for the error message.
 
     Returns:
-        The new name of each entry.
+        A dict from the old name of each entry to its new name.
 
     Raises:
         ValueError: if no pattern matches some names; the message lists the first ones.
@@ -38,5 +38,5 @@ def rename_entries(
             unknown.append(name)
     if unknown:
         first = ", ".join(unknown[:8]) + (" ..." if len(unknown) > 8 else "")
-        raise ValueError(f"{len(unknown)} entries are not of {network}: {first}")
+        raise ValueError(f"{len(unknown)} entries do not belong to {network}: {first}")
     return renamed

@@ -1,4 +1,4 @@
-"""DeepLabV3 and PSPNet on dilated timm backbones, and conversion of published checkpoints."""
+"""DeepLabV3 and PSPNet on dilated timm backbones, and the conversion of published checkpoints."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,20 +14,22 @@ from torchvision.models.segmentation.fcn import FCNHead
 from lightning_dist.models.renaming import Replacement, rename_entries
 from lightning_dist.weights import load_weights
 
-_DEEP_STEM = {"stem_type": "deep", "stem_width": 64}  # 3x3 convolutions to 64, 64, 128 channels
+_DEEP_STEM = {"stem_type": "deep", "stem_width": 64}  # three 3x3 convolutions: 64, 64, 128 channels
 
 
 class SegmentationNetwork(nn.Module):
-    """A backbone and two heads, which return logits at the backbone's resolution.
+    """A backbone with one or two heads, which return logits at the backbone's resolution.
 
     Args:
-        backbone: returns a list of feature maps, of which the last two have the same resolution.
-        classifier: computes the logits from the last map.
-        aux_classifier: computes the auxiliary logits from the map before, or ``None``.
+        backbone: a network that returns a list of feature maps; the last two maps must have the
+            same resolution.
+        classifier: the head that computes the logits from the last map.
+        aux_classifier: the head that computes the auxiliary logits from the second to last map, or
+            ``None``.
 
     Shape:
         Images ``(N, 3, H, W)`` to ``{"out": (N, C, h, w), "aux": (N, C, h, w)}``, in training and
-        in evaluation, where ``h`` is ``H`` divided by the output stride, rounded up.
+        in evaluation. ``h`` is ``H`` divided by the output stride, rounded up.
     """
 
     def __init__(
@@ -47,7 +49,7 @@ class SegmentationNetwork(nn.Module):
 
     @staticmethod
     def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return a published checkpoint under these networks' names, and all others unchanged."""
+        """Rename a published checkpoint for these networks, and return all others unchanged."""
         state = {name.removeprefix("module."): value for name, value in state_dict.items()}
         if not any(name.startswith("pretrained.") for name in state):
             return dict(state_dict)
@@ -55,11 +57,11 @@ class SegmentationNetwork(nn.Module):
 
 
 class PyramidPooling(nn.Module):
-    """Append to a feature map its averages over grids of several sizes.
+    """A layer that appends to a feature map its averages over grids of several sizes.
 
     Args:
-        channels: number of channels of the map.
-        bins: height and width of each grid, in cells; a branch has ``channels // len(bins)``
+        channels: the number of channels of the map.
+        bins: the height and width of each grid, in cells. Each grid adds ``channels // len(bins)``
             channels.
 
     Shape:
@@ -101,23 +103,24 @@ def deeplabv3(
     """Build a DeepLabV3 (Chen et al., 2017).
 
     Args:
-        backbone: timm's name of the backbone; a ResNet gets the published networks' deep stem.
-        num_classes: number of classes.
-        width: channels of the head; the published networks have 128 on ResNet-18 and 256 on
-            ResNet-101.
-        rates: dilations of the atrous pyramid, in pixels of the feature map.
-        aux: add an FCN head on the third stage.
-        backbone_weights: file with the backbone's weights from ImageNet, under timm's names or the
-            names of the published deep-stem ResNets; a classifier (``fc``) in it is left out.
-        options: arguments of ``timm.create_model``, such as ``pretrained`` and ``output_stride``
-            (8 by default).
+        backbone: the name of the backbone in timm. A ResNet gets a deep stem, like the published
+            networks.
+        num_classes: the number of classes.
+        width: the number of channels of the head; the published networks have 128 on ResNet-18 and
+            256 on ResNet-101.
+        rates: the dilations of the atrous pyramid, in pixels of the feature map.
+        aux: add an FCN head after the third stage.
+        backbone_weights: a file of ImageNet weights for the backbone, with the names of timm or of
+            the published deep-stem ResNets. A classifier (``fc``) in the file is ignored.
+        options: other arguments of ``timm.create_model``, such as ``pretrained`` and
+            ``output_stride`` (8 by default).
 
     Returns:
         The network.
 
     Raises:
         ValueError: if timm cannot build or dilate the backbone, or the weights do not fit it.
-        FileNotFoundError: if there is no such weight file.
+        FileNotFoundError: if the file of weights is missing.
     """
     features, third, fourth = _backbone(backbone, backbone_weights, options)
     pyramid = ASPP(fourth, list(rates), out_channels=width)
@@ -138,20 +141,20 @@ def pspnet(
     """Build a PSPNet (Zhao et al., 2017).
 
     Args:
-        backbone: as in :func:`deeplabv3`.
-        num_classes: number of classes.
-        width: channels of the head.
-        bins: height and width of the pooled grids, in cells.
-        aux: add an FCN head on the third stage.
-        backbone_weights: as in :func:`deeplabv3`.
-        options: as in :func:`deeplabv3`.
+        backbone: the name of the backbone, as in :func:`deeplabv3`.
+        num_classes: the number of classes.
+        width: the number of channels of the head.
+        bins: the height and width of each pooled grid, in cells.
+        aux: add an FCN head after the third stage.
+        backbone_weights: a file of ImageNet weights, as in :func:`deeplabv3`.
+        options: other arguments of ``timm.create_model``, as in :func:`deeplabv3`.
 
     Returns:
         The network.
 
     Raises:
-        ValueError: as in :func:`deeplabv3`.
-        FileNotFoundError: if there is no such weight file.
+        ValueError: if timm cannot build or dilate the backbone, or the weights do not fit it.
+        FileNotFoundError: if the file of weights is missing.
     """
     features, third, fourth = _backbone(backbone, backbone_weights, options)
     pyramid = PyramidPooling(fourth, bins)
@@ -160,8 +163,9 @@ def pspnet(
     return SegmentationNetwork(features, head, FCNHead(third, num_classes) if aux else None)
 
 
-# Patterns of the published names, and the names of the networks above. timm has the deep stem's
-# convolutions and first two batch norms in one Sequential, conv1, and the third norm in bn1.
+# Each pattern matches published names, and its replacement is a name in the networks above. timm
+# has the deep stem's convolutions and first two batch norms in the Sequential conv1, and the third
+# batch norm in bn1.
 _RENAMES: list[tuple[str, Replacement]] = [
     (r"pretrained\.conv([123])\.", lambda m: f"backbone.conv1.{3 * (int(m[1]) - 1)}."),
     (r"pretrained\.bn([12])\.", lambda m: f"backbone.conv1.{3 * int(m[1]) - 2}."),
@@ -185,13 +189,13 @@ def convert_published(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Convert a published Cityscapes checkpoint for :func:`deeplabv3` or :func:`pspnet`.
 
     Args:
-        state_dict: weights of DeepLabV3 or PSPNet on a deep-stem ResNet, as published with DIST.
+        state_dict: the weights of DeepLabV3 or PSPNet on a deep-stem ResNet, published with DIST.
 
     Returns:
-        The same tensors under these networks' names, for ``load_state_dict``.
+        The same tensors under the names of these networks, for ``load_state_dict``.
 
     Raises:
-        ValueError: if some names are of another network; the message lists them.
+        ValueError: if some names belong to another network; the message lists the first ones.
     """
     renames = rename_entries(state_dict, _RENAMES, "a published DeepLabV3 or PSPNet")
     return {renamed: state_dict[name] for name, renamed in renames.items()}
@@ -200,7 +204,7 @@ def convert_published(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _backbone(
     name: str, weights: str | Path | None, options: Mapping[str, Any]
 ) -> tuple[nn.Module, int, int]:
-    """Build a dilated timm backbone; return it and the channels of its last two feature maps."""
+    """Build a dilated timm backbone, and return it with the channels of its last two maps."""
     options = {"output_stride": 8, **options}
     if name.partition(".")[0].startswith("resnet"):
         options = _DEEP_STEM | options
@@ -218,7 +222,7 @@ def _backbone(
 
 
 def _without_classifier(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a backbone's weights under timm's names, without the classifier."""
+    """Rename a backbone's weights for timm, and remove the classifier."""
     state = {name.removeprefix("module."): value for name, value in state_dict.items()}
     state = {name: value for name, value in state.items() if not name.startswith("fc.")}
     if "conv2.weight" not in state:

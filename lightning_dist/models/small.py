@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 
 class SmallCNN(nn.Module):
-    """A classifier of 3x3 convolutions with batch norm and ReLU, and pooling by 2 between them.
+    """A classifier of 3x3 convolutions with batch norm, ReLU, and max pooling by 2 between them.
 
     Args:
-        channels: output channels of each convolution.
-        num_classes: number of classes.
-        in_channels: number of channels of an image.
+        channels: the number of output channels of each convolution.
+        num_classes: the number of classes.
+        in_channels: the number of channels of an image.
 
     Shape:
         ``(N, in_channels, H, W)`` to logits ``(N, num_classes)``.
@@ -46,16 +46,16 @@ class SmallCNN(nn.Module):
 class SmallUNet(nn.Module):
     """A U-Net (Ronneberger et al., 2015) with batch norm, whose finest feature maps have stride 2.
 
-    Each level has two 3x3 convolutions on the way down. On the way up, the coarser map is resized
-    and added after a 1x1 convolution, and two more 3x3 convolutions follow.
+    In the encoder, each level has two 3x3 convolutions. In the decoder, the coarser map is
+    convolved (1x1), resized and added to the finer map, and two 3x3 convolutions follow.
 
     Args:
-        channels: number of channels of each level, from fine to coarse.
-        num_classes: number of classes.
-        in_channels: number of channels of an image.
+        channels: the number of channels of each level, from fine to coarse.
+        num_classes: the number of classes.
+        in_channels: the number of channels of an image.
 
     Shape:
-        ``(N, in_channels, H, W)`` to logits ``(N, num_classes, H / 2, W / 2)``, rounded up.
+        ``(N, in_channels, H, W)`` to logits ``(N, num_classes, H / 2, W / 2)``; odd sizes round up.
 
     Example:
         >>> import torch
@@ -95,9 +95,9 @@ def conv_block(before: int, after: int, stride: int = 1) -> nn.Sequential:
     """Build a 3x3 convolution with batch norm and ReLU.
 
     Args:
-        before: number of input channels.
-        after: number of output channels.
-        stride: stride of the convolution, in pixels.
+        before: the number of input channels.
+        after: the number of output channels.
+        stride: the stride of the convolution, in pixels.
     """
     return nn.Sequential(
         nn.Conv2d(before, after, 3, stride=stride, padding=1, bias=False),

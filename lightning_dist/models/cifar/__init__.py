@@ -1,8 +1,8 @@
-"""CIFAR networks of the distillation literature; their published checkpoints load unchanged.
+"""CIFAR networks of the distillation literature, which load their published checkpoints.
 
 Every builder takes `num_classes` and returns a network that maps images (N, 3, 32, 32) to logits
 (N, num_classes). The parameters have the names of the networks released with Tian, Krishnan, Isola,
-"Contrastive Representation Distillation" (ICLR 2020), which later work trains and publishes too.
+"Contrastive Representation Distillation" (ICLR 2020); later papers publish the same networks.
 """
 
 from lightning_dist.models.cifar.mobilenet import mobilenet_v2_half

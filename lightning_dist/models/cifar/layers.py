@@ -11,12 +11,12 @@ def conv(
     """Build a convolution without bias, because a batch norm follows.
 
     Args:
-        in_channels: number of input channels.
-        out_channels: number of output channels.
-        kernel_size: height and width of the kernel in pixels, odd; padding keeps the map's size at
-            stride 1.
-        stride: stride in pixels.
-        groups: number of groups of channels that do not mix.
+        in_channels: the number of input channels.
+        out_channels: the number of output channels.
+        kernel_size: the height and width of the kernel in pixels, an odd number. At stride 1, the
+            padding keeps the size of the map.
+        stride: the stride in pixels.
+        groups: the number of groups of channels; each group is convolved separately.
     """
     return nn.Conv2d(
         in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups, bias=False
@@ -24,11 +24,11 @@ def conv(
 
 
 def depthwise(channels: int, stride: int = 1) -> nn.Conv2d:
-    """Build a 3x3 convolution of each channel on its own.
+    """Build a 3x3 convolution that processes each channel separately.
 
     Args:
-        channels: number of input and output channels.
-        stride: stride in pixels.
+        channels: the number of input and output channels.
+        stride: the stride in pixels.
     """
     return conv(channels, channels, 3, stride, groups=channels)
 
@@ -40,14 +40,14 @@ def stage(
     stride: int,
     depth: int,
 ) -> nn.Sequential:
-    """Chain blocks, of which only the first changes the number of channels and the resolution.
+    """Build a sequence of blocks; the first may change the number of channels and the resolution.
 
     Args:
-        block: builds a block from (in_channels, out_channels, stride).
-        in_channels: number of input channels of the first block.
-        out_channels: number of output channels of every block.
-        stride: stride of the first block, in pixels.
-        depth: number of blocks.
+        block: a function that builds a block from (in_channels, out_channels, stride).
+        in_channels: the number of input channels of the first block.
+        out_channels: the number of output channels of every block.
+        stride: the stride of the first block, in pixels.
+        depth: the number of blocks.
     """
     first = block(in_channels, out_channels, stride)
     rest = (block(out_channels, out_channels, 1) for _ in range(depth - 1))
@@ -55,12 +55,12 @@ def stage(
 
 
 def global_average(features: Tensor) -> Tensor:
-    """Average a map (N, C, H, W) over its pixels to (N, C)."""
+    """Return the average of a feature map (N, C, H, W) over its pixels, shape (N, C)."""
     return features.mean(dim=(2, 3))
 
 
 def init_convs(network: nn.Module) -> None:
-    """Initialise convolutions kaiming-normal over their fan-out, with zero biases.
+    """Initialise convolutions with Kaiming's normal distribution (fan-out) and zero biases.
 
     Batch norms keep PyTorch's initialisation, weight 1 and bias 0.
     """

@@ -13,8 +13,8 @@ from lightning_dist.models.cifar.layers import (
     stage,
 )
 
-# (expansion, channels, stride, depth) of each stage: table 2 of the paper with half the channels.
-# The second stage has stride 1, because the images are small.
+# Each stage is (expansion, channels, stride, depth), as in table 2 of the paper but with half of
+# the channels. The second stage has stride 1, because the images are small.
 STAGES = (
     (1, 8, 1, 1),
     (6, 12, 1, 2),
@@ -29,13 +29,14 @@ STAGES = (
 class InvertedResidual(nn.Module):
     """A block of 1x1 expansion, 3x3 depthwise and linear 1x1 convolutions.
 
-    Maps (N, in, H, W) to (N, out, H/stride, W/stride), and adds the input if it has that shape.
+    It maps (N, in, H, W) to (N, out, H/stride, W/stride), and adds the input if the shapes are
+    equal.
 
     Args:
-        in_channels: number of input channels.
-        out_channels: number of output channels.
-        stride: stride of the depthwise convolution, in pixels.
-        expansion: factor on `in_channels` that gives the channels inside.
+        in_channels: the number of input channels.
+        out_channels: the number of output channels.
+        stride: the stride of the depthwise convolution, in pixels.
+        expansion: the factor between `in_channels` and the channels of the depthwise convolution.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, expansion: int) -> None:
@@ -54,13 +55,14 @@ class InvertedResidual(nn.Module):
 
 
 class CifarMobileNetV2(nn.Module):
-    """MobileNetV2 at half width: images (N, 3, 32, 32) to logits (N, num_classes).
+    """A MobileNetV2 at half width that maps images (N, 3, 32, 32) to logits (N, num_classes).
 
-    It differs from torchvision's and timm's MobileNetV2: ReLU instead of ReLU6, an expansion
-    convolution in the first stage too, channels not rounded to multiples of eight, no dropout.
+    Unlike torchvision's and timm's MobileNetV2, it has ReLU instead of ReLU6, an expansion
+    convolution in the first stage too, and no dropout. It does not round the numbers of channels to
+    multiples of eight.
 
     Args:
-        num_classes: number of logits.
+        num_classes: the number of logits.
 
     Reference:
         Sandler et al., "MobileNetV2: Inverted Residuals and Linear Bottlenecks", CVPR 2018.
@@ -79,7 +81,7 @@ class CifarMobileNetV2(nn.Module):
         self.blocks = nn.Sequential(*stages)
         self.conv2 = _norm_relu(conv(in_channels, 1280, 1))
         linear = nn.Linear(1280, num_classes)
-        # A Sequential of one layer, because published checkpoints name the layer classifier.0.
+        # The Sequential has one layer, because published checkpoints name this layer classifier.0.
         self.classifier = nn.Sequential(linear)
         init_convs(self)
         init_classifier(linear)
@@ -94,5 +96,5 @@ def _norm_relu(convolution: nn.Conv2d) -> nn.Sequential:
 
 
 def mobilenet_v2_half(num_classes: int = 100) -> CifarMobileNetV2:
-    """Build MobileNetV2 at half width: seven stages, 8 to 160 channels."""
+    """Build MobileNetV2 at half width, with seven stages of 8 to 160 channels."""
     return CifarMobileNetV2(num_classes)

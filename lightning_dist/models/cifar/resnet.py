@@ -7,12 +7,12 @@ from lightning_dist.models.cifar.layers import conv, global_average, init_convs,
 
 
 def projection(in_channels: int, out_channels: int, stride: int) -> nn.Module:
-    """Build the shortcut of a residual block: the identity if input and output shapes are equal.
+    """Build a residual block's shortcut, the identity if its input and output shapes are equal.
 
     Args:
-        in_channels: number of input channels.
-        out_channels: number of output channels.
-        stride: stride in pixels.
+        in_channels: the number of input channels.
+        out_channels: the number of output channels.
+        stride: the stride in pixels.
     """
     if stride == 1 and in_channels == out_channels:
         return nn.Identity()
@@ -23,12 +23,14 @@ def projection(in_channels: int, out_channels: int, stride: int) -> nn.Module:
 
 
 class BasicBlock(nn.Module):
-    """A residual block of two 3x3 convolutions: (N, in, H, W) to (N, out, H/stride, W/stride).
+    """A residual block of two 3x3 convolutions.
+
+    It maps (N, in, H, W) to (N, out, H/stride, W/stride).
 
     Args:
-        in_channels: number of input channels.
-        out_channels: number of output channels.
-        stride: stride of the first convolution, in pixels.
+        in_channels: the number of input channels.
+        out_channels: the number of output channels.
+        stride: the stride of the first convolution, in pixels.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
@@ -46,12 +48,14 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """A residual block of 1x1, 3x3 and 1x1 convolutions: (N, in, H, W) to (N, out, H/s, W/s).
+    """A residual block of 1x1, 3x3 and 1x1 convolutions.
+
+    It maps (N, in, H, W) to (N, out, H/stride, W/stride).
 
     Args:
-        in_channels: number of input channels.
-        out_channels: number of output channels; the 3x3 convolution has a quarter of them.
-        stride: stride s of the 3x3 convolution, in pixels; torchvision puts it there too.
+        in_channels: the number of input channels.
+        out_channels: the number of output channels; the 3x3 convolution has a quarter of them.
+        stride: the stride of the 3x3 convolution, in pixels, as in torchvision.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
@@ -73,13 +77,13 @@ class Bottleneck(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """ResNet of 6n + 2 layers: images (N, 3, 32, 32) to logits (N, num_classes).
+    """A ResNet of 6n + 2 layers that maps images (N, 3, 32, 32) to logits (N, num_classes).
 
     Args:
-        depth: 6n + 2, for n basic blocks in each of the three stages.
-        stem: number of channels of the first convolution.
-        widths: number of channels of each of the three stages.
-        num_classes: number of logits.
+        depth: the number of layers, 6n + 2 for n basic blocks in each of the three stages.
+        stem: the number of channels of the first convolution.
+        widths: the number of channels of each of the three stages.
+        num_classes: the number of logits.
 
     Reference:
         He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2.
@@ -106,10 +110,12 @@ class CifarResNet(nn.Module):
 
 
 class CifarResNet50(nn.Module):
-    """ImageNet's ResNet-50 with a 3x3 stem of stride 1: (N, 3, 32, 32) to (N, num_classes).
+    """ImageNet's ResNet-50, but with a 3x3 stem of stride 1.
+
+    It maps images (N, 3, 32, 32) to logits (N, num_classes).
 
     Args:
-        num_classes: number of logits.
+        num_classes: the number of logits.
 
     Reference:
         He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, table 1.
@@ -143,50 +149,50 @@ def _four_times_wider(depth: int, num_classes: int) -> CifarResNet:
 
 
 def resnet8(num_classes: int = 100) -> CifarResNet:
-    """Build ResNet-8: one basic block per stage, 16-32-64 channels."""
+    """Build ResNet-8 with one basic block per stage and 16-32-64 channels."""
     return _thin(8, num_classes)
 
 
 def resnet14(num_classes: int = 100) -> CifarResNet:
-    """Build ResNet-14: two basic blocks per stage, 16-32-64 channels."""
+    """Build ResNet-14 with two basic blocks per stage and 16-32-64 channels."""
     return _thin(14, num_classes)
 
 
 def resnet20(num_classes: int = 100) -> CifarResNet:
-    """Build ResNet-20: three basic blocks per stage, 16-32-64 channels."""
+    """Build ResNet-20 with three basic blocks per stage and 16-32-64 channels."""
     return _thin(20, num_classes)
 
 
 def resnet32(num_classes: int = 100) -> CifarResNet:
-    """Build ResNet-32: five basic blocks per stage, 16-32-64 channels."""
+    """Build ResNet-32 with five basic blocks per stage and 16-32-64 channels."""
     return _thin(32, num_classes)
 
 
 def resnet44(num_classes: int = 100) -> CifarResNet:
-    """Build ResNet-44: seven basic blocks per stage, 16-32-64 channels."""
+    """Build ResNet-44 with seven basic blocks per stage and 16-32-64 channels."""
     return _thin(44, num_classes)
 
 
 def resnet56(num_classes: int = 100) -> CifarResNet:
-    """Build ResNet-56: nine basic blocks per stage, 16-32-64 channels."""
+    """Build ResNet-56 with nine basic blocks per stage and 16-32-64 channels."""
     return _thin(56, num_classes)
 
 
 def resnet110(num_classes: int = 100) -> CifarResNet:
-    """Build ResNet-110: eighteen basic blocks per stage, 16-32-64 channels."""
+    """Build ResNet-110 with eighteen basic blocks per stage and 16-32-64 channels."""
     return _thin(110, num_classes)
 
 
 def resnet8x4(num_classes: int = 100) -> CifarResNet:
-    """Build ResNet-8x4: one basic block per stage, 64-128-256 channels."""
+    """Build ResNet-8x4 with one basic block per stage and 64-128-256 channels."""
     return _four_times_wider(8, num_classes)
 
 
 def resnet32x4(num_classes: int = 100) -> CifarResNet:
-    """Build ResNet-32x4: five basic blocks per stage, 64-128-256 channels."""
+    """Build ResNet-32x4 with five basic blocks per stage and 64-128-256 channels."""
     return _four_times_wider(32, num_classes)
 
 
 def resnet50(num_classes: int = 100) -> CifarResNet50:
-    """Build ResNet-50: 3-4-6-3 bottleneck blocks, 256-512-1024-2048 channels."""
+    """Build ResNet-50 with 3-4-6-3 bottleneck blocks and 256-512-1024-2048 channels."""
     return CifarResNet50(num_classes)

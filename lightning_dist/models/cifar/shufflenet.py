@@ -1,7 +1,8 @@
 """ShuffleNet V1 and V2 for 32x32 images.
 
-Both start with a 1x1 convolution at full resolution. The papers, for larger images, have a strided
-3x3 convolution and a max pooling. Both keep PyTorch's initialisation, as the published networks do.
+Both start with a 1x1 convolution at full resolution. The papers use larger images and start with a
+strided 3x3 convolution and a max pooling. Both keep PyTorch's initialisation, like the published
+networks.
 """
 
 import torch
@@ -18,8 +19,8 @@ def channel_shuffle(x: Tensor, groups: int) -> Tensor:
     """Interleave the channels of several groups, so that the next convolution mixes them.
 
     Args:
-        x: feature map (N, C, H, W).
-        groups: number of groups of adjacent channels; C is a multiple of it.
+        x: the feature map (N, C, H, W).
+        groups: the number of groups of adjacent channels; C must be a multiple of `groups`.
 
     Returns:
         The map (N, C, H, W) with its channels reordered.
@@ -28,15 +29,16 @@ def channel_shuffle(x: Tensor, groups: int) -> Tensor:
 
 
 class ShuffleUnitV1(nn.Module):
-    """A unit of grouped 1x1, shuffle, depthwise 3x3 and grouped 1x1, with a shortcut.
+    """A unit of a grouped 1x1, a shuffle, a depthwise 3x3 and a grouped 1x1, with a shortcut.
 
-    Maps (N, in, H, W) to (N, out, H/stride, W/stride). At stride 1 the shortcut is added. At
-    stride 2 it is average-pooled and concatenated, so the convolutions only make the new channels.
+    It maps (N, in, H, W) to (N, out, H/stride, W/stride). At stride 1 the shortcut is added. At
+    stride 2 the shortcut is average-pooled and concatenated, so the convolutions compute only the
+    other channels.
 
     Args:
-        in_channels: number of input channels.
-        out_channels: number of output channels; equal to `in_channels` at stride 1.
-        stride: 1 or 2, in pixels.
+        in_channels: the number of input channels.
+        out_channels: the number of output channels; equal to `in_channels` at stride 1.
+        stride: the stride in pixels, 1 or 2.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
@@ -44,7 +46,7 @@ class ShuffleUnitV1(nn.Module):
         self.stride = stride
         branch = out_channels if stride == 1 else out_channels - in_channels
         inner = branch // 4
-        # The paper uses one group here, because the stem has few channels.
+        # The paper uses one group after the stem, because the stem has few channels.
         self.groups = 1 if in_channels == STEM else GROUPS_V1
         self.conv1 = conv(in_channels, inner, 1, groups=self.groups)
         self.bn1 = nn.BatchNorm2d(inner)
@@ -55,7 +57,7 @@ class ShuffleUnitV1(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = channel_shuffle(relu(self.bn1(self.conv1(x))), self.groups)
-        # The paper has no ReLU after the depthwise convolution; the published networks do.
+        # The published networks have a ReLU here, but the paper has none.
         out = relu(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(out))
         if self.stride == 1:
@@ -64,10 +66,10 @@ class ShuffleUnitV1(nn.Module):
 
 
 class CifarShuffleNetV1(nn.Module):
-    """ShuffleNet V1 with three groups: images (N, 3, 32, 32) to logits (N, num_classes).
+    """A ShuffleNet V1 with three groups: it maps images (N, 3, 32, 32) to logits (N, num_classes).
 
     Args:
-        num_classes: number of logits.
+        num_classes: the number of logits.
 
     Reference:
         Zhang et al., "ShuffleNet: An Extremely Efficient Convolutional Neural Network for Mobile
@@ -91,10 +93,10 @@ class CifarShuffleNetV1(nn.Module):
 
 
 class ShuffleUnitV2(nn.Module):
-    """A unit that convolves half of the channels, then shuffles all: (N, C, H, W) to the same.
+    """A unit that convolves half of the channels and then shuffles all; it keeps the shape.
 
     Args:
-        channels: number C of input and output channels.
+        channels: the number of input and output channels.
     """
 
     def __init__(self, channels: int) -> None:
@@ -116,22 +118,22 @@ class ShuffleUnitV2(nn.Module):
 
 
 class ShuffleDownV2(nn.Module):
-    """A unit of two branches with stride 2: (N, in, H, W) to (N, out, H/2, W/2).
+    """A unit of two branches with stride 2, which maps (N, in, H, W) to (N, out, H/2, W/2).
 
     Args:
-        in_channels: number of input channels of both branches.
-        out_channels: number of output channels; each branch makes half of them.
+        in_channels: the number of input channels of both branches.
+        out_channels: the number of output channels; each branch computes half of them.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         half = out_channels // 2
-        # The short branch is depthwise, 1x1.
+        # The short branch has a depthwise and a 1x1 convolution.
         self.conv1 = depthwise(in_channels, stride=2)
         self.bn1 = nn.BatchNorm2d(in_channels)
         self.conv2 = conv(in_channels, half, 1)
         self.bn2 = nn.BatchNorm2d(half)
-        # The long branch is 1x1, depthwise, 1x1.
+        # The long branch has a 1x1, a depthwise and a 1x1 convolution.
         self.conv3 = conv(in_channels, half, 1)
         self.bn3 = nn.BatchNorm2d(half)
         self.conv4 = depthwise(half, stride=2)
@@ -149,10 +151,10 @@ class ShuffleDownV2(nn.Module):
 
 
 class CifarShuffleNetV2(nn.Module):
-    """ShuffleNet V2 at width 1: images (N, 3, 32, 32) to logits (N, num_classes).
+    """A ShuffleNet V2 at width 1 that maps images (N, 3, 32, 32) to logits (N, num_classes).
 
     Args:
-        num_classes: number of logits.
+        num_classes: the number of logits.
 
     Reference:
         Ma et al., "ShuffleNet V2: Practical Guidelines for Efficient CNN Architecture Design",
@@ -184,10 +186,10 @@ def _stage_v2(in_channels: int, out_channels: int, depth: int) -> nn.Sequential:
 
 
 def shufflenet_v1(num_classes: int = 100) -> CifarShuffleNetV1:
-    """Build ShuffleNet V1 with three groups: 4-8-4 units, 240-480-960 channels."""
+    """Build ShuffleNet V1 with three groups, 4-8-4 units and 240-480-960 channels."""
     return CifarShuffleNetV1(num_classes)
 
 
 def shufflenet_v2(num_classes: int = 100) -> CifarShuffleNetV2:
-    """Build ShuffleNet V2 at width 1: 4-8-4 units, 116-232-464 channels."""
+    """Build ShuffleNet V2 at width 1, with 4-8-4 units and 116-232-464 channels."""
     return CifarShuffleNetV2(num_classes)

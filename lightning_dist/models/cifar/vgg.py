@@ -7,15 +7,15 @@ from lightning_dist.models.cifar.layers import global_average, init_classifier, 
 
 
 class CifarVGG(nn.Module):
-    """VGG with one linear classifier: images (N, 3, 32, 32) to logits (N, num_classes).
+    """A VGG with one linear layer that maps images (N, 3, 32, 32) to logits (N, num_classes).
 
-    The number in a name counts the paper's three linear layers, although only one is left here:
-    VGG-8 has five convolutions.
+    The number in a name includes the three linear layers of the paper, but these networks have only
+    one: VGG-8 has five convolutions and one linear layer.
 
     Args:
-        depths: number of convolutions in each of the five blocks, which have 64, 128, 256, 512 and
-            512 channels.
-        num_classes: number of logits.
+        depths: the number of convolutions in each of the five blocks, which have 64, 128, 256, 512
+            and 512 channels.
+        num_classes: the number of logits.
 
     Reference:
         Simonyan, Zisserman, "Very Deep Convolutional Networks for Large-Scale Image Recognition",
@@ -38,7 +38,7 @@ class CifarVGG(nn.Module):
         x = max_pool2d(self.block0(x), 2)
         x = max_pool2d(self.block1(x), 2)
         x = max_pool2d(self.block2(x), 2)
-        # No pooling between the last two blocks: both work on 4x4 maps.
+        # There is no pooling between the last two blocks, so both have 4x4 maps.
         x = self.block4(self.block3(x))
         return self.classifier(global_average(x))
 
@@ -46,32 +46,32 @@ class CifarVGG(nn.Module):
 def _block(in_channels: int, channels: int, depth: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     for index in range(depth):
-        # The bias does nothing before a batch norm, but published checkpoints have it.
+        # The bias has no effect before a batch norm, but published checkpoints contain it.
         convolution = nn.Conv2d(in_channels if index == 0 else channels, channels, 3, padding=1)
         layers += [convolution, nn.BatchNorm2d(channels), nn.ReLU()]
     return nn.Sequential(*layers)
 
 
 def vgg8(num_classes: int = 100) -> CifarVGG:
-    """Build VGG-8: five convolutions, one per block; the paper has no such configuration."""
+    """Build VGG-8 with five convolutions, one per block; the paper does not have this network."""
     return CifarVGG((1, 1, 1, 1, 1), num_classes)
 
 
 def vgg11(num_classes: int = 100) -> CifarVGG:
-    """Build VGG-11: eight convolutions, as in configuration A."""
+    """Build VGG-11 with eight convolutions, as in configuration A."""
     return CifarVGG((1, 1, 2, 2, 2), num_classes)
 
 
 def vgg13(num_classes: int = 100) -> CifarVGG:
-    """Build VGG-13: ten convolutions, as in configuration B."""
+    """Build VGG-13 with ten convolutions, as in configuration B."""
     return CifarVGG((2, 2, 2, 2, 2), num_classes)
 
 
 def vgg16(num_classes: int = 100) -> CifarVGG:
-    """Build VGG-16: thirteen convolutions, as in configuration D."""
+    """Build VGG-16 with thirteen convolutions, as in configuration D."""
     return CifarVGG((2, 2, 3, 3, 3), num_classes)
 
 
 def vgg19(num_classes: int = 100) -> CifarVGG:
-    """Build VGG-19: sixteen convolutions, as in configuration E."""
+    """Build VGG-19 with sixteen convolutions, as in configuration E."""
     return CifarVGG((2, 2, 4, 4, 4), num_classes)

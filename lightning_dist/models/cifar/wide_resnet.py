@@ -9,14 +9,14 @@ from lightning_dist.models.cifar.layers import conv, global_average, init_convs,
 
 
 class PreActivationBlock(nn.Module):
-    """A residual block of two 3x3 convolutions, each behind a batch norm and ReLU.
+    """A residual block of two 3x3 convolutions, each after a batch norm and a ReLU.
 
-    Maps (N, in, H, W) to (N, out, H/stride, W/stride).
+    It maps (N, in, H, W) to (N, out, H/stride, W/stride).
 
     Args:
-        in_channels: number of input channels.
-        out_channels: number of output channels.
-        stride: stride of the first convolution, in pixels.
+        in_channels: the number of input channels.
+        out_channels: the number of output channels.
+        stride: the stride of the first convolution, in pixels.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
@@ -25,7 +25,7 @@ class PreActivationBlock(nn.Module):
         self.conv1 = conv(in_channels, out_channels, 3, stride)
         self.bn2 = nn.BatchNorm2d(out_channels)
         self.conv2 = conv(out_channels, out_channels, 3)
-        # None instead of nn.Identity, because forward then adds another tensor.
+        # It is None, not nn.Identity: without a projection, forward adds the raw input instead.
         self.convShortcut = (
             None if in_channels == out_channels else conv(in_channels, out_channels, 1, stride)
         )
@@ -33,18 +33,18 @@ class PreActivationBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         activated = relu(self.bn1(x))
         out = relu(self.bn2(self.conv1(activated)))
-        # A projection reads the activated input; without one, the raw input is added.
+        # A projection takes the activated input; without a projection, the raw input is added.
         shortcut = x if self.convShortcut is None else self.convShortcut(activated)
         return shortcut + self.conv2(out)
 
 
 class WideResNet(nn.Module):
-    """WRN-depth-width: images (N, 3, 32, 32) to logits (N, num_classes).
+    """A wide residual network that maps images (N, 3, 32, 32) to logits (N, num_classes).
 
     Args:
-        depth: 6n + 4, for n blocks in each of the three stages.
-        width: factor on the 16, 32 and 64 channels of the stages.
-        num_classes: number of logits.
+        depth: the number of layers, 6n + 4 for n blocks in each of the three stages.
+        width: the factor by which the 16, 32 and 64 channels of the stages are multiplied.
+        num_classes: the number of logits.
 
     Reference:
         Zagoruyko, Komodakis, "Wide Residual Networks", BMVC 2016, table 1.
@@ -76,20 +76,20 @@ def _named_stage(in_channels: int, out_channels: int, stride: int, depth: int) -
 
 
 def wrn_16_1(num_classes: int = 100) -> WideResNet:
-    """Build WRN-16-1: two blocks per stage, 16-32-64 channels."""
+    """Build WRN-16-1 with two blocks per stage and 16-32-64 channels."""
     return WideResNet(16, 1, num_classes)
 
 
 def wrn_16_2(num_classes: int = 100) -> WideResNet:
-    """Build WRN-16-2: two blocks per stage, 32-64-128 channels."""
+    """Build WRN-16-2 with two blocks per stage and 32-64-128 channels."""
     return WideResNet(16, 2, num_classes)
 
 
 def wrn_40_1(num_classes: int = 100) -> WideResNet:
-    """Build WRN-40-1: six blocks per stage, 16-32-64 channels."""
+    """Build WRN-40-1 with six blocks per stage and 16-32-64 channels."""
     return WideResNet(40, 1, num_classes)
 
 
 def wrn_40_2(num_classes: int = 100) -> WideResNet:
-    """Build WRN-40-2: six blocks per stage, 32-64-128 channels."""
+    """Build WRN-40-2 with six blocks per stage and 32-64-128 channels."""
     return WideResNet(40, 2, num_classes)
