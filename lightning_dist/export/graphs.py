@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from lightning_dist.taps import logits_of
+
 Shape = tuple[int, int, int]
 
 TOLERANCE = 1e-5  # The largest difference allowed: absolute, plus relative to the largest output.
@@ -74,11 +76,12 @@ class Graph:
         assert_same_outputs(written, self.network, self.checked_with())
 
 
-class MainOutput(nn.Module):
-    """A network that returns the entry ``out`` of the mapping that another network returns.
+class LogitsOnly(nn.Module):
+    """A network that returns the logits in the output of another network.
 
     Args:
-        network: a network that returns a mapping, such as torchvision's segmentation networks.
+        network: a network that returns a mapping or another container, in which
+            :func:`lightning_dist.taps.logits_of` finds the logits.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -87,7 +90,7 @@ class MainOutput(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits (N, C, H, W) of images (N, C, H, W)."""
-        return self.network(images)["out"]
+        return logits_of(self.network(images))
 
 
 class Detections(nn.Module):
@@ -113,7 +116,7 @@ def logits_graph(network: nn.Module, shape: Shape, dynamic_size: bool) -> Graph:
     """Return the graph of a network for classification or segmentation, from images to logits.
 
     Args:
-        network: a network that returns logits, or a mapping with logits under ``out``.
+        network: a network in whose output :func:`lightning_dist.taps.logits_of` finds the logits.
         shape: (C, H, W) of an image; H and W in pixels.
         dynamic_size: allow images of any height and width. The number of images is always free.
 
@@ -131,13 +134,15 @@ def logits_graph(network: nn.Module, shape: Shape, dynamic_size: bool) -> Graph:
             f"the student does not run on images of {' x '.join(map(str, shape))} "
             f"({_first_line(error)}): set input_size"
         ) from error
-    if isinstance(output, Mapping) and isinstance(output.get("out"), Tensor):
-        network = MainOutput(network).eval()
-    elif not isinstance(output, Tensor):
-        raise ValueError(
-            f"the student returns a {type(output).__name__}, and a graph holds a network that "
-            "returns a tensor, or a mapping with 'out': use safetensors"
-        )
+    if not isinstance(output, Tensor):
+        try:
+            logits_of(output)
+        except ValueError as error:
+            raise ValueError(
+                f"the student returns a {type(output).__name__} without logits, and a graph holds "
+                f"a network that returns a tensor ({error}): use safetensors"
+            ) from error
+        network = LogitsOnly(network).eval()
     sizes = [shape]
     dynamic = {0: "batch"}
     advice = "use safetensors"

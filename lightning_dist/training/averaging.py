@@ -9,8 +9,6 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from lightning_dist.checks import check_number
-
 
 class StudentEMA(Callback):
     """A callback that averages the student's weights and evaluates the average too.
@@ -37,7 +35,8 @@ class StudentEMA(Callback):
     """
 
     def __init__(self, decay: float = 0.9999) -> None:
-        check_number("decay", decay, least=0, most=1)
+        if not 0 <= decay <= 1:
+            raise ValueError(f"decay is {decay}: give a number of at least 0 and at most 1")
         self.decay = decay
         self._averaged_steps = 0
 

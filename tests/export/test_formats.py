@@ -248,9 +248,29 @@ class Stiff(nn.Module):
         return images.reshape(2, -1)[:, :4]
 
 
-class Several(nn.Module):
+class Scores(nn.Module):
+    """A network whose output has no logits by the rule of terms and evaluation."""
+
     def forward(self, images):
-        return images, images
+        return {"scores": images.flatten(1)}
+
+
+class Pair(nn.Module):
+    """A network that returns logits and features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(64, 2)
+
+    def forward(self, images):
+        return self.head(images.flatten(1)), images
+
+
+def test_a_graph_of_a_network_with_several_outputs_returns_its_logits(tmp_path):
+    network, images = Pair().eval(), torch.randn(5, 1, 8, 8)
+    path = export_student(network, tmp_path / "x.pt2", "torch_export", input_size=(1, 8, 8))
+    found = torch.export.load(path).module()(images)
+    torch.testing.assert_close(found, network(images)[0])
 
 
 def diverged(network: SmallCNN) -> SmallCNN:
@@ -306,10 +326,10 @@ REFUSED = {
         {"format": "torch_export", "mean": [0.1, 0.2]},
         "mean has 2 entries and input_size 1 channels: give one for each, or one for all",
     ),
-    "several outputs": (
-        Several,
+    "an output without logits": (
+        Scores,
         {"format": "onnx"},
-        "the student returns a tuple, .*: use safetensors",
+        "the student returns a dict without logits.*: use safetensors",
     ),
     "other outputs": (
         Moody,
