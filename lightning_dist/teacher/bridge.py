@@ -146,6 +146,7 @@ class InputBridge:
         # Random erasing may have drawn values beyond black and white, which stay as they are.
         least = torch.minimum(black, x.amin((2, 3), keepdim=True))
         most = torch.maximum(white, x.amax((2, 3), keepdim=True))
+        assert self.size is not None
         for size in ((x.shape[2], self.size[1]), self.size):
             if x.shape[2:] != size:
                 x = F.interpolate(x, size, mode="bicubic", antialias=True).clamp(least, most)
