@@ -56,7 +56,9 @@ def without_repeats(batch: Any, batch_idx: int, loaders: Any) -> Any:
     given, count = count_samples(inputs, target), max(own - batch_idx * size, 0)
     if count >= given:
         return batch
-    return _first(inputs, count, given), _first(target, count, given)
+    # Without any batched tensor outside of lists, a list has one item per sample.
+    batched = given if _sizes(inputs) or _sizes(target) else None
+    return _first(inputs, count, batched), _first(target, count, batched)
 
 
 def count_samples(inputs: Any, target: Any) -> int:
@@ -90,7 +92,7 @@ def _sizes(samples: Any) -> list[int]:
     return []
 
 
-def _first(samples: Any, count: int, given: int) -> Any:
+def _first(samples: Any, count: int, given: int | None) -> Any:
     """Return the first ``count`` of ``given`` samples, in any nesting of mappings and tuples.
 
     A list has one item per sample, unless all its items are tensors of ``given`` samples: torch's

@@ -29,6 +29,10 @@ BATCHES = {
     "named tuples": lambda n: (Pair(IMAGES[:n], IMAGES[:n]), Pair(LABELS[:n], WEIGHTS[:n])),
     "collated tuples": collated,
     "collated pairs of images": lambda n: ([IMAGES[:n], IMAGES[:n]], LABELS[:n]),
+    "lists of images with as many channels": lambda n: (
+        [torch.full((4, 2, 2), float(i)) for i in range(n)],
+        [{"x": torch.ones(i, 4)} for i in range(n)],
+    ),
     "lists of samples": lambda n: ([*IMAGES[:n]], [{"x": torch.ones(i, 4)} for i in range(n)]),
 }
 
