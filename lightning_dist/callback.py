@@ -6,7 +6,6 @@ from contextlib import nullcontext
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -26,6 +25,7 @@ from lightning_dist.terms import (
     refuse_untrained,
     states_of,
 )
+from lightning_dist.training.averaging import earlier_averaging
 from lightning_dist.training.joining import Step, WrappedStep, add_to_loss
 from lightning_dist.training.summing import TermsSum, current_weights, is_zero, sum_terms
 
@@ -202,12 +202,11 @@ class DistillationCallback(Callback):
             MisconfigurationException: in ``fit``, if a loss does not fit its checkpointed state.
         """
         self.skipped = state_dict.get("skipped", 0)
-        state = self.state_dict()
-        saved = state_dict.get("teacher", state["teacher"])
-        if self._step is not None and is_other_teacher(saved, state["teacher"]):
-            rank_zero_warn(
-                f"this run was distilled from {saved} and goes on with {state['teacher']}"
-            )
+        saved = state_dict.get("teacher")
+        if self._step is not None and saved is not None:  # outside of fit no teacher is used
+            own = self.state_dict()["teacher"]
+            if is_other_teacher(saved, own):
+                rank_zero_warn(f"this run was distilled from {saved} and goes on with {own}")
         load_states(self.terms, state_dict["terms"], strict=self._step is not None)
 
     # One training step
@@ -287,9 +286,7 @@ class DistillationCallback(Callback):
 
     def _refuse_earlier_averaging(self, trainer: Trainer) -> None:
         # WeightAveraging.setup has deep-copied the module before the terms joined it.
-        callbacks = attached_callbacks(trainer)
-        before = callbacks[: callbacks.index(self)]
-        averaging = next((c for c in before if isinstance(c, WeightAveraging)), None)
+        averaging = earlier_averaging(trainer, self)
         if averaging is not None:
             raise MisconfigurationException(
                 f"{type(averaging).__name__} comes before a DistillationCallback whose terms "

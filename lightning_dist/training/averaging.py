@@ -63,8 +63,7 @@ class StudentEMA(Callback):
             raise MisconfigurationException(
                 "the Trainer has several StudentEMAs, which would update one average: keep one"
             )
-        before = callbacks[: callbacks.index(self)]
-        averaging = next((c for c in before if isinstance(c, WeightAveraging)), None)
+        averaging = earlier_averaging(trainer, self)
         if averaging is not None:  # It has copied the module already, without the average.
             raise MisconfigurationException(
                 f"{type(averaging).__name__} comes before StudentEMA: list StudentEMA first"
@@ -85,6 +84,18 @@ class StudentEMA(Callback):
         if trainer.global_step != self._averaged_steps:
             self._averaged_steps = trainer.global_step
             pl_module.student_ema.update_parameters(pl_module.student)
+
+
+def earlier_averaging(trainer: Trainer, callback: Callback) -> WeightAveraging | None:
+    """Return the callback before another one whose setup has copied the module, if there is one.
+
+    Args:
+        trainer: the Trainer of both callbacks.
+        callback: the later callback.
+    """
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    before = callbacks[: callbacks.index(callback)]
+    return next((c for c in before if isinstance(c, WeightAveraging)), None)
 
 
 def keep_average(module: Any, decay: float = 0.9999) -> None:
