@@ -118,7 +118,8 @@ class DistillModule(LightningModule):
         self.student = student
         if channels_last:
             student.to(memory_format=torch.channels_last)
-        self.student_ema: AveragedModel | None = None  # StudentEMA sets it
+        self.student_ema: AveragedModel | None = None  # StudentEMA or a checkpoint sets it
+        self.register_load_state_dict_pre_hook(make_room_for_average)
         self.teacher = None if teacher is None else as_teacher(teacher)
         self.teacher_inputs: Mapping[str, str] = {"": ""}  # the callback's option "inputs"
         self.shard_teacher = shard_teacher
@@ -250,10 +251,6 @@ class DistillModule(LightningModule):
         others = [c for c in attached if c not in present]
         self.trainer.callbacks = [callback, *others]  # type: ignore[attr-defined]
         return []
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Create an average of the student to load into, if the checkpoint contains one."""
-        make_room_for_average(self, checkpoint)
 
     def on_fit_start(self) -> None:
         """Refuse to train a student whose average nothing would update."""

@@ -9,12 +9,17 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from torch import Tensor
 
 from lightning_dist import cli
 from processes import Processes
 
 GOLDEN = Path(__file__).parent / "golden"
+
+# Every run tries the same cases. "pytest --hypothesis-profile=default" draws new ones.
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session")

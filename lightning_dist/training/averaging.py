@@ -115,20 +115,25 @@ def keep_average(module: Any, decay: float = 0.9999) -> None:
     module.student_ema.multi_avg_fn = update
 
 
-def make_room_for_average(module: Any, checkpoint: dict[str, Any]) -> None:
-    """Add an average of the student to a DistillModule if the checkpoint to load contains one.
+def make_room_for_average(
+    module: Any, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *_: Any
+) -> None:
+    """Add an average of the student to a DistillModule if the weights to load contain one.
 
     Args:
         module: the module.
-        checkpoint: the checkpoint dict that Lightning has loaded.
+        state_dict: the weights that are about to be loaded into it.
+        prefix: the first part of their names.
+        metadata: not used.
+        strict: whether ``load_state_dict`` refuses missing weights.
 
     Raises:
-        MisconfigurationException: if the module has an average, but the checkpoint does not.
+        MisconfigurationException: if the module has an average, but the weights do not.
     """
-    found = "student_ema.n_averaged" in checkpoint["state_dict"]
+    found = f"{prefix}student_ema.n_averaged" in state_dict
     if found and module.student_ema is None:
         keep_average(module)
-    elif not found and module.student_ema is not None:
+    elif strict and not found and module.student_ema is not None:
         raise MisconfigurationException(
             "the module keeps an average of the student, but the checkpoint holds none: use it "
             "without StudentEMA, in a module that has no average yet"

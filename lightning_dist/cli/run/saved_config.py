@@ -108,7 +108,7 @@ def build_module(
     """
     try:
         module = instantiate(config["module"], teacher=None)
-        module.on_load_checkpoint(dict(checkpoint))
+        module.on_load_checkpoint(dict(checkpoint))  # A subclass may prepare itself here.
         module.load_state_dict(checkpoint["state_dict"])
     except (InstantiationException, RuntimeError, AttributeError, TypeError) as error:
         raise UserError(
