@@ -1,6 +1,5 @@
 """DistillModule: a LightningModule with a trainable student and a frozen teacher."""
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -9,7 +8,6 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 from torchmetrics import MetricCollection
@@ -17,7 +15,7 @@ from torchmetrics import MetricCollection
 from lightning_dist.callback import ONLY, DistillationCallback, attached_callbacks
 from lightning_dist.checks import check_number
 from lightning_dist.losses import DISTLoss
-from lightning_dist.teacher import TeacherBase, as_teacher, shard_teacher
+from lightning_dist.teacher import TeacherBase, as_teacher, shard_once, shard_teacher
 from lightning_dist.terms import Nonfinite, Term, Weight
 from lightning_dist.training.averaging import make_room_for_average, refuse_stale_average
 from lightning_dist.training.evaluation import (
@@ -26,13 +24,7 @@ from lightning_dist.training.evaluation import (
     count_samples,
     without_repeats,
 )
-from lightning_dist.training.optimization import (
-    build_optimizer,
-    build_scheduler,
-    is_plateau,
-    refuse_wrong_mode,
-    step_scheduler,
-)
+from lightning_dist.training.optimization import build_optimizer, build_scheduler, step_scheduler
 
 
 class DistillModule(LightningModule):
@@ -134,9 +126,9 @@ class DistillModule(LightningModule):
         self.distill_weight = distill_weight
         self.task_weight = task_weight
         self.nonfinite = nonfinite
-        self._evaluated: dict[str, nn.Module] = {}
-        self.metrics = nn.ModuleDict()  # by prefix, for each evaluated network
-        self._add_metrics(metrics, "")
+        self._evaluated: dict[str, nn.Module] = {}  # further networks, by the name of their metrics
+        splits = ("val/", "test/")
+        self.metrics = nn.ModuleDict({split: EvaluationMetrics(metrics, split) for split in splits})
 
     def evaluate_too(self, name: str, network: nn.Module) -> None:
         """Evaluate another network beside the student in validation and test.
@@ -146,7 +138,8 @@ class DistillModule(LightningModule):
             network: a network with the student's inputs and the student's kind of output.
         """
         self._evaluated[name] = network
-        self._add_metrics(self.val_metrics, name)
+        for prefix in (f"val/{name}", f"test/{name}"):
+            self.metrics[prefix] = EvaluationMetrics(self.val_metrics, prefix)
         self.metrics.to(self.device)
 
     @property
@@ -173,14 +166,11 @@ class DistillModule(LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Update and log the metrics ``val/*``."""
-        self._evaluate(
-            self._without_repeats(batch, batch_idx, self.trainer.val_dataloaders), "val/"
-        )
+        self._evaluate(batch, batch_idx, self.trainer.val_dataloaders, "val/")
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Update and log the metrics ``test/*``."""
-        loaders = self.trainer.test_dataloaders
-        self._evaluate(self._without_repeats(batch, batch_idx, loaders), "test/")
+        self._evaluate(batch, batch_idx, self.trainer.test_dataloaders, "test/")
 
     def predict_step(self, batch: Any, batch_idx: int) -> Any:
         """Return the student's output for a batch of inputs, or of ``(inputs, target)``."""
@@ -195,9 +185,13 @@ class DistillModule(LightningModule):
         """
         return network(inputs)
 
-    def _evaluate(self, batch: Any, split: str) -> None:
+    def _evaluate(self, batch: Any, batch_idx: int, loaders: Any, split: str) -> None:
+        batch = self._without_repeats(batch, batch_idx, loaders)
         for name, network in {"": self.student, **self._evaluated}.items():
             self._update(batch, network, cast(EvaluationMetrics, self.metrics[f"{split}{name}"]))
+
+    def _without_repeats(self, batch: Any, batch_idx: int, loaders: Any) -> Any:
+        return without_repeats(batch, batch_idx, loaders)
 
     def _update(self, batch: Any, network: nn.Module, metrics: EvaluationMetrics) -> None:
         """Update and log the metrics of one network."""
@@ -207,15 +201,7 @@ class DistillModule(LightningModule):
             output = self.infer(network, inputs)
             metrics.collection.update(output, target)
             metrics.mean_loss.update(self.eval_loss(output, target), weight=count)
-        self.log(f"{metrics.prefix}loss", metrics.mean_loss)
-        self.log_dict(metrics.collection, prog_bar=metrics.prefix.startswith("val"))
-
-    def _add_metrics(self, metrics: Metrics, name: str) -> None:
-        for prefix in (f"val/{name}", f"test/{name}"):
-            self.metrics[prefix] = EvaluationMetrics(metrics, prefix)
-
-    def _without_repeats(self, batch: Any, batch_idx: int, loaders: Any) -> Any:
-        return without_repeats(batch, batch_idx, loaders)
+        metrics.log(self)
 
     def configure_terms(self) -> Mapping[str, Term]:
         """Return a dict from names to distillation terms; override it to distil other parts."""
@@ -266,20 +252,18 @@ class DistillModule(LightningModule):
                 ModelParallelStrategy.
         """
         strategy = getattr(self._trainer, "strategy", None)
-        sharding = isinstance(strategy, ModelParallelStrategy)
-        if sharding:
+        teacher = self.teacher if self.shard_teacher else None
+        if isinstance(strategy, ModelParallelStrategy):
             assert self.device_mesh is not None
             mesh = self.device_mesh["data_parallel"]
-            # Lightning calls this hook again for validate and test: shard only once.
-            if not isinstance(self.student, FSDPModule):
-                fully_shard(self.student, mesh=mesh)
-        if self.shard_teacher and self.teacher is not None and strategy is not None:
-            if not sharding:
-                raise MisconfigurationException(
-                    "shard_teacher needs ModelParallelStrategy (trainer=fsdp2), but the strategy "
-                    f"is {type(strategy).__name__}: leave shard_teacher out"
-                )
-            shard_teacher(self.teacher, mesh)
+            shard_once(self.student, mesh)
+            if teacher is not None:
+                shard_teacher(teacher, mesh)
+        elif teacher is not None and strategy is not None:
+            raise MisconfigurationException(
+                "shard_teacher needs ModelParallelStrategy (trainer=fsdp2), but the strategy "
+                f"is {type(strategy).__name__}: leave shard_teacher out"
+            )
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer and, if there is one, the learning-rate schedule.
@@ -291,25 +275,10 @@ class DistillModule(LightningModule):
         optimizer = build_optimizer(self.optimizer, self.student, trainable)
         if self.scheduler is None:
             return optimizer
-        scheduler = build_scheduler(self.scheduler, optimizer, self._updates_per_epoch)
-        settings = {"scheduler": scheduler, "interval": self.scheduler_interval}
-        if is_plateau(scheduler):
-            refuse_wrong_mode(scheduler, self.scheduler_monitor)
-            settings |= {"reduce_on_plateau": True, "monitor": self.scheduler_monitor}
-        return {"optimizer": optimizer, "lr_scheduler": settings}
-
-    def _updates_per_epoch(self) -> int:
-        self.trainer.fit_loop.setup_data()  # before this, the number of batches is unknown
-        return math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
+        settings = (self.trainer, self.scheduler_interval, self.scheduler_monitor)
+        schedule = build_scheduler(self.scheduler, optimizer, *settings)
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
-        """Step a torch scheduler as Lightning does, and a timm scheduler with the current position.
-
-        Args:
-            scheduler: the scheduler.
-            metric: the value of the monitored metric, for a scheduler with a monitor.
-        """
-        if not hasattr(scheduler, "step_update"):
-            super().lr_scheduler_step(scheduler, metric)
-        else:
-            step_scheduler(scheduler, self.trainer, self.scheduler_interval, metric)
+        """Step a scheduler; ``metric`` is the value of the metric that it monitors, if any."""
+        step_scheduler(scheduler, self.trainer, self.scheduler_interval, metric)

@@ -1,4 +1,4 @@
-"""Functions that shard a teacher over the processes of a device mesh (FSDP2)."""
+"""Functions that shard a student and a teacher over the processes of a device mesh (FSDP2)."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,6 +8,17 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from lightning_dist.teacher.base import TeacherBase
+
+
+def shard_once(network: nn.Module, mesh: DeviceMesh) -> None:
+    """Divide a network among the processes of a mesh as one unit, unless it is divided already.
+
+    Args:
+        network: the network.
+        mesh: the one-dimensional mesh of the processes that train on different batches.
+    """
+    if not isinstance(network, FSDPModule):
+        fully_shard(network, mesh=mesh)
 
 
 def shard_teacher(teacher: TeacherBase, mesh: DeviceMesh) -> None:
@@ -22,8 +33,7 @@ def shard_teacher(teacher: TeacherBase, mesh: DeviceMesh) -> None:
     """
     ensemble = isinstance(teacher.network, nn.ModuleList)
     for network in teacher.network.children() if ensemble else [teacher.network]:
-        if not isinstance(network, FSDPModule):
-            fully_shard(network, mesh=mesh)
+        shard_once(network, mesh)
 
 
 def is_sharded(network: nn.Module) -> bool:

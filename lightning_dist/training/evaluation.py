@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sized
 from typing import Any, cast
 
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 from torchmetrics import MeanMetric, Metric, MetricCollection
@@ -31,6 +32,15 @@ class EvaluationMetrics(nn.Module):
         self.collection = metrics.clone(prefix=prefix)
         self.mean_loss = MeanMetric()
         self.prefix = prefix
+
+    def log(self, module: LightningModule) -> None:
+        """Log the metrics and the mean loss as ``PREFIXNAME`` and ``PREFIXloss``.
+
+        Args:
+            module: the module in whose validation or test step this is called.
+        """
+        module.log(f"{self.prefix}loss", self.mean_loss)
+        module.log_dict(self.collection, prog_bar=self.prefix.startswith("val"))
 
 
 def without_repeats(batch: Any, batch_idx: int, loaders: Any) -> Any:

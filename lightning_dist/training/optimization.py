@@ -1,6 +1,7 @@
 """Functions that build and step the optimizer and the learning-rate schedule of a module."""
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -44,53 +45,52 @@ def build_optimizer(
 
 
 def build_scheduler(
-    factory: Callable[..., Any], optimizer: Optimizer, updates_per_epoch: Callable[[], int]
-) -> Any:
-    """Build a learning-rate schedule.
+    factory: Callable[..., Any],
+    optimizer: Optimizer,
+    trainer: Trainer,
+    interval: str,
+    monitor: str,
+) -> dict[str, Any]:
+    """Build a learning-rate schedule and the settings with which Lightning steps it.
 
     Args:
         factory: a torch or timm scheduler or a partial of one, or timm's ``create_scheduler_v2``.
-            It is called with the optimizer and, if it takes it, with ``updates_per_epoch``.
+            It is called with the optimizer and, if it takes ``updates_per_epoch``, with the number
+            of optimizer updates in an epoch of the Trainer.
         optimizer: the optimizer.
-        updates_per_epoch: a function that returns the number of optimizer updates in an epoch. It
-            is called only if the factory takes this number, because counting needs the data.
+        trainer: the Trainer.
+        interval: the interval at which the scheduler is stepped, ``"epoch"`` or ``"step"``.
+        monitor: the name of the metric for a scheduler that lowers the rate on a plateau.
 
     Returns:
-        The scheduler.
+        A dict for the item ``lr_scheduler`` of what ``configure_optimizers`` returns.
+
+    Raises:
+        MisconfigurationException: if the metric is a loss and the scheduler waits for it to rise,
+            which is the default of timm's plateau scheduler.
     """
     options = {}
     if "updates_per_epoch" in inspect.signature(factory).parameters:
-        options["updates_per_epoch"] = updates_per_epoch()
+        trainer.fit_loop.setup_data()  # before this, the number of batches is unknown
+        updates = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+        options["updates_per_epoch"] = updates
     scheduler = factory(optimizer, **options)
-    # timm's create_scheduler_v2 returns the scheduler and the number of epochs.
-    return scheduler[0] if isinstance(scheduler, tuple) else scheduler
-
-
-def is_plateau(scheduler: Any) -> bool:
-    """Return whether a scheduler, torch's or timm's, lowers the rate on a plateau of a metric."""
+    if isinstance(scheduler, tuple):  # create_scheduler_v2 also returns the number of epochs
+        scheduler = scheduler[0]
+    settings = {"scheduler": scheduler, "interval": interval}
     inner = getattr(scheduler, "lr_scheduler", scheduler)  # timm wraps torch's scheduler
-    return isinstance(inner, ReduceLROnPlateau)
-
-
-def refuse_wrong_mode(scheduler: Any, monitor: str) -> None:
-    """Refuse a plateau scheduler that waits for a loss to rise, which is timm's default mode.
-
-    Args:
-        scheduler: the scheduler, torch's or timm's.
-        monitor: the name of its metric.
-
-    Raises:
-        MisconfigurationException: if the metric is a loss and the mode is ``"max"``.
-    """
-    if getattr(scheduler, "lr_scheduler", scheduler).mode == "max" and monitor.endswith("loss"):
+    if not isinstance(inner, ReduceLROnPlateau):
+        return settings
+    if inner.mode == "max" and monitor.endswith("loss"):
         raise MisconfigurationException(
             f"the scheduler lowers the rate when {monitor} stops to rise: give the scheduler "
             "mode='min', or set scheduler_monitor to a metric of which more is better"
         )
+    return settings | {"reduce_on_plateau": True, "monitor": monitor}
 
 
 def step_scheduler(scheduler: Any, trainer: Trainer, interval: str, metric: Any | None) -> None:
-    """Step a timm scheduler with the current position, which it does not count itself.
+    """Step a torch scheduler as Lightning does, and a timm scheduler with the current position.
 
     Args:
         scheduler: the scheduler.
@@ -98,7 +98,9 @@ def step_scheduler(scheduler: Any, trainer: Trainer, interval: str, metric: Any 
         interval: the interval at which the scheduler is stepped, ``"epoch"`` or ``"step"``.
         metric: the value of the monitored metric, or ``None``.
     """
-    if interval == "step":
+    if not hasattr(scheduler, "step_update"):  # a torch scheduler
+        scheduler.step(*[] if metric is None else [metric])
+    elif interval == "step":
         scheduler.step_update(num_updates=trainer.global_step, metric=metric)
     else:
         scheduler.step(epoch=trainer.current_epoch + 1, metric=metric)
