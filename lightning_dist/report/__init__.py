@@ -52,7 +52,8 @@ def write_report(folders: Folders, out: PathLike | None = None, metric: str | No
         The table of results, for ``rich.print``.
 
     Raises:
-        ValueError: if a folder contains no run or a broken one, or the runs share no metric.
+        ValueError: if a folder contains no run or a broken result.json; if `metric` is None and the
+            runs do not all optimise one metric; or if only other metrics were logged.
     """
     runs = read_runs(folders)
     table, figure = report_table(runs, metric), plot_runs(runs, metric)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 class Cell(NamedTuple):
-    """A cell of a table with its text, its CSS class, and its sort key (None: the text)."""
+    """A cell of a table: its text, its sort key (None means the text), and its CSS class."""
 
     text: str
     key: str | None = None
@@ -43,7 +43,7 @@ class Cell(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A row of a table, and the number of its group, or None if it has no group."""
+    """A row of a table; `group` is the index of its group, or None for a pair of groups."""
 
     cells: list[Cell]
     group: int | None = None
@@ -58,7 +58,8 @@ def write_page(runs: Sequence[Run], path: PathLike, metric: str | None = None) -
         metric: the metric to compare by; by default the one that all runs optimise.
 
     Raises:
-        ValueError: if the runs share no metric.
+        ValueError: if `metric` is None and the runs do not all optimise one metric, or if only
+            other metrics were logged.
     """
     from markupsafe import Markup
 
@@ -98,7 +99,7 @@ def _template() -> "Template":
 
     environment = Environment(
         loader=PackageLoader("lightning_dist.report"),
-        autoescape=True,  # but a Markup, which is HTML already, is not changed
+        autoescape=True,  # A Markup object is HTML already, so it is not escaped.
         undefined=StrictUndefined,
         finalize=printable_text,
         trim_blocks=True,
@@ -108,7 +109,7 @@ def _template() -> "Template":
 
 
 def _curves(runs: Sequence[Run], metric: str) -> tuple[dict[str, dict[Path, Curve]], list[str]]:
-    """Return curves by name of metric and folder, and the reasons why some runs have no curve."""
+    """Return the curves of each metric by run folder, and an error for each run without curves."""
     found: dict[Path, dict[str, Curve]] = {}
     reasons = []
     for run in runs:
@@ -116,7 +117,7 @@ def _curves(runs: Sequence[Run], metric: str) -> tuple[dict[str, dict[Path, Curv
             found[run.folder] = read_curves(run.folder)
         except ValueError as error:
             reasons.append(str(error))
-    # A test metric has no curve, so plot the same metric of the validation set.
+    # A test metric is logged once and has no curve: plot the same metric of the validation set.
     first = [metric.replace("test/", "val/", 1), "val/loss"]
     logged = sorted(all_keys(found.values()))
     chosen = [name for name in dict.fromkeys(first) if name in logged]
@@ -134,7 +135,7 @@ def _plots(
     metric: str,
     curves: Mapping[str, Mapping[Path, Curve]],
 ) -> dict[str, list[tuple[str, str]]]:
-    """Return the titles and SVGs of the figures in each section; skip figures without data."""
+    """Return the title and the SVG of each figure in each section; skip figures without data."""
     from markupsafe import Markup
 
     figures: dict[str, list[tuple[str, Figure | None]]] = {

@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_MOST_POINTS = 150  # per curve
-# Users choose the names, which may be long. They may contain $, hence parse_math=False everywhere.
+_MOST_POINTS = 150  # The most points that are plotted of one curve.
+# Shorten a name in its middle: users choose the names. A name may also contain $, which starts a
+# formula in matplotlib, so every text below is drawn with parse_math=False.
 _shorten = partial(re.sub, "(?<=^.{39}).+(?=.{40}$)", "…")
 
 
@@ -60,7 +61,7 @@ def plot_runs(runs: Sequence[Run], metric: str | None = None) -> "Figure":
 
 
 def plot_teachers(groups: Sequence[Group], metric: str) -> "Figure | None":
-    """Plot a metric of each group, sorted by teacher.
+    """Plot the mean of a metric for each teacher and group; a dashed line is the teacher's own.
 
     Args:
         groups: the groups, as :func:`group_runs` returns them.
@@ -150,7 +151,7 @@ def plot_curves(groups: Sequence[Group], curves: Mapping[Path, Curve]) -> "Figur
     for number, group in enumerate(groups):
         for curve in [curves[run.folder] for run in group.runs if run.folder in curves]:
             count = len(curve.steps)
-            # Fewer points keep the page small; a long run logs more than the plot has pixels.
+            # A long run logs more points than the plot has pixels: fewer keep the page small.
             at = np.unique(np.linspace(0, count - 1, min(count, _MOST_POINTS)).round().astype(int))
             steps, values = np.array(curve.steps)[at], np.array(curve.values)[at]
             marker = "o" if count == 1 else ""
@@ -161,7 +162,7 @@ def plot_curves(groups: Sequence[Group], curves: Mapping[Path, Curve]) -> "Figur
 
 
 def group_colors(groups: Sequence[Group]) -> list[str]:
-    """Return a colour "#rrggbb" for each group that is visible on white and on black."""
+    """Return for each group a colour "#rrggbb" that is visible on white and on black."""
     import matplotlib
     from matplotlib.colors import to_hex
 
@@ -189,7 +190,7 @@ def to_svg(figure: "Figure", groups: Sequence[Group]) -> str:
         return f'<g data-group="{number}"><title>{name}</title>'
 
     file = io.StringIO()
-    # Write text as text and not as paths, and write the same ids in every run of this function.
+    # Write letters as text, not as curves, and make the ids equal in every call (hashsalt).
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lightning-dist"}):
         nothing = dict.fromkeys(["Creator", "Date", "Format", "Type"])
         options: dict[str, Any] = {"metadata": nothing, "transparent": True}
@@ -221,7 +222,7 @@ def _figure_of_rows(count: int, inches: float) -> tuple["Figure", "Axes"]:
     """Return a figure and axes for a number of rows; `inches` is the height of a row."""
     from matplotlib.figure import Figure
 
-    # Each side of matplotlib's Agg canvas has at most 65536 pixels.
+    # Matplotlib refuses an image with a side above 65536 pixels; 200 inches are 30000 pixels.
     height = min(1.1 + inches * count, 200.0)
     figure = Figure(figsize=(6.4, height), dpi=150)
     axes = figure.add_axes((0.0, 0.5 / height, 1.0, 1.0 - 0.9 / height))

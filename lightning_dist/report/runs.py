@@ -23,8 +23,8 @@ class Run:
     """The data of a run from its result.json.
 
     ``overrides`` maps each key to its last value, and ``metrics`` maps names to values. ``seconds``
-    is the duration of the run, and ``error`` is the message of a failed run. The last three
-    are None in results of earlier versions, and those of the teacher in a run without a teacher.
+    is the duration of the run, and ``error`` is the message of a failed run. The last three fields
+    are None if an earlier version wrote the file; a run without a teacher has no teacher fields.
     """
 
     folder: Path
@@ -42,7 +42,7 @@ class Run:
 
     @property
     def completed(self) -> bool:
-        """Whether the run ended without an error."""
+        """True if the run ended without an error."""
         return self.status == "completed"
 
     @property
@@ -53,14 +53,14 @@ class Run:
 
 @dataclass(frozen=True)
 class Summary:
-    """A metric over several runs; ``std`` is the sample standard deviation, or None for one run."""
+    """The mean of a metric over runs, and its sample standard deviation (None for one run)."""
 
     numbers: list[float]
     mean: float
     std: float | None
 
     def text(self, runs: int) -> str:
-        """Return ``mean ± std``, and the number of values if only some of `runs` runs have it."""
+        """Return ``mean ± std``; add the number of values if it is less than the number `runs`."""
         text = f"{self.mean:.4g}" + ("" if self.std is None else f" ± {self.std:.4g}")
         return text if len(self.numbers) == runs else f"{text} (of {len(self.numbers)})"
 
@@ -69,7 +69,8 @@ class Summary:
 class Group:
     """Runs that differ in nothing but the seed.
 
-    ``values`` maps each setting that varies between groups to its value; None is the default.
+    ``values`` maps each setting that varies between groups to its value; None means that the runs
+    have the default.
     """
 
     values: dict[str, str | None]
@@ -136,7 +137,7 @@ def read_runs(folders: Folders) -> list[Run]:
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
-    """Group runs, including failed ones, by all overrides that vary except the seed."""
+    """Make one group of all runs, also failed ones, whose overrides differ only in the seed."""
     keys = [key for key in all_keys(run.overrides for run in runs) if key not in _NOT_SETTINGS]
     keys = [key for key in keys if len({run.overrides.get(key) for run in runs}) > 1]
     groups: dict[tuple[str | None, ...], list[Run]] = {}
@@ -153,8 +154,8 @@ def optimized_metric(runs: Sequence[Run], metric: str | None = None) -> str:
         metric: the metric; by default the one that all runs optimise.
 
     Raises:
-        ValueError: if the runs optimise different metrics or none, or no completed run has logged
-            the metric.
+        ValueError: if `metric` is None and the runs do not all optimise one metric, or if the
+            completed runs have logged only other metrics.
     """
     named = {run.metric: run.folder for run in runs if run.metric}
     logged = all_keys(run.metrics for run in runs if run.completed)
@@ -169,14 +170,15 @@ def optimized_metric(runs: Sequence[Run], metric: str | None = None) -> str:
 
 
 def table_metrics(runs: Sequence[Run], metric: str) -> list[str]:
-    """Return the metrics of a table that fits a screen; the CSV file has all metrics.
+    """Return the metrics for a table that fits on a screen; the CSV file has all metrics.
 
     Args:
         runs: the runs, as :func:`read_runs` returns them.
         metric: the metric that the runs are compared by, such as "test/accuracy".
 
     Returns:
-        The given metric, then the other metrics of its split and the teacher's own result.
+        The given metric, then the other metrics of the same split ("test/...") and the teacher's
+        own result ("teacher/accuracy").
     """
     split = metric.rpartition("/")[0]
     metrics = all_keys([{metric: 0}, *(run.metrics for run in runs if run.completed)])

@@ -1,4 +1,4 @@
-"""Test whether two settings differ by more than runs of one setting with different seeds."""
+"""Compare two settings by a paired t-test over the seeds that both have."""
 
 import statistics
 from collections.abc import Sequence
@@ -51,7 +51,7 @@ def compare_groups(groups: Sequence[Group], metric: str) -> list[Comparison]:
 
 
 def numbers_by_seed(group: Group, metric: str) -> dict[str, float]:
-    """Return a dict from seeds to a group's metric, with the mean of completed runs that share one.
+    """Return a dict from each seed to the mean of a metric over the completed runs with that seed.
 
     Args:
         group: the group; its runs without an override of the seed share the seed "(default)".
@@ -75,7 +75,7 @@ def _compare(setting: Group, base: Group, x: dict[str, float], y: dict[str, floa
     mean = float(differences.mean()) if seeds else None
     if len(seeds) < 2:
         return Comparison(setting, base, len(seeds), mean, None, "fewer than 2 common seeds")
-    # The test divides by the variance, which is 0 if the differences are equal up to rounding.
+    # The test divides by the standard deviation of the differences, which would be 0 or rounding.
     if np.ptp(differences) <= 1e-12 * np.abs([first, second]).max():
         return Comparison(setting, base, len(seeds), mean, None, "the differences are identical")
     return Comparison(setting, base, len(seeds), mean, float(ttest_rel(first, second).pvalue))

@@ -1,4 +1,4 @@
-"""Make the table of groups for the console, and the CSV file of runs."""
+"""Make the console's table, one row per group of runs, and the CSV file, one row per run."""
 
 import csv
 from collections.abc import Sequence
@@ -18,24 +18,27 @@ from lightning_dist.report.runs import (
 
 
 def report_table(runs: Sequence[Run], metric: str | None = None) -> Table:
-    """Make a table with one row per group and the ``mean ± std`` of each metric.
+    """Make a table with one row per group, that is per set of runs that differ only in the seed.
+
+    Its columns are the settings that vary, the number of runs, and the ``mean ± std`` of the metric
+    to compare by, of the other metrics of its split, and of the teacher's own result.
 
     Args:
         runs: the runs, as :func:`read_runs` returns them.
-        metric: the metric to compare by, in the first column of metrics; by default the one that
-            all runs optimise.
+        metric: the metric to compare by; by default the one that all runs optimise.
 
     Returns:
         The table, for ``rich.print``; its caption lists the failed runs.
 
     Raises:
-        ValueError: if the runs share no metric.
+        ValueError: if `metric` is None and the runs do not all optimise one metric, or if the
+            completed runs have logged only other metrics.
     """
     groups, metric = group_runs(runs), optimized_metric(runs, metric)
     metrics = table_metrics(runs, metric)
     reasons = [printable(f"failed: {x.folder}: {x.reason}") for x in runs if not x.completed]
-    # rich parses [brackets] in a str as markup, but not in a Text.
-    # A caption is wrapped to the width of its table, which may be narrow.
+    # rich parses [brackets] in a str as markup, but not in a Text. It wraps a caption to the width
+    # of the table, so a table with reasons gets a minimum width.
     caption, width = Text("\n".join(reasons)), 79 if reasons else 0
     table = Table(caption=caption, caption_justify="left", min_width=width)
     for name in [*groups[0].values, "runs", *metrics]:

@@ -1,4 +1,4 @@
-"""Tests of the completion on TAB: the candidates, and the scripts for the shells."""
+"""Tests of the completion with the TAB key: the candidates, and the scripts for the shells."""
 
 import os
 import shutil
@@ -43,7 +43,7 @@ def test_verbs_are_completed():
         ("eval ck", ["ckpt="]),
     ],
 )
-def test_groups_values_and_keys_are_completed(words, expected):
+def test_config_groups_keys_and_values_are_completed(words, expected):
     assert complete(f"lightning-dist {words}") == expected
 
 
@@ -51,12 +51,12 @@ def test_groups_values_and_keys_are_completed(words, expected):
     "words",
     ["train student.channels=", "eval ckpt=", "eval exp", "report ou", "trian ", "train 'e"],
 )
-def test_there_may_be_no_candidates(words):
-    """Without candidates, the shell completes file names."""
+def test_without_a_match_there_are_no_candidates(words):
+    """The shell then completes file names (the user may type a path here)."""
     assert complete(f"lightning-dist {words}") == []
 
 
-def test_configs_of_the_users_own_are_completed(tmp_path):
+def test_configs_in_a_users_folder_are_completed(tmp_path):
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").touch()
     line = f"lightning-dist train --config-dir {tmp_path} experiment=mi"
@@ -64,8 +64,10 @@ def test_configs_of_the_users_own_are_completed(tmp_path):
 
 
 @pytest.mark.parametrize("shell", SHELLS)
-def test_candidates_are_printed_one_a_line_as_the_shell_reads_them(command, capsys, shell):
-    space = " " if shell == "bash" else ""  # The script for bash makes bash add no space.
+def test_candidates_are_printed_one_per_line_for_the_shell(command, capsys, shell):
+    # bash must add no space after "key=", so its script turns this off (nospace). A complete
+    # candidate for bash therefore ends with a space of its own.
+    space = " " if shell == "bash" else ""
     command("completion", shell, "lightning-dist e")
     assert capsys.readouterr().out == f"eval{space}\nexport{space}\n"
     command("completion", shell, "lightning-dist train experiment=digits")
@@ -95,7 +97,10 @@ def test_a_script_has_no_syntax_error(command, capsys, tmp_path, shell):
 
 @pytest.fixture
 def in_bash(tmp_path):
-    """Complete a line in bash as TAB does; return the text that replaces the last word part."""
+    """Return a function that completes a line in bash, as the TAB key does, from the cursor.
+
+    It returns the candidates for the last part of the word (bash splits words at "=" too).
+    """
     if shutil.which("bash") is None:
         pytest.skip("bash is not installed")
     program = tmp_path / "bin" / "lightning-dist"
@@ -132,6 +137,6 @@ def test_bash_completes(in_bash):
     assert in_bash("lightning-dist train trainer.max_e") == ["trainer.max_epochs="]
 
 
-def test_bash_completes_whole_words_where_the_equals_sign_breaks_none(in_bash):
+def test_bash_completes_whole_words_if_it_does_not_split_at_the_equals_sign(in_bash):
     line, setup = "lightning-dist train experiment=digits_", "COMP_WORDBREAKS=${COMP_WORDBREAKS//=}"
     assert in_bash(line, setup) == ["experiment=digits_teacher "]

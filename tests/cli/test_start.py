@@ -1,4 +1,4 @@
-"""Tests that the command starts without the packages that only training needs."""
+"""Tests that commands that do not train import none of the slow packages for training."""
 
 import subprocess
 import sys
@@ -20,7 +20,7 @@ print(status, *sorted({name.partition(".")[0] for name in sys.modules}))
 
 
 def loaded(folder: Path, *arguments: str) -> tuple[int, set[str]]:
-    """Run the command; return its exit status, and the packages that it has imported."""
+    """Run lightning-dist in a new process; return its status and the packages it has imported."""
     run = subprocess.run(
         [sys.executable, "-c", PROGRAM, *arguments],
         cwd=folder,
@@ -44,7 +44,7 @@ def loaded(folder: Path, *arguments: str) -> tuple[int, set[str]]:
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )
-def test_what_needs_no_config_loads_no_library(tmp_path, arguments, status):
+def test_a_command_without_a_config_imports_no_slow_package(tmp_path, arguments, status):
     found, packages = loaded(tmp_path, *arguments)
     assert found == status
     assert not packages & {"torch", "lightning", "hydra", "omegaconf", "timm", "numpy"}

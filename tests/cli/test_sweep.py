@@ -20,8 +20,8 @@ from hydra_plugins.lightning_dist_optuna.sweeper import STUDY, OptunaSweeper, op
 ASSETS = Path(lightning_dist.__file__).parent / "assets"
 QUICK = ["trainer=cpu", "trainer.max_epochs=1", "print_config=false", "callbacks.progress=null"]
 TINY = [*QUICK, "data.train_size=64", "test_teacher=false"]
-# The launcher's workers outlive a sweep, and stay in the folder where they started. So use full
-# paths.
+# joblib's workers also run the jobs of later sweeps, but stay in the folder where they started. So
+# the tests give hydra.sweep.dir as a full path.
 JOBLIB = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
 
 
@@ -65,7 +65,7 @@ def test_twelve_runs_through_joblib_with_loader_workers(command, tmp_path):
 @pytest.mark.parametrize(
     "launcher", [JOBLIB, ["hydra/launcher=submitit_local"]], ids=lambda x: x[0]
 )
-def test_resume_runs_what_is_missing_and_a_failing_job_ends_alone(
+def test_resume_runs_only_missing_jobs_and_a_failing_job_ends_no_other(
     command, ends_badly, tmp_path, launcher
 ):
     sizes, common = "data.train_size=64,100000", [*QUICK, "test_teacher=false"]
@@ -85,14 +85,14 @@ def test_a_sweep_in_a_folder_with_runs_is_refused_before_its_first_job(refused, 
     put_run(tmp_path / "sweep" / "0", "seed=7", status="failed", error="an old one")
     put_run(tmp_path / "sweep" / "5", "seed=8")
     line = refused("train", "-m", "seed=0,1", *TINY, "hydra.sweep.dir=sweep")
-    assert "sweep holds 2 runs already: resume=true goes on with them, or choose another" in line
+    assert "sweep contains 2 runs already: continue with resume=true, or choose another" in line
     assert {path.name for path in (tmp_path / "sweep").iterdir()} == {"0", "5"}
 
 
 def test_a_sweep_whose_report_cannot_be_written_fails_and_counts_its_failures(
     ends_badly, put_run, tmp_path
 ):
-    """The jobs have different metrics."""
+    """The folder has an older run, which optimises another metric. It is counted as a job too."""
     other = put_run(tmp_path / "sweep" / "9", "seed=9", metric="test/miou")
     monitors = "monitor=val/accuracy,val/nothing"
     options = [*TINY, "resume=true", "hydra.sweep.dir=sweep"]
@@ -106,7 +106,7 @@ def test_a_sweep_whose_report_cannot_be_written_fails_and_counts_its_failures(
 
 
 def test_the_command_of_a_trial_runs_alone_without_the_pruning_of_its_search(command, tmp_path):
-    """Without the search there is no callbacks.pruning to override."""
+    """The command in a trial's result leaves out callbacks.pruning, which only a search has."""
     options = [*TINY, "hydra/sweeper=optuna", "hydra.sweeper.n_trials=1", "hydra.sweep.dir=sweep"]
     pruning = ["callbacks.pruning.pruner.n_warmup_steps=1", "~callbacks.pruning.monitor"]
     pruning += ["++callbacks.pruning.monitor=val/accuracy"]
@@ -119,24 +119,25 @@ def test_the_command_of_a_trial_runs_alone_without_the_pruning_of_its_search(com
     assert single["metrics"] == trial["metrics"]
 
 
-def test_a_folder_of_another_run_says_how_to_merge(ends_badly, put_run, tmp_path):
+def test_the_error_for_a_folder_of_another_run_says_how_to_merge(ends_badly, put_run, tmp_path):
     put_run(tmp_path / "run", "seed=7")
     line = ends_badly("train", *TINY, "resume=true", "hydra.run.dir=run")
-    assert "holds another run (seed=7)" in line
+    assert "another run (seed=7)" in line
     assert "another folder (two sweeps are merged by lightning-dist report DIR DIR)" in line
 
 
-# One callback ends the process as an error in C code does, and the other one does nothing.
+# Two jobs: os.abort, called instead of building a callback, kills the process as a crash in C code
+# does; Timer changes nothing.
 DIES = "+callbacks.broken._target_=os.abort,lightning.pytorch.callbacks.Timer"
 
 
 @pytest.mark.slow
-def test_a_killed_job_ends_alone_in_a_process_of_its_own(ends_badly, tmp_path):
+def test_a_killed_job_with_its_own_process_ends_no_other_job(ends_badly, tmp_path):
     options = ["own_process=true", *TINY, f"hydra.sweep.dir={tmp_path}/sweep"]
     assert "1 of 2 jobs failed" in ends_badly("train", "-m", DIES, *options)
     killed, other = results(tmp_path / "sweep")
     assert killed["status"] == "failed"
-    assert killed["error"] == "ended with exit status -6"
+    assert killed["error"] == "the job ended with exit status -6"
     assert other["status"] == "completed"
 
 
@@ -153,7 +154,7 @@ def test_a_launcher_that_loses_a_job_says_what_to_do(ends_badly, tmp_path):
 
 @pytest.fixture
 def with_experiment(tmp_path):
-    """Write a user's experiment, and return the options with which the command finds it."""
+    """Return a function that writes experiment=late and returns the options for its folder."""
 
     def write(text: str) -> list[str]:
         folder = tmp_path / "mine" / "experiment"
@@ -172,7 +173,7 @@ def with_experiment(tmp_path):
         ("  - override /hydra/sweeper: optuna\n", "hydra/sweeper=optuna"),
     ],
 )
-def test_an_experiment_chooses_its_launcher_too_late_for_a_sweep(
+def test_a_sweep_over_experiments_is_refused_if_one_chooses_a_launcher_or_sweeper(
     refused, tmp_path, with_experiment, text, advice
 ):
     options = with_experiment(text)
@@ -183,19 +184,19 @@ def test_an_experiment_chooses_its_launcher_too_late_for_a_sweep(
 
 
 def test_the_papers_sweeps_are_launched(refused, tmp_path):
-    """The sweep configs set the values to sweep over, but they do not choose a sweeper."""
+    """Both jobs of this sweep start, and fail because there is no ImageNet here."""
     line = refused("train", "-m", "+sweep=imagenet", "distill=none", "print_config=false")
-    assert "2 of 2 jobs failed" in line, "for want of ImageNet"
+    assert "2 of 2 jobs failed" in line
 
 
-def test_a_sweep_over_experiments_that_leave_the_launcher_alone_is_launched(
+def test_a_sweep_over_experiments_that_choose_no_launcher_is_launched(
     command, tmp_path, with_experiment
 ):
     command("train", "-m", *with_experiment(""), "experiment=late,digits", *TINY)
     assert len(list(tmp_path.rglob("result.json"))) == 2
 
 
-def test_what_is_not_installed_is_named_with_its_extra(refused, monkeypatch):
+def test_an_error_names_the_extra_of_a_missing_package(refused, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     missing = [
         ("ray", ["-m", "hydra/launcher=ray"]),
@@ -214,7 +215,10 @@ def study(folder: Path) -> list[FrozenTrial]:
 
 @pytest.fixture
 def search(tmp_path):
-    """Run a search without training: a job's result is its number, or its entry in `results`."""
+    """Return a function that runs a search without training.
+
+    A job returns its value in `results`, or its own number if it has no value there.
+    """
 
     class Launcher:
         def __init__(self, results: dict[int, float]) -> None:
@@ -239,7 +243,7 @@ def search(tmp_path):
     return run
 
 
-def test_a_search_that_goes_on_does_not_draw_its_first_trials_again(search):
+def test_a_resumed_search_does_not_draw_its_first_trials_again(search):
     search("x=interval(0.0,1.0)", n_trials=3)
     trials = search("x=interval(0.0,1.0)", n_trials=6, resume=True)
     assert len({trial.params["x"] for trial in trials}) == 6
@@ -259,14 +263,14 @@ def test_a_search_without_trials_or_jobs_is_refused(search, name):
         ("x=interval(1.0,2.0)", "x=tag(log,interval(1.0,2.0))"),
     ],
 )
-def test_a_search_that_goes_on_in_another_space_is_refused(search, tmp_path, first, then):
+def test_a_search_resumed_with_other_kinds_of_values_is_refused(search, tmp_path, first, then):
     before = search(first)
     with pytest.raises(HydraException, match=r"has x in another space.*another hydra.sweep.dir"):
         search(then, n_trials=4, resume=True)
     assert study(tmp_path) == before
 
 
-def test_a_search_ends_with_its_best_trial(search, tmp_path, capsys):
+def test_a_search_prints_its_best_trial_at_its_end(search, tmp_path, capsys):
     results = {0: 0.5, 1: 0.75, 2: float("nan")}
     trials = search("x=interval(0.0,1.0)", "y=1,2", n_trials=3, results=results)
     chosen = f"x={trials[1].params['x']:.4g} y={trials[1].params['y']}"
@@ -274,7 +278,7 @@ def test_a_search_ends_with_its_best_trial(search, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines() == [line]
 
 
-def test_a_search_without_a_completed_trial_has_no_best(search, capsys):
+def test_a_search_without_a_completed_trial_prints_no_best_trial(search, capsys):
     search("x=interval(0.0,1.0)", n_trials=1, results={0: float("nan")})
     assert not capsys.readouterr().out
 
@@ -285,7 +289,7 @@ SEARCH += ["experiment=digits"]
 
 
 @pytest.mark.slow
-def test_a_search_prunes_what_does_not_learn_and_reports_every_validation(command, tmp_path):
+def test_a_search_prunes_trials_that_do_not_learn_and_reports_every_validation(command, tmp_path):
     pruner = "callbacks.pruning.pruner"
     options = ["optimizer.lr=0.0,0.02", f"~{pruner}.n_startup_trials", f"~{pruner}.n_warmup_steps"]
     options += [f"{pruner}._target_=optuna.pruners.ThresholdPruner", f"+{pruner}.lower=0.15"]
@@ -303,14 +307,14 @@ def test_a_search_prunes_what_does_not_learn_and_reports_every_validation(comman
         if trial.params["optimizer.lr"] == "0.0":
             assert trial.state == TrialState.PRUNED
             assert run["status"] == "failed"
-            assert run["error"].startswith(f"Pruned: epoch 0: val/accuracy is {seen[0]:.4g}, not")
+            assert run["error"].startswith(f"Pruned: epoch 0: val/accuracy is {seen[0]:.4g}, and")
         else:
             assert trial.state == TrialState.COMPLETE
             assert trial.value == run["metrics"]["val/accuracy"]
 
 
 @pytest.mark.slow
-def test_a_search_goes_on_where_it_was_interrupted(command, tmp_path):
+def test_a_search_resumes_with_its_unfinished_trial(command, tmp_path):
     options = [*SEARCH, "data.train_size=64", "distill.loss.gamma=2", "distill.weight=1"]
     command("train", "-m", *options, "hydra.sweeper.n_trials=2")
     first = results(tmp_path / "sweep")

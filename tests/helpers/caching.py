@@ -1,4 +1,4 @@
-"""Helpers for the tests of the teacher cache: small data, a trained teacher, the files of views."""
+"""Functions for the tests of the teacher cache: data, a trained teacher, and a cache's files."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ SIZE = 150
 
 
 def digits(**settings) -> DigitsDataModule:
-    """Return a data module of shifted digits."""
+    """Return a data module of digits with random shifts."""
     return DigitsDataModule(augment=True, train_size=SIZE, **settings)
 
 

@@ -1,4 +1,4 @@
-"""A function that composes configs as the command does, each only once because that is slow."""
+"""A function that composes configs as the command does; it caches them, as composing is slow."""
 
 import functools
 
@@ -8,13 +8,13 @@ from omegaconf import DictConfig, OmegaConf
 
 @functools.cache
 def composed(*overrides: str) -> DictConfig:
-    """Return the config that ``lightning-dist train`` would run; do not change it."""
+    """Return the config that ``lightning-dist train`` would run. Copy it before a change."""
     with initialize_config_module("lightning_dist.conf", version_base="1.3"):
         config = compose("train", overrides=list(overrides), return_hydra_config=True)
     config.hydra.runtime.output_dir = "outputs"
     OmegaConf.set_struct(config, False)
     del config.hydra
-    # These contain the path of the run's folder, which comes from the config of Hydra.
+    # These parts refer to Hydra's own config, which was just deleted: do not resolve them later.
     for part in ("callbacks", "logger"):
         config[part] = OmegaConf.to_container(config[part], resolve=False)
     OmegaConf.set_struct(config, True)

@@ -1,4 +1,4 @@
-"""A callback that sends a signal at a fixed place of a run."""
+"""A callback that sends a signal in a given batch of a run."""
 
 import os
 import signal
@@ -7,7 +7,10 @@ from lightning.pytorch import Callback
 
 
 class Send(Callback):
-    """A callback that sends a signal to this process in the batch with the given index."""
+    """A callback that sends a signal to its own process before the backward of a batch.
+
+    `batch` counts the batches of all epochs from 0.
+    """
 
     def __init__(self, number: signal.Signals, batch: int) -> None:
         self.number = number

@@ -1,10 +1,10 @@
-"""Images before and after the student's normalisation, and the normalisation of a teacher."""
+"""A normalisation of the student and one of a teacher, and images for tests of both."""
 
 import torch
 from torchvision.transforms import v2
 
 OURS = {"student_mean": (0.5071, 0.4867, 0.4408), "student_std": (0.2675, 0.2565, 0.2761)}
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # The teacher's normalisation
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # The teacher's normalisation.
 
 
 def raw_images(*size: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""A class that starts processes for a test, and ends them with all processes that they started."""
+"""A class that starts processes for a test and kills them, with their children, at its end."""
 
 import os
 import subprocess
@@ -10,14 +10,14 @@ from contextlib import suppress
 
 import psutil
 
-TIMEOUT = 600  # In seconds; usually a few are enough, but two processes on a busy machine are slow.
+TIMEOUT = 600  # In seconds. A test needs a few seconds, but much more on a busy machine.
 
 
 class Processes:
-    """A context manager that starts Python processes, and kills those that still run at its end.
+    """A context manager that starts Python processes and, at its end, kills those that still run.
 
-    These processes, and all that they start, have an environment variable with a random name. So
-    the processes of other tests, or of other checkouts, are never killed.
+    The started processes and their children are found by an environment variable with a random
+    name. So the processes of other tests are never killed.
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class Processes:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # A process may have started another one after the list was made.
+        # Repeat, because a process may start another one after the list was made.
         while alive := self.alive():
             for process in alive:
                 with suppress(psutil.NoSuchProcess):
@@ -37,7 +37,7 @@ class Processes:
     def start(
         self, *arguments: object, env: dict[str, str] | None = None, **options: object
     ) -> subprocess.Popen:
-        """Start Python with these arguments, and with ``env`` added to the environment."""
+        """Start Python with these arguments, and add ``env`` to its environment variables."""
         command = [sys.executable, *map(str, arguments)]
         return subprocess.Popen(
             command, env=os.environ | (env or {}) | {self._mark: "1"}, text=True, **options
@@ -53,11 +53,11 @@ class Processes:
         return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
     def alive(self) -> list[psutil.Process]:
-        """Return the running processes that were started here, directly or by one another."""
+        """Return the running processes that this object started, and their children."""
         return [process for process in psutil.process_iter() if self._is_marked(process)]
 
     def _is_marked(self, process: psutil.Process) -> bool:
-        with suppress(psutil.Error):  # The process may have ended, or may belong to another user.
+        with suppress(psutil.Error):  # The process has ended, or belongs to another user.
             return self._mark in process.environ()
         return False
 
@@ -66,5 +66,5 @@ def wait_until(condition: Callable[[], bool], timeout: float = TIMEOUT) -> None:
     """Wait until the condition is true; fail after `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while not condition():
-        assert time.monotonic() < deadline, f"not within {timeout} seconds"
+        assert time.monotonic() < deadline, f"the condition was still false after {timeout} seconds"
         time.sleep(0.05)

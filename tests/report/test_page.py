@@ -35,11 +35,12 @@ EVIL = [
     "$\\frac{$",
     "a\x00\x1b[2Jb\ud800\u202ec",
 ]
-SHOWN = [*EVIL[:-1], r"a\x00\x1b[2Jb\ud800\u202ec"]  # Control characters are escaped.
+# The same texts as the page should show them: the control characters of the last one are escaped.
+SHOWN = [*EVIL[:-1], r"a\x00\x1b[2Jb\ud800\u202ec"]
 
 
 class Page(HTMLParser):
-    """A parsed page: its elements with their attributes, and its text."""
+    """A parsed HTML page: the list of its elements with their attributes, and its text."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -59,7 +60,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="session")
 def put_log(put_run: PutRun) -> PutRun:
-    """Write a run with a log of two epochs, as Lightning's CSV logger writes it."""
+    """Return a function that writes a run whose CSV log has two epochs, in Lightning's format."""
 
     def put(folder: Path, *overrides: str, name: str = "val/accuracy", **fields: Any) -> Path:
         put_run(folder, *overrides, **fields)
@@ -107,7 +108,7 @@ def compared(folder: Path) -> list[tuple[str, str, int, float | None, float | No
 
 def test_settings_are_compared_by_a_t_test_paired_by_seed(tmp_path: Path, put_run: PutRun) -> None:
     none, dist = [0.81, 0.86, 0.83], [0.84, 0.91, 0.85]
-    # The seeds have another order, and there is one more seed, which failed on the other side.
+    # The two settings have their seeds in different orders. Seed 7 failed in the second one.
     for seed in (2, 0, 1):
         put_run(tmp_path / f"n{seed}", "distill=none", f"seed={seed}", metrics=of(none[seed]))
     put_run(tmp_path / "n7", "distill=none", "seed=7", metrics=of(0.1))
@@ -119,7 +120,8 @@ def test_settings_are_compared_by_a_t_test_paired_by_seed(tmp_path: Path, put_ru
     gains = [y - x for x, y in zip(none, dist, strict=True)]
     t = statistics.fmean(gains) / (statistics.stdev(gains) / math.sqrt(3))
     assert difference == pytest.approx(statistics.fmean(gains))
-    assert p == pytest.approx(1 - abs(t) / math.sqrt(t * t + 2))  # Student's t, 2 degrees
+    # This is the formula of Student's t distribution for 2 degrees of freedom.
+    assert p == pytest.approx(1 - abs(t) / math.sqrt(t * t + 2))
 
 
 def of(accuracy: float) -> dict[str, float]:
@@ -136,7 +138,7 @@ def of(accuracy: float) -> dict[str, float]:
         ({0: 0.5, 1: math.nan}, {0: 0.6, 1: 0.7}, 2, "a run diverged"),
     ],
 )
-def test_pairs_that_cannot_be_tested_say_why(
+def test_the_page_says_why_a_pair_cannot_be_tested(
     tmp_path: Path, put_run: PutRun, first: dict, second: dict, seeds: int, reason: str
 ) -> None:
     for name, numbers in (("a", first), ("b", second)):
@@ -146,7 +148,7 @@ def test_pairs_that_cannot_be_tested_say_why(
     assert (found, p, said) == (seeds, None, reason)
     write_page(read_runs(tmp_path), tmp_path / "page.html")
     text = Page(tmp_path / "page.html").text
-    # Otherwise no other setting can be compared with it.
+    # The page has no table of pairs if a setting has only one seed, but lists the settings.
     several = min(len(first), len(second)) > 1
     assert (reason if several else "results of fewer than 2 seeds: 2 settings") in text
 
@@ -160,7 +162,8 @@ def test_a_seed_that_ran_twice_counts_once(tmp_path: Path, put_run: PutRun) -> N
     assert seeds == 2
     assert difference == pytest.approx((0.2 + 0.25) / 2)
     t = 0.225 / (statistics.stdev([0.2, 0.25]) / math.sqrt(2))
-    assert p == pytest.approx(1 - 2 / math.pi * math.atan(t))  # Student's t, 1 degree
+    # This is the formula of Student's t distribution for 1 degree of freedom.
+    assert p == pytest.approx(1 - 2 / math.pi * math.atan(t))
 
 
 def test_curves_keep_the_steps_of_their_metric(tmp_path: Path, put_log: PutRun) -> None:
@@ -180,7 +183,7 @@ def test_curves_keep_the_steps_of_their_metric(tmp_path: Path, put_log: PutRun) 
         ("step,x\n1,0.5\n2,inf\n", [0.5, math.nan]),
     ],
 )
-def test_what_a_killed_run_logged_is_read_as_far_as_it_goes(
+def test_a_log_that_a_killed_run_left_unfinished_is_read_up_to_its_damage(
     tmp_path: Path, text: str, values: list[float]
 ) -> None:
     (tmp_path / "logs").mkdir()
@@ -195,7 +198,7 @@ def test_long_curves_keep_their_ends_and_the_page_small(tmp_path: Path, put_log:
     write_report(tmp_path)
     page = tmp_path / "report.html"
     assert Page(page).titles("curves") == ["val/loss"]
-    assert "20000" in Page(page).text  # the axis
+    assert "20000" in Page(page).text  # The axis reaches the last step.
     assert page.stat().st_size < 100_000
 
 
@@ -256,7 +259,7 @@ def test_runs_that_diverged_or_failed_do_not_break_the_page(
 
 @pytest.fixture(scope="module")
 def evil(tmp_path_factory: pytest.TempPathFactory, put_log: PutRun) -> Path:
-    """Write the page of runs with hostile text wherever a text comes from a user or a file."""
+    """Write the page of runs whose names, values and errors all are hostile texts."""
     tmp_path = tmp_path_factory.mktemp("runs")
     for number, text in enumerate(EVIL):
         for seed in range(2):
@@ -292,18 +295,19 @@ def test_hostile_names_are_text_and_nothing_else(evil: Path) -> None:
         assert all(place is None or place.startswith(("#", "data:,")) for place in places)
     lines = page.text.split("\n")
     for text in SHOWN:
-        assert lines.count(text) >= 5  # setting, two commands, two teachers
+        # The text is at least once a setting, twice a command, and twice a teacher.
+        assert lines.count(text) >= 5
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[webdriver.Chrome]:
-    """Start Debian's chromium without a window."""
+    """Start a chromium without a window; Debian's packages have its driver too."""
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if chromium is None or driver is None:
         pytest.skip("no chromium with chromedriver: apt-get install chromium chromium-driver")
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
-    # CI runs as root in a container, which has no sandbox and little shared memory.
+    # As root in a container, chromium can start only without its sandbox and /dev/shm.
     for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"):
         options.add_argument(argument)
     options.add_argument("--window-size=1400,1000")
@@ -330,7 +334,7 @@ def column(browser: webdriver.Chrome, table: str, number: int) -> list[str]:
 
 
 def texts(browser: webdriver.Chrome, selector: str) -> list[str]:
-    """Return the visible text of elements, from top to bottom, in one round trip."""
+    """Return the visible texts of elements, from top to bottom, with one call of the browser."""
     script = """
         const found = [...document.querySelectorAll(arguments[0])];
         found.sort((a, b) => a.getBoundingClientRect().top - b.getBoundingClientRect().top);
@@ -339,7 +343,7 @@ def texts(browser: webdriver.Chrome, selector: str) -> list[str]:
 
 
 def header(browser: webdriver.Chrome, table: str, name: str) -> tuple[WebElement, int]:
-    """Return a column's header and number."""
+    """Return the header of a column and its number, from 1; `name` is the title's first word."""
     names = browser.execute_script(
         f"return [...document.querySelectorAll('#{table} th')].map((head) => head.innerText)"
     )
@@ -348,7 +352,7 @@ def header(browser: webdriver.Chrome, table: str, name: str) -> tuple[WebElement
 
 
 def clicked(browser: webdriver.Chrome, table: str, name: str) -> list[str]:
-    """Click on a column's title, check that only it is marked as sorted, return its texts."""
+    """Click on a column's title, check that only this column is sorted by, return its texts."""
     head, number = header(browser, table, name)
     head.find_element(By.TAG_NAME, "button").click()
     marked = browser.find_elements(By.CSS_SELECTOR, f"#{table} [aria-sort]")
@@ -366,14 +370,15 @@ def test_a_browser_sorts_the_tables_and_shows_the_plots(
     by_name = [["w9", "none"], ["w9", "dist"], ["w10", "none"], ["w10", "dist"]]
     assert [column(browser, "groups", i) for i in (1, 2)] == [list(x) for x in zip(*by_name)]  # noqa: B905
 
-    # First the natural order of text, then the reverse order; the whole row moves.
+    # The first click sorts in the natural order (w9 before w10), the second one in reverse. The
+    # other cells of a row move with it.
     assert clicked(browser, "groups", "net") == ["w9", "w9", "w10", "w10"]
     assert header(browser, "groups", "net")[0].get_attribute("aria-sort") == "ascending"
     assert clicked(browser, "groups", "net") == ["w10", "w10", "w9", "w9"]
     assert header(browser, "groups", "net")[0].get_attribute("aria-sort") == "descending"
     assert column(browser, "groups", 2) == ["none", "dist", "none", "dist"]
 
-    # Numbers are sorted as numbers; a run without a number is last in both orders.
+    # Cells are sorted by their numbers; a run without a number is last in both orders.
     rising = clicked(browser, "runs", "test/accuracy")
     assert rising[-1] == "-"
     assert [float(x) for x in rising[:-1]] == sorted(float(x) for x in rising[:-1])
@@ -404,14 +409,14 @@ def test_a_browser_sorts_the_tables_and_shows_the_plots(
     failed = browser.find_element(By.ID, "failed").text
     assert f"{sweep / '12'}: out of memory" in failed
 
-    # The setting under the pointer is highlighted.
+    # The setting that has the focus is highlighted: the others are faded.
     browser.execute_script("document.querySelector('.legend li').focus()")
     faded = browser.find_elements(By.CSS_SELECTOR, "figure.curves .faded")
     assert {element.get_attribute("data-group") for element in faded} == {"1", "2", "3"}
     assert browser.get_log("browser") == []
 
 
-def test_a_browser_runs_nothing_that_a_name_holds(browser: webdriver.Chrome, evil: Path) -> None:
+def test_a_browser_does_not_run_code_in_names(browser: webdriver.Chrome, evil: Path) -> None:
     asked = opened(browser, evil)
     assert [url for url in asked if not url.startswith("data:")] == [evil.as_uri()]
     for table in ("groups", "runs", "pairs"):
@@ -421,5 +426,5 @@ def test_a_browser_runs_nothing_that_a_name_holds(browser: webdriver.Chrome, evi
     assert len(browser.find_elements(By.TAG_NAME, "script")) == 1
     _, number = header(browser, "runs", "command")
     assert set(SHOWN) <= set(column(browser, "runs", number))
-    # The page's policy did not have to block a request either.
+    # The log is empty, so the Content-Security-Policy did not have to block a request either.
     assert browser.get_log("browser") == []

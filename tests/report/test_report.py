@@ -34,7 +34,7 @@ ACCURACY = {
 }
 
 
-def test_the_teachers_number_stands_beside_the_students(tmp_path: Path, put_run: PutRun):
+def test_the_table_shows_the_teachers_own_result(tmp_path: Path, put_run: PutRun):
     put_run(tmp_path / "0", "distill=none")
     metrics = {"test/accuracy": 0.9, "teacher/accuracy": 0.997, "teacher/loss": 0.1}
     put_run(tmp_path / "1", "distill=dist", metrics=metrics)
@@ -153,13 +153,15 @@ def test_overrides_are_read_as_hydra_writes_them(
     assert set(overrides) == {"lr", key}
 
 
-def test_how_a_run_is_launched_and_shown_is_no_setting(tmp_path: Path, put_run: PutRun) -> None:
+def test_own_process_and_print_config_do_not_separate_groups(
+    tmp_path: Path, put_run: PutRun
+) -> None:
     put_run(tmp_path / "0", "seed=0", "own_process=true", "print_config=false")
     put_run(tmp_path / "1", "seed=1")
     assert rows(report_table(read_runs(tmp_path))) == [["2", "0.9 ± 0"]]
 
 
-def test_the_command_writes_a_merged_report_where_it_is_told(
+def test_the_command_writes_a_merged_report_to_the_folder_out(
     tmp_path: Path, put_run: PutRun, command: Callable[..., None]
 ) -> None:
     put_run(tmp_path / "old" / "0", "seed=0")
@@ -169,7 +171,7 @@ def test_the_command_writes_a_merged_report_where_it_is_told(
     assert os.listdir(tmp_path / "old") == ["0"]
 
 
-def test_key_that_some_runs_leave_alone_is_shown_as_default(
+def test_a_key_that_some_runs_do_not_override_is_shown_as_default(
     tmp_path: Path, put_run: PutRun
 ) -> None:
     put_run(tmp_path / "0", "seed=0")
@@ -197,7 +199,8 @@ def test_failed_runs_are_listed_with_their_reason_and_stay_out_of_the_mean(
     mean = group_runs(runs)[2].summary("test/accuracy")
     assert mean is not None
     assert mean.numbers == ACCURACY["dist"]
-    text = "".join(shown(table).split())  # The caption is as wide as the table, so its lines break.
+    # Remove all spaces, because the caption is wrapped to the width of the table.
+    text = "".join(shown(table).split())
     assert f"failed:{sweep / '9'}:outof\\nmemory" in text
     assert f"failed:{sweep / '10'}:noreasongiven" in text
     assert [text.get_text() for text in plot_runs(runs).axes[0].texts] == ["no result"]
@@ -209,7 +212,7 @@ def test_report_of_failures_only_still_lists_them(tmp_path: Path, put_run: PutRu
     assert (tmp_path / "report.png").exists()
 
 
-def test_metric_that_some_runs_lack_says_how_many_it_averages(
+def test_the_mean_of_a_metric_that_some_runs_lack_says_how_many_have_it(
     tmp_path: Path, put_run: PutRun
 ) -> None:
     for seed, extra in enumerate([{"test/x": 1.0}, {"test/x": 2.0}, {}]):
@@ -217,7 +220,7 @@ def test_metric_that_some_runs_lack_says_how_many_it_averages(
     assert rows(report_table(read_runs(tmp_path))) == [["3", "0.5 ± 0", "1.5 ± 0.7071 (of 2)"]]
 
 
-def test_the_table_shows_the_split_of_its_metric_and_the_csv_everything(
+def test_the_table_shows_one_split_and_the_csv_file_shows_all_metrics(
     tmp_path: Path, put_run: PutRun
 ) -> None:
     put_run(tmp_path / "0", "seed=0", metrics={"test/accuracy": 0.5, "val/accuracy": 0.25})
@@ -226,13 +229,13 @@ def test_the_table_shows_the_split_of_its_metric_and_the_csv_everything(
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
-def test_diverged_run_is_seen_in_the_mean(tmp_path: Path, number: float, put_run: PutRun) -> None:
+def test_the_mean_shows_a_diverged_run(tmp_path: Path, number: float, put_run: PutRun) -> None:
     put_run(tmp_path / "0", "seed=0", metrics={"test/accuracy": number})
     put_run(tmp_path / "1", "seed=1")
     assert rows(write_report(tmp_path)) == [["2", f"{number} ± nan"]]
 
 
-def test_markup_and_control_characters_in_names_are_shown_not_obeyed(
+def test_markup_and_control_characters_in_names_are_shown_as_text(
     tmp_path: Path, put_run: PutRun
 ) -> None:
     markup = "[bold red]x[/] [/oops] [link=https://evil.example]y[/link] $\\frac{$"
@@ -249,7 +252,7 @@ def test_markup_and_control_characters_in_names_are_shown_not_obeyed(
     assert "\\x1b[2J\\ud800" in text
 
 
-def test_csv_has_one_complete_row_a_run(sweep: Path, put_run: PutRun) -> None:
+def test_csv_has_one_complete_row_per_run(sweep: Path, put_run: PutRun) -> None:
     put_run(
         sweep / "9", "distill='a,\"b\"'", "status=mine", status="failed", error="why", metrics={}
     )
@@ -303,7 +306,7 @@ def test_plot_stays_readable_with_many_groups_and_long_names(
     assert height < 2500
 
 
-def test_write_report_fills_the_first_folder_or_out(
+def test_write_report_writes_to_the_first_folder_or_to_out(
     sweep: Path, tmp_path: Path, put_run: PutRun
 ) -> None:
     put_run(tmp_path / "more" / "0", "distill=dist", "experiment=digits", "seed=3")
@@ -362,12 +365,14 @@ def test_wrong_field_is_an_error_that_names_the_file(
         read_runs(tmp_path)
 
 
-def test_fields_of_later_versions_do_no_harm(tmp_path: Path, put_run: PutRun) -> None:
+def test_fields_of_later_versions_are_ignored(tmp_path: Path, put_run: PutRun) -> None:
     put_run(tmp_path / "run", rank=0)
     assert read_runs(tmp_path)[0].checkpoint == "checkpoints/last.ckpt"
 
 
-def test_runs_that_disagree_on_the_metric_need_a_choice(tmp_path: Path, put_run: PutRun) -> None:
+def test_runs_that_optimise_different_metrics_need_a_choice(
+    tmp_path: Path, put_run: PutRun
+) -> None:
     both = {"test/accuracy": 0.9, "val/miou": 0.7}
     put_run(tmp_path / "one", metrics=both)
     put_run(tmp_path / "two", metric="val/miou", metrics=both)
@@ -392,8 +397,9 @@ def test_unknown_metric_is_an_error_that_lists_the_known(
         write_report(tmp_path / "unnamed")
 
 
-def test_import_leaves_slow_packages_alone() -> None:
-    # torchmetrics, which the package imports, imports matplotlib; so compare with an empty parent.
+def test_import_of_the_report_imports_no_slow_package() -> None:
+    # Import it below an empty parent package, because lightning_dist imports torchmetrics, which
+    # imports matplotlib.
     code = """
 import sys, types
 parent = sys.modules["lightning_dist"] = types.ModuleType("lightning_dist")

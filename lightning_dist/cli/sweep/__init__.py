@@ -1,1 +1,1 @@
-"""Parts of sweeps: run a job in its own process, check the launcher, prune trials, report."""
+"""Parts of sweeps: start jobs as processes, check launchers, prune trials, print the report."""

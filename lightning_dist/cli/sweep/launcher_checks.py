@@ -16,8 +16,8 @@ from lightning_dist.cli.errors import fail
 class RefuseSweptLauncher(Callback):
     """Refuse a sweep over config files if one of them sets the launcher or the sweeper.
 
-    Hydra picks both before it composes the configs of the jobs (Hydra issue 2946). It would use the
-    choice of a single experiment file, but ignore the choice in a sweep over several files.
+    Hydra chooses the launcher and the sweeper before it composes the configs of the jobs (Hydra
+    issue 2946). So it would ignore what a config file sets, if the sweep is over several files.
     """
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
@@ -26,8 +26,9 @@ class RefuseSweptLauncher(Callback):
                 if _unresolved(job.hydra[part]) != _unresolved(config.hydra[part]):
                     name = job.hydra.runtime.choices[f"hydra/{part}"]
                     fail(
-                        f"{choice} sets hydra.{part}, which is too late in a sweep over it: choose "
-                        f"it on the command line, as hydra/{part}={name} or hydra.{part}.KEY=VALUE"
+                        f"{choice} sets hydra.{part}, but Hydra chooses the {part} before it reads "
+                        "the config files of a sweep: choose it on the command line, with "
+                        f"hydra/{part}={name} or hydra.{part}.KEY=VALUE"
                     )
 
 

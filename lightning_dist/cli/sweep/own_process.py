@@ -1,4 +1,4 @@
-"""Run a job of a sweep as a separate command, and stop it if the process of the sweep ends."""
+"""Run a job of a sweep as a separate command, and stop the job if the sweep's process ends."""
 
 import os
 import signal
@@ -22,11 +22,11 @@ _POLL_SECONDS = 0.5
 
 
 def run_apart(run: Run) -> None:
-    """Run a job of a sweep as a separate command, so that the sweep survives if it is killed.
+    """Run a job of a sweep as a separate command, so that the sweep continues if the job is killed.
 
-    A run with several processes needs that for two reasons. Subprocess DDP runs the command line
-    again, which would start the whole sweep. And it leaves its rank and port in the environment,
-    from which the next run would read them.
+    A run with several processes always needs this. Subprocess DDP runs the command line again,
+    which would start the whole sweep. It also sets environment variables with its rank and port,
+    which the next run would read.
 
     Args:
         run: the run, whose ``result`` is replaced by the result that the command has written.
@@ -40,14 +40,14 @@ def run_apart(run: Run) -> None:
     overrides += [x for x in hydra.overrides.hydra if not x.startswith("hydra.mode=")]
     overrides += [f'hydra.sweep.dir="{hydra.sweep.dir}"', f'hydra.run.dir="{run.folder}"']
     overrides += config_folders()
-    (run.folder / RESULT_FILE).unlink(missing_ok=True)  # of an earlier attempt
+    (run.folder / RESULT_FILE).unlink(missing_ok=True)  # Delete the result of an earlier attempt.
     status = _run_command(["train", *overrides], hydra.runtime.cwd)
     run.result = read_result(run.folder) or run.result
     if run.result["error"] == UNFINISHED:  # killed, for example by Lightning if another rank failed
-        run.result["error"] = first_error(run.folder) or f"ended with exit status {status}"
+        run.result["error"] = first_error(run.folder) or f"the job ended with exit status {status}"
         write_result(run.folder, run.result)
     if status or run.result["status"] == "failed":
-        raise UserError(run.result["error"] or f"ended with exit status {status}")
+        raise UserError(run.result["error"] or f"the job ended with exit status {status}")
 
 
 def needs_own_process(config: DictConfig) -> bool:
@@ -68,16 +68,16 @@ def needs_own_process(config: DictConfig) -> bool:
 
 
 def end_with_parent(worker: bool) -> None:
-    """Send SIGTERM to this process, so that the run is saved, when the process of its sweep ends.
+    """Make this process save its run and end (SIGTERM) when the process of its sweep ends.
 
     The process of the sweep may be killed, or end with its terminal. Without this signal, the run
     would continue, and another process that resumes the sweep would train the same run.
 
     Args:
-        worker: whether this process is a worker of a launcher, whose parent is the sweep. A command
-            of :func:`run_apart` reads the process id of its sweep from the environment.
+        worker: True if this process is a worker that a launcher started from the sweep's process.
+            A command of :func:`run_apart` has the sweep's process id in an environment variable.
     """
-    named = os.environ.pop(_PARENT, None)  # not passed on to processes that this one starts
+    named = os.environ.pop(_PARENT, None)  # Processes that this one starts do not inherit it.
     if named is None and not worker:
         return
     parent = os.getppid() if named is None else int(named)

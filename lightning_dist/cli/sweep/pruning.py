@@ -1,4 +1,4 @@
-"""`PruneTrial`: report the validations of an Optuna trial, and end the trial early if it lags."""
+"""`PruneTrial`: report the validations of an Optuna trial, and end a trial that Optuna prunes."""
 
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,11 @@ from lightning_dist.cli.errors import UserError
 
 
 class Pruned(UserError):  # noqa: N818 - it is no error
-    """Raised to end a trial early, when its pruner does not expect a good result."""
+    """The exception that ends a trial early, because its pruner does not expect a good result."""
 
 
 class PruneTrial(Callback):
-    """Report ``monitor`` after each validation, and end a run that lags behind the other trials.
+    """Report ``monitor`` after each validation, and end the run if the pruner decides so.
 
     Args:
         storage: the journal file of the sweeper.
@@ -26,7 +26,7 @@ class PruneTrial(Callback):
 
     Raises:
         UserError: before training, if the journal file does not exist.
-        Pruned: after a validation, in all processes of the run, if the trial lags.
+        Pruned: after a validation, in all processes of the run, if the pruner ends the trial.
     """
 
     def __init__(self, storage: str, trial: int, monitor: str, pruner: Any) -> None:
@@ -37,7 +37,10 @@ class PruneTrial(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not self.storage.exists():
-            raise UserError(f"there is no study {self.storage}: hydra/sweeper=optuna needs -m")
+            raise UserError(
+                f"there is no study {self.storage}: hydra/sweeper=optuna needs the option -m, so "
+                "that the sweeper creates the study"
+            )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
@@ -51,8 +54,8 @@ class PruneTrial(Callback):
         hopeless = trainer.is_global_zero and self._report(trainer.current_epoch, value)
         if trainer.strategy.reduce_boolean_decision(hopeless, all=False):
             raise Pruned(
-                f"epoch {trainer.current_epoch}: {self.monitor} is {value:.4g}, not enough for "
-                f"{type(self.pruner).__name__}"
+                f"epoch {trainer.current_epoch}: {self.monitor} is {value:.4g}, and "
+                f"{type(self.pruner).__name__} ended the trial"
             )
 
     def _report(self, epoch: int, value: float) -> bool:

@@ -25,8 +25,8 @@ class ReportAfterSweep(Callback):
         runs = len(list(folder.rglob(RESULT_FILE)))
         if runs:
             fail(
-                f"{folder} holds {runs} run{'s' * (runs > 1)} already: resume=true goes on with "
-                "them, or choose another hydra.sweep.dir"
+                f"{folder} contains {runs} run{'s' * (runs > 1)} already: continue with "
+                "resume=true, or choose another hydra.sweep.dir"
             )
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
@@ -36,7 +36,7 @@ class ReportAfterSweep(Callback):
         reasons = []
         try:
             print_report([folder], folder)
-        except (ValueError, OSError) as error:  # Hydra 1.3 would only log a warning
+        except (ValueError, OSError) as error:  # Hydra 1.3 would log a warning and end with 0.
             reasons.append(f"there is no report: {error}")
         # An unreadable result counts as a failed job.
         results = [
