@@ -1,4 +1,4 @@
-"""Taps: find a sub-module by path, record its outputs, and take the logits from an output."""
+"""Functions that find a sub-module by its path, record its outputs and find logits in them."""
 
 import copy
 import difflib
@@ -14,7 +14,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-# Names of the logits in Hugging Face's outputs and those of torchvision's segmentation networks.
+# Hugging Face's models call the logits in their output "logits", torchvision's segmentation
+# networks call them "out".
 _LOGITS = ("logits", "out")
 
 
@@ -62,8 +63,8 @@ class Recording:
 
     Attributes:
         root: the network.
-        outputs: a dict from each path to the snapshots of its calls with a gradient, in the order
-            of the calls.
+        outputs: a dict from each path to snapshots of the sub-module's outputs, one for each call
+            while gradients were enabled, in the order of the calls.
         without_grad: the paths of sub-modules that were also called without a gradient, as under
             ``torch.no_grad()``; such a call cannot train anything.
     """
@@ -73,7 +74,7 @@ class Recording:
     without_grad: set[str] = field(default_factory=set)
 
     def is_frozen(self, path: str) -> bool:
-        """Return whether no parameter of a sub-module trains.
+        """Return True if no parameter of a sub-module has ``requires_grad=True``.
 
         For a sub-module without parameters, the parameters of the whole network are checked.
         """
@@ -114,7 +115,7 @@ def recording(root: nn.Module, paths: Sequence[str]) -> Iterator[Recording]:
 def logits_of(output: Any, entry: str | int | None = None) -> Tensor:
     """Return the logits in the output of a network or of one of its parts.
 
-    Terms, class maps, ensembles, evaluation and export all use this function.
+    Losses, the teacher's ``class_map``, ensembles, evaluation and export all use this function.
 
     Args:
         output: a tensor, or any container of tensors, or a :class:`Snapshot` of one.
@@ -136,9 +137,9 @@ def logits_of(output: Any, entry: str | int | None = None) -> Tensor:
         chosen = logits_of(output.output, entry)
         if output.versions.get(id(chosen), version_of(chosen)) != version_of(chosen):
             raise ValueError(
-                "the output was changed in place after its part returned it: change it out of "
-                "place (z = z / t instead of z /= t, ReLU(inplace=False)), or let the term compare "
-                "the part that changes it"
+                "the output was changed in place after the sub-module returned it: use an "
+                "operation that is not in place (z = z / t instead of z /= t, "
+                "ReLU(inplace=False)), or let the Term name the sub-module that makes the change"
             )
         return chosen
     if isinstance(output, Tensor):
@@ -150,8 +151,9 @@ def logits_of(output: Any, entry: str | int | None = None) -> Tensor:
         has = f" with {sorted(map(str, output))}" if isinstance(output, Mapping) else ""
         wanted = "none of 'logits' and 'out'" if entry is None else f"no entry {entry!r}"
         raise ValueError(
-            f"the output is a {type(output).__name__}{has} and has {wanted}: set the term's "
-            "output, or let the network return a tensor or one of these"
+            f"the output is a {type(output).__name__}{has} and has {wanted}: let the "
+            "network return a tensor, or something with 'logits' or 'out'; in a Term, the option "
+            "'output' can also name the entry"
         ) from None
     if not isinstance(chosen, Tensor):
         raise ValueError(f"entry {found!r} of the output is a {type(chosen).__name__}, no tensor")
@@ -235,7 +237,7 @@ def refuse_shared_tensors(teacher: nn.Module, module: LightningModule) -> None:
 
 
 def _default_entry(output: Any) -> str | int:
-    """Return the default entry of the logits; the output may not have this entry."""
+    """Return the usual entry of the logits, which the output possibly does not have."""
     for name in _LOGITS:
         if hasattr(output, name) or (isinstance(output, Mapping) and name in output):
             return name
@@ -256,7 +258,7 @@ def version_of(tensor: Tensor) -> int:
 
 
 def copy_tensors(inputs: Any) -> Any:
-    """Return inputs with a copy of each tensor and, around it, of each container and object.
+    """Return the inputs with cloned tensors, in new containers and shallow copies of objects.
 
     Args:
         inputs: nested containers, mappings of any class, and objects with tensors as attributes.
@@ -265,7 +267,7 @@ def copy_tensors(inputs: Any) -> Any:
 
 
 def tensors_in(inputs: Any) -> list[Tensor]:
-    """Return the tensors in inputs, as :func:`copy_tensors` finds them."""
+    """Return all tensors in nested containers and in the attributes of objects."""
     leaves = [x for leaf in tree_leaves(inputs) for x in (leaf, *_parts(leaf).values())]
     return [x for x in leaves if isinstance(x, Tensor)]
 
@@ -286,7 +288,7 @@ def _copied(leaf: Any) -> Any:
 
 
 def _parts(leaf: Any) -> dict[Any, Any]:
-    """Return the items of a mapping that torch does not take for a container, or attributes."""
+    """Return the items of a mapping of a class unknown to torch, or the attributes of an object."""
     if isinstance(leaf, Tensor):
         return {}
     return dict(leaf) if isinstance(leaf, Mapping) else dict(getattr(leaf, "__dict__", {}))

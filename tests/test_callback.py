@@ -670,7 +670,9 @@ def test_an_output_without_the_entry_is_refused(make_trainer):
         def forward(self, inputs):
             return {"scores": super().forward(inputs)}
 
-    message = r"with \['scores'\] and has none of 'logits' and 'out': set the term's output"
+    message = (
+        r"with \['scores'\] and has none of 'logits' and 'out': let the network return a tensor"
+    )
     refused(make_trainer, message, teacher=Dict(6, 4))
 
 
@@ -681,7 +683,7 @@ def test_an_output_that_is_changed_in_place_is_refused(make_trainer):
             logits /= 0.1
             return F.cross_entropy(logits, batch[1])
 
-    message = "term 'distill' of 'net'.*was changed in place after its part returned it"
+    message = "term 'distill' of 'net'.*was changed in place after the sub-module returned it"
     refused(make_trainer, message, Scaling())
 
 

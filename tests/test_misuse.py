@@ -93,7 +93,7 @@ MISUSES: dict[str, tuple[Callable[..., Any], type[Exception], str]] = {
     "maps to mimic differ": (
         lambda _: FeatureMimic(3, 5)(torch.zeros(1, 3, 4, 4), torch.zeros(1, 5, 2, 2)),
         ValueError,
-        "compare maps of one size",
+        "choose maps of the same height",
     ),
     # The teacher
     "class map empty": (

@@ -58,7 +58,7 @@ def test_an_entry_is_a_key_an_attribute_or_an_index():
     assert logits_of({"a": LOGITS}, "a") is LOGITS
     assert logits_of(SimpleNamespace(a=LOGITS), "a") is LOGITS
     assert logits_of((OTHER, LOGITS), 1) is LOGITS
-    with pytest.raises(ValueError, match="has no entry 2: set the term's output"):
+    with pytest.raises(ValueError, match="has no entry 2: let the network return a tensor"):
         logits_of((OTHER, LOGITS), 2)
 
 

@@ -35,7 +35,8 @@ FORMATS = {
     "onnx": "student.onnx",
 }
 
-# Arguments of timm.create_model that it does not pass to the network.
+# Arguments of timm.create_model that are not written to model_args: num_classes has an entry of its
+# own in config.json, and the others are not for the network.
 _OF_CREATION = ("model_name", "num_classes", "cache_dir", "checkpoint_path")
 # Entries of timm's pretrained_cfg that describe the published weights, not the student's weights.
 _OF_OTHER_WEIGHTS = (
@@ -66,18 +67,18 @@ def export_student(
     ``safetensors``, in ``metadata_props`` of ``onnx``, in the extra file ``metadata.json`` of
     ``torch_export``. For ``timm``, only facts for which ``config.json`` has an entry are stored.
 
-    All formats except ``safetensors`` are read back and compared with the network on random images,
-    with other batch sizes than in tracing. An output may differ by at most 1e-5 plus 1e-5 times the
-    largest output. The file is renamed to its path only after that, so that it is never incomplete
-    or wrong.
+    The file is first written to a temporary folder. Except for ``safetensors``, it is then read and
+    its outputs on random images are compared with the student's, if possible with other batch sizes
+    than in tracing. No value may differ by more than 1e-5 plus 1e-5 times the largest absolute value
+    of the student's output. After that, the file is moved to ``path``.
 
     - ``safetensors``: the weights of any network. To load them, build the network with its own
       code.
     - ``timm``: a folder for ``timm.create_model("local-dir:FOLDER", pretrained=True)``, if the
       student is a network of timm.
     - ``torch_export``: the network's graph, for ``torch.export.load(path).module()``. It takes
-      float32 images (N, C, H, W) and returns logits. If the network returns a mapping, the graph
-      returns the entry ``out`` of the mapping.
+      float32 images (N, C, H, W) and returns logits. If the network does not return a tensor,
+      the graph returns the entry ``logits`` or ``out`` or the first item.
     - ``onnx``: the same graph, from ``images`` to ``logits``. The graph of a torchvision detector
       takes one ``image`` (3, H, W) of any size and returns ``boxes``, ``labels`` and ``scores``.
 
@@ -97,7 +98,7 @@ def export_student(
             start at 0. The default is 1 for a two-stage detector, whose label 0 is the background,
             and 0 for other detectors.
         dynamic_size: allow images of any height and width in the graph of ``torch_export`` and
-            ``onnx``. (The number of images is always free.)
+            ``onnx``. (The batch size can always vary, but a detector takes one image.)
         extra: a dict of further facts to store, with values that JSON supports.
 
     Returns:
@@ -279,8 +280,8 @@ def _check_channels(channels: int, **statistics: Sequence[float] | None) -> None
     for name, values in statistics.items():
         if values is not None and len(values) not in (1, channels):
             raise ValueError(
-                f"{name} has {len(values)} entries and input_size {channels} channels: give one "
-                "for each, or one for all"
+                f"{name} has {len(values)} entries, but input_size has {channels} channels: give "
+                "one entry for each channel, or one entry for all"
             )
 
 

@@ -8,15 +8,15 @@ from lightning_dist.losses.functional import Activation, dist_loss, kd_loss, wit
 
 
 class DISTLoss(nn.Module):
-    """The DIST loss: the student learns the teacher's relations between classes and samples.
+    """The DIST loss: student and teacher shall correlate over the classes and over the samples.
 
     Args:
         tau: the temperature, above 0.
         beta: the weight of the inter-class term (correlation over classes, for each sample).
         gamma: the weight of the intra-class term (correlation over the batch, for each class).
         activation: ``"softmax"``, ``"sigmoid"`` for heads with one binary decision for each class,
-            or ``"identity"``. With ``None`` the task chooses: sigmoid for one-stage detectors,
-            softmax for everything else.
+            or ``"identity"``. ``None`` means softmax, but
+            :class:`DetectionModule` replaces it by sigmoid for one-stage detectors.
         sync: compute the correlations over the joined batch of all ranks. The paper's code computes
             them over the batch of each rank (``sync=False``).
         eps: a number that is added to the denominator of each correlation.
@@ -176,8 +176,8 @@ class FeatureMimic(nn.Module):
         projected = self.projection(student)
         if projected.shape != teacher.shape:
             raise ValueError(
-                f"the student's map is projected to {tuple(projected.shape)} and the teacher's is "
-                f"{tuple(teacher.shape)}: compare maps of one size, with teacher_channels="
-                f"{teacher.shape[1]}"
+                f"the student's map has the shape {tuple(projected.shape)} after the projection, "
+                f"but the teacher's map has {tuple(teacher.shape)}: choose maps of the same height "
+                f"and width, and teacher_channels={teacher.shape[1]}"
             )
         return F.mse_loss(projected.float(), without_inference(teacher).float())

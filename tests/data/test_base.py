@@ -1,4 +1,4 @@
-"""Tests that batches of a data module can be repeated: order, pixels, shards and resumes."""
+"""Tests that a data module gives the same batches in every run, also after a resume."""
 
 import itertools
 import random
@@ -41,7 +41,7 @@ class Noisy(Dataset):
 class NoisyData(ImageDataModule):
     num_classes = 2
     class_names = None
-    location = "thin air"
+    location = "a made-up folder"
 
     def __init__(self, length: int = SAMPLES, **settings: Any) -> None:
         super().__init__(global_batch_size=4, **settings)
@@ -110,7 +110,7 @@ def fit(data: ImageDataModule, make_trainer: Callable[..., L.Trainer], **kwargs:
 
 
 def on_rank(rank: int, **settings: Any) -> ImageDataModule:
-    """Return the data module as one of two processes has it."""
+    """Return a data module that believes to be in process `rank` of two processes."""
     data = NoisyData(**settings)
     data.trainer = SimpleNamespace(distributed_sampler_kwargs={"num_replicas": 2, "rank": rank})
     return data
@@ -120,7 +120,7 @@ def on_rank(rank: int, **settings: Any) -> ImageDataModule:
 def test_epoch_has_the_same_order_and_draws_in_every_fresh_module(num_workers: int) -> None:
     expected = epoch_of(NoisyData(), epoch=3)
     data = NoisyData(num_workers=num_workers)
-    for epoch in (0, 3):  # The workers stay alive between the epochs.
+    for epoch in (0, 3):  # An earlier epoch must not change the batches of epoch 3.
         batches = epoch_of(data, epoch)
     assert torch.equal(batches, expected)
 
@@ -277,7 +277,7 @@ def test_setup_opens_only_what_the_stage_reads() -> None:
 
 
 def test_empty_set_is_an_error_that_names_its_place() -> None:
-    with pytest.raises(ValueError, match="the train set of thin air is empty"):
+    with pytest.raises(ValueError, match="the train set of a made-up folder is empty"):
         NoisyData(length=0).setup("fit")
 
 
@@ -313,7 +313,7 @@ def test_tensor_images_take_every_crop_and_both_sides_and_nothing_else() -> None
     taken = [dataset[2, epoch][0] for epoch in range(400)]
     times = [sum(torch.equal(one, other) for other in taken) for one in possible]
     assert sum(times) == 400
-    assert min(times) > 5  # The expected number is 22.
+    assert min(times) > 5  # Each of the 18 images is expected 400 / 18 = 22 times.
 
 
 def test_tensor_images_are_the_same_whatever_batch_they_come_in() -> None:

@@ -324,7 +324,7 @@ REFUSED = {
     "a mean of other channels": (
         lambda: SmallCNN([4, 8]),
         {"format": "torch_export", "mean": [0.1, 0.2]},
-        "mean has 2 entries and input_size 1 channels: give one for each, or one for all",
+        "mean has 2 entries, but input_size has 1 channels: give one entry for each channel",
     ),
     "an output without logits": (
         Scores,
