@@ -69,8 +69,8 @@ def export_student(
 
     The file is first written to a temporary folder. Except for ``safetensors``, it is then read and
     its outputs on random images are compared with the student's, if possible with other batch sizes
-    than in tracing. No value may differ by more than 1e-5 plus 1e-5 times the largest absolute value
-    of the student's output. After that, the file is moved to ``path``.
+    than in tracing. No value may differ by more than 1e-5 plus 1e-5 times the largest absolute
+    value of the student's output. After that, the file is moved to ``path``.
 
     - ``safetensors``: the weights of any network. To load them, build the network with its own
       code.
