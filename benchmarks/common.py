@@ -130,7 +130,7 @@ def torchdistill_loss() -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def show(table: Table, *lines: str) -> None:
-    """Print a table and lines below it, at least 130 columns wide even in a narrower terminal."""
+    """Print a table, and lines below it; use at least 130 columns, even in a narrower terminal."""
     console = Console()
     console.width = max(console.width, 130)
     console.print(table)

@@ -1,20 +1,21 @@
 """Measure speed, memory and accuracy of DISTLoss: ``python -m benchmarks.loss [--quick]``.
 
-For each shape of logits, 3 * randn and once 0.01 * randn in float32, it measures forward and
-backward to the student's logits. "Ours" is this package's DISTLoss.
+The logits are float32: 3 * randn for each shape, and 0.01 * randn for one shape. It measures the
+forward and the backward to the student's logits. "Ours" is this package's DISTLoss. A bar is the
+limit that a result should meet.
 
-- Speed is the time of another loss divided by ours, so above 1 ours is faster. The other losses are
-  torchdistill's DISTLoss and a KL divergence (log_softmax and kl_div). All run interleaved in this
-  process, and the ratio is the median over the rounds. torchdistill takes matrices, so dense logits
-  are permuted for it.
-- Memory is the peak beyond the two inputs, with the gradient, in units of one logits tensor. It
-  comes from PyTorch's allocation events. The bar is for the eager operator, which streams over
-  blocks; when compiled, inductor stores about two more tensors.
+- Speed is the time of another loss divided by the time of ours: above 1, ours is faster. The other
+  losses are torchdistill's DISTLoss and a KL divergence (log_softmax and kl_div). All run
+  interleaved in this process, and the ratio is the median over the rounds. torchdistill takes
+  matrices, so dense logits are permuted for it.
+- Memory is the peak in addition to the two inputs, including the gradient, in units of one logits
+  tensor. It is computed from PyTorch's allocation events. The bar is for the loss that is not
+  compiled, which works block by block; the compiled loss stores about two more tensors.
 - Gradient error is the largest difference from the float64 gradient, divided by that gradient's
-  largest entry. Ours is compared with the authors' formulation, and torchdistill with itself in
-  float64, because it uses eps in another way.
-  With two classes or nearly uniform logits the softmax itself loses digits: the bar is then twice
-  the error of the authors' formulation in float32.
+  largest entry. Ours is compared with the authors' formula, and torchdistill with itself in
+  float64, because torchdistill uses eps in another way. With two classes or nearly uniform logits,
+  a float32 softmax is less exact: the bar is then twice the error of the authors' formula in
+  float32.
 
 The bars are for the CPU. On a GPU (``--device cuda``) the blocks and the memory are larger.
 
@@ -79,7 +80,7 @@ class Row(NamedTuple):
 
     @property
     def loses_digits(self) -> bool:
-        """Return whether the softmax itself loses digits at this shape and scale."""
+        """Return whether a float32 softmax is less exact at this shape and scale."""
         return self.shape[1] == 2 or self.scale != SCALE
 
     def speed(self, slower: str, faster: str) -> float:
@@ -112,7 +113,7 @@ def measure(
         seconds: duration of the timing.
         device: "cpu" or "cuda".
     """
-    torch._dynamo.reset()  # otherwise it compiles dynamic shapes from the second shape on
+    torch._dynamo.reset()  # Else torch.compile would use dynamic shapes from the second shape on.
     generator = torch.Generator().manual_seed(0)
     student, teacher = (
         scale * torch.randn(shape, generator=generator).to(device) for _ in range(2)
@@ -200,7 +201,7 @@ def verdict(results: list[Row], device: str) -> list[str]:
         lossy = [row.error[name] / row.error[PLAIN] for row in results if row.loses_digits]
         if lossy:
             over = judged(max(lossy), "<= 2", max(lossy) <= 2)
-            line.append(f"over the plain formula's with two classes or uniform logits {over}")
+            line.append(f"divided by the authors' with two classes or uniform logits {over}")
         lean = [row.memory[name] for row in results if row.shape in MEMORY_BAR_SHAPES]
         if lean and name == OURS:
             line.append(f"memory {judged(max(lean), '<= 1.3', max(lean) <= 1.3)}")
@@ -233,8 +234,8 @@ def main() -> None:
         where = torch.cuda.get_device_name(options.device)
     show(
         table_of(results),
-        f"{where}, torch {torch.__version__}; the memory meter reads "
-        f"{meter:.2f} tensors for y = x.exp()",
+        f"{where}, torch {torch.__version__}; the measured memory of y = x.exp(), which is 1 "
+        f"tensor, is {meter:.2f}",
         *verdict(results, options.device),
     )
 

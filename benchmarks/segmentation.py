@@ -6,9 +6,9 @@ resolution, and the backward. The student is a DeepLabV3-ResNet18 with 19 classe
 both heads (stride 8), and with torchdistill's DISTLoss. The teacher's logits are computed before,
 so their memory is not included.
 
-The peak of the step is computed from the events of PyTorch's CPU allocator. The last column
-measures each loss without the rest of the step, because other memory can hide it. The column
-contains the peak in addition to the inputs, in units of the logits' bytes.
+The peak of the step is computed from the events of PyTorch's CPU allocator. If another part of the
+step needs more memory, the loss does not change this peak. So the last column has the peak of each
+loss without the rest of the step, in addition to its inputs, in units of the logits' bytes.
 """
 
 import torch
@@ -48,7 +48,7 @@ def main() -> None:
         total.backward()
 
     one = 4 * shape.numel()  # the bytes of the logits of one head
-    step(None)  # allocates the parameters' gradients, which all later steps keep
+    step(None)  # This allocates the gradients of the parameters, which later steps reuse.
     table = Table(title=f"DeepLabV3-ResNet18, {tuple(images.shape)}, logits {tuple(shape)}")
     for column in ("loss", "peak of the step, MB", "added to it", "used by the loss alone"):
         table.add_column(column, justify="left" if column == "loss" else "right")

@@ -12,9 +12,10 @@ and 100 classes. It runs in
   Trainer, and the teacher's forward without gradients. They are timed separately, and their times
   are added.
 
-Each round runs a few steps of every contestant and uses the median, without the first steps. A
-ratio is the median over the rounds, with quartiles to estimate the noise. "Ours" is the callback.
-It counts as slower than another library if it was slower in three of four rounds.
+Each round runs a few steps of every contestant, and takes the median of all but the first steps. A
+ratio is the median over the rounds, with quartiles to estimate the noise. "Ours" is the callback,
+which counts as slower than another library if it was slower in at least three quarters of the
+rounds.
 """
 
 import logging
@@ -37,7 +38,7 @@ from lightning_dist import DistillationCallback, DISTLoss
 from lightning_dist.models.cifar import resnet8, resnet20
 
 Batch = tuple[Tensor, Tensor]
-# A function that trains on batches and returns the start time of each batch.
+# A contestant: a function that trains on batches and returns the start time of each batch.
 Run = Callable[[list[Batch]], list[float]]
 
 SECONDS, LEAST_ROUNDS, STEPS, WARM_UP = 150.0, 4, 6, 2
@@ -83,7 +84,7 @@ def sgd(network: nn.Module) -> torch.optim.SGD:
 
 
 def lightning(*callbacks: Callback) -> Run:
-    """Return a contestant that trains by ``fit``, with a new Trainer for each call."""
+    """Return a contestant that trains with ``fit``, and creates a new Trainer for each call."""
     module = Classifier()
 
     def run(batches: list[Batch]) -> list[float]:

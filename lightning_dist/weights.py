@@ -82,7 +82,7 @@ def load_weights(
             },
         ),
         *_listed(
-            "without plain values",
+            "on the meta device or sparse",
             {name for name, x in state.items() if x.is_meta or x.layout != torch.strided},
         ),
     ]
@@ -123,9 +123,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         raise ValueError(
-            f"{path} is damaged or holds {found[1] if found else 'code'} beside tensors. Such "
-            "objects can run code and are never loaded. Where the file was written, save the "
-            "weights alone: safetensors.torch.save_file(network.state_dict(), path)"
+            f"{path} is damaged, or contains {found[1] if found else 'code'} beside tensors. Such "
+            "objects can run code and are never loaded. Save only the weights, in the program that "
+            "wrote the file: safetensors.torch.save_file(network.state_dict(), path)"
         ) from error
     except PermissionError:
         raise
@@ -140,8 +140,8 @@ def _refuse_strange_archive(file: Path) -> None:
     """Raise an error if the file is a zip archive that torch.save cannot have written.
 
     torch.save does not compress. Without compressed entries, a small file cannot fill the memory.
-    A path that leads out of the archive is harmless here, because torch reads the entries into
-    memory. But a program that unpacks the file would write a file outside its target folder.
+    An entry with a path such as ``../x`` is harmless here, because torch reads entries into memory.
+    But a program that unpacks the archive would write a file outside its target folder.
 
     Raises:
         ValueError: if an entry is compressed, overlaps with another entry, or has a path that leads
@@ -189,7 +189,7 @@ def _unwrap(contents: Mapping[str, Any], path: str | Path) -> dict[str, Tensor]:
 
 
 def _strip(state: dict[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Remove a prefix of one or two levels, so that as many names as possible fit the network."""
+    """Remove one or two of the prefixes, so that as many names as possible fit the network."""
 
     def fitting(prefix: str) -> int:
         return sum(prefix + name in state for name in expected)
@@ -212,7 +212,7 @@ def _listed(what: str, names: set[str]) -> list[str]:
 
 
 def _advice(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
-    """Return advice for the error message: set num_classes, if only the number differs."""
+    """Return advice for the error message: set num_classes, if only the class numbers differ."""
     heads = set()
     same_names = state.keys() == expected.keys()
     for name in expected.keys() & state.keys():

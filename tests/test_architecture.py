@@ -1,4 +1,7 @@
-"""Tests of the package's structure: the imports between its parts, and the length of its code."""
+"""Tests of the package's structure: the imports between its rooms, and the length of its code.
+
+A room is a folder of the package, or a file at its top.
+"""
 
 import ast
 from collections.abc import Iterator
@@ -16,7 +19,7 @@ LEAVES = {"data", "models"}
 CORE = {"callback", "functional", "losses", "module", "tasks", "teacher", "terms", "training"}
 WINGS = {"cache", "export", "report", "resume"}
 
-# The parts from the lowest to the highest: a part imports only from parts that come before it.
+# The rooms from the lowest to the highest: a room imports only from rooms that come before it.
 FLOORS = (
     *("checks", "taps", "weights", "losses", "functional", "data", "models", "teacher", "terms"),
     *("training", "callback", "module", "tasks", "cache", "resume", "export", "report"),
@@ -25,12 +28,12 @@ FLOORS = (
 
 
 def room(file: Path) -> str:
-    """Return the folder of the package, or the file at its top, to which a file belongs."""
+    """Return the room to which a file belongs."""
     return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
 def imported_rooms(file: Path) -> Iterator[str]:
-    """Return the parts of the package that a file imports, including imports within functions."""
+    """Yield the rooms that a file imports, also within functions."""
     for node in ast.walk(ast.parse(file.read_text())):
         names = []
         if isinstance(node, ast.ImportFrom):
@@ -44,13 +47,16 @@ def imported_rooms(file: Path) -> Iterator[str]:
 
 
 def arrows() -> set[tuple[str, str]]:
-    """Return the pairs of parts of which the first imports the second, without ``__init__.py``."""
+    """Return the pairs of rooms of which the first imports the second.
+
+    The package's own ``__init__.py`` is left out, because it may import from every room.
+    """
     files = [file for file in FILES if room(file) != "__init__"]
     pairs = {(room(file), imported) for file in files for imported in imported_rooms(file)}
     return {(first, second) for first, second in pairs if first != second}
 
 
-def test_every_room_stands_on_a_floor():
+def test_every_room_is_in_the_list_of_floors():
     assert {room(file) for file in FILES} == set(FLOORS)
 
 
@@ -69,7 +75,7 @@ def test_a_room_imports_only_from_rooms_below_it():
     ],
     ids=["core-wings", "leaves-core", "core-leaves", "wings-cli"],
 )
-def test_rooms_that_must_not_be_imported_are_not(importers, never):
+def test_some_rooms_never_import_some_others(importers, never):
     assert not [pair for pair in arrows() if pair[0] in importers and pair[1] in never]
 
 

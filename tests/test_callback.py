@@ -31,7 +31,7 @@ BATCH = 8
 
 
 class Plain(L.LightningModule):
-    """A module as users write it, without anything about distillation."""
+    """A module as users write it, with no code for distillation."""
 
     def __init__(self, net: nn.Module | None = None) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ def fitted(trainer, module=Plain, loader=None) -> Plain:
 
 
 def plain_loop(teacher, steps: int = 4, weight: float = 2.0, task_weight: float = 1.0, loss=None):
-    """Train in the same way without Lightning: the independent source for weights and losses."""
+    """Train in the same way without Lightning; return the network and the losses to expect."""
     torch.manual_seed(3)
     net = Plain().net
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
@@ -95,7 +95,7 @@ def assert_same_weights(left: nn.Module, right: nn.Module) -> None:
         assert torch.equal(a, b)
 
 
-def test_training_equals_a_plain_loop_with_the_same_loss(make_trainer):
+def test_weights_and_losses_equal_those_of_a_plain_loop(make_trainer):
     teacher = teacher_net()
     net, losses = plain_loop(copy.deepcopy(teacher))
     module = fitted(make_trainer(callbacks=[DistillationCallback(teacher)]))
@@ -197,7 +197,7 @@ def test_a_copy_of_the_module_made_during_fit_trains_by_itself(make_trainer, kin
     assert not torch.equal(keeping.module.net[0].weight, before["0.weight"])
 
 
-def test_fit_twice_wraps_once(make_trainer):
+def test_a_second_fit_does_not_wrap_the_step_twice(make_trainer):
     module, callback, calls = Plain(), DistillationCallback(teacher_net()), []
     callback.teacher.network.register_forward_hook(lambda *_: calls.append(1))
     for _ in range(2):
@@ -206,7 +206,7 @@ def test_fit_twice_wraps_once(make_trainer):
 
 
 class Recording(nn.Module):
-    """A teacher that stores its inputs."""
+    """A teacher that stores the arguments of its calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -329,7 +329,7 @@ def test_outputs_that_are_not_tensors(make_trainer, wrap, output):
     _, losses = plain_loop(teacher, steps=1)
     torch.manual_seed(3)
     module = Unwrapping(Wrapped(*Plain().net))
-    # The teacher may return a plain tensor.
+    # The teacher returns a plain tensor, which has no entries: then `output` is not used.
     callback = DistillationCallback(teacher, output=output)
     module = fitted(make_trainer(callbacks=[callback], max_steps=1), module)
     assert module.losses == pytest.approx(losses, rel=1e-6)
@@ -405,7 +405,7 @@ def test_teacher_stays_frozen_and_in_eval_mode(make_trainer):
     class Switching(Plain):
         def on_train_batch_start(self, batch, batch_idx):
             self.train()
-            # The teacher stays frozen even if other code changes the network's mode.
+            # The callback must put the teacher back into eval mode.
             teacher.train()
 
     teacher = teacher_net()
@@ -442,7 +442,7 @@ def test_weight_averaging_copies_no_teacher(make_trainer, averaging):
 
 
 class Tuned(Plain):
-    """A module with the attributes that Lightning's tuners set, and a data loader."""
+    """A module with the attributes (lr, batch_size) that Lightning's tuners set."""
 
     lr = 0.1
     batch_size = 2
@@ -468,7 +468,7 @@ def test_tuners_search_with_the_teacher(make_trainer, search):
     assert "training_step" not in module.__dict__
 
 
-def test_validation_does_not_ask_the_teacher(make_trainer):
+def test_validation_does_not_call_the_teacher(make_trainer):
     teacher, calls = teacher_net(), []
     teacher.register_forward_hook(lambda *_: calls.append(1))
     trainer = make_trainer(callbacks=[DistillationCallback(teacher)])
@@ -504,7 +504,7 @@ def test_a_schedule_without_valid_points_is_refused(points):
 
 
 class Projection(nn.Module):
-    """A loss with a trainable projection, like FeatureMimic."""
+    """A loss with trainable parameters, like FeatureMimic."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -520,7 +520,7 @@ def projecting() -> tuple[DistillationCallback, Projection]:
     return DistillationCallback(teacher_net(), terms=terms), loss
 
 
-def test_parameters_of_a_term_train_and_resume_but_are_not_the_modules(make_trainer, tmp_path):
+def test_a_terms_parameters_train_and_resume_but_are_not_in_the_module(make_trainer, tmp_path):
     callback, loss = projecting()
     before = copy.deepcopy(loss.state_dict())
     trainer = make_trainer(callbacks=[callback], enable_checkpointing=True, max_epochs=2)
@@ -536,9 +536,7 @@ def test_parameters_of_a_term_train_and_resume_but_are_not_the_modules(make_trai
     assert torch.equal(resumed.project.weight, loss.project.weight)
 
 
-def test_a_checkpoint_of_other_terms_is_refused_in_fit_and_no_matter_in_test(
-    make_trainer, tmp_path
-):
+def test_a_checkpoint_of_other_terms_is_refused_in_fit_but_accepted_in_test(make_trainer, tmp_path):
     class Testing(Plain):
         test_step = Plain.validation_step
 
@@ -558,7 +556,7 @@ def test_a_checkpoint_of_other_terms_is_refused_in_fit_and_no_matter_in_test(
 
 
 @pytest.mark.filterwarnings("ignore:.*dataloader_iter.*")
-def test_a_step_that_draws_its_batches_itself(make_trainer):
+def test_a_step_that_takes_the_loaders_iterator(make_trainer):
     class Drawing(Plain):
         def training_step(self, dataloader_iter):
             batch, *_ = next(dataloader_iter)
@@ -570,14 +568,14 @@ def test_a_step_that_draws_its_batches_itself(make_trainer):
     torch.testing.assert_close(module.net.state_dict(), plain_loop(teacher)[0].state_dict())
 
 
-def test_parameters_of_a_term_are_there_when_weights_are_averaged(make_trainer):
+def test_a_terms_parameters_join_the_module_before_weights_are_averaged(make_trainer):
     fitted(make_trainer(callbacks=[projecting()[0], EMAWeightAveraging()]))
     message = "EMAWeightAveraging comes before.*list DistillationCallback first"
     with pytest.raises(MisconfigurationException, match=message):
         fitted(make_trainer(callbacks=[EMAWeightAveraging(), projecting()[0]]))
 
 
-def test_parameters_of_a_term_that_no_optimizer_holds_are_refused(make_trainer):
+def test_a_terms_parameters_that_are_in_no_optimizer_are_refused(make_trainer):
     class OnlyNet(Plain):
         def configure_optimizers(self):
             return torch.optim.SGD(self.net.parameters(), lr=0.1)
@@ -640,7 +638,7 @@ def test_a_teacher_that_shares_parameters_is_refused(make_trainer):
 
 
 @pytest.mark.parametrize("kind", [Teacher, lambda net: EnsembleTeacher([net]), CachedTeacher])
-def test_a_student_refused_as_its_own_teacher_is_not_left_frozen(make_trainer, kind):
+def test_a_student_that_is_refused_as_its_own_teacher_is_not_frozen(make_trainer, kind):
     module = Plain()
     refused(make_trainer, "shares its", module, teacher=kind(module.net))
     assert all(parameter.requires_grad for parameter in module.net.parameters())
@@ -658,7 +656,7 @@ def test_a_student_that_is_not_called_is_refused(make_trainer):
     refused(make_trainer, "'other' was not called in training_step", module, student="other")
 
 
-def test_parts_called_unequally_often_are_refused(make_trainer):
+def test_parts_with_different_numbers_of_calls_are_refused(make_trainer):
     shared = nn.Linear(6, 6)
     module = Plain(nn.Sequential(shared, shared, nn.Linear(6, 4)))
     terms = {"hidden": Term(F.mse_loss, student="0", teacher="0")}
@@ -688,7 +686,7 @@ def test_an_output_that_is_changed_in_place_is_refused(make_trainer):
 
 
 @pytest.mark.parametrize("side", ["student", "teacher"])
-def test_a_tap_before_a_relu_in_place_is_refused(make_trainer, side):
+def test_a_term_on_a_layer_before_a_relu_in_place_is_refused(make_trainer, side):
     def net(inplace):
         return nn.Sequential(nn.Linear(6, 12), nn.ReLU(inplace), nn.Linear(12, 4))
 
@@ -697,7 +695,7 @@ def test_a_tap_before_a_relu_in_place_is_refused(make_trainer, side):
     refused(make_trainer, "'hidden'.*changed in place", module, teacher=teacher, terms=terms)
 
 
-def test_what_a_term_does_not_take_may_change_in_place(make_trainer):
+def test_entries_that_no_term_compares_may_change_in_place(make_trainer):
     class Pair(nn.Sequential):
         def forward(self, inputs):
             logits = super().forward(inputs)
@@ -754,7 +752,7 @@ def test_two_callbacks_are_refused(make_trainer):
         fitted(make_trainer(callbacks=callbacks))
 
 
-def test_a_teacher_stays_where_it_is_unless_it_teaches(make_trainer):
+def test_a_teacher_moves_to_a_device_only_for_fit(make_trainer):
     class Teaching(Plain):
         test_step = Plain.validation_step
 
@@ -766,7 +764,7 @@ def test_a_teacher_stays_where_it_is_unless_it_teaches(make_trainer):
     trainer.test(module, data(), verbose=False)
     assert not moves
     trainer.fit(module, data())
-    # The teacher moves to the student's device, and back.
+    # fit moves the teacher to the student's device, and back.
     assert [str(device) for device in moves] == ["cpu", "cpu"]
 
 
@@ -794,12 +792,12 @@ def test_compiled_students_modules_and_losses(make_trainer, what):
     loss = torch.compile(DISTLoss(), backend="aot_eager") if what == "loss" else None
     make_trainer(callbacks=[DistillationCallback(teacher, loss=loss)]).fit(compiled, data())
     assert module.losses == pytest.approx(losses, rel=1e-5)
-    # torch.compile sets this attribute itself.
+    # torch.compile itself sets training_step on the instance of a compiled module.
     assert ("training_step" in module.__dict__) == (what == "module")
 
 
-def test_a_part_of_the_student_can_hand_its_inputs_to_a_part_of_the_teacher(make_trainer):
-    # The teacher does not fit the student's inputs.
+def test_a_part_of_the_teacher_can_get_the_inputs_of_a_part_of_the_student(make_trainer):
+    # The whole teacher takes 9 features, so it cannot be called with the student's 6.
     teacher = nn.Sequential(nn.Linear(9, 12), nn.Linear(12, 4))
     module = Plain()
     student = copy.deepcopy(module.net)

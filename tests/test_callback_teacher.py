@@ -1,4 +1,4 @@
-"""Tests of the callback and its teacher: the teacher's calls, and that it disturbs nothing."""
+"""Tests of the callback and its teacher: when it is called, and that it changes nothing else."""
 
 import warnings
 
@@ -20,7 +20,7 @@ STEPS = 6
 
 
 class Plain(L.LightningModule):
-    """A module as users write it, without anything about distillation."""
+    """A module as users write it, with no code for distillation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ def test_a_teacher_is_not_called_at_weight_0(make_trainer):
     assert_same_bits(module, fitted(make_trainer)[0])
 
 
-def test_a_schedule_calls_the_teacher_where_it_is_not_0_and_trains_the_same(make_trainer):
+def test_a_schedule_calls_the_teacher_only_in_steps_with_a_weight(make_trainer):
     weight = WeightSchedule({0: 0.0, 2: 0.0, 3: 2.0, STEPS - 2: 0.0}, unit="step")
     teacher = Counting(teacher_net())
     module, _ = fitted(make_trainer, DistillationCallback(teacher, weight=weight))
@@ -96,7 +96,7 @@ def test_a_schedule_calls_the_teacher_where_it_is_not_0_and_trains_the_same(make
     assert_same_bits(module.net, net)
 
 
-def test_one_term_of_weight_0_leaves_the_others_alone(make_trainer):
+def test_a_term_of_weight_0_does_not_change_the_others(make_trainer):
     terms = {"a": Term(DISTLoss(), 2.0), "b": Term(F.mse_loss, 0.0, student="0", teacher="0")}
     both, trainer = fitted(make_trainer, DistillationCallback(teacher_net(), terms=terms))
     del terms["b"]
@@ -123,7 +123,7 @@ def test_a_teacher_is_not_called_where_the_student_has_no_gradient(make_trainer)
 
 
 class Scaling(nn.Module):
-    """A teacher that writes to its input, from a given call on."""
+    """A layer that writes to its input, but only after `first_call` calls."""
 
     def __init__(self, first_call: int) -> None:
         super().__init__()
@@ -135,8 +135,8 @@ class Scaling(nn.Module):
 
 
 @pytest.mark.parametrize("first", [Scaling(0), nn.ReLU(inplace=True)], ids=["scaling", "relu"])
-def test_a_teacher_that_writes_to_its_input_leaves_the_students_alone(make_trainer, first):
-    """The student gets its own batch: the training is as with a teacher that works on a copy."""
+def test_a_teacher_that_writes_to_its_input_does_not_change_the_students(make_trainer, first):
+    """The training is the same as with a teacher that copies its input before it writes."""
 
     class Copying(nn.Module):
         def __init__(self, inner):
@@ -151,13 +151,13 @@ def test_a_teacher_that_writes_to_its_input_leaves_the_students_alone(make_train
     assert_same_bits(writing, copying)
 
 
-def test_a_write_that_begins_later_is_refused_before_the_student_trains_on_it(make_trainer):
+def test_a_teacher_that_writes_to_its_input_only_later_is_refused(make_trainer):
     callback = DistillationCallback(teacher_net(Scaling(3)))
     with pytest.raises(MisconfigurationException, match=r"changed its input in place.*x\.clone"):
         fitted(make_trainer, callback)
 
 
-def test_a_part_of_the_teacher_in_train_mode_goes_back_to_eval_mode(make_trainer):
+def test_a_part_of_the_teacher_in_train_mode_is_put_back_into_eval_mode(make_trainer):
     network = teacher_net(nn.BatchNorm1d(6))
     before = {k: v.clone() for k, v in network.state_dict().items()}
 
@@ -170,7 +170,7 @@ def test_a_part_of_the_teacher_in_train_mode_goes_back_to_eval_mode(make_trainer
     torch.testing.assert_close(network.state_dict(), before, rtol=0, atol=0)
 
 
-def test_a_teacher_in_inference_mode_teaches_as_without(make_trainer):
+def test_inference_mode_in_the_teacher_does_not_change_the_training(make_trainer):
     class Inference(nn.Module):
         def __init__(self):
             super().__init__()
@@ -189,7 +189,7 @@ def test_a_teacher_in_inference_mode_teaches_as_without(make_trainer):
 # The classes of the teacher
 
 
-def test_a_class_map_applies_to_a_part_that_gives_classes(make_trainer):
+def test_a_class_map_applies_to_a_part_that_returns_class_logits(make_trainer):
     values = []
     for class_map in (None, [3, 2, 1, 0], [0, 0, 0, 0]):
         teacher = Teacher(teacher_net(), class_map=class_map)
@@ -204,7 +204,7 @@ def test_a_class_map_applies_to_a_part_that_gives_classes(make_trainer):
     assert len(set(values)) == 3
 
 
-def test_a_class_map_leaves_features_alone_and_asks_where_it_cannot_know(make_trainer):
+def test_a_class_map_is_not_applied_to_features_and_an_unclear_term_is_refused(make_trainer):
     teacher = Teacher(teacher_net(), class_map=[3, 2, 1, 0])
     terms = {"hidden": Term(F.mse_loss, student="0", teacher="0")}
     with pytest.raises(
@@ -245,12 +245,13 @@ class Finetuned(Plain):
         return F.cross_entropy(self(batch[0]), batch[1])
 
     def configure_optimizers(self):
-        held = [p for p in self.parameters() if p.requires_grad]  # The backbone is added later.
+        # BackboneFinetuning adds the backbone's parameters when it unfreezes them.
+        held = [p for p in self.parameters() if p.requires_grad]
         return torch.optim.SGD(held, lr=0.1)
 
 
 @pytest.mark.parametrize("loss", [F.mse_loss, "projection"])
-def test_a_term_on_a_frozen_part_waits_until_it_trains(make_trainer, loss):
+def test_a_term_on_a_frozen_part_is_0_until_the_part_trains(make_trainer, loss):
     if loss == "projection":
         loss = Projected()
     terms = {"hidden": Term(loss, student="backbone", teacher="0")}
@@ -272,7 +273,7 @@ def test_a_term_on_a_frozen_part_waits_until_it_trains(make_trainer, loss):
 
 
 class Projected(nn.Module):
-    """A loss with its own projection."""
+    """A loss with trainable parameters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -282,7 +283,7 @@ class Projected(nn.Module):
         return F.mse_loss(self.projection(student), teacher)
 
 
-def test_a_tap_within_a_compiled_student_is_warned_of(make_trainer):
+def test_a_term_on_a_part_of_a_compiled_student_causes_a_warning(make_trainer):
     class Compiled(Plain):
         def __init__(self):
             super().__init__()
@@ -294,7 +295,7 @@ def test_a_tap_within_a_compiled_student_is_warned_of(make_trainer):
         fitted(make_trainer, callback, module=Compiled, max_steps=1)
 
 
-def test_a_run_that_resumes_with_another_teacher_is_warned_with_both(make_trainer, tmp_path):
+def test_a_resume_with_another_teacher_causes_a_warning_that_names_both(make_trainer, tmp_path):
     _, trainer = fitted(make_trainer, DistillationCallback(teacher_net()), max_epochs=1)
     trainer.save_checkpoint(tmp_path / "one.ckpt")
 
@@ -312,13 +313,13 @@ def test_a_run_that_resumes_with_another_teacher_is_warned_with_both(make_traine
     assert message.count("Teacher(Sequential), 136 numbers of torch.float32, checksum ") == 2
 
 
-# What a review found
+# Teachers and students of unusual kinds
 
 
 @pytest.mark.parametrize(("weight", "nonfinite"), [(1.0, "skip"), (0.0, "raise")])
-def test_a_part_that_overflows_does_not_reach_the_student(make_trainer, weight, nonfinite):
+def test_an_overflow_in_an_unused_term_changes_no_weight(make_trainer, weight, nonfinite):
     class Module(Plain):
-        """A part that only distillation trains, and which overflows."""
+        """A module with a part `extra` that overflows and that only distillation trains."""
 
         def __init__(self):
             super().__init__()
@@ -339,7 +340,7 @@ def test_a_part_that_overflows_does_not_reach_the_student(make_trainer, weight, 
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_a_teacher_that_writes_leaves_the_batch_of_a_compiled_module_alone(make_trainer, backend):
+def test_a_teacher_that_writes_does_not_change_a_compiled_modules_batch(make_trainer, backend):
     teacher = teacher_net(nn.ReLU(inplace=True))
     eager, _ = fitted(make_trainer, DistillationCallback(teacher))
     trainer = make_trainer(callbacks=[DistillationCallback(teacher)])
@@ -347,7 +348,7 @@ def test_a_teacher_that_writes_leaves_the_batch_of_a_compiled_module_alone(make_
     torch.testing.assert_close(module.state_dict(), eager.state_dict(), rtol=1e-5, atol=1e-6)
 
 
-def test_a_member_of_an_ensemble_that_writes_leaves_the_next_ones_alone():
+def test_a_member_of_an_ensemble_that_writes_does_not_change_the_inputs_of_others():
     members = [teacher_net(nn.ReLU(inplace=True)), teacher_net()]
     x = torch.randn(5, 6)
     expected = sum(member(x.clone()) for member in members) / 2
@@ -384,10 +385,10 @@ def test_a_class_map_applies_to_another_entry_of_the_teachers_output(make_traine
 
 
 class Batch(dict):
-    """A mapping that torch does not take for a container."""
+    """A mapping of a class that torch's tree functions do not know, so that it is a leaf."""
 
 
-def test_inputs_in_a_container_of_another_class_are_protected(make_trainer):
+def test_inputs_in_a_container_of_an_unknown_class_are_protected(make_trainer):
     class Named(nn.Module):
         def __init__(self, net):
             super().__init__()
@@ -411,7 +412,7 @@ def test_inputs_in_a_container_of_another_class_are_protected(make_trainer):
     assert_same_bits(module, other)
 
 
-def test_validation_by_another_trainer_within_fit_leaves_the_distillation_on(make_trainer):
+def test_validation_by_another_trainer_within_fit_does_not_end_the_distillation(make_trainer):
     teacher = Counting(teacher_net())
     callback = DistillationCallback(teacher)
 

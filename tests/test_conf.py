@@ -59,8 +59,8 @@ def assert_all_exists(config) -> None:
 
 
 @pytest.mark.parametrize("experiment", options("experiment"))
-def test_every_experiment_names_what_exists_and_saves_a_harmless_config(experiment, tmp_path):
-    """A harmless config lets eval, export and predict read the checkpoints without trust=true."""
+def test_every_experiment_names_existing_targets_and_saves_a_safe_config(experiment, tmp_path):
+    """A safe config lets eval, export and predict read the checkpoints without trust=true."""
     config = composed(f"experiment={experiment}")
     assert_all_exists(config)
     module = OmegaConf.to_container(config.module, resolve=True)
@@ -71,7 +71,7 @@ def test_every_experiment_names_what_exists_and_saves_a_harmless_config(experime
     read_saved(str(tmp_path / "last.ckpt"), trust=False)
 
 
-# The files in conf/distill/dist/ are no losses: each sets the temperature of a protocol.
+# The names with "/" are not losses: a file in conf/distill/dist/ only sets DIST's temperature.
 LOSSES = [name for name in options("distill") if "/" not in name]
 
 
@@ -88,7 +88,7 @@ def test_every_loss_fits_every_task(experiment, distill):
 
 
 @pytest.mark.parametrize("trainer", options("trainer"))
-def test_dist_is_synchronised_whatever_the_trainer(trainer):
+def test_dist_is_synchronised_with_every_trainer(trainer):
     assert composed(f"trainer={trainer}").distill.loss.sync is True
 
 
@@ -128,7 +128,7 @@ def test_in_one_process_sync_changes_no_bit(spatial, activation):
     ],
     ids=str,
 )
-def test_jobs_that_may_start_several_processes_run_apart(overrides, apart):
+def test_jobs_that_may_start_several_processes_run_as_separate_commands(overrides, apart):
     assert needs_own_process(composed(*overrides)) == apart
 
 
@@ -152,7 +152,7 @@ def test_a_protocol_sets_the_temperature_of_dist_and_leaves_that_of_kd(distill):
     assert (loss and loss.tau) == (2 if tau else None)
 
 
-def test_an_empty_command_line_is_about_digits():
+def test_an_empty_command_line_trains_on_digits():
     config = composed()
     assert config.data._target_.endswith(".DigitsDataModule")
     assert config.student._target_.endswith(".SmallCNN")
@@ -160,7 +160,7 @@ def test_an_empty_command_line_is_about_digits():
     check_settings(config)
 
 
-def test_other_data_come_without_the_teacher_of_the_digits():
+def test_other_data_do_not_get_the_teacher_of_digits():
     images = ["data=image_folder", "data.root=x", "student=timm", "student.model_name=resnet18"]
     alone = composed(*images, "distill=none")
     assert alone.module.teacher is None
@@ -177,7 +177,7 @@ def test_other_data_come_without_the_teacher_of_the_digits():
         ["data.drop_last=true", "data.pin_memory=false"],
         ["data=scenes", "data.drop_last=true", "data.pin_memory=false"],
         ["data=scenes_detection", "data.drop_last=true", "data.pin_memory=false"],
-        ["~experiment"],  # Commands began in this way before the default was no experiment.
+        ["~experiment"],  # Earlier versions needed it, because their default was an experiment.
     ],
     ids=lambda overrides: overrides[0],
 )
@@ -210,7 +210,7 @@ def test_an_old_name_is_refused_with_the_new_one(refused, old, new):
     assert new in refused("train", old, "print_config=false")
 
 
-def test_an_experiment_that_names_a_recipe_is_told_of_the_protocol(refused, tmp_path):
+def test_the_error_for_an_experiment_with_a_recipe_names_the_protocol(refused, tmp_path):
     (tmp_path / "experiment").mkdir()
     text = "# @package _global_\ndefaults:\n  - /recipe/cifar100\n"
     (tmp_path / "experiment" / "mine.yaml").write_text(text)
@@ -223,7 +223,7 @@ def test_the_published_runs_compress_their_gradients():
 
 
 @pytest.mark.parametrize("start", ["ddp", "ddp_spawn", "ddp_sim"])
-def test_the_switches_of_ddp_are_keys_of_the_trainer(start):
+def test_the_options_of_ddp_are_keys_of_the_trainer(start):
     keys = {"static_graph": True, "gradient_as_bucket_view": True, "find_unused_parameters": True}
     overrides = [f"trainer.strategy.{key}=true" for key in keys]
     config = composed(f"trainer={start}", "trainer.sync_batchnorm=true", *overrides)
@@ -231,7 +231,7 @@ def test_the_switches_of_ddp_are_keys_of_the_trainer(start):
     assert config.trainer.sync_batchnorm
 
 
-def test_the_search_is_over_settings_that_exist():
+def test_the_default_search_varies_existing_settings():
     config = composed("hydra/sweeper=optuna")
     assert callable(get_method(config.callbacks.pruning["_target_"]))
     with initialize_config_module(CONF, version_base="1.3"):
@@ -257,6 +257,6 @@ def test_the_search_is_over_settings_that_exist():
         "trainer",
     ],
 )
-def test_every_option_of_every_group_names_what_exists(group):
+def test_every_option_of_every_group_names_existing_targets(group):
     for option in LOSSES if group == "distill" else options(group):
         assert_all_exists(composed(f"{group}={option}"))

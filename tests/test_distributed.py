@@ -1,7 +1,7 @@
 """Tests of the callback, the synchronised loss, metrics and the command in two CPU processes.
 
-Starting a process takes longer than most cases. So one launch runs many cases, and each test reads
-the files that some of them saved.
+Starting a process takes longer than most cases. So one launch runs many cases, which save their
+results in files, and the tests read these files.
 """
 
 import importlib.util
@@ -28,7 +28,8 @@ TRAININGS = {
     "fsdp2 uneven": {"sync": True, "strategy": "fsdp2", "uneven": True},
     "averaged": {"sync": True, "strategy": "ddp", "ema": True},
     "without sync": {"strategy": "ddp"},
-    # This case is the last one, because torch prints a warning about "unused parameters" in it.
+    # This case must be the last one: here torch may warn of "unused parameters", and the fixture
+    # `launched` checks that no earlier case caused this warning.
     "find unused": {"strategy": "ddp_find_unused_parameters_true"},
 }
 SETS = {  # the number of images and the batch size
@@ -42,10 +43,11 @@ SWITCHES = "ddp trainer.strategy.static_graph=true trainer.strategy.gradient_as_
 EXPERIMENTS = {
     "digits": ([], ["multinode trainer.num_nodes=1", "fsdp2", SWITCHES]),
     "scenes/segmentation": (TINY, ["ddp", "fsdp2"]),
-    # The box head is called alone, even if the teacher is sharded.
+    # The distillation calls the teacher's box head without the rest, also if it is sharded.
     "scenes/detection_fasterrcnn": (TINY, ["ddp", "fsdp2 module.shard_teacher=true"]),
 }
-SPAWNED = "scenes/detection_fasterrcnn"  # Its module has the most parts that must be pickled.
+# The experiment to test with ddp_spawn, which pickles the module: it has the most parts to pickle.
+SPAWNED = "scenes/detection_fasterrcnn"
 
 
 def script(name: str) -> ModuleType:
@@ -57,7 +59,7 @@ def script(name: str) -> ModuleType:
 
 
 def launch(cases: list, *launcher: str) -> subprocess.CompletedProcess:
-    """Run the cases in one launch, and fail if it fails."""
+    """Run the cases in one launch, and fail the test if the launch fails."""
     with Processes() as processes:
         run = processes.run(*launcher, FOLDER / "run.py", json.dumps(cases), timeout=1800)
     assert run.returncode == 0, run.stderr
@@ -65,7 +67,14 @@ def launch(cases: list, *launcher: str) -> subprocess.CompletedProcess:
 
 
 def train(folder: Path, experiment: str, chosen: str, *overrides: str) -> list[str]:
-    """Return the command that trains an experiment for an epoch in two processes."""
+    """Return the arguments of the command that trains an experiment for an epoch in two processes.
+
+    Args:
+        folder: the folder of the run.
+        experiment: the name of the experiment.
+        chosen: the name of the trainer, and overrides after it, separated by spaces.
+        *overrides: further overrides.
+    """
     strategy, *options = chosen.split()
     return [
         *("train", f"experiment={experiment}", f"trainer={strategy}", "trainer.accelerator=cpu"),
@@ -77,7 +86,7 @@ def train(folder: Path, experiment: str, chosen: str, *overrides: str) -> list[s
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run the scripts in two processes; Lightning starts the second one."""
+    """Run the cases in two processes, the second of which Lightning starts; return their folder."""
     folder = tmp_path_factory.mktemp("launched")
     cases = [
         {"script": "evaluate", "out": f"{folder / name}.json", "count": count, "batch": batch}
@@ -94,7 +103,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def spawned(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run the cases that spawn their two processes themselves."""
+    """Run the cases that start their processes with ddp_spawn; return their folder."""
     folder = tmp_path_factory.mktemp("spawned")
     averaged = {"strategy": "ddp_spawn", "out": str(folder / "averaged"), "ema": True}
     command = train(folder / "command", SPAWNED, "ddp_spawn", *EXPERIMENTS[SPAWNED][0])
@@ -104,7 +113,7 @@ def spawned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def by_torchrun(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run commands with each strategy in two processes that torchrun starts."""
+    """Run the commands with each strategy in two processes of torchrun; return their folder."""
     folder = tmp_path_factory.mktemp("torchrun")
     cases = [
         train(folder / name / str(number), name, chosen, *overrides)
@@ -118,7 +127,7 @@ def by_torchrun(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def joined(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict]:
-    """Train in this process on the joined batches."""
+    """Return a function that trains in this process on the joined batches of both ranks."""
 
     def run(**options: bool) -> dict:
         folder = tmp_path_factory.mktemp("joined")
@@ -129,13 +138,13 @@ def joined(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict]:
 
 
 def saved(folder: Path) -> list[dict]:
-    """Load the files that each rank of a training saved."""
+    """Load the file that each rank of a training saved, in the order of the ranks."""
     return [torch.load(file, weights_only=True) for file in sorted(folder.iterdir())]
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("uneven", [False, True], ids=["even", "uneven"])
-def test_sync_trains_the_student_of_one_process_with_the_joined_batches(
+def test_sync_trains_the_same_student_as_one_process_with_joined_batches(
     launched, joined, strategy, uneven
 ):
     alone = joined(uneven=uneven)
@@ -157,8 +166,8 @@ def test_without_sync_each_rank_correlates_over_its_own_batch(launched, joined, 
     torch.testing.assert_close(ranks[0]["weights"], ranks[1]["weights"], rtol=0, atol=0)
 
 
-def test_a_rank_that_skips_a_term_does_not_keep_the_others_waiting(launched):
-    """A part of the student is trained only by distillation, and one rank skips it once."""
+def test_the_other_rank_does_not_wait_for_a_rank_that_skips_a_term(launched):
+    """Only the skipped term trains a part of the student, and only one rank skips it, once."""
     ranks = [json.loads(file.read_text()) for file in sorted((launched / "skip").iterdir())]
     assert [rank["skipped"] for rank in ranks] == [0, 1]
     assert [rank["steps"] for rank in ranks] == [4, 4]
@@ -176,7 +185,7 @@ def test_every_rank_averages_the_student_of_the_joined_batches(launched, joined)
 
 
 def test_an_averaged_student_trains_in_spawned_processes(spawned):
-    """The main process gets the weights and the average, and its teacher is unchanged."""
+    """The process that called fit gets the weights and the average; its teacher is unchanged."""
     (main,) = saved(spawned / "averaged")
     assert main["teacher_unchanged"]
     weights = main["weights"]
@@ -184,7 +193,7 @@ def test_an_averaged_student_trains_in_spawned_processes(spawned):
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_metrics_of_two_processes_are_those_of_the_set(launched, name):
+def test_metrics_of_two_processes_equal_those_of_the_whole_set(launched, name):
     found, evaluate = json.loads((launched / f"{name}.json").read_text()), script("evaluate")
     images, masks = evaluate.samples(SETS[name][0]).tensors
     with torch.no_grad():
@@ -205,7 +214,7 @@ def test_metrics_of_two_processes_are_those_of_the_set(launched, name):
         assert found[f"{split}/loss"] == pytest.approx(np.mean(losses), rel=1e-5)
 
 
-def test_mean_average_precision_of_two_processes_is_that_of_one(launched, tmp_path):
+def test_mean_average_precision_of_two_processes_equals_that_of_one(launched, tmp_path):
     script("evaluate_detection").main(tmp_path / "found.json", devices=1)
     alone = json.loads((tmp_path / "found.json").read_text())
     assert json.loads((launched / "detection.json").read_text()) == pytest.approx(alone, abs=1e-6)
@@ -222,12 +231,12 @@ def test_every_strategy_trains_the_same_student(by_torchrun, spawned, experiment
     for folder in folders:
         result = json.loads((folder / "result.json").read_text())
         assert result["status"] == "completed"
-        # During fit, the ranks evaluate with the statistics of their own batch norms, except under
-        # ddp. In the test, all ranks have the statistics of the checkpoint.
+        # Compare only the test: in a validation during fit, each rank has its own batch norm
+        # statistics (except under ddp); in the test, all ranks have those of the checkpoint.
         metrics = result["metrics"].items()
         tested.append({name: value for name, value in metrics if name.startswith("test/")})
         state = torch.load(result["checkpoint"], weights_only=True)["state_dict"]
-        assert all(key.startswith("student.") for key in state), "no teacher"
+        assert all(key.startswith("student.") for key in state)  # The teacher is not saved.
         weights.append(state)
     for metrics, state in zip(tested[1:], weights[1:], strict=True):
         assert metrics == pytest.approx(tested[0], rel=1e-4, abs=1e-4)

@@ -1,6 +1,7 @@
-"""Tests with random cases: a loss or a command succeeds, or fails with the expected error.
+"""Tests with random inputs: a loss or a command succeeds, or fails with the expected error.
 
-Each run draws other cases. A failure prints the case, and a line with which to repeat it.
+Each run of the tests draws new inputs. A failing test prints its inputs, and the line of code that
+repeats them.
 """
 
 import math
@@ -47,7 +48,7 @@ def logits(draw: Any, shape: list[int] | None = None) -> torch.Tensor:
 
 @st.composite
 def pairs(draw: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw pairs that mostly have one shape, so that not all of them are refused."""
+    """Draw a pair of tensors, mostly of equal shapes, because other shapes are refused."""
     first = draw(logits())
     same = draw(SIZES) > 0
     return first, draw(logits(list(first.shape) if same else None))
@@ -131,12 +132,12 @@ def configs():
 
 @settings(fuzz, max_examples=100)
 @given(given_overrides=st.lists(overrides(), min_size=1, max_size=3))
-def test_any_command_line_composes_or_is_an_error_of_the_users(configs, given_overrides):
+def test_any_command_line_composes_or_raises_a_users_error(configs, given_overrides):
     try:
         config = compose("train", given_overrides, return_hydra_config=True)
         check_settings(config)
         config.hydra.runtime.output_dir = "."
         OmegaConf.to_yaml(config)
     except Exception as error:
-        if not is_users(error):  # Otherwise the command would print a traceback.
+        if not is_users(error):  # The command prints a traceback for such an error.
             raise

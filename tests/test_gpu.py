@@ -1,4 +1,4 @@
-"""Tests that need a GPU: half precision with scaled gradients, NCCL, DeepSpeed, the compiler.
+"""Tests that need a GPU: half precision, NCCL, DeepSpeed, and compiled losses.
 
 They are skipped without a GPU; with a GPU, ``pytest tests/test_gpu.py`` takes a few minutes.
 """
@@ -26,7 +26,7 @@ from lightning_dist.weights import load_weights
 from processes import Processes
 
 TRAINED = "pkg://lightning_dist/assets/digits_teacher.safetensors"
-# The last one is computed in blocks.
+# Logits of the last shape are so large that the loss is computed in blocks.
 SHAPES = [(256, 100), (4, 19, 64, 128), (2, 100, 20, 30), (180_000, 100)]
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
@@ -65,7 +65,10 @@ def gradient(
 
 @pytest.fixture
 def run(processes: Processes, tmp_path: Path) -> Callable[..., dict[str, float]]:
-    """Run the command in its own process, as NCCL requires, and return its metrics."""
+    """Return a function that runs lightning-dist in a new process and returns its metrics.
+
+    NCCL needs a new process for each run.
+    """
 
     def metrics(*arguments: str) -> dict[str, float]:
         command = ["-m", "lightning_dist", *arguments, "hydra.run.dir=run"]
@@ -78,7 +81,7 @@ def run(processes: Processes, tmp_path: Path) -> Callable[..., dict[str, float]]
 
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid", "identity"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_loss_is_that_of_the_cpu(shape, activation):
+def test_the_loss_equals_that_of_the_cpu(shape, activation):
     student, teacher = logits(shape)
     mask = torch.rand(len(student), *shape[2:]) > 0.3
     for options in ({}, {"mask": mask}):
@@ -99,7 +102,7 @@ def test_the_loss_is_that_of_the_cpu(shape, activation):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_half_precision_logits_lose_no_more_than_their_own_digits(dtype):
+def test_the_error_with_half_precision_logits_is_below_their_epsilon(dtype):
     student, teacher = logits((256, 100), dtype)
     expected = gradient(dist_loss, student.double(), teacher.double())
     found = gradient(dist_loss, student.cuda(), teacher.cuda())
@@ -117,7 +120,7 @@ def test_the_compiled_loss_has_the_same_gradient(shape):
     assert (found[1] - expected[1]).abs().max() < 2e-6 * expected[1].abs().max()
 
 
-def test_the_loss_holds_its_gradient_and_a_block():
+def test_the_loss_allocates_its_gradient_and_little_more():
     student, teacher = (x.cuda() for x in logits((4_000_000, 100)))
     student.requires_grad_()
     torch.cuda.reset_peak_memory_stats()
@@ -128,7 +131,7 @@ def test_the_loss_holds_its_gradient_and_a_block():
 
 
 @pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed", "16-true", "bf16-true"])
-def test_mixed_precision_distils_as_full_precision_does(make_trainer, precision):
+def test_the_distillation_loss_is_nearly_the_same_in_every_precision(make_trainer, precision):
     seen = {}
     for each in ("32-true", precision):
         seen[each] = Seen()
@@ -145,7 +148,7 @@ def test_mixed_precision_distils_as_full_precision_does(make_trainer, precision)
     assert seen[precision].distill == pytest.approx(seen["32-true"].distill, rel=0.05)
 
 
-def test_a_student_whose_half_precision_logits_overflow_is_named(make_trainer):
+def test_the_error_for_overflowing_half_precision_logits_names_the_student(make_trainer):
     class Huge(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -1,4 +1,4 @@
-"""Tests of users' mistakes that no other test covers, and of the error message for each of them."""
+"""Tests that users' mistakes which no other test covers are refused with the expected message."""
 
 import re
 import sys
@@ -47,8 +47,8 @@ class User(LightningModule):
         return torch.optim.SGD(self.net.parameters(), lr=0.1)
 
 
-class Constant(nn.Module):
-    """A network whose output is one constant value."""
+class Scaled(nn.Module):
+    """A network whose output is multiplied by a value, such as NaN or infinity."""
 
     def __init__(self, value: float) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ MISUSES: dict[str, tuple[Callable[..., Any], type[Exception], str]] = {
         TypeError,
         "student is a Linear: give its dotted path",
     ),
-    "student of no kind": (
+    "student that is no network": (
         lambda _: DistillModule("resnet18"),
         TypeError,
         "the student is a str: give a torch.nn.Module",
@@ -152,17 +152,17 @@ MISUSES: dict[str, tuple[Callable[..., Any], type[Exception], str]] = {
         MisconfigurationException,
         "the batch has one sample",
     ),
-    "weight function of no number": (
+    "weight function that returns no number": (
         fit(User(), distil(weight=lambda _: None)),
         MisconfigurationException,
         "term 'distill': the weight gave None at step 0",
     ),
-    "weight of no number": (
+    "weight that is no number": (
         lambda _: distil(weight="2"),
         ValueError,
         "the weight of term 'distill' is '2': give a number",
     ),
-    "task weight of no number": (
+    "task weight that is no number": (
         lambda _: distil(task_weight=None),
         ValueError,
         "task_weight is None: give a number",
@@ -172,10 +172,10 @@ MISUSES: dict[str, tuple[Callable[..., Any], type[Exception], str]] = {
         ValueError,
         "the weight of term 'distill' is nan: give a number",
     ),
-    "weight that grows beyond all bounds": (
+    "infinite weight": (
         fit(User(), distil(weight=lambda _: float("inf"))),
         FloatingPointError,
-        "the loss or its weight makes it",
+        "it comes from the loss or its weight",
     ),
     "unknown treatment of NaN": (
         lambda _: distil(nonfinite="ignore"),
@@ -193,24 +193,24 @@ MISUSES: dict[str, tuple[Callable[..., Any], type[Exception], str]] = {
         "the batch has one sample.*gamma=0",
     ),
     "NaN of the teacher": (
-        fit(User(), distil(teacher=Constant(float("nan")))),
+        fit(User(), distil(teacher=Scaled(float("nan")))),
         FloatingPointError,
         "term 'distill' is not finite at step 0 .*NaN or infinity is in the teacher's output",
     ),
     "NaN of the student": (
-        fit(User(Constant(float("nan"))), distil()),
+        fit(User(Scaled(float("nan"))), distil()),
         FloatingPointError,
         "is in the student's output",
     ),
     "infinity of the student": (
-        fit(User(Constant(float("inf"))), distil()),
+        fit(User(Scaled(float("inf"))), distil()),
         FloatingPointError,
         "is in the student's output",
     ),
     "loss that makes NaN": (
         fit(User(), distil(loss=lambda s, t: (s - t).sum() * float("nan"))),
         FloatingPointError,
-        "in neither output, so the loss or its weight makes it",
+        "in neither output, so it comes from the loss or its weight",
     ),
     # The module and the data
     "decay above 1": (
@@ -366,7 +366,7 @@ def test_a_missing_package_is_named_with_its_extra(refused, monkeypatch, argumen
 
 
 def test_terms_that_are_not_finite_are_skipped_and_counted(make_trainer, tmp_path):
-    teacher = Constant(float("inf"))
+    teacher = Scaled(float("inf"))
     module, plain = User(), User()
     plain.load_state_dict(module.state_dict())
     data = loader()
@@ -376,7 +376,7 @@ def test_terms_that_are_not_finite_are_skipped_and_counted(make_trainer, tmp_pat
     assert callback.skipped == 2
     assert trainer.callback_metrics["train/distill_skipped"] == 2
     assert trainer.callback_metrics["train/distill"] == 0
-    make_trainer().fit(plain, data)  # Train with the task loss alone.
+    make_trainer().fit(plain, data)  # This trains with the task loss alone.
     assert torch.equal(module.net.weight, plain.net.weight)
     trainer.save_checkpoint(tmp_path / "run.ckpt")
     again = distil(teacher=teacher, nonfinite="skip")

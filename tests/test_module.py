@@ -43,7 +43,7 @@ def test_logged_losses_add_up(make_trainer):
     assert logged["train/loss"].item() == pytest.approx(total.item(), rel=1e-6)
 
 
-def test_without_a_teacher_it_is_supervised_training(make_trainer):
+def test_without_a_teacher_the_training_is_supervised(make_trainer):
     torch.manual_seed(0)
     module = DistillModule(network(), optimizer=sgd)
     net = copy.deepcopy(module.student)
@@ -59,7 +59,7 @@ def test_without_a_teacher_it_is_supervised_training(make_trainer):
     torch.testing.assert_close(module.student.state_dict(), net.state_dict())
 
 
-def test_the_loss_is_the_one_that_was_given(make_trainer):
+def test_the_given_distillation_loss_is_used(make_trainer):
     torch.manual_seed(0)
     module = DistillModule(
         network(), network(), optimizer=sgd, distill_loss=KDLoss(2.0), distill_weight=0.7
@@ -72,7 +72,7 @@ def test_the_loss_is_the_one_that_was_given(make_trainer):
     assert trainer.callback_metrics["train/distill"].item() == pytest.approx(expected.item(), 1e-5)
 
 
-def test_the_trainers_own_callback_wins(make_trainer):
+def test_a_callback_of_the_trainer_replaces_the_modules_own(make_trainer):
     mine = DistillationCallback(network(), student="student", weight=0.0)
     module = DistillModule(network(), network(), optimizer=sgd)
     trainer = make_trainer(callbacks=[mine])
@@ -82,7 +82,7 @@ def test_the_trainers_own_callback_wins(make_trainer):
 
 
 @pytest.mark.filterwarnings("ignore:.*configure_model.*")
-def test_its_callback_comes_before_those_that_average_weights(make_trainer):
+def test_the_modules_callback_comes_before_callbacks_that_average_weights(make_trainer):
     class Mimic(nn.Module):
         def __init__(self):
             super().__init__()
@@ -139,7 +139,7 @@ def test_checkpoint_loads_and_predicts_without_a_teacher(make_trainer, tmp_path)
 
 
 def test_checkpoint_is_the_size_of_the_student_and_its_optimizer(make_trainer, tmp_path):
-    teacher = nn.Sequential(nn.Linear(6, 50_000), nn.Linear(50_000, 4))  # The size is 2.2 MB.
+    teacher = nn.Sequential(nn.Linear(6, 50_000), nn.Linear(50_000, 4))  # The weights have 2.2 MB.
     module = DistillModule(network(), teacher, optimizer=torch.optim.AdamW)
     trainer = make_trainer()
     trainer.fit(module, data())
@@ -150,7 +150,7 @@ def test_checkpoint_is_the_size_of_the_student_and_its_optimizer(make_trainer, t
     assert size < parts + 200_000
 
 
-def test_metrics_are_those_of_the_whole_set(make_trainer):
+def test_metrics_are_computed_over_the_whole_set(make_trainer):
     module = ClassificationModule(network(), num_classes=4, optimizer=sgd)
     loader = data(batches=3)
     loader = DataLoader(loader.dataset, batch_size=10)  # The batches have 10, 10 and 4 images.
@@ -162,18 +162,18 @@ def test_metrics_are_those_of_the_whole_set(make_trainer):
     assert metrics["test/loss"] == pytest.approx(F.cross_entropy(logits, target).item(), rel=1e-6)
 
 
-def test_top5_is_logged_where_it_says_something():
+def test_top5_accuracy_is_logged_only_with_many_classes():
     for num_classes, shown in [(10, False), (100, True)]:
         metrics = ClassificationModule(network(), num_classes=num_classes).val_metrics
         assert ("val/accuracy_top5" in list(metrics)) == shown
 
 
-def test_own_metrics(make_trainer):
+def test_metrics_of_the_user_are_logged(make_trainer):
     module = DistillModule(network(), metrics={"top2": MulticlassAccuracy(4, top_k=2)})
     assert "test/top2" in make_trainer().test(module, data(), verbose=False)[0]
 
 
-def test_label_smoothing_trains_but_does_not_test(make_trainer):
+def test_label_smoothing_is_used_in_training_only(make_trainer):
     module = ClassificationModule(network(), num_classes=4, label_smoothing=0.2, optimizer=sgd)
     inputs, target = next(iter(data(1)))
     student = copy.deepcopy(module.student).train()
@@ -185,7 +185,7 @@ def test_label_smoothing_trains_but_does_not_test(make_trainer):
     assert trainer.callback_metrics["val/loss"].item() == pytest.approx(plain, rel=1e-5)
 
 
-def test_mixup_reaches_student_and_teacher_alike(make_trainer):
+def test_student_and_teacher_get_the_same_mixed_images(make_trainer):
     class Pixels(nn.Module):
         def __init__(self):
             super().__init__()
@@ -238,10 +238,11 @@ def test_timm_optimizer_filters_weight_decay_and_timm_scheduler_steps_by_epoch(m
     decays = {
         len(g["params"]): g["weight_decay"] for g in module.trainer.optimizers[0].param_groups
     }
-    assert decays == {4: 0.0, 2: 0.01}  # The groups are biases and norms, and weights.
+    # One group has the four biases and norm weights, the other one the two weights of layers.
+    assert decays == {4: 0.0, 2: 0.01}
 
 
-def test_timm_scheduler_steps_by_step(make_trainer):
+def test_timm_scheduler_changes_the_rate_at_every_step(make_trainer):
     module = DistillModule(
         network(),
         optimizer=sgd,
@@ -253,7 +254,7 @@ def test_timm_scheduler_steps_by_step(make_trainer):
     assert rates(make_trainer, module) == pytest.approx([0.1] * 3 + [0.05] * 3 + [0.025] * 2)
 
 
-def test_torch_scheduler_steps_by_step(make_trainer):
+def test_torch_scheduler_changes_the_rate_at_every_step(make_trainer):
     module = DistillModule(
         network(),
         optimizer=sgd,
@@ -281,7 +282,7 @@ def test_a_subclass_that_overrides_one_method(make_trainer):
     assert trainer.callback_metrics["train/loss"].item() == pytest.approx(expected.item(), 1e-5)
 
 
-def test_a_subclass_with_layers_of_its_own_trains_them(make_trainer):
+def test_parameters_of_a_subclass_are_trained(make_trainer):
     class Extra(DistillModule):
         def __init__(self):
             factory = functools.partial(timm.optim.create_optimizer_v2, opt="sgd", lr=0.1)
@@ -296,7 +297,7 @@ def test_a_subclass_with_layers_of_its_own_trains_them(make_trainer):
     assert module.scale.item() != 1.0
 
 
-def test_a_teacher_object_is_taken_as_it_is():
+def test_a_teacher_object_is_not_wrapped_again():
     teacher = Teacher(network(), dtype="bfloat16")
     assert DistillModule(network(), teacher).teacher is teacher
 
@@ -332,20 +333,20 @@ def test_an_unknown_scheduler_interval_is_refused():
         DistillModule(network(), scheduler_interval="batch")
 
 
-def test_a_scheduler_that_asks_for_the_updates_per_epoch_is_told(make_trainer):
-    told = []
+def test_a_scheduler_with_the_argument_updates_per_epoch_gets_the_number(make_trainer):
+    numbers = []
 
     def scheduler(optimizer, updates_per_epoch):
-        told.append(updates_per_epoch)
+        numbers.append(updates_per_epoch)
         return torch.optim.lr_scheduler.StepLR(optimizer, updates_per_epoch)
 
     module = DistillModule(network(), optimizer=sgd, scheduler=scheduler)
     make_trainer(accumulate_grad_batches=3, max_epochs=2).fit(module, data(batches=7))
     make_trainer(max_steps=2, max_epochs=-1).fit(module, data(batches=7))
-    assert told == [3, 7]
+    assert numbers == [3, 7]
 
 
-def test_timm_schedule_with_times_in_epochs_steps_by_step(make_trainer):
+def test_timm_schedule_with_times_in_epochs_changes_the_rate_at_every_step(make_trainer):
     factory = functools.partial(
         timm.scheduler.create_scheduler_v2,
         sched="step",

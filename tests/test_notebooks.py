@@ -17,7 +17,7 @@ from nbclient import NotebookClient
 from nbformat import NotebookNode
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
-TIMEOUT = 300  # In seconds, for one cell on a busy machine
+TIMEOUT = 300  # The longest time for one cell, in seconds.
 
 each_notebook = pytest.mark.parametrize("name", sorted(p.name for p in NOTEBOOKS.glob("*.ipynb")))
 
@@ -26,7 +26,7 @@ each_notebook = pytest.mark.parametrize("name", sorted(p.name for p in NOTEBOOKS
 def executed(name: str) -> NotebookNode:
     """Run a notebook once in a new folder with this Python, and return it with its outputs."""
     notebook = nbformat.read(NOTEBOOKS / name, as_version=4)
-    # Without folders to search, jupyter_client uses ipykernel under sys.executable.
+    # If jupyter_client finds no installed kernel, it starts ipykernel with sys.executable.
     specs = KernelSpecManager(kernel_dirs=[])
     kernel = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=specs)
     with tempfile.TemporaryDirectory() as folder:
@@ -47,7 +47,7 @@ def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
 
 
 def printed(notebook: NotebookNode) -> str:
-    """Return all text that the cells print, in order."""
+    """Return all text that the cells have printed."""
     outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
     return "".join(output.text for output in outputs if output.get("name") == "stdout")
 
@@ -74,7 +74,7 @@ def test_notebook_ends_in_a_figure(name: str) -> None:
     assert images
     pixels = imread(io.BytesIO(base64.b64decode(images[-1])))
     assert min(pixels.shape[:2]) > 100
-    assert pixels[..., :3].std() > 0.05  # On a blank page, this is 0.
+    assert pixels[..., :3].std() > 0.05  # The figure is not blank.
 
 
 @pytest.mark.slow

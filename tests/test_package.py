@@ -1,4 +1,4 @@
-"""Tests that the package contains the files and names that it declares."""
+"""Tests that setup.cfg lists all packages and data files, and that public names have docs."""
 
 import configparser
 from pathlib import Path
@@ -8,24 +8,24 @@ import lightning_dist
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def declared() -> configparser.ConfigParser:
+def setup_cfg() -> configparser.ConfigParser:
     parser = configparser.ConfigParser()
     parser.read(ROOT / "setup.cfg")
     return parser
 
 
-def test_every_package_is_declared():
+def test_every_package_is_listed_in_setup_cfg():
     found = {
         ".".join(path.parent.relative_to(ROOT).parts)
         for top in ("hydra_plugins", "lightning_dist")
         for path in (ROOT / top).rglob("__init__.py")
     }
-    assert set(declared()["options"]["packages"].split()) == found | {"lightning_dist.conf"}
+    assert set(setup_cfg()["options"]["packages"].split()) == found | {"lightning_dist.conf"}
 
 
-def test_every_file_that_is_no_module_is_declared():
+def test_every_data_file_is_listed_in_setup_cfg():
     package = ROOT / "lightning_dist"
-    patterns = declared()["options.package_data"]["lightning_dist"].split()
+    patterns = setup_cfg()["options.package_data"]["lightning_dist"].split()
     files = {path for path in package.rglob("*") if path.is_file() and path.suffix != ".py"}
     files = {path for path in files if "__pycache__" not in path.parts}
     assert files == {path for pattern in patterns for path in package.glob(pattern)}

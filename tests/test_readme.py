@@ -1,4 +1,4 @@
-"""Tests that every Python example of the README and of docs/ runs as it is written."""
+"""Tests that every Python example of the README and of docs/ runs."""
 
 import re
 from pathlib import Path
@@ -25,7 +25,7 @@ EXAMPLES = [
 
 
 class Classifier(LightningModule):
-    """A module such as a reader of the README has already written."""
+    """A module that a reader of the README could have."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Classifier(LightningModule):
 
 
 class Download(dict):
-    """A placeholder for published weights, with which the network keeps its own weights."""
+    """A placeholder for published weights; loading it does nothing."""
 
 
 @pytest.fixture
@@ -67,7 +67,8 @@ def test_an_example_runs(tmp_path, monkeypatch, code):
         "module": DistillModule(nn.Linear(6, 4), nn.Linear(6, 4)),
         "datamodule": batches,
     }
-    code = code.replace('ckpt_path="run/last.ckpt"', "ckpt_path=None")  # Only the first time
+    # The test has no checkpoint from which an example could resume.
+    code = code.replace('ckpt_path="run/last.ckpt"', "ckpt_path=None")
     exec(compile(code, "example", "exec"), names)
 
 

@@ -1,4 +1,4 @@
-"""Tests of taps: the rule that finds the logits in an output, and recordings inside a context."""
+"""Tests of taps.py: it finds the logits in an output, and records outputs inside a context."""
 
 from collections import OrderedDict, namedtuple
 from types import SimpleNamespace
@@ -62,13 +62,13 @@ def test_an_entry_is_a_key_an_attribute_or_an_index():
         logits_of((OTHER, LOGITS), 2)
 
 
-def test_logits_are_replaced_where_they_were():
+def test_logits_are_replaced_in_their_own_entry():
     changed = with_logits(Named(OTHER, LOGITS), OTHER + 2)
     assert changed.features is OTHER
     assert changed.logits.unique() == 2
 
 
-def test_a_recording_ends_with_its_context_also_after_an_error():
+def test_a_recording_ends_with_its_context_even_after_an_error():
     network = nn.Sequential(nn.Linear(3, 2), nn.ReLU())
     with recording(network, ["", "0"]) as recorded:
         hidden = network(torch.ones(1, 3))

@@ -90,8 +90,8 @@ class OptunaSweeper(Sweeper):
             arguments: the overrides of the command line, some of which are sweeps.
 
         Raises:
-            HydraException: if a key is not in the config, or the resumed search has other kinds of
-                values for a key.
+            HydraException: if a searched key is not in the config, or if the earlier trials of a
+                resumed search have other kinds of values for a key.
         """
         assert self.launcher is not None  # Hydra calls setup first.
         assert self.config is not None
@@ -99,8 +99,8 @@ class OptunaSweeper(Sweeper):
         for key in space:
             if OmegaConf.select(self.config, key, default=_MISSING) is _MISSING:
                 raise HydraException(
-                    f"the search has {key}, but this config does not (distill=dist has the keys of "
-                    "the preset): fix it on the command line, or set hydra.sweeper.params"
+                    f"the search varies {key}, but this config has no such key (the default search "
+                    "of hydra/sweeper=optuna needs distill=dist): set hydra.sweeper.params"
                 )
         study = self._open_study(self.config)
         _check_space(study, space)
@@ -136,7 +136,7 @@ class OptunaSweeper(Sweeper):
             direction="maximize" if config.monitor_mode == "max" else "minimize",
             load_if_exists=True,
         )
-        if study.trials:  # With the same seed, the sampler would draw the first trials again.
+        if study.trials:  # The seed of the sampler would give the parameters of the first trials.
             self.sampler.reseed_rng()
         return study
 
@@ -171,9 +171,9 @@ class OptunaSweeper(Sweeper):
 
 
 def _check_space(study: "Study", space: dict[str, "BaseDistribution"]) -> None:
-    """Raise an error if a resumed search has other kinds of values for a key.
+    """Raise an error if earlier trials of a resumed search have other kinds of values for a key.
 
-    Optuna raises such an error only while it creates a trial, which would then stay unfinished.
+    Optuna would raise this error later, while it creates a trial, which would stay unfinished.
 
     Raises:
         HydraException: if the values for a key are not compatible with those of earlier trials.
@@ -186,8 +186,8 @@ def _check_space(study: "Study", space: dict[str, "BaseDistribution"]) -> None:
                 check_distribution_compatibility(trial.distributions[key], space[key])
             except ValueError as error:
                 raise HydraException(
-                    f"the resumed search has {key} in another space ({error}): resume with the "
-                    "sweeps of that search, or choose another hydra.sweep.dir"
+                    f"the earlier trials of this search have other kinds of values for {key} "
+                    f"({error}): resume with the same sweeps, or choose another hydra.sweep.dir"
                 ) from error
 
 
@@ -211,7 +211,7 @@ def _distribution(override: Override) -> "BaseDistribution":
 
 
 def _override(key: str, value: Any) -> str:
-    """Return the override for a value, with four digits, which fit into a table."""
+    """Return the override for a value; a float has four digits, so that it fits into a table."""
     return f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}"
 
 

@@ -1,4 +1,4 @@
-"""A teacher cache: stores a teacher's outputs for a training set, so that many runs read them."""
+"""A teacher cache: files with a teacher's outputs for a training set, which many runs read."""
 
 from lightning_dist.cache.cached_teacher import CachedTeacher, cached
 

@@ -32,12 +32,13 @@ if TYPE_CHECKING:  # Imported where it is used, because it imports scikit-learn 
     from lightning_dist.data.base import ImageDataModule
 
 AUTO = "data/teacher_cache"
-FORMAT = 2
+FORMAT = 2  # The version of the files' format, which is part of the folder's digest.
 # The number of samples whose pixels are part of the folder's digest. Each run also compares the
 # teacher's outputs for these samples with the stored ones.
 SAMPLES = 16
 POLL_SECONDS = 30.0
 _NO_FOLDERS = ("", "false", "no", "none", "null", "on", "true", "yes")
+# The packages that load and augment images. Their versions are part of the folder's digest.
 _DRAWN_BY = ("lightning-dist", "numpy", "pillow", "timm", "torch", "torchvision")
 
 
@@ -52,28 +53,29 @@ class CachedTeacher(TeacherBase):
     runs need a missing view at the same time, one of them computes it and the other one waits.
 
     Each cache has a folder in ``path``. The name of the folder is a digest of the teacher (weights,
-    settings, bridge, class map, dtype), of the parts that the distillation terms compare, and of
-    the data module's training set (settings, size and the pixels of 16 samples). The folder also
+    settings, input bridge, class map, dtype), of the parts that the distillation terms compare, and
+    of the data module's training set (settings, size and the pixels of 16 samples). The folder also
     contains the teacher's outputs for those samples. Before a run trains, it calls the teacher with
-    them and raises an error if the outputs differ by more than rounding. Then something that is not
-    in the digest has changed, such as the network's code, a hook or a file. A change that affects
-    other images only is not noticed, for example a hook that changes the output for one image. Each
-    row also contains a fingerprint of its image. Training compares it with the fingerprint of the
-    student's image and raises an error if they differ.
+    the samples and raises an error if the outputs differ from the stored ones by more than
+    rounding: something that is not in the digest has changed, such as the network's code, a hook or
+    a file. A change that affects only other images is not noticed. The files also contain a
+    fingerprint of each image. Training compares it with the fingerprint of the student's image and
+    raises an error if they differ.
 
-    The Trainer needs an :class:`lightning_dist.data.base.ImageDataModule` whose images have one
-    size. The module must call the student with these images unchanged: no Mixup, no augmentation on
-    the device. The outputs are computed in the teacher's own dtype, without autocast.
+    The Trainer needs an :class:`lightning_dist.data.base.ImageDataModule` whose images all have the
+    same size. The module must call the student with these images unchanged: no Mixup, no
+    augmentation on the device. The outputs are computed in the teacher's own dtype, without
+    autocast.
 
     Args:
         teacher: the network, or any Teacher.
         path: the folder that contains all caches; ``"auto"`` is ``data/teacher_cache``.
-        views: the number of fixed augmentations. A training set without random augmentation has one
-            view, whatever the number.
+        views: the number of fixed augmentations. It has no effect on a training set without random
+            augmentation, which always has one view.
         dtype: the dtype of the stored outputs, ``"float16"`` or ``"float32"``.
 
     Raises:
-        ValueError: if ``views`` is below 1, or ``dtype`` is another dtype.
+        ValueError: if ``views`` is below 1, or ``dtype`` is not one of the two.
 
     Example:
         >>> teacher = CachedTeacher(nn.Linear(4, 3), path="caches", views=4)
@@ -144,15 +146,16 @@ class CachedTeacher(TeacherBase):
     ) -> None:
         """Make the Trainer's data module load fixed views, and choose the folder of the cache.
 
-        All processes call this method. The first one chooses the folder, and compares the teacher's
-        outputs for some samples with the outputs that are stored there.
+        All processes call this method. The first process chooses the folder, and compares the
+        teacher's outputs for some samples with the outputs that the folder contains.
 
         Args:
             trainer: the Trainer, before it has created its data loaders.
             pl_module: the module that is trained.
             taps: the part of the teacher and the entry of its output that each term compares.
             inputs: the callback's dict from parts of the student to the parts of the teacher that
-                get the same inputs. A cache supports only ``{"": ""}``: both get whole images.
+                get the same inputs. A cache supports only ``{"": ""}``: student and teacher get the
+                whole images.
 
         Raises:
             MisconfigurationException: if the module, its data module or its terms need more than
@@ -170,8 +173,8 @@ class CachedTeacher(TeacherBase):
             find_submodule(self.network, part, "the teacher", "the teacher path of a term")
         self._taps = sorted(set(taps), key=str)
         self._trainer, self._data = trainer, image_data_module(trainer)
-        # Store the default dtype now: during a training step the Trainer's precision may set
-        # another one, with which the data loaders do not run.
+        # Store the default dtype of the data loaders now: during a training step the Trainer's
+        # precision may set another default dtype.
         self._dtype = torch.get_default_dtype()
         try:
             self._data.views = self.views
@@ -187,8 +190,7 @@ class CachedTeacher(TeacherBase):
     ) -> Iterator[dict[str, list[Any]]]:
         """Read the teacher's outputs for a batch, and refuse other inputs of the student.
 
-        All processes call this method, because they compute the batch's view together if its file
-        does not exist.
+        All processes call this method, because they compute a missing view together.
 
         Args:
             student: the student, which is called within the context.
@@ -197,7 +199,7 @@ class CachedTeacher(TeacherBase):
             inputs: the same dict as in :meth:`attach`.
 
         Returns:
-            A context manager. It returns a dict from each part to a list of one output, which
+            A context manager. Its value is a dict from each part to a list of one output, which
             contains the entries that the terms compare, in float32 on the batch's device.
 
         Raises:
@@ -207,10 +209,11 @@ class CachedTeacher(TeacherBase):
         """
         if not isinstance(batch, KeyedBatch):
             raise MisconfigurationException(
-                f"the training batch is a {type(batch).__name__} that does not know its samples: "
-                f"a hook of {type(self._attached_to().lightning_module).__name__} that transfers "
-                "batches has replaced it. A CachedTeacher needs the images as the data module made "
-                "them: augment there, or give the teacher itself (distill.cache=off)"
+                f"the training batch is a {type(batch).__name__} without the indices of its "
+                f"samples: a hook of {type(self._attached_to().lightning_module).__name__} that "
+                "transfers batches has replaced it. A CachedTeacher needs the images that the data "
+                "module loaded: augment them in the data module, or use the teacher without a "
+                "cache (distill.cache=off)"
             )
         self._provide(batch)
         outputs = self._recall(batch, parts)
@@ -255,7 +258,7 @@ class CachedTeacher(TeacherBase):
         return folder.name
 
     def _provide(self, batch: KeyedBatch) -> None:
-        """Open the view of a batch; if it does not exist, compute it or wait for it."""
+        """Open the file of a batch's view; compute it, or wait for it, if it does not exist."""
         if batch.view in self._open:
             return
         assert self._data is not None
@@ -281,8 +284,8 @@ class CachedTeacher(TeacherBase):
             self._open[batch.view] = files.open(batch.view, fields)
         except FileNotFoundError as error:
             raise MisconfigurationException(
-                f"{error.filename} is on the first process's machine and not on this one: choose a "
-                "folder that all machines share (distill.cache=PATH)"
+                f"{error.filename} exists on the machine of the first process, but not on this "
+                "machine: choose a folder that all machines share (distill.cache=PATH)"
             ) from error
 
     def _recall(self, batch: KeyedBatch, parts: Sequence[str]) -> dict[str, list[Any]]:
@@ -292,10 +295,10 @@ class CachedTeacher(TeacherBase):
         if not same.all():
             assert self._files is not None
             raise ValueError(
-                f"sample {batch.indices[~same][0]} in view {batch.view} is another image than the "
-                f"teacher saw when {self._files.path(batch.view)} was filled: the data, or the "
-                f"code that draws the views, has changed. Delete {self._files.folder}, to fill it "
-                "anew"
+                f"sample {batch.indices[~same][0]} in view {batch.view} is another image than when "
+                f"the teacher's outputs in {self._files.path(batch.view)} were computed: the data, "
+                f"or the code that augments it, has changed. Delete {self._files.folder}, so that "
+                "the next run computes it again"
             )
         outputs: dict[str, dict[str | int, Tensor]] = {part: {} for part in parts}
         for part, entry in self._taps:
@@ -306,7 +309,7 @@ class CachedTeacher(TeacherBase):
         return {part: [output] for part, output in outputs.items()}
 
     def _attached_to(self) -> Trainer:
-        assert self._trainer is not None, "attach comes first"
+        assert self._trainer is not None, "call attach first"
         return self._trainer
 
     # Copies of a module share the teacher, and a pickle contains no open file.
@@ -322,7 +325,7 @@ class CachedTeacher(TeacherBase):
 
 
 def _on_first_process(trainer: Trainer, compute: Callable[[], str]) -> str:
-    """Call `compute` in the first process; return its text, or raise its error, in all of them."""
+    """Call `compute` in the first process; in all processes, return its text or raise its error."""
     text, error = "", None
     if trainer.is_global_zero:
         try:

@@ -41,7 +41,8 @@ def digest(value: Any) -> str:
 def _feed(state: Any, value: Any, above: tuple[int, ...]) -> None:
     """Add a value to the hash; `above` contains the ids of the objects that contain the value."""
     if isinstance(value, nn.Module):
-        # The wrapper that torch.compile (2.6) returns has attributes that differ in each process.
+        # Take the network out of the wrapper that torch.compile returns (torch 2.6), because the
+        # wrapper's attributes differ in each process.
         value = getattr(value, "_orig_mod", value)
     if value is None or isinstance(value, _PLAIN):
         _put(state, type(value).__name__, repr(value))

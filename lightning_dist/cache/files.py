@@ -1,4 +1,4 @@
-"""The files of a teacher cache: one for each view and one for the samples, never half written."""
+"""The files of a teacher cache: one for each view, and one for the samples of the check."""
 
 import contextlib
 import os
@@ -23,8 +23,8 @@ class ViewFiles:
     """A folder that has one ``.npy`` file for each view, with one structured row for each sample.
 
     A view is written to a temporary file, which is renamed when it is complete and on disk. So a
-    crash cannot leave a file that is half written. A lock prevents two jobs from writing the same
-    view; it is released if its process ends.
+    crash cannot leave an incomplete ``.npy`` file. A lock prevents two jobs from writing the same
+    view; the system releases it if the job ends.
 
     Args:
         folder: the folder of the files; it is created when a view is claimed.
@@ -81,7 +81,7 @@ class ViewFiles:
         return Claim.COMPLETE
 
     def release(self, view: int) -> None:
-        """Let other processes write a view."""
+        """Release the lock of a view, if this process has it."""
         if view in self._locks:
             self._locks.pop(view).release()
 
@@ -114,8 +114,8 @@ class ViewFiles:
         if size > free:
             raise OSError(
                 f"a view of the teacher cache needs {size / 1e6:,.1f} MB and {self.folder} has "
-                f"{free / 1e6:,.1f} MB left: make room, choose another folder (distill.cache=PATH) "
-                "or switch the cache off"
+                f"{free / 1e6:,.1f} MB left: delete other files, choose another folder "
+                "(distill.cache=PATH) or switch the cache off"
             )
         header = {
             "descr": np.lib.format.dtype_to_descr(row),
@@ -170,7 +170,7 @@ def read_rows(path: Path, rows: int, fields: Sequence[str], delete: Path) -> np.
         FileNotFoundError: if the file does not exist.
         ValueError: if the file is truncated or has other contents. Nothing is unpickled.
     """
-    advice = f"delete {'it' if delete == path else delete}, to fill it anew"
+    advice = f"delete {'it' if delete == path else delete}, so that the next run computes it again"
     try:
         found = np.load(path, mmap_mode="r", allow_pickle=False)
     except OSError:

@@ -28,7 +28,12 @@ FINGERPRINT = "(images)"  # The entry of a row that contains the fingerprint of 
 
 
 def name_of(tap: Tap) -> str:
-    """Return the name of the entry of a row that contains the teacher's output at a tap."""
+    """Return the name of the entry of a row that contains a teacher's output.
+
+    Args:
+        tap: a dotted path of a part of the teacher ("" is the teacher itself), and a key or index
+            of the part's output (None takes its logits).
+    """
     part, entry = tap
     return (part or "(output)") + ("" if entry is None else f"[{entry!r}]")
 
@@ -39,7 +44,7 @@ class TeacherRows:
 
     Args:
         teacher: the teacher, without a cache.
-        taps: the parts of the teacher, and the entries of their outputs, that a row contains.
+        taps: the outputs that a row contains, as in :func:`name_of`.
         stored: the dtype of the numbers in the rows.
     """
 
@@ -75,9 +80,9 @@ class TeacherRows:
         for tap, answer in self._outputs(batch.inputs.to(device, copy=True)).items():
             if answer.shape[:1] != (len(batch.fingerprints),):
                 raise MisconfigurationException(
-                    f"the teacher's {name_of(tap)} gives {tuple(answer.shape)} for "
-                    f"{len(batch.fingerprints)} images: a CachedTeacher needs one answer an image "
-                    "(distill.cache=off asks the teacher itself)"
+                    f"the teacher's {name_of(tap)} has the shape {tuple(answer.shape)} for "
+                    f"{len(batch.fingerprints)} images: a CachedTeacher needs one output for each "
+                    "image. Use the teacher without a cache (distill.cache=off)"
                 )
             columns[name_of(tap)] = self._narrowed(name_of(tap), answer)
         kinds = [(name, column.dtype, column.shape[1:]) for name, column in columns.items()]
@@ -87,22 +92,22 @@ class TeacherRows:
         return rows
 
     def _narrowed(self, name: str, answer: Tensor) -> np.ndarray:
-        """Return an output in the stored dtype; infinities in the teacher's output are allowed."""
+        """Return an output in the stored dtype; refuse NaN, and numbers that would overflow."""
         wide = answer.to(torch.promote_types(answer.dtype, torch.float32)).cpu().numpy()
         if np.isnan(wide).any():
             raise MisconfigurationException(
-                f"the teacher's {name} is NaN for some training images, so it cannot teach: look "
-                "at its weights, its dtype and the normalisation of its images"
+                f"the teacher's {name} is NaN for some training images: check the teacher's "
+                "weights, its dtype and the normalisation of its images"
             )
         with np.errstate(over="ignore"):
             narrow = wide.astype(self.stored)
         if (np.isinf(narrow) & np.isfinite(wide)).any():
             largest = np.abs(wide[np.isfinite(wide)]).max()
-            advice = "give CachedTeacher dtype='float32' (distill.cache_dtype=float32), or "
+            advice = "use CachedTeacher with dtype='float32' (distill.cache_dtype=float32), or use "
             raise MisconfigurationException(
-                f"the teacher's {name} has values up to {largest:.3g}, which {self.stored} cannot "
-                f"hold: {advice if self.stored.itemsize < 4 else 'give '}a teacher whose outputs "
-                "are smaller"
+                f"the teacher's {name} has values up to {largest:.3g}, which are too large for "
+                f"{self.stored}: {advice if self.stored.itemsize < 4 else 'use '}a teacher whose "
+                "outputs are smaller"
             )
         return narrow
 
@@ -122,8 +127,9 @@ class TeacherRows:
         for part, calls in outputs.items():
             if len(calls) != 1:
                 raise MisconfigurationException(
-                    f"the teacher's {part!r} was called {len(calls)} times for one batch: a "
-                    "CachedTeacher keeps one answer (distill.cache=off asks the teacher itself)"
+                    f"the teacher's {part!r} was called {len(calls)} times for one batch, but a "
+                    "CachedTeacher stores one output. Use the teacher without a cache "
+                    "(distill.cache=off)"
                 )
         return {tap: logits_of(outputs[tap[0]][0], tap[1]) for tap in self.taps}
 
@@ -159,9 +165,9 @@ def fill(
                 begun = _begin(view, files, data, rows.dtype, trainer)
             if rows.dtype != begun:
                 raise MisconfigurationException(
-                    f"the teacher's answers differ in shape: {begun} and {rows.dtype}. A "
-                    "CachedTeacher needs images of one size (distill.cache=off asks the teacher "
-                    "itself)"
+                    f"the teacher's outputs have different shapes: {begun} and {rows.dtype}. A "
+                    "CachedTeacher needs images of one size. Use images of one size, or the "
+                    "teacher without a cache (distill.cache=off)"
                 )
             files.write(view, int(batch.indices[0]), rows)
     if begun is None:  # This process has no rows, because there are more processes than samples.
@@ -183,7 +189,7 @@ def kept_generators(device: torch.device) -> Iterator[Callable[[], bool]]:
             NumPy and Python.
 
     Returns:
-        A context manager. It returns a function that returns True if random numbers were drawn.
+        A context manager. Its value is a function that returns True if random numbers were drawn.
     """
     generators: list[tuple[Callable[[], Any], Callable[[Any], Any]]] = [
         (torch.get_rng_state, torch.set_rng_state),
@@ -204,7 +210,7 @@ def kept_generators(device: torch.device) -> Iterator[Callable[[], bool]]:
 def _begin(
     view: int, files: ViewFiles, data: "ImageDataModule", row: np.dtype, trainer: Trainer
 ) -> np.dtype:
-    """Log the size, create the file, and return the dtype of the first process's rows."""
+    """Log the cache's size, create the view's file, and return the rows' dtype (first process)."""
     if trainer.is_global_zero:
         views = data.train_views().count
         rank_zero_info(

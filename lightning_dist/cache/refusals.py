@@ -29,19 +29,19 @@ def refuse_other_inputs(pl_module: LightningModule, inputs: Mapping[str, str]) -
     """
     if dict(inputs) != {"": ""}:
         raise MisconfigurationException(
-            f"the teacher is to be called with what the student computes within ({dict(inputs)}), "
-            "as in detection, and a CachedTeacher knows whole images only: give the teacher itself "
-            "(distill.cache=off)"
+            "parts of the teacher get the inputs of parts of the student "
+            f"({dict(inputs)}), as in detection, but a CachedTeacher has outputs for whole images "
+            "only: use the teacher without a cache (distill.cache=off)"
         )
     if getattr(pl_module, "mixup", None) is not None:
         raise MisconfigurationException(
-            "mixup mixes the images of a batch, to which a CachedTeacher has no answers: set "
-            "module.mixup=null, or give the teacher itself (distill.cache=off)"
+            "mixup mixes the images of a batch, but a CachedTeacher has no outputs for mixed "
+            "images: set module.mixup=null, or use the teacher without a cache (distill.cache=off)"
         )
     if getattr(pl_module, "shard_teacher", False):
         raise MisconfigurationException(
-            "shard_teacher has no use for a CachedTeacher, which is on the device only while a "
-            "view is computed: leave out shard_teacher, or the cache (distill.cache=off)"
+            "a CachedTeacher cannot be sharded, and it is on the device only while a view is "
+            "computed: leave out shard_teacher, or the cache (distill.cache=off)"
         )
 
 
@@ -63,11 +63,11 @@ def image_data_module(trainer: Trainer) -> "ImageDataModule":
     data = getattr(trainer, "datamodule", None)
     if not isinstance(data, ImageDataModule):
         raise MisconfigurationException(
-            f"a CachedTeacher needs to know which samples a batch holds, and the Trainer has "
-            f"{f'a {type(data).__name__}' if data is not None else 'no data module'}: give "
-            "fit(datamodule=...) a subclass of lightning_dist.data.base.ImageDataModule, which "
-            "needs train_dataset, val_dataset and test_dataset, or give the teacher itself "
-            "(distill.cache=off)"
+            f"a CachedTeacher needs the indices of the samples in a batch, but the Trainer has "
+            f"{f'a {type(data).__name__}' if data is not None else 'no data module'}: call "
+            "fit(datamodule=...) with a subclass of lightning_dist.data.base.ImageDataModule that "
+            "defines train_dataset, val_dataset and test_dataset, or use the teacher without a "
+            "cache (distill.cache=off)"
         )
     return data
 
@@ -96,13 +96,13 @@ def refuse_other_images(
         MisconfigurationException: if the student is called with another tensor, or the tensor was
             changed.
     """
-    if not torch.is_grad_enabled():  # such a call does not count
+    if not torch.is_grad_enabled():  # A call without gradients is not distilled.
         return
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     if len(tensors) != 1 or tensors[0] is not batch.inputs or tensors[0]._version != version:
         raise MisconfigurationException(
-            f"the student, a {type(student).__name__}, is called with other than the batch's "
-            "images, to which a CachedTeacher has the answers: hand them over as they are, without "
-            "Mixup, CutMix or normalisation in training_step, or give the teacher itself "
-            "(distill.cache=off)"
+            f"the student, a {type(student).__name__}, is called with other or changed images, but "
+            "a CachedTeacher has outputs only for the images of the batch: call the student with "
+            "them, without Mixup, CutMix or normalisation in training_step, or use the teacher "
+            "without a cache (distill.cache=off)"
         )

@@ -1,4 +1,4 @@
-"""The teacher's outputs for a few samples, which show a later run that the teacher has changed."""
+"""A check with a few samples, whose stored outputs show whether the teacher has changed."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,13 +41,14 @@ def check_answers(
         rows = _rows(answers, batches, device)
         found = path.exists()
         if found and not drawn() and not _differences(_read(path, rows), rows):
-            return  # In the usual case, the teacher is called once.
+            return  # This is the usual case: the teacher gets each sample once.
         again = _rows(answers, batches, device)
         if drawn() or _differences(rows, again):
             raise MisconfigurationException(
-                f"{answers.teacher} draws random numbers, or its answers to the same images differ "
-                "from call to call for another reason: a CachedTeacher would keep one draw. Switch "
-                "that off in the teacher, or give the teacher itself (distill.cache=off)"
+                f"{answers.teacher} draws random numbers, or its outputs for the same images "
+                "differ between two calls for another reason, but a CachedTeacher stores the "
+                "outputs of one call. Switch this off in the teacher, or use the teacher without a "
+                "cache (distill.cache=off)"
             )
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
@@ -56,7 +57,7 @@ def check_answers(
         different = _differences(_read(path, rows), rows)
     if different:
         raise MisconfigurationException(
-            f"the teacher answers otherwise than when {folder} was filled ({', '.join(different)} "
+            f"the teacher's outputs differ from those stored in {folder} ({', '.join(different)} "
             "of some samples): its code, or a file or object that it uses, has changed. Delete the "
             "folder, or choose another one (distill.cache=PATH)"
         )
@@ -74,7 +75,7 @@ def _rows(answers: TeacherRows, batches: Sequence[KeyedBatch], device: torch.dev
 
 
 def _tolerance(answers: TeacherRows, device: torch.device) -> float:
-    """Return the largest rounding error of an output, relative to the largest output."""
+    """Return the difference that counts as rounding, as a fraction of the largest output."""
     dtypes = {p.dtype for p in answers.teacher.network.parameters() if p.is_floating_point()}
     eps = max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
     if device.type != "cpu":

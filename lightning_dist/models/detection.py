@@ -158,7 +158,7 @@ def small_retinanet(
 
 
 def _group_norm(channels: int) -> nn.GroupNorm:
-    """Build the norm of the heads, a group norm because batch statistics differ by level."""
+    """Build a head's norm: a group norm, because a head sees all pyramid levels."""
     return nn.GroupNorm(4, channels)
 
 

@@ -21,8 +21,8 @@ _CHANNELS = {"layer1": 256, "layer2": 512, "layer3": 1024, "layer4": 2048}
 class MMDetector(nn.Module):
     """The backbone and the classification head of a detector.
 
-    It has no `forward`, because distillation calls its parts. `transform` stores the normalisation
-    of ImageNet under the attribute names of torchvision's detectors.
+    It has no `forward`, because distillation calls its parts. As in torchvision's detectors, the
+    attribute `transform` has the mean and standard deviation of the images, here ImageNet's.
 
     Args:
         backbone: a network that maps images (N, 3, H, W) to a dict of the feature pyramid's levels.
@@ -40,7 +40,7 @@ class MMDetector(nn.Module):
 
     @staticmethod
     def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Rename MMDetection's weights for these networks, and return all others unchanged."""
+        """Rename MMDetection's weights for these networks; return other weights unchanged."""
         if not any(name.startswith("neck.") for name in state_dict):
             return dict(state_dict)
         return convert_mmdetection(state_dict)

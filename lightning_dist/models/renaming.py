@@ -9,7 +9,7 @@ Replacement = str | Callable[[re.Match[str]], str]
 def rename_entries(
     names: Iterable[str], table: Sequence[tuple[str, Replacement]], network: str
 ) -> dict[str, str]:
-    """Replace the beginning of each name by the first pattern in a table that matches the name.
+    """Rename each name with the first entry of a table whose pattern matches its beginning.
 
     Args:
         names: the names of the checkpoint's entries.

@@ -49,7 +49,7 @@ class SegmentationNetwork(nn.Module):
 
     @staticmethod
     def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Rename a published checkpoint for these networks, and return all others unchanged."""
+        """Rename a published checkpoint for these networks; return other weights unchanged."""
         state = {name.removeprefix("module."): value for name, value in state_dict.items()}
         if not any(name.startswith("pretrained.") for name in state):
             return dict(state_dict)

@@ -1,4 +1,4 @@
-"""Resuming an interrupted run so that its result is the same as without the interruption."""
+"""Resume an interrupted run, so that its result is the same as without the interruption."""
 
 from lightning_dist.resume.csv_logger import ResumableCSVLogger
 from lightning_dist.resume.exact_resume import SIGNALS, ExactResume, Interrupted

@@ -1,4 +1,4 @@
-"""``AtomicCheckpointIO``: a checkpoint writer that never leaves a file half written."""
+"""``AtomicCheckpointIO``: a checkpoint writer that never leaves an incomplete checkpoint."""
 
 import os
 from pathlib import Path
@@ -54,8 +54,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 raise
             raise OSError(
                 f"cannot write the checkpoint {path}: {disk.strerror or disk}. "
-                f"{'The one saved there before is intact' if before else 'None was there before'}: "
-                "make room or choose another folder, and resume"
+                f"{'The previous checkpoint is intact' if before else 'There is no earlier one'}: "
+                "delete other files or choose another folder, and resume"
             ) from error
 
 

@@ -14,10 +14,10 @@ from lightning.pytorch.utilities import rank_zero_only
 class ResumableCSVLogger(CSVLogger):
     """A CSVLogger that keeps the rows before the checkpoint from which a run resumes.
 
-    :class:`lightning_dist.resume.ExactResume` calls :meth:`rewind`. Without that callback, a new
-    run renames the file of an earlier run to ``metrics.before.csv``, but Lightning's logger deletes
-    that file. The logger only appends rows to the file, or replaces the file with a complete one,
-    so that an interruption cannot damage it.
+    :class:`lightning_dist.resume.ExactResume` calls :meth:`rewind`. Without that callback, this
+    logger renames the file of an earlier run to ``metrics.before.csv``, where Lightning's logger
+    would delete it. This logger only appends rows to its file, or replaces the file with a complete
+    one, so that an interruption cannot damage it.
 
     Args:
         args: the positional arguments of :class:`lightning.pytorch.loggers.CSVLogger`.
@@ -72,7 +72,7 @@ class _ResumableWriter(ExperimentWriter):
             path.unlink()
 
     def save(self) -> None:
-        """Append the new rows to the file; before the first rows, rename another run's file."""
+        """Append the new rows to the file; before its first rows, rename an earlier run's file."""
         path = Path(self.metrics_file_path)
         try:
             if self.metrics and not self.rewound and path.exists():
@@ -86,7 +86,7 @@ class _ResumableWriter(ExperimentWriter):
         """Do nothing; Lightning's method would delete the file."""
 
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
-        """Add columns to the file; unlike Lightning's method, never leave it half written."""
+        """Add columns to the file; unlike Lightning's method, never leave an incomplete file."""
         with open(self.metrics_file_path, newline="") as file:
             self._replace(list(csv.DictReader(file)))
 

@@ -49,8 +49,8 @@ class ExactResume(Callback):
     - After SIGTERM or SIGINT, sent to any process of the run, the run completes the current batch
       and its gradient accumulation, saves ``last.ckpt`` in the folder of the Trainer's
       ModelCheckpoint, and ends every process. The exit status of the first process is 143 or 130.
-      In the last batch of an epoch and in the validation after it, the run completes the epoch
-      first. A second SIGINT ends the run immediately.
+      If the signal comes in the last batch of an epoch or in the validation after it, the run
+      completes the epoch first. A second SIGINT ends the run immediately.
     - The random numbers of a training step (dropout, mixup) depend only on seed, epoch, batch and
       process, so that no state of a random generator has to be saved.
     - A checkpoint is written to a temporary file, which replaces the old one when it is complete.
@@ -63,8 +63,8 @@ class ExactResume(Callback):
     of the epoch, and the training loader must have a state, as the loaders of
     :class:`lightning_dist.data.base.ImageDataModule` do. Manual optimization is not supported.
     After a resume within an epoch, means over that training epoch (``self.log(...,
-    on_epoch=True)`` in ``training_step``) do not include its earlier batches. ReduceLROnPlateau
-    misses a step where the run resumes.
+    on_epoch=True)`` in ``training_step``) do not include its earlier batches. Lightning skips one
+    step of ReduceLROnPlateau at each resume.
 
     Args:
         seed: a whole number from which the random numbers of the training steps are derived.
@@ -81,7 +81,7 @@ class ExactResume(Callback):
         self.seed = seed
         self._received: int | None = None
         self._saved_step: int | None = None
-        # This is True when the run is saved because of a signal: no batch or epoch may begin.
+        # True after the run was saved because of a signal: no further batch or epoch may begin.
         self._must_end = False
         self._batches = 0  # The number of completed batches of this epoch.
         self._resumes = False
@@ -104,7 +104,7 @@ class ExactResume(Callback):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Rewind the CSV files. Lightning calls this hook even if nothing is left to train."""
+        """Rewind the CSV files; Lightning calls this hook even if nothing is left to train."""
         if trainer.state.fn != TrainerFn.FITTING:
             return
         self._resumes = True
@@ -125,18 +125,18 @@ class ExactResume(Callback):
         """Warn of ReduceLROnPlateau, and make a run resume in the right epoch."""
         if any(config.reduce_on_plateau for config in trainer.lr_scheduler_configs):
             rank_zero_warn(
-                "ReduceLROnPlateau misses a step wherever a run resumes, because Lightning skips "
-                "it: the result then differs from that of a run without an interruption"
+                "Lightning skips one step of ReduceLROnPlateau at each resume: the result of a "
+                "resumed run then differs from that of a run without an interruption"
             )
         if self._resumes:
             _do_not_repeat_a_complete_epoch(trainer)
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Handle signals from here on."""
+        """Install the signal handlers."""
         self._handle_signals(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Handle signals, empty the CSV files of a new run, and seed the first batch."""
+        """Install the signal handlers, empty a new run's CSV files, and seed the first batch."""
         self._handle_signals(trainer)
         self._trains = True
         if not self._resumes:
@@ -156,7 +156,7 @@ class ExactResume(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """End the run if it was saved because of a signal; otherwise seed the training step."""
-        # Do not end it in on_train_batch_end, because Lightning logs a batch's metrics after that.
+        # Do not end the run in on_train_batch_end: Lightning logs the batch's metrics after it.
         if self._must_end:
             self._end_run(trainer)
         self._reseed(trainer, 1)
@@ -208,13 +208,13 @@ class ExactResume(Callback):
             _count_last_batch_and_epoch(trainer)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Handle signals during a test as well."""
+        """Install the signal handlers for a test as well."""
         self._handle_signals(trainer)
 
     # Helpers of the hooks
 
     def _handle_signals(self, trainer: Trainer) -> None:
-        """Install handlers that store the signal while training, and end the run at other times.
+        """Install handlers that store the signal during training, but else end the run at once.
 
         Lightning restores the previous handlers when ``fit`` or ``test`` ends.
         """
@@ -231,7 +231,7 @@ class ExactResume(Callback):
                 self._end_run(trainer)
             if again and number == signal.SIGINT:
                 raise KeyboardInterrupt
-            rank_zero_info(f"{signal.Signals(number).name}: the run stops as soon as it is saved")
+            rank_zero_info(f"{signal.Signals(number).name}: the run will be saved and then stopped")
 
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
@@ -240,7 +240,7 @@ class ExactResume(Callback):
     def _reseed(self, trainer: Trainer, phase: int) -> None:
         """Seed all random generators with numbers derived from epoch, batch, process and phase.
 
-        Phase 0 begins before a batch is moved to its device, and phase 1 before its training step.
+        Phase 0 seeds the transfer of a batch to its device, and phase 1 its training step.
         """
         place = (self.seed, trainer.current_epoch, self._batches, trainer.global_rank, phase)
         for_torch, for_numpy, for_random = derive_seeds(*place, count=3)

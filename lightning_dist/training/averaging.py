@@ -46,7 +46,7 @@ class StudentEMA(Callback):
         Raises:
             MisconfigurationException: if the module is no DistillModule or the student is sharded.
         """
-        if stage != "fit":  # then the module itself creates an average for a checkpoint
+        if stage != "fit":  # The module creates the average itself if it loads one.
             return
         if not hasattr(pl_module, "evaluate_too"):
             raise MisconfigurationException(
@@ -87,11 +87,14 @@ class StudentEMA(Callback):
 
 
 def earlier_averaging(trainer: Trainer, callback: Callback) -> WeightAveraging | None:
-    """Return the callback before another one whose setup has copied the module, if there is one.
+    """Return a WeightAveraging that comes before a callback, and so has copied the module before.
 
     Args:
         trainer: the Trainer of both callbacks.
         callback: the later callback.
+
+    Returns:
+        The first such WeightAveraging, or None.
     """
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     before = callbacks[: callbacks.index(callback)]
@@ -105,7 +108,7 @@ def keep_average(module: Any, decay: float = 0.9999) -> None:
 
     Args:
         module: the module.
-        decay: the weight of the old average in each update. Without StudentEMA it does not matter.
+        decay: the weight of the old average in each update; only StudentEMA updates the average.
     """
     update = functools.partial(_average, decay)
     if module.student_ema is None:
@@ -135,8 +138,8 @@ def make_room_for_average(
         keep_average(module)
     elif strict and not found and module.student_ema is not None:
         raise MisconfigurationException(
-            "the module keeps an average of the student, but the checkpoint holds none: use it "
-            "without StudentEMA, in a module that has no average yet"
+            "the module keeps an average of the student, but the checkpoint holds none: load it "
+            "into a new module, without StudentEMA"
         )
 
 
@@ -162,6 +165,6 @@ def _average(decay: float, averaged: Any, current: Any, updates: Any) -> None:
     if averaged[0].is_floating_point():
         get_ema_multi_avg_fn(decay)(averaged, current, updates)
         return
-    # Counters and index buffers: a weighted sum would be rounded down to other integers.
+    # Copy counters and index buffers: a weighted mean of integers would be rounded down.
     for old, new in zip(averaged, current, strict=True):
         old.copy_(new)

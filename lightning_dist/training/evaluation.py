@@ -76,8 +76,8 @@ def count_samples(inputs: Any, target: Any) -> int:
 
     Args:
         inputs: a batched tensor, a mapping or tuple that contains one, or a list.
-        target: the same. Only if there is no batched tensor outside of lists in either of them, a
-            list of the inputs counts, as it is then taken to have one item per sample.
+        target: the same. If neither contains a batched tensor outside of lists, the number is the
+            length of the first list in the inputs, which should have one item per sample.
 
     Example:
         >>> import torch

@@ -34,19 +34,19 @@ class WrappedStep:
     ) -> None:
         step = pl_module.training_step
         self.pl_module = pl_module
-        # In a compiled module, torch.compile has stored training_step on the instance.
+        # Keep a training_step that is stored on the instance, as torch.compile does it.
         self.own = pl_module.__dict__.get("training_step")
 
         @functools.wraps(getattr(step, "__func__", step))
         def training_step(module: LightningModule, *args: Any, **kwargs: Any) -> Any:
-            if module is not pl_module:  # a copy of the module that was made during fit
+            if module is not pl_module:  # The module is a copy that was made during fit.
                 return type(module).training_step(module, *args, **kwargs)
             if not trainer.training:
                 return step(*args, **kwargs)
             return run(step, args, kwargs)
 
-        # Bind it as a method: deepcopy rebinds it to the copy and pickle stores only its name, so
-        # that neither drags this wrapper along.
+        # Bind it as a method: deepcopy rebinds a method to the copy, and pickle stores only its
+        # name. So a copy of the module does not contain the Trainer and the original module.
         training_step.__name__ = "training_step"
         pl_module.__dict__["training_step"] = types.MethodType(training_step, pl_module)
 

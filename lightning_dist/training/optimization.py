@@ -23,7 +23,7 @@ def build_optimizer(
             so that it can use other settings for biases and norms.
         student: the student.
         parameters: all trainable parameters: those of the student, of a subclass's own layers and
-            of distillation terms. Those that the factory left out are added as a separate group.
+            of distillation terms. A separate group gets the parameters that the factory left out.
 
     Returns:
         The optimizer.
@@ -71,7 +71,7 @@ def build_scheduler(
     """
     options = {}
     if "updates_per_epoch" in inspect.signature(factory).parameters:
-        trainer.fit_loop.setup_data()  # before this, the number of batches is unknown
+        trainer.fit_loop.setup_data()  # This counts the batches of an epoch.
         updates = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
         options["updates_per_epoch"] = updates
     scheduler = factory(optimizer, **options)
@@ -83,14 +83,14 @@ def build_scheduler(
         return settings
     if inner.mode == "max" and monitor.endswith("loss"):
         raise MisconfigurationException(
-            f"the scheduler lowers the rate when {monitor} stops to rise: give the scheduler "
-            "mode='min', or set scheduler_monitor to a metric of which more is better"
+            f"the scheduler lowers the learning rate when {monitor} stops rising: give the "
+            "scheduler mode='min', or set scheduler_monitor to a metric that should rise"
         )
     return settings | {"reduce_on_plateau": True, "monitor": monitor}
 
 
 def step_scheduler(scheduler: Any, trainer: Trainer, interval: str, metric: Any | None) -> None:
-    """Step a torch scheduler as Lightning does, and a timm scheduler with the current position.
+    """Step a torch scheduler as Lightning does, and a timm scheduler with its update or epoch.
 
     Args:
         scheduler: the scheduler.

@@ -19,7 +19,7 @@ class TermsSum:
 
     Attributes:
         total: the weighted sum, a tensor of shape ().
-        values: a dict from names to terms without their weights.
+        values: a dict from names to the values of the terms, before the weights.
         skipped: the number of terms that were left out because they were not finite.
         waiting: the names of the terms whose part of the student is frozen in this step.
     """
@@ -46,7 +46,7 @@ def current_weights(terms: Mapping[str, Term], trainer: Trainer) -> dict[str, fl
 
 
 def is_zero(weight: Any) -> bool:
-    """Return whether a weight is the number 0; a tensor is not read, because that may be slow."""
+    """Return whether a weight is the number 0; a tensor is not read, to not wait for the GPU."""
     return isinstance(weight, Real) and weight == 0
 
 
@@ -123,9 +123,9 @@ def _not_called(name: str, term: Term, part: str, student: Recording) -> str:
             "distil: set student to the sub-module that training_step calls"
         )
     return (
-        f"term {name!r}: no call of {part!r} has a gradient, so the term would teach nothing: call "
-        "it outside of torch.no_grad(), with use_reentrant=False where it is checkpointed, and "
-        "with outputs that are not detached"
+        f"term {name!r}: no call of {part!r} has a gradient, so the term cannot train it: call it "
+        "outside of torch.no_grad(), do not detach its outputs, and give torch.utils.checkpoint "
+        "use_reentrant=False"
     )
 
 
@@ -137,7 +137,7 @@ def _nonfinite_error(
     return FloatingPointError(
         f"the distillation loss of term {name!r} is not finite at step {trainer.global_step} "
         f"(epoch {trainer.current_epoch}): NaN or infinity is in "
-        f"{' and '.join(wrong) or 'neither output, so the loss or its weight makes it'}. Lower "
-        "the learning rate or the weight, give the teacher a wider dtype, or leave such steps "
-        "out with nonfinite='skip'"
+        f"{' and '.join(wrong) or 'neither output, so it comes from the loss or its weight'}. "
+        "Lower the learning rate or the weight, give the teacher a wider dtype, or leave such "
+        "steps out with nonfinite='skip'"
     )

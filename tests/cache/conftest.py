@@ -10,7 +10,7 @@ from lightning_dist.tasks.classification import ClassificationModule
 
 @pytest.fixture
 def train(make_trainer):
-    """Return a function that trains a student on digits with a teacher, and returns the module."""
+    """Return a function that trains a module, by default a student and a teacher on digits."""
 
     def run(teacher, data=None, module=None, epochs=3, **kwargs):
         if module is None:

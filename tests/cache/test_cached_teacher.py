@@ -1,4 +1,4 @@
-"""Tests of CachedTeacher: its training, its files, the runs that share them, and its refusals."""
+"""Tests of CachedTeacher: training with it, its files, runs that share them, and its refusals."""
 
 import copy
 import json
@@ -42,11 +42,11 @@ from lightning_dist.tasks.segmentation import SegmentationModule
 from lightning_dist.teacher import EnsembleTeacher, InputBridge
 
 HELPERS = Path(__file__).parents[1] / "helpers"
-SAMPLES = 16  # The teacher is called with this number of images before the training.
+SAMPLES = 16  # The number of images with which each run calls the teacher before it trains.
 
 
-class Asked(SmallCNN):
-    """A teacher that counts its images, and how often it is moved to a device."""
+class Counting(SmallCNN):
+    """A teacher that counts, in class attributes, its images and its moves to a device."""
 
     images = moves = 0
 
@@ -54,38 +54,37 @@ class Asked(SmallCNN):
         super().__init__([32, 64, 128])
 
     def forward(self, images):
-        Asked.images += len(images)
+        Counting.images += len(images)
         return super().forward(images)
 
     def to(self, *args, **kwargs):
-        Asked.moves += 1
+        Counting.moves += 1
         return super().to(*args, **kwargs)
 
 
 @pytest.fixture(autouse=True)
 def _reset() -> None:
-    Asked.images = Asked.moves = 0
+    Counting.images = Counting.moves = 0
 
 
-def assert_rows_are_fresh_answers(folder: Path, data: DigitsDataModule, ask=None) -> None:
+def assert_rows_are_the_teachers_outputs(folder: Path, data: DigitsDataModule) -> None:
     """Compare every row of every view with the teacher's output for the sample in that view."""
     images = data.train_dataset().with_seed(0)
-    ask = ask or teacher()
+    network = teacher()
     for path in files(folder):
         view = int(path.stem.removeprefix("view-"))
-        shown, _ = images.__getitems__([(index, view) for index in range(len(images))])
+        inputs, _ = images.__getitems__([(index, view) for index in range(len(images))])
         rows = np.load(path, allow_pickle=False)["(output)"]
         assert rows.dtype == np.float16
-        fresh = ask(shown).numpy()
-        np.testing.assert_allclose(rows, fresh, rtol=2**-10, atol=2**-10)
+        np.testing.assert_allclose(rows, network(inputs).numpy(), rtol=2**-10, atol=2**-10)
 
 
 # The training
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_it_trains_the_student_that_the_teacher_itself_trains(train, tmp_path, workers):
-    """The seed is 0, because the views are drawn with seed 0 in its first epochs."""
+def test_a_student_is_the_same_with_a_cached_and_with_a_live_teacher(train, tmp_path, workers):
+    """Without a cache, a run with seed 0 augments its first epochs as the views are augmented."""
     live = train(teacher())
     warm = CachedTeacher(teacher(), tmp_path, views=3, dtype="float32")
     assert same_weights(live, train(warm, digits(num_workers=workers)))
@@ -128,7 +127,7 @@ def test_float16_changes_the_student_by_a_rounding(train, tmp_path):
 def test_every_row_is_a_fresh_answer(train, tmp_path):
     train(CachedTeacher(teacher(), tmp_path, views=2))
     assert len(files(tmp_path)) == 2
-    assert_rows_are_fresh_answers(tmp_path, digits())
+    assert_rows_are_the_teachers_outputs(tmp_path, digits())
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
@@ -136,11 +135,11 @@ def test_every_precision_of_the_student(train, tmp_path, precision):
     kept = CachedTeacher(teacher(), tmp_path, views=1)
     module = train(kept, epochs=1, precision=precision)
     assert all(value.isfinite().all() for value in module.student.state_dict().values())
-    assert_rows_are_fresh_answers(tmp_path, digits())
+    assert_rows_are_the_teachers_outputs(tmp_path, digits())
 
 
 def test_a_view_is_drawn_in_the_loaders_default_dtype(train, tmp_path):
-    """A step under bf16-true has another default dtype, in which torch.rand draws other numbers."""
+    """In a step under bf16-true the default dtype is bfloat16: torch.rand draws other numbers."""
 
     class Noisy(Dataset):
         def __init__(self, samples):
@@ -163,7 +162,7 @@ def test_a_view_is_drawn_in_the_loaders_default_dtype(train, tmp_path):
     assert len(files(tmp_path)) == 1
 
 
-def test_the_callback_on_a_module_of_the_users(train, tmp_path):
+def test_the_callback_with_a_users_module(train, tmp_path):
     class Plain(L.LightningModule):
         def __init__(self):
             super().__init__()
@@ -184,12 +183,12 @@ def test_the_callback_on_a_module_of_the_users(train, tmp_path):
     assert same_weights(live, warm)
 
 
-def test_a_tuner_searches_with_the_answers(make_trainer, tmp_path):
+def test_a_tuner_reads_the_cached_outputs(make_trainer, tmp_path):
     kept = CachedTeacher(teacher(), tmp_path, views=1)
     module = ClassificationModule(SmallCNN([4, 8]), kept, num_classes=10)
     trainer = make_trainer(max_epochs=9)
     Tuner(trainer).lr_find(module, datamodule=digits(), num_training=4, update_attr=False)
-    assert_rows_are_fresh_answers(tmp_path, digits())
+    assert_rows_are_the_teachers_outputs(tmp_path, digits())
     assert len(files(tmp_path)) == 1
 
 
@@ -201,7 +200,7 @@ def test_an_ensemble_with_bridge_and_class_map(train, tmp_path):
     assert same_weights(live, train(CachedTeacher(ensemble, tmp_path, views=3, dtype="float32")))
 
 
-def test_a_run_that_resumes_in_mid_epoch_gets_the_answers_to_its_batches(train, tmp_path):
+def test_a_run_that_resumes_within_an_epoch_reads_the_outputs_for_its_batches(train, tmp_path):
     def run(name, **kwargs):
         kept = CachedTeacher(teacher(), tmp_path / "cache", views=2)
         return train(kept, epochs=3, enable_checkpointing=True, **kwargs)
@@ -228,7 +227,7 @@ def test_a_run_that_resumes_in_mid_epoch_gets_the_answers_to_its_batches(train, 
 
 @pytest.mark.parametrize("network", ["one head", "two heads"])
 def test_dense_logits(make_trainer, tmp_path, network):
-    """The logits of the main and the auxiliary head, at the network's own resolution."""
+    """The files contain the logits of both heads, at the network's own resolution."""
 
     class TwoHeads(SmallUNet):
         def __init__(self, *args, **kwargs):
@@ -260,35 +259,35 @@ def test_dense_logits(make_trainer, tmp_path, network):
 # The number of calls of the teacher, and the runs that share a cache
 
 
-def test_each_view_is_asked_about_once_by_runs_of_all_seeds(train, tmp_path):
-    kept = CachedTeacher(Asked(), tmp_path, views=2)
+def test_runs_of_all_seeds_compute_each_view_once(train, tmp_path):
+    kept = CachedTeacher(Counting(), tmp_path, views=2)
     train(kept, digits(seed=1), epochs=1)
-    # The samples are computed twice, to check whether the teacher draws random numbers.
-    assert Asked.images == SIZE + 2 * SAMPLES
+    # The first run calls the teacher twice with the samples, to check that it is deterministic.
+    assert Counting.images == SIZE + 2 * SAMPLES
     train(kept, digits(seed=1), epochs=5)
     train(kept, digits(seed=2, num_workers=1, global_batch_size=32, drop_last=True), epochs=5)
-    assert Asked.images == 2 * SIZE + 4 * SAMPLES
+    assert Counting.images == 2 * SIZE + 4 * SAMPLES
 
 
-def test_a_warm_run_asks_and_moves_the_teacher_for_the_samples_only(train, tmp_path):
-    kept = CachedTeacher(Asked(), tmp_path, views=1)
+def test_a_run_with_a_filled_cache_calls_the_teacher_for_the_samples_only(train, tmp_path):
+    kept = CachedTeacher(Counting(), tmp_path, views=1)
     train(kept, epochs=1)
-    assert Asked.images > SIZE
-    Asked.images = Asked.moves = 0
+    assert Counting.images > SIZE
+    Counting.images = Counting.moves = 0
     train(kept, epochs=2)
-    assert Asked.images == SAMPLES
-    assert Asked.moves == 2  # The teacher moves to the device, and back to the CPU.
+    assert Counting.images == SAMPLES
+    assert Counting.moves == 2  # The teacher moves to the device, and back to the CPU.
 
 
-def test_more_views_keep_those_that_are_there(train, tmp_path):
-    network = Asked()
+def test_a_run_with_more_views_computes_only_the_missing_views(train, tmp_path):
+    network = Counting()
     for views in (1, 3):
         train(CachedTeacher(network, tmp_path, views=views), epochs=3)
-    assert Asked.images == 3 * SIZE + 3 * SAMPLES
+    assert Counting.images == 3 * SIZE + 3 * SAMPLES
     assert len({path.parent for path in files(tmp_path)}) == 1
 
 
-def test_the_data_module_draws_as_ever_after_fit(train, tmp_path):
+def test_the_data_module_has_no_views_after_fit(train, tmp_path):
     data = digits()
     train(CachedTeacher(teacher(), tmp_path), data, epochs=1)
     assert data.views is None
@@ -301,7 +300,8 @@ def with_other_pixels() -> DigitsDataModule:
     return data
 
 
-def with_a_setting_that_few_pixels_show() -> DigitsDataModule:
+def with_another_attribute() -> DigitsDataModule:
+    """Return a data module with a new setting that changes none of the samples' pixels."""
     data = digits()
     data.rarely = 0.001
     return data
@@ -309,7 +309,7 @@ def with_a_setting_that_few_pixels_show() -> DigitsDataModule:
 
 CHANGES = {
     "weights": lambda: (CachedTeacher(SmallCNN([32, 64, 128])), digits()),
-    "class": lambda: (CachedTeacher(Teacher(Asked(), TRAINED)), digits()),
+    "class": lambda: (CachedTeacher(Teacher(Counting(), TRAINED)), digits()),
     "class map": lambda: (CachedTeacher(teacher(class_map=range(10))), digits()),
     "teacher's dtype": lambda: (CachedTeacher(teacher(dtype="float64")), digits()),
     "stored dtype": lambda: (CachedTeacher(teacher(), dtype="float32"), digits()),
@@ -320,7 +320,7 @@ CHANGES = {
         DigitsDataModule(train_size=SIZE, augment=False),
     ),
     "pixels": lambda: (CachedTeacher(teacher()), with_other_pixels()),
-    "a setting": lambda: (CachedTeacher(teacher()), with_a_setting_that_few_pixels_show()),
+    "a setting": lambda: (CachedTeacher(teacher()), with_another_attribute()),
 }
 
 
@@ -334,7 +334,7 @@ def test_another_teacher_or_other_data_have_another_cache(train, tmp_path, chang
     assert len({path.parent for path in files(tmp_path)}) == 2
 
 
-def test_off_is_the_teacher_itself():
+def test_with_cache_off_the_teacher_is_returned():
     network = teacher()
     for off in ("off", False):  # YAML reads off as False.
         assert cached(network, off) is network
@@ -344,12 +344,12 @@ def test_off_is_the_teacher_itself():
 
 
 @pytest.mark.parametrize("word", [None, "none", "None", "no", "on", "false", ""])
-def test_a_word_that_would_become_a_folder_is_refused(word):
+def test_a_word_that_is_probably_no_folder_is_refused(word):
     with pytest.raises(ValueError, match=f"distill.cache is {word!r}: use auto, off or a folder"):
         cached(teacher(), word)
 
 
-def test_the_command_keeps_its_caches_in_one_place(command, tmp_path):
+def test_the_command_writes_its_caches_to_data_teacher_cache(command, tmp_path):
     options = ["trainer=cpu", "trainer.max_epochs=2", "print_config=false", "test_teacher=false"]
     command("train", "distill.cache=auto", *options, "callbacks.progress=null")
     (path,) = files(tmp_path / "data" / "teacher_cache")  # Digits without shifts have one view.
@@ -357,7 +357,7 @@ def test_the_command_keeps_its_caches_in_one_place(command, tmp_path):
     assert about["samples"] == len(np.load(path, allow_pickle=False))
 
 
-def test_asked_directly_it_is_the_teacher(tmp_path):
+def test_a_direct_call_calls_the_wrapped_teacher(tmp_path):
     images = torch.randn(2, 1, 8, 8)
     kept = CachedTeacher(Teacher(SmallCNN([4]), class_map=[3, 1]), tmp_path)
     assert torch.equal(kept(images), kept.teacher(images))
@@ -367,12 +367,12 @@ def test_asked_directly_it_is_the_teacher(tmp_path):
 # The refusals
 
 
-def test_an_image_that_the_teacher_did_not_see(train, tmp_path):
+def test_an_image_that_has_changed_since_the_view_was_computed_is_refused(train, tmp_path):
     kept = CachedTeacher(teacher(), tmp_path, views=1)
     train(kept, epochs=1)
     data = digits()
     data.setup("fit")
-    # Image 7 is none of the samples whose pixels are part of the key.
+    # Image 7 is not one of the samples whose pixels are in the digest of the folder.
     data._dataset("train").images[7] += 1
     with pytest.raises(ValueError, match=r"sample 7 in view 0 is another image.*Delete .*"):
         train(kept, data, epochs=1)
@@ -410,7 +410,7 @@ class Exploding:
     ],
     ids=["mixup", "shard_teacher"],
 )
-def test_options_that_it_cannot_serve_are_refused_before_training(train, tmp_path, option, message):
+def test_unsupported_options_are_refused_before_training(train, tmp_path, option, message):
     kept, data = CachedTeacher(teacher(), tmp_path), digits()
     module = ClassificationModule(SmallCNN([4]), kept, num_classes=10, **option)
     with pytest.raises(MisconfigurationException, match=message):
@@ -454,9 +454,9 @@ class OnDevice(DistillModule):
 
 @pytest.mark.parametrize(
     ("kind", "message"),
-    [(InPlace, "other than the batch's"), (Copied, "other than"), (OnDevice, "OnDevice that")],
+    [(InPlace, "changed images"), (Copied, "changed images"), (OnDevice, "OnDevice that")],
 )
-def test_images_that_change_after_the_data_module_are_refused(train, tmp_path, kind, message):
+def test_images_that_the_module_changes_are_refused(train, tmp_path, kind, message):
     student = SmallCNN([4, 8])
     before = {name: value.clone() for name, value in student.state_dict().items()}
     with pytest.raises(MisconfigurationException, match=message):
@@ -465,7 +465,7 @@ def test_images_that_change_after_the_data_module_are_refused(train, tmp_path, k
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
-def test_data_that_does_not_know_its_samples_is_refused(make_trainer, tmp_path):
+def test_data_without_the_indices_of_samples_is_refused(make_trainer, tmp_path):
     module = ClassificationModule(SmallCNN([4]), CachedTeacher(teacher(), tmp_path), num_classes=10)
     loader = DataLoader(TensorDataset(torch.zeros(4, 1, 8, 8), torch.zeros(4).long()))
     with pytest.raises(MisconfigurationException, match=r"no data module.*ImageDataModule"):
@@ -506,24 +506,24 @@ def test_a_part_that_is_called_twice_is_refused(train, tmp_path):
     assert not files(tmp_path)
 
 
-def test_logits_that_float16_cannot_hold_are_refused(train, tmp_path):
+def test_logits_that_are_too_large_for_float16_are_refused(train, tmp_path):
     network = SmallCNN([4, 8])
     network.head.weight.data *= 1e7
-    with pytest.raises(MisconfigurationException, match=r"float16 cannot hold.*dtype='float32'"):
+    with pytest.raises(MisconfigurationException, match=r"large for float16.*dtype='float32'"):
         train(CachedTeacher(network, tmp_path), epochs=1)
     assert not files(tmp_path)
     train(CachedTeacher(network, tmp_path, dtype="float32"), epochs=1)
 
 
-def test_logits_beyond_float32_are_refused_without_advice_that_does_not_help(train, tmp_path):
+def test_logits_that_are_too_large_for_float32_are_refused_with_other_advice(train, tmp_path):
     network = SmallCNN([4, 8]).double()
     network.head.weight.data *= 1e80
-    with pytest.raises(MisconfigurationException, match=r"float32 cannot hold: give a teacher"):
+    with pytest.raises(MisconfigurationException, match=r"large for float32: use a teacher"):
         train(CachedTeacher(network, tmp_path, dtype="float32"), epochs=1)
 
 
-class RulesOut(SmallCNN):
-    """A network that excludes one class: the logit of this class is `value`."""
+class Excluding(SmallCNN):
+    """A network that sets the logit of class 3 to `value`, such as -inf to exclude the class."""
 
     def __init__(self, value: float) -> None:
         torch.manual_seed(3)
@@ -534,7 +534,7 @@ class RulesOut(SmallCNN):
         return super().forward(images).index_fill(1, torch.tensor([3]), self.value)
 
 
-def test_a_class_that_the_teacher_rules_out_stays_ruled_out(train, tmp_path):
+def test_a_class_that_the_teacher_excludes_stays_excluded(train, tmp_path):
     def run(network, dtype=None):
         torch.manual_seed(0)
         kept = CachedTeacher(network, tmp_path, dtype=dtype) if dtype else network
@@ -545,21 +545,21 @@ def test_a_class_that_the_teacher_rules_out_stays_ruled_out(train, tmp_path):
             ),
         )
 
-    live = run(RulesOut(-float("inf")))
-    assert same_weights(live, run(RulesOut(-float("inf")), "float32"))
-    run(RulesOut(-float("inf")), "float16")
+    live = run(Excluding(-float("inf")))
+    assert same_weights(live, run(Excluding(-float("inf")), "float32"))
+    run(Excluding(-float("inf")), "float16")
     rows = np.load(files(tmp_path)[-1], allow_pickle=False)["(output)"]
     assert np.isneginf(rows[:, 3]).all()
     assert np.isfinite(np.delete(rows, 3, axis=1)).all()
 
 
-def test_a_teacher_that_answers_nan_is_refused(train, tmp_path):
+def test_a_teacher_that_returns_nan_is_refused(train, tmp_path):
     with pytest.raises(MisconfigurationException, match=r"teacher's \(output\) is NaN"):
-        train(CachedTeacher(RulesOut(float("nan")), tmp_path, dtype="float32"), epochs=1)
+        train(CachedTeacher(Excluding(float("nan")), tmp_path, dtype="float32"), epochs=1)
     assert not files(tmp_path)
 
 
-def test_a_disk_without_room_is_refused_with_both_sizes(train, tmp_path, monkeypatch, caplog):
+def test_a_full_disk_is_an_error_with_both_sizes(train, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2000))
     with (
         caplog.at_level(logging.INFO),
@@ -587,7 +587,7 @@ def test_a_teacher_that_is_no_network_is_refused(tmp_path):
 
 @pytest.fixture
 def counted(tmp_path, monkeypatch):
-    """Return functions that create a counting teacher and return the sizes of its batches."""
+    """Return two functions: one creates a teacher that counts, one returns its batch sizes."""
     monkeypatch.setenv("COUNTED", str(tmp_path / "counted.txt"))
     monkeypatch.setenv("PYTHONPATH", str(HELPERS))
 
@@ -615,7 +615,7 @@ def fork(train, *args, **kwargs) -> multiprocessing.Process:
     return process
 
 
-def test_a_fill_that_is_killed_is_completed_by_the_next_run(train, counted, tmp_path, monkeypatch):
+def test_a_run_computes_the_view_of_a_run_that_was_killed(train, counted, tmp_path, monkeypatch):
     data = digits(global_batch_size=20)
     monkeypatch.setenv("SLOWLY", "0.2")
     victim = fork(train, counted.teacher(), data, epochs=1)
@@ -632,7 +632,7 @@ def test_a_fill_that_is_killed_is_completed_by_the_next_run(train, counted, tmp_
     train(counted.teacher(), data, epochs=2)
     assert len(files(tmp_path / "cache")) == 2
     assert not list((tmp_path / "cache").glob("*/*.part"))
-    assert_rows_are_fresh_answers(tmp_path / "cache", digits())
+    assert_rows_are_the_teachers_outputs(tmp_path / "cache", digits())
 
 
 def test_runs_that_need_a_view_at_once_compute_it_once(train, counted, tmp_path, monkeypatch):
@@ -643,7 +643,7 @@ def test_runs_that_need_a_view_at_once_compute_it_once(train, counted, tmp_path,
         run.join()
         assert run.exitcode == 0
     assert sum(counted.batches()) == 2 * SIZE
-    assert_rows_are_fresh_answers(tmp_path / "cache", digits())
+    assert_rows_are_the_teachers_outputs(tmp_path / "cache", digits())
 
 
 def test_the_processes_of_a_run_compute_a_share_each(train, counted, tmp_path):
@@ -651,11 +651,11 @@ def test_the_processes_of_a_run_compute_a_share_each(train, counted, tmp_path):
     train(counted.teacher(), data, epochs=2, strategy="ddp_fork", devices=2)
     assert sorted(counted.batches()) == [35, 35, 35, 35, 40, 40, 40, 40]
     assert len(files(tmp_path / "cache")) == 2
-    assert_rows_are_fresh_answers(tmp_path / "cache", digits())
+    assert_rows_are_the_teachers_outputs(tmp_path / "cache", digits())
 
 
 @pytest.mark.slow
-def test_a_sweep_of_twelve_runs_in_two_processes_asks_the_teacher_once(counted, tmp_path):
+def test_a_sweep_of_twelve_runs_in_two_processes_computes_each_view_once(counted, tmp_path):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     overrides = [
         "hydra/launcher=joblib",

@@ -38,7 +38,7 @@ def network() -> SmallCNN:
     return SmallCNN([4, 8])
 
 
-def test_equal_things_have_one_digest():
+def test_equal_values_have_the_same_digest():
     teacher = Teacher(network(), class_map=[1, 0])
     before = digest(teacher)
     assert digest(Teacher(network(), class_map=[1, 0])) == before
@@ -48,7 +48,7 @@ def test_equal_things_have_one_digest():
     assert digest({"b": 1, "a": 2}) == digest({"a": 2, "b": 1})
 
 
-def test_a_bridge_that_has_worked_is_the_same_bridge():
+def test_a_call_of_a_bridge_does_not_change_its_digest():
     bridge = InputBridge([0.5], [0.5], [0.1], [0.2])
     before = digest(bridge)
     bridge(torch.zeros(1, 1, 4, 4))
@@ -81,17 +81,17 @@ def test_a_bridge_that_has_worked_is_the_same_bridge():
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_what_counts_changes_the_digest(one, other):
+def test_different_values_have_different_digests(one, other):
     assert digest(one) != digest(other)
 
 
-def test_batch_norm_statistics_count():
+def test_batch_norm_statistics_change_the_digest():
     one, other = network(), network()
     other.features[1].running_mean += 1
     assert digest(one) != digest(other)
 
 
-def test_a_circle_ends():
+def test_lists_that_contain_themselves_have_digests():
     one: list = [1]
     one.append(one)
     other: list = [2]
@@ -99,7 +99,7 @@ def test_a_circle_ends():
     assert digest(one) != digest(other)
 
 
-def test_a_compiled_network_is_the_network():
+def test_a_compiled_network_has_the_digest_of_the_network():
     before = digest(Teacher(network()))
     compiled = torch.compile(network(), backend="eager")
     compiled.eval()(torch.zeros(1, 1, 8, 8))

@@ -1,4 +1,4 @@
-"""Tests of the check with samples: it finds a changed teacher, and accepts an unchanged one."""
+"""Tests of the check with samples: it refuses a changed teacher and accepts an unchanged one."""
 
 import collections
 import functools
@@ -20,11 +20,11 @@ from lightning_dist.models.small import SmallCNN
 from lightning_dist.tasks.classification import ClassificationModule
 from lightning_dist.teacher import EnsembleTeacher
 
-OTHERWISE = r"answers otherwise than when (.*) was filled.*Delete the folder.*distill.cache=PATH"
+CHANGED = r"outputs differ from those stored in (.*):.*Delete the folder.*distill.cache=PATH"
 
 
 class Scaled(SmallCNN):
-    """A network that multiplies its logits by the factor that `read` takes from an attribute."""
+    """A network that stores the object `hidden` and multiplies its logits by `read(hidden)`."""
 
     def __init__(self, hidden, read) -> None:
         torch.manual_seed(0)
@@ -36,7 +36,7 @@ class Scaled(SmallCNN):
 
 
 def large(factor: float) -> torch.Tensor:
-    """Return a tensor whose printed form does not contain the factor."""
+    """Return a tensor that contains the factor, but prints without it, as it is too long."""
     values = torch.ones(3000)
     values[1500] = factor
     return values
@@ -50,7 +50,7 @@ class Slotted:
 
 
 class Session:
-    """An object that has loaded a file and stores its path, like a session of ONNX Runtime."""
+    """An object that has loaded a file, but is pickled as its path, as an ONNX session is."""
 
     def __init__(self, path) -> None:
         self.path = path
@@ -67,9 +67,10 @@ def hooked(factor, register, hook):
 
 
 def helper(factor, tmp_path, monkeypatch):
-    """Return a network that calls a function from a module, after writing this module's file."""
+    """Write a Python module with a function, and return a network that calls this function."""
     monkeypatch.syspath_prepend(tmp_path)
-    # Write no bytecode: Python recognises a changed file only by its size and by the second.
+    # Write no bytecode: Python would use it for the next file too, which has the same size and may
+    # be written in the same second.
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     (tmp_path / "scaling_helper.py").write_text(f"def gain():\n    return {factor}\n")
     monkeypatch.delitem(sys.modules, "scaling_helper", raising=False)
@@ -83,6 +84,7 @@ def session(factor, tmp_path, monkeypatch):
     return Scaled(Session(tmp_path / "model.onnx"), lambda hidden: hidden._factor)
 
 
+# Changes of a teacher's outputs that the digest does not notice.
 WAYS = {
     "forward hook": lambda factor, *_: hooked(
         factor, "register_forward_hook", lambda f: lambda module, args, output: output * f
@@ -104,8 +106,8 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_teacher_that_answers_otherwise_is_refused(train, tmp_path, monkeypatch, way):
-    """The outputs change by one in a thousand, by a change that is not in the digest."""
+def test_a_teacher_with_changed_outputs_is_refused(train, tmp_path, monkeypatch, way):
+    """A change that is not in the digest changes the outputs by one in a thousand."""
 
     def run(factor):
         torch.manual_seed(0)
@@ -116,7 +118,7 @@ def test_a_teacher_that_answers_otherwise_is_refused(train, tmp_path, monkeypatc
     run(1.0)
     (view,) = files(tmp_path / "cache")
     before = view.read_bytes()
-    with pytest.raises(MisconfigurationException, match=OTHERWISE) as caught:
+    with pytest.raises(MisconfigurationException, match=CHANGED) as caught:
         run(1.001)
     assert str(view.parent) in str(caught.value)
     assert [*files(tmp_path / "cache")] == [view]
@@ -124,7 +126,7 @@ def test_a_teacher_that_answers_otherwise_is_refused(train, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("part", ["features", "head"])
-def test_a_tapped_part_that_answers_otherwise_is_refused(train, tmp_path, part):
+def test_a_distilled_part_with_changed_outputs_is_refused(train, tmp_path, part):
     def run(factor):
         torch.manual_seed(0)
         network = SmallCNN([4, 8])
@@ -148,13 +150,13 @@ def test_outputs_of_another_shape_are_refused(train, tmp_path):
         train(CachedTeacher(network, tmp_path, views=1), epochs=1)
 
     run(10)
-    with pytest.raises(MisconfigurationException, match=OTHERWISE):
+    with pytest.raises(MisconfigurationException, match=CHANGED):
         run(9)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 def test_rounding_is_no_change(train, tmp_path, dtype):
-    """The sums have another order in a batch in channels-last memory, and with other threads."""
+    """Another memory format and an added 1e-6 change the outputs as another device might do."""
     trained = teacher(dtype=dtype)
     train(CachedTeacher(trained, tmp_path, views=1), epochs=1)
     trained.network.to(memory_format=torch.channels_last)
@@ -177,6 +179,7 @@ def test_a_compiled_teacher_reads_its_own_cache_and_that_of_the_network(train, t
     assert len(files(tmp_path)) == 1
 
 
+# Ways to draw random numbers from the logits and the network's own generator.
 DRAWS = {
     "dropout": lambda logits, own: F.dropout(logits, training=True),
     "a draw that it does not use": lambda logits, own: (torch.rand(1), logits)[1],
@@ -210,7 +213,7 @@ def test_a_teacher_that_draws_random_numbers_is_refused(train, tmp_path, draw, w
     assert not any(tmp_path.iterdir())
 
 
-def test_a_teacher_that_begins_to_draw_is_refused_for_that(train, tmp_path):
+def test_a_teacher_that_draws_random_numbers_only_later_is_refused(train, tmp_path):
     network = Drawing(lambda logits, own: logits)
     train(CachedTeacher(network, tmp_path, views=1), epochs=1)
     network.register_forward_hook(lambda module, args, output: F.dropout(output, training=True))
@@ -218,7 +221,7 @@ def test_a_teacher_that_begins_to_draw_is_refused_for_that(train, tmp_path):
         train(CachedTeacher(network, tmp_path, views=1), epochs=1)
 
 
-def test_a_run_that_ended_before_its_samples_were_whole_is_made_good_by_the_next(train, tmp_path):
+def test_a_run_completes_the_samples_of_a_run_that_ended_while_writing_them(train, tmp_path):
     train(CachedTeacher(teacher(), tmp_path, views=1), epochs=1)
     (view,) = files(tmp_path)
     folder, samples = view.parent, view.with_name("samples.npy")
@@ -236,12 +239,12 @@ def test_damaged_samples_are_refused_by_name(train, tmp_path, damage):
     train(CachedTeacher(teacher(), tmp_path, views=1), epochs=1)
     (samples,) = tmp_path.glob("*/samples.npy")
     samples.write_bytes(samples.read_bytes()[:-9] if damage is None else damage)
-    with pytest.raises(ValueError, match=rf"samples.npy is damaged.*delete {samples.parent}, to"):
+    with pytest.raises(ValueError, match=rf"samples.npy is damaged.*delete {samples.parent}, so"):
         train(CachedTeacher(teacher(), tmp_path, views=1), epochs=1)
 
 
 class Noting(CachedTeacher):
-    """A CachedTeacher that writes its process's error to a file, and waits for the other file."""
+    """A CachedTeacher that writes its error to a file, and waits for the other process's file."""
 
     def attach(self, trainer, *args):
         try:
@@ -260,8 +263,8 @@ def test_all_processes_end_with_the_same_error(train, tmp_path):
         train(kind(network, tmp_path, views=1), epochs=1, **kwargs)
 
     run(CachedTeacher, 1.0)
-    with pytest.raises(Exception, match="answers otherwise"):
+    with pytest.raises(Exception, match="outputs differ from those stored"):
         run(Noting, 1.5, strategy="ddp_fork", devices=2)
     texts = [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)]
-    assert "answers otherwise" in texts[0]
+    assert "outputs differ from those stored" in texts[0]
     assert texts[0] == texts[1]

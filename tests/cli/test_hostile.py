@@ -267,7 +267,7 @@ def test_a_hostile_view_of_a_cached_teacher_is_refused_by_name(tmp_path, name):
     files = ViewFiles(tmp_path, rows=4)
     start = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little")
     files.path(0).write_bytes(start + header + b"\0" * 64)
-    with pytest.raises(ValueError, match=r"view-000.npy is .*delete it, to fill it anew"):
+    with pytest.raises(ValueError, match=r"view-000.npy is .*delete it, so that the"):
         files.open(0, ["(images)", "a"])
 
 

@@ -265,7 +265,7 @@ def test_a_search_without_trials_or_jobs_is_refused(search, name):
 )
 def test_a_search_resumed_with_other_kinds_of_values_is_refused(search, tmp_path, first, then):
     before = search(first)
-    with pytest.raises(HydraException, match=r"has x in another space.*another hydra.sweep.dir"):
+    with pytest.raises(HydraException, match=r"kinds of values for x .*another hydra.sweep.dir"):
         search(then, n_trials=4, resume=True)
     assert study(tmp_path) == before
 

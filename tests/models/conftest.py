@@ -13,7 +13,7 @@ from torch import Tensor
 
 @pytest.fixture(scope="session")
 def golden_shapes(golden: Path) -> dict[str, dict[str, list[int]]]:
-    """Load the shape of every entry of every network."""
+    """Load a dict from network names to a dict from entry names to shapes."""
     with gzip.open(golden / "state_dict_shapes.json.gz", "rt") as file:
         return json.load(file)
 
@@ -25,13 +25,13 @@ def _sine(shape: Sequence[int], step: float, offset: float = 0.0) -> Tensor:
 
 @pytest.fixture(scope="session")
 def sine() -> Callable[..., Tensor]:
-    """Return a function that fills a shape with values that any program can compute."""
+    """Return a function that fills a shape with values of a sine, for reproducible inputs."""
     return _sine
 
 
 @pytest.fixture(scope="session")
 def golden_value() -> Callable[[str, Sequence[int]], Tensor]:
-    """Return the rule that filled the authors' networks; see the notes of the golden files."""
+    """Return a function that computes the weights with which the golden outputs were computed."""
 
     def value(name: str, shape: Sequence[int]) -> Tensor:
         if name.endswith("num_batches_tracked"):

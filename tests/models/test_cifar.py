@@ -31,7 +31,7 @@ def golden_key(name: str) -> str:
     return f"cifar/{GOLDEN_NAMES.get(name, name)}"
 
 
-def test_every_network_of_the_published_zoo_has_a_builder(golden_shapes: Shapes):
+def test_every_published_network_has_a_builder(golden_shapes: Shapes):
     published = {key for key in golden_shapes if key.startswith("cifar/")}
     assert {golden_key(name) for name in cifar.__all__} == published
 
@@ -74,7 +74,8 @@ def test_backward_pass_gives_every_parameter_a_gradient(name: str):
 def test_convolutions_start_kaiming_normal_over_their_fan_out(name: str):
     torch.manual_seed(0)
     convolutions = [layer for layer in build(name).modules() if isinstance(layer, nn.Conv2d)]
-    # If the numbers of input and output channels are equal, fan-in and fan-out are equal as well.
+    # Test a layer with different numbers of input and output channels, because fan-in and fan-out
+    # are equal otherwise.
     widening = [layer for layer in convolutions if layer.in_channels != layer.out_channels]
     largest = max(widening, key=lambda layer: layer.weight.numel())
     expected = math.sqrt(2 / (largest.out_channels * math.prod(largest.kernel_size)))

@@ -62,7 +62,7 @@ def published_retinanet(backbone="resnext101_64x4d", classes=80):
     [(cascade_rcnn, published_cascade), (retinanet, published_retinanet)],
     ids=["cascade", "retinanet"],
 )
-def test_every_entry_of_the_published_teachers_has_its_place(build, published):
+def test_every_published_entry_has_a_counterpart_of_the_same_shape(build, published):
     with torch.device("meta"):
         state, network = published(), build()
     converted = convert_mmdetection(state)
@@ -77,7 +77,7 @@ def convolve(state, name, x, stride=1):
 
 
 def pyramid(state, images, stages):
-    """Compute the FPN from the checkpoint's entries, after torchvision's ResNet."""
+    """Run torchvision's ResNet, and compute the FPN from the entries of the checkpoint."""
     body = torchvision.models.resnet50(weights=None).eval()
     body.load_state_dict(
         {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")},
@@ -128,7 +128,7 @@ def roi_align(features, box, stride):
 
 
 @pytest.mark.slow
-def test_the_first_stage_classifies_boxes_as_an_independent_computation_does(tmp_path):
+def test_the_first_stages_class_scores_equal_an_independent_computation(tmp_path):
     state = published_cascade("resnet50", classes=5, width=32)
     torch.save({"meta": {"epoch": 20}, "state_dict": state}, tmp_path / "cascade.pth")
     network = cascade_rcnn("resnet50", num_classes=5, width=32)
@@ -154,13 +154,13 @@ def test_the_first_stage_classifies_boxes_as_an_independent_computation_does(tmp
                 x = (state[f"{name}.weight"].double() @ x + state[f"{name}.bias"].double()).relu()
             name = "roi_head.bbox_head.0.fc_cls"
             logits = state[f"{name}.weight"].double() @ x + state[f"{name}.bias"].double()
-            # The background is the last class there.
+            # MMDetection has the background as the last class.
             rows.append(torch.cat([logits[-1:], logits[:-1]]))
     torch.testing.assert_close(found.double(), torch.stack(rows), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.slow
-def test_retinanets_class_maps_are_those_of_an_independent_computation(tmp_path):
+def test_retinanets_class_maps_equal_an_independent_computation(tmp_path):
     state = published_retinanet("resnet50", classes=3)
     torch.save({"state_dict": state}, tmp_path / "retinanet.pth")
     teacher = Teacher(retinanet("resnet50", num_classes=3), tmp_path / "retinanet.pth")

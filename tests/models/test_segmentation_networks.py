@@ -1,4 +1,4 @@
-"""Tests that the segmentation networks are the published ones, with the right dilation."""
+"""Tests that the segmentation networks have the published outputs and load published weights."""
 
 import numpy as np
 import pytest
@@ -82,7 +82,7 @@ def test_names_of_another_network_are_listed(golden_shapes):
 @pytest.mark.parametrize("builder", [deeplabv3, pspnet])
 @pytest.mark.parametrize("backbone", ["resnet18", "test_resnet", "mobilenetv3_small_050"])
 @pytest.mark.parametrize("training", [True, False])
-def test_both_heads_answer_at_the_output_stride(builder, backbone, training):
+def test_both_heads_have_the_resolution_of_the_output_stride(builder, backbone, training):
     network = builder(backbone, num_classes=7, width=16).train(training)
     outputs = network(torch.randn(2, 3, 65, 96))
     assert {name: tuple(x.shape) for name, x in outputs.items()} == {

@@ -1,4 +1,4 @@
-"""Tests that the Cityscapes recipes have the paper's settings, and run with their real networks."""
+"""Tests that the Cityscapes recipes have the paper's settings, and train their real networks."""
 
 import gzip
 import json
@@ -24,6 +24,7 @@ RECIPES = {  # Student and teacher, under their names in golden/state_dict_shape
     "cityscapes/deeplabv3_r101_pspnet_r18": ("psp_resnet18", "deeplabv3_resnet101"),
 }
 MEAN = [104.00698793, 116.66876762, 122.67891434]  # Blue, green and red in 0..255
+# Overrides that load no weights for the student, and none for the student and the teacher.
 OFFLINE = ["student.backbone_weights=null"]
 UNTAUGHT = [*OFFLINE, "teacher.weights=null"]
 
@@ -55,7 +56,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_there_are_no_other_recipes():
+def test_these_are_all_recipes_of_cityscapes():
     folder = Path(__file__).resolve().parents[2] / "conf" / "experiment" / "cityscapes"
     assert {f"cityscapes/{path.stem}" for path in folder.glob("*.yaml")} == set(RECIPES)
 
@@ -103,7 +104,7 @@ def test_optimizer_batch_and_processes_are_the_papers(recipe):
     assert config.trainer.devices == 8
     assert config.trainer.sync_batchnorm is True
     assert config.num_classes == 19
-    assert config.module.window is None, "whole images are evaluated"
+    assert config.module.window is None  # Whole images are evaluated, in their own size.
     assert config.data.eval_size is None
 
 

@@ -1,4 +1,4 @@
-"""Tests that the COCO recipes have the paper's settings, and run with their real students."""
+"""Tests that the COCO recipes have the paper's settings, and train their real students."""
 
 import json
 import math
@@ -17,11 +17,11 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import composition
 
-# The settings of shared/PAPER.md, section 3, written independently of conf/.
+# The settings of the paper, written independently of conf/.
 TWO, ONE = "coco/fasterrcnn_x101_r50", "coco/retinanet_x101_r50"
 RECIPES = [TWO, f"{TWO}_mimic", ONE, f"{ONE}_mimic"]
 LR = {TWO: 0.02, ONE: 0.01}
-UPDATES = 7330  # Batches of 16 of the 117,266 training images that have boxes
+UPDATES = 7330  # The updates of an epoch: 117,266 training images with boxes, in batches of 16.
 OFFLINE = ["student.weights_backbone=null", "teacher.weights=null"]
 
 every_recipe = pytest.mark.parametrize("recipe", RECIPES)
@@ -39,7 +39,7 @@ def built(config: DictConfig) -> Any:
     return instantiate(config.module, student=student, teacher=teacher)
 
 
-def test_there_are_no_other_recipes():
+def test_these_are_all_recipes_of_coco():
     folder = Path(__file__).resolve().parents[2] / "conf" / "experiment" / "coco"
     assert {f"coco/{path.stem}" for path in folder.glob("*.yaml")} == set(RECIPES)
 
@@ -178,7 +178,7 @@ def test_two_steps_run_with_the_real_students(recipe, root, make_trainer):
     config = composed(
         recipe,
         *OFFLINE,
-        # Its weights have 0.4 GB, so a smaller network of the same kind is the teacher.
+        # ResNeXt-101 has 0.4 GB of weights, so the teacher has a ResNet-50 here.
         "teacher.network.backbone=resnet50",
         *("trainer=cpu", "student.min_size=96", "student.max_size=128"),
         *(f"data.root={root}", "data.global_batch_size=2", "data.num_workers=0"),

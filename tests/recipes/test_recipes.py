@@ -44,7 +44,7 @@ def composed(recipe: str, *overrides: str) -> DictConfig:
 
 
 def offline(recipe: str) -> list[str]:
-    """Return overrides with which the teacher's weights are not loaded."""
+    """Return overrides that leave the teacher without pretrained weights."""
     pretrained = [] if recipe.startswith("cifar100") else ["teacher.pretrained=false"]
     return [*pretrained, "teacher.weights=null"]
 
@@ -64,11 +64,11 @@ def built(config: DictConfig, **others: Any) -> Any:
         return instantiate(config.module, **others)
 
 
-# The data sets, in a small size and in their own formats
+# Small data sets in the formats of the real ones
 
 
 def write_cifar(root: Path, patch: pytest.MonkeyPatch) -> None:
-    """Write small CIFAR-100 files, and make torchvision accept their md5 sums."""
+    """Write small CIFAR-100 files, and make torchvision accept their md5 checksums."""
     folder, rng = root / CIFAR100.base_folder, np.random.default_rng(0)
     folder.mkdir(parents=True)
 
@@ -141,7 +141,7 @@ def test_networks_are_those_of_the_paper(recipe, golden):
     paper, config = expected(recipe), composed(recipe)
     weights = config.teacher.weights
     pretrained = config.teacher.get("pretrained", False)
-    assert (weights is None) == pretrained, "weights come from a file or from timm"
+    assert (weights is None) == pretrained  # The weights are from a file or from timm.
     assert pretrained == ("." in paper.teacher)
     config = composed(recipe, *offline(recipe))
     module = built(config)
@@ -167,14 +167,15 @@ def test_networks_are_those_of_the_paper(recipe, golden):
 def test_a_teacher_sees_the_images_in_its_own_normalisation_and_size():
     recipe = "imagenet/resnet34_resnet18"
     own = built(composed(recipe, *offline(recipe))).teacher.inputs
-    assert own.affine is None, "the recipe's teacher was trained on the student's pixels"
+    assert own.affine is None  # This teacher has the normalisation of the student.
     assert own.size == (224, 224)
     config = composed(recipe, *offline(recipe), "teacher.source=timm/vit_base_patch16_384")
     bridge = built(config).teacher.inputs
     assert bridge.size == (384, 384)
     white = (1 - np.array(config.data.mean)) / np.array(config.data.std)
     scale, shift = np.array(bridge.affine).T
-    np.testing.assert_allclose(white * scale + shift, 1, rtol=1e-6)  # (1 - 0.5) / 0.5
+    # The ViT has mean 0.5 and std 0.5, so a white pixel becomes (1 - 0.5) / 0.5.
+    np.testing.assert_allclose(white * scale + shift, 1, rtol=1e-6)
 
 
 @every_recipe
@@ -190,7 +191,7 @@ def test_dropout_and_drop_path_are_those_of_the_paper(recipe):
 
 def paper_lr(lr: dict[str, Any], epochs: int, update: int) -> float:
     """Return the learning rate of an optimizer update by the paper's rule."""
-    time = Fraction(update, UPDATES_PER_EPOCH)  # The epoch as an exact fraction
+    time = Fraction(update, UPDATES_PER_EPOCH)  # The time in epochs, without rounding.
     warmup = lr.get("warmup", 0)
     if time < warmup:
         return lr["start"] + (lr["base"] - lr["start"]) * float(time / warmup)
@@ -203,7 +204,7 @@ def paper_lr(lr: dict[str, Any], epochs: int, update: int) -> float:
 
 
 def on_a_stub(module: Any) -> SimpleNamespace:
-    """Give a module a stand-in for the Trainer, with the attributes that its schedule needs."""
+    """Give a module a placeholder Trainer that has the attributes for building a schedule."""
     trainer = SimpleNamespace(
         fit_loop=SimpleNamespace(setup_data=lambda: None),
         num_training_batches=UPDATES_PER_EPOCH,
@@ -235,7 +236,7 @@ def test_learning_rate_is_the_papers_at_every_update_of_the_run(recipe):
 
 
 def kind_of(network: nn.Module) -> dict[int, str]:
-    """Return the kind of each parameter, by its id: norm, bias, or the last part of its name."""
+    """Return a dict from ids of parameters to kinds: "norm", or the last part of its name."""
     kinds = {id(p): name.split(".")[-1] for name, p in network.named_parameters()}
     norms = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
     for layer in network.modules():
@@ -260,7 +261,7 @@ def test_optimizer_and_weight_decay_are_the_papers(recipe):
         for parameter in group["params"]:
             spared = kinds.pop(id(parameter)) in paper.spared
             assert group["weight_decay"] == (0.0 if spared else paper.weight_decay)
-    assert not kinds, "parameters that no group holds"
+    assert not kinds  # Every parameter is in a group.
 
 
 @every_recipe
@@ -318,7 +319,7 @@ def test_images_are_prepared_as_in_the_paper(recipe, roots):
     if settings["kind"] == "cifar":
         assert (train.padding, train.flip) == (settings["padding"], True)
         assert data.val_dataset().padding == 0
-        assert len(data.val_dataset()) == 200, "published numbers are on the test images"
+        assert len(data.val_dataset()) == 200  # Like the paper, it validates on all test images.
         return
     steps = {type(step).__name__: step for step in train.transform.transforms}
     assert steps.pop("RandomHorizontalFlip").p == 0.5
@@ -381,7 +382,7 @@ def test_two_steps_run_with_the_real_networks(recipe, roots, make_trainer):
         f"data.global_batch_size={batch}",
         "data.num_workers=0",
     ]
-    # The teacher's weights have 0.8 GB, so a smaller network of its family is the teacher.
+    # Swin-L has 0.8 GB of weights, so a smaller Swin is the teacher here.
     if "swin_l" in recipe:
         overrides.append("teacher.source=timm/swin_tiny_patch4_window7_224")
     config = composed(recipe, *overrides)
@@ -413,13 +414,13 @@ def test_two_steps_run_with_the_real_networks(recipe, roots, make_trainer):
     ("lr", "free"),
     [
         pytest.param(5e-5, True, id="the-rate-after-epoch-210"),
-        # With random weights and this learning rate, rounding errors grow tenfold in each step, in
-        # any program. So each step starts from Lightning's weights, and its new weights are
-        # compared as well.
+        # With random weights and this learning rate, a rounding error grows tenfold in each step,
+        # in any program. So each step of the plain loop starts from Lightning's weights.
         pytest.param(0.05, False, id="the-first-rate-step-by-step"),
     ],
 )
-def test_twenty_steps_are_those_of_a_plain_loop(lr, free, roots, make_trainer, reference_dist_loss):
+def test_twenty_steps_equal_a_plain_loop(lr, free, roots, make_trainer, reference_dist_loss):
+    """The losses and the weights are equal after each step."""
     config = composed(
         "cifar100/resnet56_resnet20",
         "teacher.weights=null",

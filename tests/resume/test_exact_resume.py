@@ -1,4 +1,4 @@
-"""Tests that a run that is interrupted, or that cannot write a file, loses nothing."""
+"""Tests that a run loses nothing if it is interrupted or cannot write a file."""
 
 import json
 import os
@@ -58,7 +58,7 @@ def fit(make_trainer: Callable[..., L.Trainer], tmp_path: Path) -> Callable[...,
 
 @pytest.fixture(scope="module")
 def whole_runs() -> dict[str, tuple[dict, str]]:
-    """Return the weights and curves of uninterrupted runs, by their limits."""
+    """Return a dict in which a test keeps the weights and curves of uninterrupted runs by limit."""
     return {}
 
 
@@ -68,7 +68,7 @@ def whole_runs() -> dict[str, tuple[dict, str]]:
 )
 @pytest.mark.parametrize("limits", [{}, {"max_steps": 42}], ids=["epochs", "steps"])
 @pytest.mark.parametrize("batch", [0, 12, 20, 30, 41])
-def test_a_run_that_is_told_to_stop_resumes_to_the_last_bit(
+def test_a_run_that_a_signal_stopped_resumes_to_the_last_bit(
     fit, whole_runs, tmp_path, number, status, batch, limits
 ):
     if str(limits) not in whole_runs:
@@ -81,14 +81,14 @@ def test_a_run_that_is_told_to_stop_resumes_to_the_last_bit(
     assert stopped.value.code == status
     assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == before
     saved = torch.load(tmp_path / "stopped" / "last.ckpt", weights_only=True)
-    assert saved["global_step"] == batch + 1  # The batch that was running was not lost.
+    assert saved["global_step"] == batch + 1  # The batch of the signal was completed.
     resumed = fit("stopped", resume=True, **limits)
     for name, value in weights.items():
         assert torch.equal(resumed.state_dict()[name], value)
     assert (tmp_path / "stopped" / "metrics.csv").read_text() == curves
 
 
-def test_an_accumulation_is_ended_before_a_run_stops(fit, tmp_path):
+def test_a_run_completes_the_accumulation_of_gradients_before_it_stops(fit, tmp_path):
     whole = fit("whole", accumulate_grad_batches=4)
     with pytest.raises(Interrupted):
         fit("stopped", Send(signal.SIGTERM, 9), accumulate_grad_batches=4)
@@ -99,7 +99,7 @@ def test_an_accumulation_is_ended_before_a_run_stops(fit, tmp_path):
         assert torch.equal(resumed.state_dict()[name], value)
 
 
-def test_what_a_step_draws_does_not_depend_on_what_was_drawn_before(fit):
+def test_a_steps_random_numbers_do_not_depend_on_earlier_draws(fit):
     class DrawBetween(Callback):
         def on_train_batch_end(self, *args) -> None:
             torch.rand(7)
@@ -116,7 +116,7 @@ def test_what_a_step_draws_does_not_depend_on_what_was_drawn_before(fit):
     assert not torch.equal(plain, within)
 
 
-def test_a_second_ctrl_c_does_not_wait(fit):
+def test_a_second_ctrl_c_ends_the_run_at_once(fit):
     class Twice(Callback):
         def on_before_backward(self, trainer, pl_module, loss) -> None:
             os.kill(os.getpid(), signal.SIGINT)
@@ -137,7 +137,7 @@ def test_a_run_without_checkpoints_stops_and_says_that_nothing_is_saved(make_tra
     assert "SIGTERM: stopped at step 4, nothing is saved" in caplog.text
 
 
-def test_curves_without_a_resume_are_replaced(tmp_path):
+def test_a_run_without_a_resume_replaces_the_curves(tmp_path):
     for value in (1.0, 2.0):
         logger = ResumableCSVLogger(tmp_path, "run", version="")
         logger.log_metrics({"loss": value}, step=0)
@@ -152,7 +152,7 @@ def test_rewound_curves_keep_the_rows_before_a_step_and_their_columns(tmp_path):
     logger.save()
     path = tmp_path / "run" / "metrics.csv"
     with path.open("a") as file:
-        file.write("1,")  # A part of a write that was interrupted
+        file.write("1,")  # The last row was not written completely.
     again = ResumableCSVLogger(tmp_path, "run", version="")
     again.rewind(2)
     assert path.read_text() == "loss,step\n0,0\n1,1\n"
@@ -168,7 +168,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_intact(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
     try:
-        with pytest.raises(OSError, match=r"File too large.*before is intact.*make room"):
+        with pytest.raises(OSError, match=r"File too large.*is intact: delete other files"):
             AtomicCheckpointIO().save_checkpoint({"weights": torch.zeros(100_000)}, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -176,7 +176,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_intact(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
 
 
-def test_a_run_whose_disk_is_full_ends_with_one_line_and_resumes(refused, command, tmp_path):
+def test_a_run_with_a_full_disk_ends_with_one_line_and_resumes(refused, command, tmp_path):
     command(*QUICK, "trainer.max_epochs=1")
     (tmp_path / "run" / "result.json").unlink()
     before = (tmp_path / "run" / "checkpoints" / "last.ckpt").read_bytes()
@@ -186,7 +186,7 @@ def test_a_run_whose_disk_is_full_ends_with_one_line_and_resumes(refused, comman
         line = refused(*QUICK, "trainer.max_epochs=2", "ckpt_path=run/checkpoints/last.ckpt")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert re.search(r"cannot write the checkpoint .*best.ckpt: .* before is intact", line)
+    assert re.search(r"cannot write the checkpoint .*best.ckpt: .*checkpoint is intact", line)
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").read_bytes() == before
     command(*QUICK, "trainer.max_epochs=2", "ckpt_path=run/checkpoints/last.ckpt")
 
@@ -199,7 +199,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_training(refused, 
     assert "Not a directory" in refused("train", "trainer=cpu", "hydra.run.dir=file/run")
 
 
-def test_a_run_without_a_batch_before_its_epochs_last_one_stops_too(fit, tmp_path):
+def test_a_run_with_one_batch_per_epoch_stops_too(fit, tmp_path):
     with pytest.raises(Interrupted):
         fit("stopped", Send(signal.SIGTERM, 0), limit_train_batches=1)
     whole = fit("whole", limit_train_batches=1)
@@ -209,7 +209,7 @@ def test_a_run_without_a_batch_before_its_epochs_last_one_stops_too(fit, tmp_pat
 
 
 def test_an_interruption_and_the_end_of_an_epoch_save_under_one_name(make_trainer, tmp_path):
-    # ModelCheckpoint adds a number if the name exists.
+    # ModelCheckpoint writes last-v1.ckpt if it does not know that it wrote last.ckpt.
     saver = ModelCheckpoint(tmp_path, save_last=True)
     trainer = make_trainer(
         enable_checkpointing=True, callbacks=[saver, ExactResume(), Send(signal.SIGTERM, 3)]
@@ -239,12 +239,12 @@ def test_an_interruption_and_the_end_of_an_epoch_save_under_one_name(make_traine
     ],
     ids=["all epochs", "early stopping", "ends in mid-epoch"],
 )
-def test_a_run_that_was_killed_in_its_test_resumes_to_the_same(command, tmp_path, options):
+def test_a_run_that_was_killed_in_its_test_resumes_with_the_same_result(command, tmp_path, options):
     command(*QUICK, *options)
     folder = tmp_path / "run"
     result, curves = json.loads((folder / "result.json").read_text()), folder / "logs/metrics.csv"
     before = curves.read_text()
-    curves.write_text(before[: before.rindex("\n", 0, -1) + 1])  # The row of the test is left out.
+    curves.write_text(before[: before.rindex("\n", 0, -1) + 1])  # Delete the row of the test.
     (folder / "result.json").write_text(json.dumps(result | {"status": "failed"}))
     command(*QUICK, *options, "resume=true")
     assert json.loads((folder / "result.json").read_text())["metrics"] == result["metrics"]
@@ -260,7 +260,7 @@ def test_interrupted_processes_resume_to_the_last_bit(processes, tmp_path):
 
 @pytest.fixture
 def start_sweep(processes, tmp_path) -> Callable[..., subprocess.Popen]:
-    """Start a sweep of endless runs, and wait until the first one trains."""
+    """Return a function that starts a sweep of very long runs and waits until the first trains."""
 
     def start(*options: str) -> subprocess.Popen:
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
@@ -286,12 +286,12 @@ def test_runs_of_a_sweep_that_is_killed_save_and_end(start_sweep, processes, tmp
     run = tmp_path / "sweep" / "0"
     wait_until(lambda: "stopped by SIGTERM" in (run / "result.json").read_text())
     assert (run / "checkpoints" / "last.ckpt").exists()
-    if how == ["own_process=true"]:  # joblib's workers wait some minutes for another job
+    if how == ["own_process=true"]:  # joblib's workers do not end: they wait for another job.
         wait_until(lambda: not processes.alive())
 
 
 @pytest.mark.slow
-def test_a_sweep_that_is_told_to_stop_lets_its_processes_save(start_sweep, processes, tmp_path):
+def test_a_sweep_that_a_signal_stops_lets_its_processes_save(start_sweep, processes, tmp_path):
     sweep = start_sweep("trainer=ddp_sim", "seed=0,1")
     sweep.terminate()
     assert sweep.wait(timeout=TIMEOUT) == 143

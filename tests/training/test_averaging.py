@@ -1,4 +1,4 @@
-"""Tests of StudentEMA: averaged weights, evaluated in addition to the student's own weights."""
+"""Tests of StudentEMA: the average of the weights, its evaluation and its checkpoints."""
 
 import copy
 import functools
@@ -68,7 +68,7 @@ def test_raw_and_averaged_weights_are_both_evaluated(make_trainer, loader):
     assert validated["val/loss"] != validated["val/ema_loss"]
 
 
-def test_the_average_is_neither_trained_nor_does_it_change_training(make_trainer, loader):
+def test_the_average_is_not_trained_and_does_not_change_the_training(make_trainer, loader):
     students = []
     for callbacks in ([], [StudentEMA(0.9)]):
         torch.manual_seed(0)
@@ -83,7 +83,7 @@ def test_the_average_is_neither_trained_nor_does_it_change_training(make_trainer
 
 @pytest.fixture
 def checkpoint(make_trainer, loader, tmp_path):
-    """Return a checkpoint after one epoch with an average."""
+    """Train one epoch with StudentEMA, and return the path of the checkpoint."""
     torch.manual_seed(0)
     trainer = make_trainer(max_epochs=1, callbacks=[StudentEMA(0.9)])
     trainer.fit(make_module(), loader)
@@ -97,7 +97,7 @@ def test_a_resumed_run_continues_the_average(make_trainer, loader, checkpoint):
     make_trainer(max_epochs=2, callbacks=[StudentEMA(0.9)]).fit(whole, loader)
     torch.manual_seed(0)
     resumed = make_module()
-    # This changes the average as well, because it begins as a copy.
+    # The average is a copy of the student at first, so the checkpoint must replace both.
     nn.init.zeros_(resumed.student[0].weight)
     trainer = make_trainer(max_epochs=2, callbacks=[StudentEMA(0.9)])
     trainer.fit(resumed, loader, ckpt_path=checkpoint)
@@ -108,7 +108,7 @@ def test_a_checkpoint_of_any_callback_holds_the_average_of_its_step(make_trainer
     module = make_module()
     states = []
 
-    # This callback comes first in the list, like one that saves a checkpoint after a signal.
+    # This callback is first in the list, but StudentEMA moves itself before it.
     class Save(Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             trainer.save_checkpoint(tmp_path / "step.ckpt")
@@ -132,7 +132,7 @@ def test_the_average_of_a_checkpoint_is_tested_without_the_callback(
     assert found["test/ema_loss"] != found["test/loss"]
 
 
-def test_a_run_without_the_callback_does_not_go_on_from_an_average(
+def test_a_run_without_the_callback_does_not_resume_from_a_checkpoint_with_an_average(
     make_trainer, loader, checkpoint
 ):
     with pytest.raises(MisconfigurationException, match=r"holds an average .* add .*StudentEMA"):
@@ -159,7 +159,7 @@ def test_integer_buffers_are_copied(make_trainer, loader):
     assert module.student_ema.module[1].num_batches_tracked == 12
 
 
-def test_callbacks_that_do_not_go_together_are_refused(make_trainer, loader):
+def test_several_averages_and_a_wrong_order_of_callbacks_are_refused(make_trainer, loader):
     for callbacks, message in [
         ([StudentEMA(), StudentEMA()], "several StudentEMAs"),
         ([EMAWeightAveraging(), StudentEMA()], "list StudentEMA first"),

@@ -1,4 +1,4 @@
-"""Tests of evaluation: the number of samples in a batch, and the samples that are not copies."""
+"""Tests of evaluation: a batch's number of samples, and the copies of a DistributedSampler."""
 
 from collections import namedtuple
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ def collated(n):
     return tuple(default_collate(samples))
 
 
-# Batches of the first n samples
+# Functions that return a batch of the first n samples.
 BATCHES = {
     "tensors": lambda n: (IMAGES[:n], LABELS[:n]),
     "mappings": lambda n: ({"x": IMAGES[:n]}, {"a": LABELS[:n], "b": WEIGHTS[:n]}),
@@ -55,7 +55,7 @@ def test_names_beside_the_images_are_not_counted():
 
 @pytest.mark.parametrize("kind", [dict, tuple])
 def test_a_target_of_several_tensors_is_weighted_by_its_samples(make_trainer, kind):
-    """The mean weights batches of 5 and 2 samples by these numbers, not by the target's entries."""
+    """The mean loss weights a batch by its 5 or 2 samples, not by the two entries of its target."""
     inputs, labels, weights = torch.randn(7, 6), torch.randint(0, 4, (7,)), torch.rand(7)
 
     def collate(indices):

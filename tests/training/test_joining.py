@@ -24,14 +24,14 @@ def test_a_step_is_wrapped_until_it_is_removed():
     assert "training_step" not in vars(module)
 
 
-def test_a_step_set_on_the_instance_comes_back():
+def test_a_step_that_was_set_on_the_instance_is_restored():
     module = BoringModel()
     module.training_step = own = lambda batch, batch_idx: "own"
     wrapped(module).remove()
     assert vars(module)["training_step"] is own
 
 
-def test_only_training_and_only_the_module_itself_run_it():
+def test_copies_of_the_module_and_other_loops_run_the_own_step():
     module = BoringModel()
     wrapped(module)
     batch = torch.ones(1, 32)

@@ -1,4 +1,4 @@
-"""Tests of the terms and their sum, computed from recorded outputs alone."""
+"""Tests of the sum of distillation terms, which is computed from recorded outputs only."""
 
 from types import SimpleNamespace
 
@@ -43,7 +43,7 @@ def test_the_sum_is_weighted_and_runs_over_terms_and_calls():
     torch.testing.assert_close(found.total, 2.0 * expected["a"] + 0.5 * expected["b"])
 
 
-def test_a_term_that_is_not_finite_names_its_side_or_is_left_out():
+def test_a_term_that_is_not_finite_is_an_error_that_names_the_side_or_is_skipped():
     x = torch.randn(4, 3, requires_grad=True)
     bad = torch.full((4, 3), float("nan"))
     terms = {"a": Term(F.mse_loss), "b": Term(F.l1_loss)}
@@ -56,9 +56,9 @@ def test_a_term_that_is_not_finite_names_its_side_or_is_left_out():
     assert found.total == 0
 
 
-def test_batches_of_one_sample_need_several_processes():
+def test_dist_refuses_a_batch_of_one_sample_in_one_process():
     x = torch.randn(1, 3, requires_grad=True)
-    for sync in (False, True):  # With one process, there is nothing to synchronise.
+    for sync in (False, True):  # sync=True adds no samples, because there is only one process.
         with pytest.raises(MisconfigurationException, match="the batch has one sample"):
             summed({"a": Term(DISTLoss(sync=sync))}, {"": [x]}, {"": [x.detach()]})
 
