@@ -355,5 +355,5 @@ def test_a_checkpoint_with_code_inside_is_refused(refused, tmp_path):
             return (Path.mkdir, (tmp_path / "trace",))
 
     torch.save({CONFIG_KEY: Runs()}, tmp_path / "hostile.ckpt")
-    assert "hostile.ckpt is damaged or holds" in refused("eval", "ckpt=hostile.ckpt")
+    assert "hostile.ckpt is damaged, or contains" in refused("eval", "ckpt=hostile.ckpt")
     assert not (tmp_path / "trace").exists()
