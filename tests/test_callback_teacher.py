@@ -385,7 +385,7 @@ def test_a_class_map_applies_to_another_entry_of_the_teachers_output(make_traine
 
 
 class Batch(dict):
-    """A mapping of a class that torch's tree functions do not know, so that it is a leaf."""
+    """A mapping of a class that is not registered with torch's tree functions."""
 
 
 def test_inputs_in_a_container_of_an_unknown_class_are_protected(make_trainer):

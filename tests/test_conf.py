@@ -80,7 +80,7 @@ LOSSES = [name for name in options("distill") if "/" not in name]
     "experiment", ["digits", "scenes/segmentation", *DETECTORS], ids=lambda x: x.split("/")[-1]
 )
 def test_every_loss_fits_every_task(experiment, distill):
-    """The tests in tests/recipes compose each recipe of the papers with each loss."""
+    """This test has one experiment per task; tests/recipes combines the recipes with the losses."""
     config = composed(f"experiment={experiment}", f"distill={distill}")
     assert_all_exists(config)
     module = OmegaConf.to_container(config.module, resolve=True)

@@ -136,7 +136,7 @@ class OptunaSweeper(Sweeper):
             direction="maximize" if config.monitor_mode == "max" else "minimize",
             load_if_exists=True,
         )
-        if study.trials:  # The seed of the sampler would give the parameters of the first trials.
+        if study.trials:  # With its old seed, the sampler would draw the first trials again.
             self.sampler.reseed_rng()
         return study
 

@@ -17,7 +17,7 @@ _PLAIN = (bool, int, float, complex, str, bytes, PurePath, Enum, torch.dtype, to
 
 
 def digest(value: Any) -> str:
-    """Return a hash of a value that is equal in every process.
+    """Return a hash of a value; every process returns the same hash for it.
 
     Args:
         value: a number, tensor, container, network or another object. The hash of a network depends

@@ -113,7 +113,7 @@ class TeacherRows:
 
     @torch.no_grad()
     def _outputs(self, images: Tensor) -> dict[Tap, Tensor]:
-        """Call the teacher with images, and return its output at each tap."""
+        """Call the teacher with images, and return the outputs that a row contains."""
         outputs: dict[str, list[Any]] = {part: [] for part, _ in self.taps}
         with ExitStack() as hooks:
             for part in outputs:
@@ -165,9 +165,8 @@ def fill(
                 begun = _begin(view, files, data, rows.dtype, trainer)
             if rows.dtype != begun:
                 raise MisconfigurationException(
-                    f"the teacher's outputs have different shapes: {begun} and {rows.dtype}. A "
-                    "CachedTeacher needs images of one size. Use images of one size, or the "
-                    "teacher without a cache (distill.cache=off)"
+                    f"the teacher's outputs have different shapes: {begun} and {rows.dtype}. Use "
+                    "images of one size, or the teacher without a cache (distill.cache=off)"
                 )
             files.write(view, int(batch.indices[0]), rows)
     if begun is None:  # This process has no rows, because there are more processes than samples.

@@ -214,7 +214,7 @@ class ExactResume(Callback):
     # Helpers of the hooks
 
     def _handle_signals(self, trainer: Trainer) -> None:
-        """Install handlers that store the signal during training, but else end the run at once.
+        """Install handlers that store a signal during training, and else end the run at once.
 
         Lightning restores the previous handlers when ``fit`` or ``test`` ends.
         """

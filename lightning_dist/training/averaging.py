@@ -87,14 +87,11 @@ class StudentEMA(Callback):
 
 
 def earlier_averaging(trainer: Trainer, callback: Callback) -> WeightAveraging | None:
-    """Return a WeightAveraging that comes before a callback, and so has copied the module before.
+    """Return the first WeightAveraging before a callback, which has copied the module, or None.
 
     Args:
         trainer: the Trainer of both callbacks.
         callback: the later callback.
-
-    Returns:
-        The first such WeightAveraging, or None.
     """
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     before = callbacks[: callbacks.index(callback)]

@@ -34,7 +34,7 @@ class WrappedStep:
     ) -> None:
         step = pl_module.training_step
         self.pl_module = pl_module
-        # Keep a training_step that is stored on the instance, as torch.compile does it.
+        # Keep a training_step that is stored on the instance: torch.compile stores one there.
         self.own = pl_module.__dict__.get("training_step")
 
         @functools.wraps(getattr(step, "__func__", step))

@@ -63,7 +63,7 @@ def build_scheduler(
         monitor: the name of the metric for a scheduler that lowers the rate on a plateau.
 
     Returns:
-        A dict for the item ``lr_scheduler`` of what ``configure_optimizers`` returns.
+        The entry ``lr_scheduler`` of the dict that ``configure_optimizers`` returns.
 
     Raises:
         MisconfigurationException: if the metric is a loss and the scheduler waits for it to rise,
@@ -90,7 +90,7 @@ def build_scheduler(
 
 
 def step_scheduler(scheduler: Any, trainer: Trainer, interval: str, metric: Any | None) -> None:
-    """Step a torch scheduler as Lightning does, and a timm scheduler with its update or epoch.
+    """Step a torch scheduler as Lightning does; set a timm scheduler to the current time.
 
     Args:
         scheduler: the scheduler.

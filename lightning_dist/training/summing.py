@@ -46,7 +46,7 @@ def current_weights(terms: Mapping[str, Term], trainer: Trainer) -> dict[str, fl
 
 
 def is_zero(weight: Any) -> bool:
-    """Return whether a weight is the number 0; a tensor is not read, to not wait for the GPU."""
+    """Return whether a weight is the number 0; reading a tensor would wait for the GPU."""
     return isinstance(weight, Real) and weight == 0
 
 

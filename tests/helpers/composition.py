@@ -14,7 +14,7 @@ def composed(*overrides: str) -> DictConfig:
     config.hydra.runtime.output_dir = "outputs"
     OmegaConf.set_struct(config, False)
     del config.hydra
-    # These parts refer to Hydra's own config, which was just deleted: do not resolve them later.
+    # Do not resolve these parts: they contain the path of the run's folder, from Hydra's config.
     for part in ("callbacks", "logger"):
         config[part] = OmegaConf.to_container(config[part], resolve=False)
     OmegaConf.set_struct(config, True)

@@ -68,7 +68,7 @@ def test_networks_are_those_of_the_paper(recipe):
     assert (list(transform.min_size), transform.max_size) == ([800], 1333)
 
 
-def test_the_stem_and_the_first_stage_are_frozen_and_batch_norms_hold(tmp_path, monkeypatch):
+def test_the_stem_the_first_stage_and_the_batch_norms_are_frozen(tmp_path, monkeypatch):
     """The recipes load weights for the backbone; here they are random."""
     weights = _resnet50().state_dict()
     monkeypatch.setattr(
