@@ -7,7 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_dist.checks import check_logits_options
-from lightning_dist.losses.streaming import Activation, DISTFunction, compute_dtype
+from lightning_dist.losses.streaming import (
+    Activation,
+    DISTFunction,
+    EagerDISTFunction,
+    compute_dtype,
+    inside_torch_func,
+)
 
 
 def dist_loss(
@@ -102,7 +108,10 @@ def dist_loss(
         inputs = tuple(x if x is None else x.movedim(1, -1).flatten(0, -2) for x in inputs)
     elif student.dim() > 2:
         inputs = tuple(x if x is None else x.flatten(2) for x in inputs)
-    return DISTFunction.apply(*inputs, tau, beta, gamma, activation, eps, sync)[0]
+    options = tau, beta, gamma, activation, eps, sync
+    if torch.compiler.is_compiling() or inside_torch_func():
+        return DISTFunction.apply(*inputs, *options)[0]
+    return EagerDISTFunction.apply(*inputs, *options)
 
 
 def inter_class_correlation(

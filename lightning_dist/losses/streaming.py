@@ -1,7 +1,7 @@
 """``DISTFunction``: the DIST loss computed block by block, with its gradient in closed form."""
 
-import inspect
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -42,10 +42,8 @@ class DISTFunction(torch.autograd.Function):
     """The DIST loss as an autograd function, with its gradient in closed form.
 
     Each pass reads the logits once, block by block. Logits are ``(R, C)`` or ``(N, C, S)``:
-    dimension 1 is the classes, and every index into the other dimensions is a row. Small tensors
-    of size O(N) or O(C) are stacked along a new first dimension of size 2 for student and teacher,
-    or of size 3 for the moments. The logits are not stacked, because torch.compile could then not
-    fuse the operations that read them.
+    dimension 1 is the classes, and every index into the other dimensions is a row. For a small
+    batch the time is the number of operations, so a single block is neither cut out nor merged.
 
     The gradient of one correlation ``a / (b c + eps)``, ``a = <u, v>``, ``b = |u|``, ``c = |v|``,
     of centred ``u`` (student) and ``v`` (teacher) is ``P v - Q u``, ``P = 1 / (b c + eps)``,
@@ -87,39 +85,41 @@ class DISTFunction(torch.autograd.Function):
 
         Returns:
             The loss in float32 or float64 (see :func:`lightning_dist.functional.dist_loss`). Then,
-            for the backward pass, the coefficients and means of the columns, the means of the rows
-            of each block (none for softmax) and the coefficients of the rows of each block.
+            for the backward pass, the data of the columns and of the rows of each block, see
+            :func:`_backward_data`.
 
         Raises:
             RuntimeError: if ``sync`` needs communication inside ``torch.func.vmap``.
         """
         dtype = compute_dtype(student, teacher)
         tolerances = _tolerance(student, dtype), _tolerance(teacher, dtype)
-        total, row_coefficients, row_means = _correlate_rows(
-            student, teacher, mask, tau, activation, eps, dtype, tolerances
+        local_rows = _at_least_one(_count_rows(student) if mask is None else mask.sum(dtype=dtype))
+        total, row_data = _correlate_rows(
+            student, teacher, mask, tau, activation, eps, dtype, tolerances, tau * beta / local_rows
         )
         world = 1
         if sync and torch.distributed.is_available() and torch.distributed.is_initialized():
-            if not torch.compiler.is_compiling() and _inside_torch_func():
+            if not torch.compiler.is_compiling() and inside_torch_func():
                 raise RuntimeError(
                     "dist_loss with sync=True cannot gather inside torch.func.vmap: use sync=False"
                 )
             world = torch.distributed.get_world_size()
             total = total.all_gather(world)
 
-        rows = _at_least_one(total.rows)
-        rho, coefficients = _correlate(total.moments, total.mean, rows, tolerances, eps)
-        correlation = total.inter * (beta / rows) + rho.sum() * (gamma / rho.numel())
+        rows, classes = _at_least_one(total.rows), student.shape[1]
+        if isinstance(rows, Tensor) and world > 1:
+            share = (local_rows / rows * world).to(dtype)
+            row_data = [_scaled(data, share) for data in row_data]
+        floors = _floors(total.mean, rows, tolerances, activation)
+        rho, *coefficients = _correlate(total.moments, floors, eps, world * tau * gamma / classes)
+        columns = _backward_data(coefficients, *_rounded(total.mean, activation, dtype), dtype)
+        correlation = torch.add(total.inter * (beta / rows), rho.sum(), alpha=gamma / classes)
         # Multiply after .to(dtype): if the last operation is a conversion that changes nothing,
         # torch.compile (torch 2.11) returns a gradient of 0.
         loss = (beta + gamma - correlation).to(dtype) * tau**2
         if isinstance(total.rows, Tensor) or total.rows == 0:
             loss = loss * (total.rows > 0)
-
-        row_weight = world * tau * beta / rows
-        column_weight = world * tau * gamma / student.shape[1]
-        columns = _backward_data(coefficients * column_weight, total.mean, activation, dtype)
-        return loss, *columns, *row_means, *(data * row_weight for data in row_coefficients)
+        return loss, *columns, *(x for data in row_data for x in data)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -163,48 +163,53 @@ class DISTFunction(torch.autograd.Function):
         if grad_output is None:  # The differentiated value does not depend on the loss.
             return (None,) * 9
         tau, activation, dtype = ctx.options
-        student, teacher, mask, column_coefficients, column_means, *rows = ctx.saved_tensors
-        n_blocks = len(rows) if activation == "softmax" else len(rows) // 2
-        row_means, row_coefficients = rows[:-n_blocks], rows[-n_blocks:]
+        student, teacher, mask, *data = ctx.saved_tensors
         # Multiply the small tensors by grad_output first. torch.compile may move operations that do
         # not depend on grad_output into the forward pass, and would then store tensors as large as
         # the logits.
-        column_coefficients, *row_coefficients = (
-            x * grad_output for x in (column_coefficients, *row_coefficients)
-        )
-        as_rows, whole = _as_rows(student), n_blocks == 1
+        n_columns = 5 if activation == "identity" else 4
+        columns = _scaled(data[:n_columns], grad_output)
+        n_rows = 2 if activation == "softmax" else n_columns
+        starts = range(n_columns, len(data), n_rows)
+        rows = [_scaled(data[start : start + n_rows], grad_output) for start in starts]
+        as_rows, whole = _as_rows(student), len(rows) == 1
         gradient = None if whole and not as_rows else torch.empty_like(student)
         for index, block in enumerate(_blocks(student, whole)):
             y_student, y_teacher, keep = _activate(
                 student, teacher, mask, block, tau, activation, dtype
             )
-            slope = _weighted_deviations(
-                y_student,
-                y_teacher,
-                (column_coefficients, column_means),
-                (row_coefficients[index], row_means[index] if row_means else None),
-            )
+            slope = _weighted_deviations(y_student, y_teacher, columns, rows[index])
             if keep is not None:
                 slope.mul_(keep)
-            if activation == "softmax":
-                slope.mul_(y_student)
-                slope.addcmul_(y_student, _sum(slope, (1,)), value=-1)
-            elif activation == "sigmoid":
-                slope.mul_(y_student * (1 - y_student))
+            slope = _before_activation(slope, y_student, activation)
             if gradient is None:  # There is only one block, so its gradient is the whole gradient.
                 gradient = slope.to(student.dtype)
             elif as_rows:
-                part = gradient[block].transpose(1, 2)
+                part = _part(gradient, block).transpose(1, 2)
                 part.copy_(slope.view_as(part))
             else:
                 gradient[block] = slope
         return gradient, *[None] * 8
 
 
-# The base class computes the signature at each call (torch 2.14), which takes a tenth of the time
-# for a small batch. If this attribute exists, the base class uses it instead.
-_signature = inspect.signature(DISTFunction.forward)
-DISTFunction.forward.__signature__ = _signature  # type: ignore[attr-defined]
+class EagerDISTFunction(torch.autograd.Function):
+    """:class:`DISTFunction` for eager execution outside torch.func, where it is faster.
+
+    With ``setup_context``, what the backward pass needs must be an output of the forward pass, and
+    autograd wraps each output. For a small batch this takes a sixth of the time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        """Return the loss; the arguments are those of :meth:`DISTFunction.forward`."""
+        output = DISTFunction.forward(*inputs)
+        DISTFunction.setup_context(ctx, inputs, output)
+        return output[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Return what :meth:`DISTFunction.backward` returns."""
+        return DISTFunction.backward(ctx, grad_output)
 
 
 class Statistics(NamedTuple):
@@ -213,16 +218,16 @@ class Statistics(NamedTuple):
     Attributes:
         rows: the number of rows.
         inter: the sum of the rows' correlations, a scalar.
-        mean: the mean of each column of student and teacher, of shape ``(2, 1, C)`` or
-            ``(2, 1, C, 1)``.
+        mean: the mean of each column of student and teacher, two tensors of shape ``(1, C)`` or
+            ``(1, C, 1)``, stacked if the statistics are those of several blocks.
         moments: the sums of s*s, t*t and s*t over each column, where s and t are the deviations of
-            student and teacher from their means; of shape ``(3, 1, C)`` or ``(3, 1, C, 1)``.
+            student and teacher from their means; three tensors of the same shape.
     """
 
     rows: int | Tensor
     inter: Tensor
-    mean: Tensor
-    moments: Tensor
+    mean: Sequence[Tensor] | Tensor
+    moments: Sequence[Tensor] | Tensor
 
     @classmethod
     def zero(cls, like: Tensor) -> "Statistics":
@@ -263,14 +268,14 @@ class Statistics(NamedTuple):
         """
         over = (0, 2)[: y_student.dim() - 1]
         if keep is None:
-            rows: int | Tensor = y_student.numel() // y_student.shape[1]
+            rows: int | Tensor = _count_rows(y_student)
             means = [_mean(x, over, None, activation) for x in (y_student, y_teacher)]
         else:
             rows = keep.sum()
             means = [_mean(x * keep, over, rows, activation) for x in (y_student, y_teacher)]
         rounded = [mean.to(y_student.dtype) for mean in means]
         moments = _moments(y_student, y_teacher, rounded[0], rounded[1], keep, over)
-        return cls(rows, inter, torch.stack(means), moments)
+        return cls(rows, inter, means, moments)
 
     def merge(self, other: "Statistics") -> "Statistics":
         """Return the statistics of the union of two sets of rows.
@@ -285,17 +290,17 @@ class Statistics(NamedTuple):
             Chan, Golub, LeVeque, Updating Formulae and a Pairwise Algorithm for Computing Sample
             Variances, 1979.
         """
-        wide = _wide(self.mean.device)
-        mean = self.mean.to(wide)
+        wide = _wide(self.inter.device)
+        mean = _stacked(self.mean).to(wide)
         rows = self.rows + other.rows
         share = other.rows / _at_least_one(rows)
-        shift = other.mean - mean
+        shift = _stacked(other.mean) - mean
         between = torch.cat((shift * shift, shift[:1] * shift[1:])) * (self.rows * share)
         return Statistics(
             rows,
             self.inter.to(wide) + other.inter,
             mean + shift * share,
-            self.moments.to(wide) + other.moments + between,
+            _stacked(self.moments).to(wide) + _stacked(other.moments) + between,
         )
 
     def all_gather(self, world: int) -> "Statistics":
@@ -307,20 +312,15 @@ class Statistics(NamedTuple):
         Returns:
             The statistics in float64 (float32 on Apple's MPS).
         """
-        zero = self.zero(self.mean[0])
-        rows = torch.as_tensor(self.rows, dtype=zero.mean.dtype, device=zero.mean.device)
-        local = torch.cat(
-            (rows.view(1), self.inter.view(1), self.mean.flatten(), self.moments.flatten())
-        )
+        total = self.zero(self.mean[0])
+        rows = torch.as_tensor(self.rows, dtype=total.inter.dtype, device=total.inter.device)
+        mean, moments = _stacked(self.mean), _stacked(self.moments)
+        local = torch.cat((rows.view(1), self.inter.view(1), mean.flatten(), moments.flatten()))
         gathered = [torch.empty_like(local) for _ in range(world)]
         torch.distributed.all_gather(gathered, local)
-        total = zero
         for packed in gathered:
-            mean, moments = packed[2:].split((self.mean.numel(), self.moments.numel()))
-            part = Statistics(
-                packed[0], packed[1], mean.view_as(self.mean), moments.view_as(self.moments)
-            )
-            total = total.merge(part)
+            parts = packed[2:].view(5, *mean.shape[1:])
+            total = total.merge(Statistics(packed[0], packed[1], parts[:2], parts[2:]))
         return total
 
 
@@ -333,78 +333,100 @@ def _correlate_rows(
     eps: float,
     dtype: torch.dtype,
     tolerances: tuple[float, float],
-) -> tuple[Statistics, list[Tensor], list[Tensor]]:
-    """Return the statistics of the logits, and the coefficients and means of each block's rows.
+    weight: float | Tensor,
+) -> tuple[Statistics, list[Sequence[Tensor]]]:
+    """Return the statistics of the logits, and the backward pass's data of each block's rows.
 
-    The function reads the logits once. For softmax, the list of means is empty.
+    The function reads the logits once.
     """
     total = None
-    row_coefficients, row_means = [], []
+    row_data: list[Sequence[Tensor]] = []
     classes = student.shape[1]
     # Do not cut tensors of torch.func into blocks: a batched tensor of torch.func.vmap cannot be
     # written into the blocks of a tensor that is not batched.
-    whole = torch.compiler.is_compiling() or _inside_torch_func()
+    whole = torch.compiler.is_compiling() or inside_torch_func()
     for block in _blocks(student, whole):
         y_student, y_teacher, keep = _activate(
             student, teacher, mask, block, tau, activation, dtype
         )
         means: Any = (1 / classes,) * 2
-        rounded = means
+        errors: list[Tensor] = []
         if activation != "softmax":
             means = [_mean(y, (1,), None, activation) for y in (y_student, y_teacher)]
-            rounded = [mean.to(dtype) for mean in means]
-        moments = _moments(y_student, y_teacher, rounded[0], rounded[1], keep, (1,))
-        rho, coefficients = _correlate(moments, means, classes, tolerances, eps)
-        if activation != "softmax":
-            data = _backward_data(coefficients, torch.stack(means), activation, dtype)
-            coefficients, saved_means = data
-            row_means.append(saved_means)
-        row_coefficients.append(coefficients)
+            means, errors = _rounded(means, activation, dtype)
+        moments = _moments(y_student, y_teacher, means[0], means[1], keep, (1,))
+        floors = _floors(means, classes, tolerances, activation)
+        rho, *data = _correlate(moments, floors, eps, weight)
+        row_data.append(
+            data if activation == "softmax" else _backward_data(data, means, errors, dtype)
+        )
         part = Statistics.of_block(y_student, y_teacher, keep, rho.sum(), activation)
         total = part if total is None else total.merge(part)
-    return Statistics.zero(student) if total is None else total, row_coefficients, row_means
+    return Statistics.zero(student) if total is None else total, row_data
+
+
+def _rounded(
+    means: Sequence[Tensor] | Tensor, activation: Activation, dtype: torch.dtype
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return means in a dtype, and the errors of this rounding (none if they do not matter).
+
+    For the identity, the values are exact, but they may be far from 0, and then the rounding error
+    of their mean limits the accuracy.
+    """
+    rounded = [mean.to(dtype) for mean in means]
+    if activation != "identity":
+        return rounded, []
+    return rounded, [(x - r).to(dtype) for x, r in zip(means, rounded, strict=True)]
 
 
 def _backward_data(
-    coefficients: Tensor, means: Tensor, activation: Activation, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Return the coefficients and means of rows or columns in the dtype of the backward pass.
+    coefficients: Sequence[Tensor], means: list[Tensor], errors: list[Tensor], dtype: torch.dtype
+) -> list[Tensor]:
+    """Return the coefficients Q and P of rows or columns, and the means of student and teacher.
 
-    For the identity, the values are exact, but they may be far from 0, and then the rounding error
-    of their mean limits the accuracy. So a third coefficient is an offset that corrects this error.
+    If the means have errors, a fifth tensor is the offset of the gradient that corrects them.
     """
-    rounded = means.to(dtype)
-    if activation == "identity":
-        offset = (coefficients * (means - rounded)).sum(0, keepdim=True)
-        coefficients = torch.cat((coefficients, offset))
-    return coefficients.to(dtype), rounded
+    q, p = (x.to(dtype) for x in coefficients)
+    return [q, p, *means, *([p * errors[1] - q * errors[0]] if errors else [])]
+
+
+def _scaled(data: Sequence[Tensor], factor: Tensor) -> list[Tensor]:
+    """Return what :func:`_backward_data` returned for a gradient that is larger by a factor."""
+    return [x if index in (2, 3) else x * factor for index, x in enumerate(data)]
 
 
 def _weighted_deviations(
-    y_student: Tensor,
-    y_teacher: Tensor,
-    columns: tuple[Tensor, Tensor],
-    rows: tuple[Tensor, Tensor | None],
+    y_student: Tensor, y_teacher: Tensor, columns: list[Tensor], rows: list[Tensor]
 ) -> Tensor:
     """Return the weighted sum of the deviations from the means of columns and rows.
 
-    Columns and rows are pairs of coefficients and means. Without means, the rows are those of a
-    softmax. Then the function overwrites y_teacher, because one tensor less in the cache is faster.
+    Columns and rows are what :func:`_backward_data` returned. Without means, the rows are those of
+    a softmax. Then the function overwrites y_teacher, because one tensor less in the cache is
+    faster.
     """
-    coefficients, means = columns
-    slope = (y_student - means[0]).mul_(coefficients[0])
-    slope.addcmul_(y_teacher - means[1], coefficients[1])
-    row_coefficients, row_means = rows
-    if row_means is None:
+    q, p, student_mean, teacher_mean, *offset = columns
+    slope = y_student - student_mean
+    slope = torch.addcmul(offset[0], slope, q) if offset else slope * q
+    slope.addcmul_(y_teacher - teacher_mean, p, value=-1)
+    if len(rows) == 2:
         mean = 1 / y_student.shape[1]
         deviations = y_student - mean, y_teacher.sub_(mean)
     else:
-        deviations = y_student - row_means[0], y_teacher - row_means[1]
-    for deviation, coefficient in zip(deviations, row_coefficients[:2], strict=True):
-        slope.addcmul_(deviation, coefficient)
-    for offset in (*coefficients[2:], *row_coefficients[2:]):
-        slope.sub_(offset)
-    return slope
+        deviations = y_student - rows[2], y_teacher - rows[3]
+    slope.addcmul_(deviations[0], rows[0]).addcmul_(deviations[1], rows[1], value=-1)
+    return slope.add_(rows[4]) if offset else slope
+
+
+def _before_activation(slope: Tensor, y: Tensor, activation: Activation) -> Tensor:
+    """Return the gradient of the logits from the gradient of the activation's values y."""
+    if activation == "identity":
+        return slope
+    if activation == "sigmoid":
+        return torch.ops.aten.sigmoid_backward(slope, y)
+    if torch.compiler.is_compiling() and y.device.type == "cpu":  # See _sum.
+        slope = slope * y
+        return slope - y * _sum(slope, (1,))
+    return torch._softmax_backward_data(slope, y, 1, y.dtype)
 
 
 def _tolerance(logits: Tensor, dtype: torch.dtype) -> float:
@@ -412,7 +434,7 @@ def _tolerance(logits: Tensor, dtype: torch.dtype) -> float:
     return max(torch.finfo(logits.dtype).eps, _ROUNDING_UNITS * torch.finfo(dtype).eps)
 
 
-def _inside_torch_func() -> bool:
+def inside_torch_func() -> bool:
     """Return True if the caller runs inside torch.func.grad, vmap or another such transform."""
     return torch._C._are_functorch_transforms_active()  # torch 2.14 has no public function for it.
 
@@ -424,7 +446,7 @@ def _refuse_second_derivative(others: tuple[Tensor | None, ...]) -> None:
     # With create_graph=True, autograd records the operations of the backward pass as well. Inside
     # torch.func it always records them, so there the error is raised only if the other outputs of
     # the forward pass have a gradient.
-    recorded = torch.is_grad_enabled() and not _inside_torch_func()
+    recorded = torch.is_grad_enabled() and not inside_torch_func()
     if recorded or any(other is not None for other in others):
         raise RuntimeError(
             "dist_loss has no second derivative: call backward() or grad() without create_graph"
@@ -436,16 +458,28 @@ def _wide(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def _count_rows(x: Tensor) -> int:
+    return x.numel() // x.shape[1]
+
+
+def _stacked(tensors: Sequence[Tensor] | Tensor) -> Tensor:
+    return tensors if isinstance(tensors, Tensor) else torch.stack(tuple(tensors))
+
+
 def _at_least_one(rows: int | Tensor) -> int | Tensor:
     return rows.clamp(min=1) if isinstance(rows, Tensor) else max(rows, 1)
 
 
 def _blocks(x: Tensor, whole: bool) -> Iterator[Any]:
-    """Yield indices that cut ``(R, C)`` or ``(N, C, S)`` into blocks of rows of similar size."""
-    if whole:  # For compiled code one block is enough, because the compiler cuts it into blocks.
-        yield slice(None)
-        return
+    """Yield indices that cut ``(R, C)`` or ``(N, C, S)`` into blocks of rows of similar size.
+
+    The index of a single block is None: an index that selects everything would cost time.
+    """
     limit = _BLOCK_CPU if x.device.type == "cpu" else _BLOCK_ACCELERATOR
+    # For compiled code one block is enough, because the compiler cuts it into blocks.
+    if whole or 0 < x.numel() <= limit:
+        yield None
+        return
     rows = max(limit // x.shape[1], 1)
     if x.dim() == 2:
         yield from _slices(x.shape[0], rows)
@@ -460,6 +494,11 @@ def _as_rows(x: Tensor) -> bool:
     """Return True if blocks of ``(N, C, S)`` are copied to matrices ``(R, C)``."""
     eager = x.device.type != "cpu" and not torch.compiler.is_compiling()
     return eager and x.dim() == 3 and x.shape[1] > _MOST_STRIDED_CLASSES
+
+
+def _part(x: Tensor, block: Any) -> Tensor:
+    """Return the block of a tensor that an index of :func:`_blocks` selects."""
+    return x if block is None else x[block]
 
 
 def _slices(length: int, most: int) -> Iterator[slice]:
@@ -482,7 +521,7 @@ def _activate(
     as_rows = _as_rows(student)
 
     def part_of(x: Tensor) -> Tensor:
-        x = x[block]
+        x = _part(x, block)
         return x.transpose(1, 2).flatten(0, 1) if as_rows else x
 
     keep = None if mask is None else part_of(mask)
@@ -507,13 +546,13 @@ def _moments(
     teacher_mean: Tensor | float,
     keep: Tensor | None,
     over: tuple[int, ...],
-) -> Tensor:
-    """Return the stacked sums of s*s, t*t and s*t, where s and t are deviations from the means."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the sums of s*s, t*t and s*t, where s and t are deviations from the means."""
     s, t = student - student_mean, teacher - teacher_mean
     if keep is not None:
         s, t = s * keep, t * keep
     product = _sum(s * t, over)
-    return torch.stack([_sum(s.mul_(s), over), _sum(t.mul_(t), over), product])
+    return _sum(s.mul_(s), over), _sum(t.mul_(t), over), product
 
 
 def _mean(
@@ -543,26 +582,38 @@ def _sum(x: Tensor, over: tuple[int, ...]) -> Tensor:
     return x.sum(over, keepdim=True)
 
 
-def _correlate(
-    moments: Tensor,
-    means: Iterable[Any],
+def _floors(
+    means: Sequence[Any] | Tensor,
     count: int | Tensor,
     tolerances: tuple[float, float],
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    """Return Pearson's correlation, and (Q, -P): the coefficients of its negative gradient.
+    activation: Activation,
+) -> list[Any]:
+    """Return the largest norms of student and teacher that count as rounding."""
+    if activation == "identity":  # Other activations have no negative values.
+        means = [mean.abs() for mean in means]
+    root = count**0.5
+    return [mean * (root * x) for mean, x in zip(means, tolerances, strict=True)]
 
-    Both are 0 if the student or the teacher is constant up to rounding: its standard deviation is
-    at most the tolerance times its mean. The deviations are then rounding errors, and coefficients
-    of up to ``1 / eps`` would amplify them.
+
+def _correlate(
+    moments: Sequence[Tensor] | Tensor,
+    floors: Sequence[Any],
+    eps: float,
+    weight: float | Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return Pearson's correlation, and Q and P: Q and -P are coefficients of its gradient.
+
+    The gradient is multiplied by -`weight`. All three are 0 if the student or the teacher is
+    constant up to rounding: its norm is at most its floor. The deviations are then rounding errors,
+    and coefficients of up to ``1 / eps`` would amplify them.
     """
-    student_norm, teacher_norm = moments[:2].sqrt().split(1)
-    reciprocal = (student_norm * teacher_norm + eps).reciprocal()
-    for norm, tolerance, mean in zip((student_norm, teacher_norm), tolerances, means, strict=True):
-        # A comparison with NaN is False, so NaN is not replaced by 0.
-        reciprocal.masked_fill_(norm <= abs(mean) * (count**0.5 * tolerance), 0)
-    rho = moments[2:] * reciprocal
-    # The clamp avoids 0 / 0 where the student is constant.
-    tiny = torch.finfo(moments.dtype).tiny
-    q = rho * reciprocal * teacher_norm / student_norm.clamp(min=tiny)
-    return rho, torch.cat((q, -reciprocal))
+    student_square, teacher_square, product = moments
+    student_norm, teacher_norm = student_square.sqrt(), teacher_square.sqrt()
+    # A comparison with NaN is False, so NaN is not replaced. The norm of a constant student becomes
+    # infinite, because 1 / infinity is 0, and 0 / infinity is not NaN.
+    student_norm = student_norm.masked_fill(student_norm <= floors[0], math.inf)
+    reciprocal = (student_norm * teacher_norm).add_(eps).reciprocal_()
+    reciprocal.masked_fill_(teacher_norm <= floors[1], 0)
+    rho = product * reciprocal
+    p = reciprocal * weight
+    return rho, (rho * p).mul_(teacher_norm).div_(student_norm), p
