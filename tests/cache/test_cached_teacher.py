@@ -655,12 +655,12 @@ def test_the_processes_of_a_run_compute_a_share_each(train, counted, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_sweep_of_twelve_runs_in_two_processes_computes_each_view_once(counted, tmp_path):
+def test_a_sweep_of_six_runs_in_two_processes_computes_each_view_once(counted, tmp_path):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     overrides = [
         "hydra/launcher=joblib",
         "hydra.launcher.n_jobs=2",
-        "seed=0,1,2,3,4,5",
+        "seed=0,1,2",
         "distill.loss.tau=1,2",
         f"distill.cache={tmp_path / 'cache'}",
         "distill.cache_views=2",
@@ -677,6 +677,6 @@ def test_a_sweep_of_twelve_runs_in_two_processes_computes_each_view_once(counted
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     results = [json.loads(path.read_text()) for path in tmp_path.rglob("result.json")]
-    assert [result["status"] for result in results] == ["completed"] * 12
+    assert [result["status"] for result in results] == ["completed"] * 6
     assert sum(counted.batches()) == 2 * SIZE
     assert len(files(tmp_path / "cache")) == 2

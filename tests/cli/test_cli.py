@@ -254,18 +254,17 @@ def sweep(processes, tmp_path):
 
 @pytest.mark.slow
 def test_a_sweep_of_two_process_runs_gives_what_single_runs_give(sweep, processes, tmp_path):
-    ended = sweep("distill=none,dist", "seed=0,1")
+    ended = sweep("seed=0,1")
     assert ended.returncode == 0, ended.stderr
-    assert {path.name for path in (tmp_path / "sweep").iterdir() if path.is_dir()} == {*"0123"}
+    assert {path.name for path in (tmp_path / "sweep").iterdir() if path.is_dir()} == {*"01"}
     found = results(tmp_path / "sweep")
     for result in found:
         assert result["status"] == "completed"
         assert "test/accuracy" in result["metrics"]
         checkpoint = torch.load(result["checkpoint"], weights_only=True)
         assert checkpoint["global_step"] == 2  # The run has 128 images in global batches of 64.
-    assert len([*tmp_path.rglob("last.ckpt")]) == 4
-    # Run each of the four runs alone as well; one launch of two processes is enough for all of
-    # them.
+    assert len([*tmp_path.rglob("last.ckpt")]) == 2
+    # Run each of the two runs alone as well; one launch of two processes is enough for both.
     singles = [
         ["train", *result["overrides"], f"hydra.run.dir=single/{number}"]
         for number, result in enumerate(found)
@@ -275,7 +274,7 @@ def test_a_sweep_of_two_process_runs_gives_what_single_runs_give(sweep, processe
     assert again.returncode == 0, again.stderr
     alone = results(tmp_path / "single")
     assert [result["metrics"] for result in found] == [result["metrics"] for result in alone]
-    assert len({json.dumps(result["metrics"]) for result in found}) == 4
+    assert len({json.dumps(result["metrics"]) for result in found}) == 2
     assert not (tmp_path / "multirun").exists()
     assert not (tmp_path / "outputs").exists()
 

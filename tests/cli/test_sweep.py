@@ -45,20 +45,20 @@ def ends_badly(command, capsys):
 
 
 @pytest.mark.slow
-def test_twelve_runs_through_joblib_with_loader_workers(command, tmp_path):
-    sweep = ["distill=none,kd,dist", "seed=0,1,2,3", "data.num_workers=1", *TINY]
+def test_six_runs_through_joblib_with_loader_workers(command, tmp_path):
+    sweep = ["distill=none,kd,dist", "seed=0,1", "data.num_workers=1", *TINY]
     command("train", "-m", *JOBLIB, *sweep, f"hydra.sweep.dir={tmp_path}/sweep")
     found = results(tmp_path / "sweep")
-    assert [run["status"] for run in found] == ["completed"] * 12
-    assert len({tuple(run["overrides"]) for run in found}) == 12
+    assert [run["status"] for run in found] == ["completed"] * 6
+    assert len({tuple(run["overrides"]) for run in found}) == 6
     folders = [path for path in (tmp_path / "sweep").iterdir() if path.is_dir()]
-    assert len(folders) == 12
-    assert len(list((tmp_path / "sweep").glob("*/checkpoints/last.ckpt"))) == 12
+    assert len(folders) == 6
+    assert len(list((tmp_path / "sweep").glob("*/checkpoints/last.ckpt"))) == 6
     with open(tmp_path / "sweep" / "report.csv") as file:
-        assert len(list(csv.DictReader(file))) == 12
-    command("train", "distill=dist", "seed=3", *TINY, "hydra.run.dir=single/0")
+        assert len(list(csv.DictReader(file))) == 6
+    command("train", "distill=dist", "seed=1", *TINY, "hydra.run.dir=single/0")
     (single,) = results(tmp_path / "single")
-    assert single["metrics"] == found[11]["metrics"]
+    assert single["metrics"] == found[5]["metrics"]
 
 
 @pytest.mark.slow
