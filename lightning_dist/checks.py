@@ -4,6 +4,9 @@ import math
 import numbers
 from typing import Any
 
+import torch
+from torch import Tensor
+
 
 def check_number(
     name: str, value: Any, kind: type = float, *, least: float = -math.inf, most: float = math.inf
@@ -56,6 +59,43 @@ def check_flag(name: str, value: Any) -> None:
     """
     if not isinstance(value, bool):
         raise ValueError(f"{name} is {value!r}: give true or false")
+
+
+def check_labels(
+    labels: Tensor, num_classes: int, where: str, *, ignored: int | None = None
+) -> None:
+    """Raise an error if labels are not classes.
+
+    Without this check, a label of -1 trains a detector's last class or its background, and others
+    end in an error of a CUDA kernel.
+
+    Args:
+        labels: the labels, integers of any shape.
+        num_classes: the number of classes, which have the labels 0 to ``num_classes`` - 1.
+        where: the place of the labels, for the message.
+        ignored: a further label that is allowed, such as 255 in masks.
+
+    Raises:
+        ValueError: if a label is not allowed; the message contains the smallest or the largest one.
+
+    Example:
+        >>> check_labels(torch.tensor([0, 3]), 3, "a batch")
+        Traceback (most recent call last):
+        ValueError: a batch has the label 3 and num_classes is 3: labels count from 0 to 2; set \
+        num_classes, or relabel
+    """
+    if ignored is not None:
+        labels = labels[labels != ignored]
+    if not labels.numel():
+        return
+    least, most = (int(x) for x in torch.aminmax(labels))
+    if least < 0 or most >= num_classes:
+        wrong = least if least < 0 else most
+        mark = " (-1 is no mark for data without labels)" if wrong == -1 else ""
+        raise ValueError(
+            f"{where} has the label {wrong}{mark} and num_classes is {num_classes}: labels count "
+            f"from 0 to {num_classes - 1}; set num_classes, or relabel"
+        )
 
 
 def check_logits_options(

@@ -15,12 +15,11 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from lightning_dist.cli.errors import UserError
 from lightning_dist.cli.hydra_app import hydra_app
 from lightning_dist.cli.run.saved_config import build_module, read_saved
-from lightning_dist.data.image_files import load_image
+from lightning_dist.data.image_files import SUFFIXES, find_images, load_image
 from lightning_dist.tasks.classification import ClassificationModule
 from lightning_dist.tasks.detection import DetectionModule
 from lightning_dist.tasks.drawing import box_image, class_palette, mask_image
@@ -183,10 +182,10 @@ def image_files(source: Path) -> list[Path]:
     """
     if source.is_file():
         return [source]
-    paths = sorted(p for p in source.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
+    paths = find_images(source)
     if not paths:
         what = "holds no images" if source.is_dir() else "does not exist"
-        raise UserError(f"images={source} {what}: give a file or a folder of {IMG_EXTENSIONS}")
+        raise UserError(f"images={source} {what}: give a file or a folder of {SUFFIXES}")
     return paths
 
 

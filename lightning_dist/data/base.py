@@ -14,17 +14,19 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
-from lightning_dist.checks import check_number
+from lightning_dist.checks import check_labels, check_number
+from lightning_dist.data.image_files import to_rgb
 from lightning_dist.data.seeding import EpochSampler, ResumableLoader, SeededDataset
 from lightning_dist.data.tensor_images import TensorImages, per_channel
 from lightning_dist.data.views import Views
 
+IGNORED = 255  # the label of the pixels that the loss and the metrics ignore
 SPLIT_SEED = 0  # constant, so that runs with different seeds hold out the same images
 SPLITS_OF_STAGE = {
     "fit": ("train", "val"),
     "validate": ("val",),
     "test": ("test",),
-    "predict": ("test",),
+    "predict": ("predict",),
     None: ("train", "val", "test"),
 }
 
@@ -182,8 +184,12 @@ class ImageDataModule(LightningDataModule):
         raise NotImplementedError
 
     def test_dataset(self) -> Dataset:
-        """Return the data set for the final test and for `predict_dataloader`."""
+        """Return the data set for the final test."""
         raise NotImplementedError
+
+    def predict_dataset(self) -> Dataset:
+        """Return the data set for `predict_dataloader`, by default the test set."""
+        return self._dataset("test")
 
     def setup(self, stage: str | None = None) -> None:
         """Create the data sets of a stage, so that their errors are raised before training.
@@ -192,10 +198,34 @@ class ImageDataModule(LightningDataModule):
             stage: "fit", "validate", "test" or "predict"; None creates all data sets.
 
         Raises:
-            ValueError: if a data set is empty.
+            ValueError: if a data set is empty, or has labels that are not classes.
         """
         for split in SPLITS_OF_STAGE[stage]:
             self._dataset(split)
+        # A test set that cannot be used must not be noticed only when all training is done.
+        if stage == "fit" and type(self).test_dataset is not ImageDataModule.test_dataset:
+            self._dataset("test")
+
+    def check_dataset(self, split: str, dataset: Dataset) -> None:
+        """Refuse a data set that cannot be trained on or evaluated, before training starts.
+
+        It checks only what can be read fast: labels in memory. A subclass checks its own kind of
+        data too.
+
+        Args:
+            split: "train", "val" or "test".
+            dataset: the data set of this split.
+
+        Raises:
+            ValueError: if a label is not a class.
+        """
+        labels = getattr(dataset, "labels", getattr(dataset, "targets", None))
+        if isinstance(labels, list) and all(isinstance(label, int) for label in labels):
+            labels = torch.tensor(labels)
+        if isinstance(labels, Tensor) and not labels.is_floating_point():
+            ignored = IGNORED if labels.dim() > 1 else None
+            where = f"the {split} set of {self.location}"
+            check_labels(labels, self.num_classes, where, ignored=ignored)
 
     @property
     def batch_size(self) -> int:
@@ -215,11 +245,12 @@ class ImageDataModule(LightningDataModule):
     def prepare(self, image: Image.Image) -> Tensor:
         """Convert an image of any size as the evaluation loaders do, to a tensor (C, H, W)."""
         size = (self.image_size, self.image_size)
-        return self._to_tensor(image.resize(size, Image.Resampling.BILINEAR))
+        return self._to_tensor(to_rgb(image).resize(size, Image.Resampling.BILINEAR))
 
     def _to_tensor(self, image: Image.Image) -> Tensor:
         """Convert an image to a normalised tensor (C, H, W) without resizing it."""
-        pixels = pil_to_tensor(image.convert("L" if self.in_channels == 1 else "RGB"))
+        image = to_rgb(image)
+        pixels = pil_to_tensor(image.convert("L") if self.in_channels == 1 else image)
         return self._normalise(pixels)
 
     def _normalise(self, pixels: Tensor) -> Tensor:
@@ -299,8 +330,8 @@ class ImageDataModule(LightningDataModule):
         return self._eval_dataloader("test")
 
     def predict_dataloader(self) -> DataLoader:
-        """Return a loader of the test set, in order."""
-        return self._eval_dataloader("test")
+        """Return a loader of `predict_dataset`, in order."""
+        return self._eval_dataloader("predict")
 
     def _eval_dataloader(self, split: str) -> DataLoader:
         dataset = self._dataset(split)
@@ -322,12 +353,14 @@ class ImageDataModule(LightningDataModule):
         """Return the data set of a split, which is created on first use.
 
         Raises:
-            ValueError: if the data set is empty.
+            ValueError: if the data set is empty, or has labels that are not classes.
         """
         if split not in self._datasets:
             dataset: Dataset = getattr(self, f"{split}_dataset")()
             if not len(cast(Sized, dataset)):
                 raise ValueError(f"the {split} set of {self.location} is empty")
+            if split != "predict":  # which needs no labels
+                self.check_dataset(split, dataset)
             self._datasets[split] = dataset
         return self._datasets[split]
 

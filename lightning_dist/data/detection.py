@@ -8,11 +8,11 @@ from typing import Any
 from xml.etree import ElementTree
 
 from torchvision.datasets import VOCDetection
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.models.segmentation import DeepLabV3_ResNet50_Weights
 
+from lightning_dist.data.boxes import as_numbers, check_fractions
 from lightning_dist.data.detection_base import Annotated, DetectionDataModule
-from lightning_dist.data.image_files import abbreviate
+from lightning_dist.data.image_files import abbreviate, find_files, find_images, warn_once
 
 # torchvision stores the names of Pascal VOC's classes with the weights trained on that data set.
 _VOC_CLASSES = DeepLabV3_ResNet50_Weights.DEFAULT.meta["categories"][1:]  # without the background
@@ -37,7 +37,8 @@ class CocoDataModule(DetectionDataModule):
     Raises:
         FileNotFoundError: when a data set is created, if a file is missing.
         ValueError: when a data set is created, if the annotations are not JSON in COCO's format,
-            have another number of categories, or refer to an unknown image or category.
+            have another number of categories, refer to an unknown image or category, or lack a
+            bbox or an id; the message names the file and the annotation.
     """
 
     def __init__(
@@ -72,33 +73,40 @@ class CocoDataModule(DetectionDataModule):
         path = self.root / annotations
         content = _read_json(path, ("images", "annotations", "categories"))
         label_of = self._labels_by_category(content["categories"], path)
-        found = {
-            image["id"]: Annotated(self.root / images / image["file_name"], [], [], [], [])
-            for image in content["images"]
-        }
-        for annotation in content["annotations"]:
-            what = f"annotation {annotation['id']} in {path}"
-            entry = found.get(annotation["image_id"])
+        found = {}
+        for number, image in enumerate(content["images"], start=1):
+            what = f"image {_name(image, number)} in {path}"
+            name, key = _entry(image, "file_name", what), _entry(image, "id", what)
+            size = image.get("width"), image.get("height")
+            known = all(isinstance(side, int) and side > 0 for side in size)
+            if key in found:
+                raise ValueError(f"{path} has several images with the id {key!r}: number them")
+            file = self.root / images / str(name)
+            found[key] = Annotated(file, [], [], [], [], size if known else None)
+        for number, annotation in enumerate(content["annotations"], start=1):
+            what = f"annotation {_name(annotation, number)} in {path}"
+            entry = found.get(_entry(annotation, "image_id", what))
             if entry is None:
                 raise ValueError(
                     f"{what} is of image {annotation['image_id']}, which the file does not list: "
                     "remove the annotation, or add the image"
                 )
-            if annotation["category_id"] not in label_of:
+            what = f"{what}, of {entry.image.name},"
+            category = _entry(annotation, "category_id", what)
+            if category not in label_of:
                 raise ValueError(
-                    f"{what}, of {entry.image.name}, has category {annotation['category_id']}, "
-                    "which the file does not list: correct the annotation, or add the category"
+                    f"{what} has category {category}, which the file does not list: correct the "
+                    "annotation, or add the category"
                 )
-            x, y, width, height = annotation["bbox"]
-            entry.boxes.append([x, y, x + width, y + height])
-            entry.labels.append(label_of[annotation["category_id"]])
-            entry.crowd.append(bool(annotation.get("iscrowd", 0)))
-            assert entry.areas is not None
-            entry.areas.append(annotation.get("area", width * height))
+            _add_coco_box(entry, annotation, what)
+            entry.labels.append(label_of[category])
         return list(found.values())
 
     def _labels_by_category(self, categories: list[dict[str, Any]], path: Path) -> dict[int, int]:
         """Set `class_names`, and return the label of each category id."""
+        for number, category in enumerate(categories, start=1):
+            for key in ("id", "name"):
+                _entry(category, key, f"category {_name(category, number)} in {path}")
         categories = sorted(categories, key=lambda category: category["id"])
         if len(categories) != self.num_classes:
             raise ValueError(
@@ -109,6 +117,36 @@ class CocoDataModule(DetectionDataModule):
             raise ValueError(f"{path} and the training annotations differ in their categories")
         self.class_names = names
         return {category["id"]: label for label, category in enumerate(categories)}
+
+
+def _name(record: Any, number: int) -> Any:
+    """Return the id of an entry of a COCO file, or its position if it has no id."""
+    named = isinstance(record, dict) and record.get("id") is not None
+    return record["id"] if named else f"number {number} (without an id)"
+
+
+def _entry(record: Any, key: str, what: str) -> Any:
+    """Return an item of an entry of a COCO file.
+
+    Raises:
+        ValueError: if the entry is no mapping, or the item is missing or null.
+    """
+    if not isinstance(record, dict) or record.get(key) is None:
+        raise ValueError(f"{what} has no {key}: add it, or remove the entry")
+    return record[key]
+
+
+def _add_coco_box(entry: Annotated, annotation: dict[str, Any], what: str) -> None:
+    """Add the box, the area and the crowd flag of a COCO annotation to its image."""
+    x, y, width, height = as_numbers(annotation.get("bbox"), 4, f"the bbox of {what}")
+    area = annotation.get("area")
+    crowd = annotation.get("iscrowd") or 0
+    if crowd not in (0, 1):
+        raise ValueError(f"{what} has iscrowd {crowd!r}: give 0 or 1")
+    entry.boxes.append([x, y, x + width, y + height])
+    entry.crowd.append(bool(crowd))
+    assert entry.areas is not None
+    entry.areas.append(width * height if area is None else as_numbers([area], 1, what)[0])
 
 
 class VOCDetectionDataModule(DetectionDataModule):
@@ -176,7 +214,10 @@ class VOCDetectionDataModule(DetectionDataModule):
         except ElementTree.ParseError as error:
             raise ValueError(f"{file} is no XML ({error}): restore it") from error
         assert self.class_names is not None
-        entry = Annotated(image, [], [], [])
+        width, height = (root.findtext(f"size/{side}", "0") for side in ("width", "height"))
+        known = width.isdigit() and height.isdigit() and int(width) and int(height)
+        size = (int(width), int(height)) if known else None  # some programs write a size of 0
+        entry = Annotated(image, [], [], [], size=size)
         for found in root.iter("object"):
             name = found.findtext("name", "")
             if name not in self.class_names:
@@ -185,7 +226,10 @@ class VOCDetectionDataModule(DetectionDataModule):
             sides = [box.findtext(side) if box is not None else None for side in _SIDES]
             if None in sides:
                 raise ValueError(f"{file} has a {name} without a box of {', '.join(_SIDES)}")
-            x1, y1, x2, y2 = (float(str(side)) for side in sides)
+            try:
+                x1, y1, x2, y2 = as_numbers([float(str(side)) for side in sides], 4, "the box")
+            except ValueError as error:
+                raise ValueError(f"{file} has a {name} with the box {sides}: {error}") from error
             entry.boxes.append([x1 - 1, y1 - 1, x2, y2])  # VOC counts pixels from 1
             entry.labels.append(self.class_names.index(name))
             entry.crowd.append(found.findtext("difficult", "0") == "1")
@@ -196,7 +240,8 @@ class YoloDataModule(DetectionDataModule):
     """A data module of folders in YOLO's format: one text file per image, with one line per box.
 
     A line is `class x y width height`; x and y are the centre of the box. All four numbers are
-    fractions of the image's width or height. An image without a text file has no boxes.
+    fractions of the image's width or height. An image without a text file has no boxes; a warning
+    counts these images.
 
     Args:
         root: the folder that contains `images/SPLIT/NAME.jpg` and `labels/SPLIT/NAME.txt`.
@@ -209,8 +254,8 @@ class YoloDataModule(DetectionDataModule):
     Raises:
         FileNotFoundError: when a data set is created, if a folder is missing, or if a text file has
             no image.
-        ValueError: when a data set is created, if a line is invalid, or if several images have the
-            same text file.
+        ValueError: when a data set is created, if a line is invalid or in pixels, if a split has no
+            box, or if several images have the same text file.
     """
 
     relative_boxes = True
@@ -246,9 +291,14 @@ class YoloDataModule(DetectionDataModule):
                 f"{folder} is missing: expected images/{self.splits[split]}/NAME.jpg and "
                 f"labels/{self.splits[split]}/NAME.txt in {self.root}"
             )
-        images = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
+        if not labels.is_dir():
+            raise FileNotFoundError(
+                f"{labels} is missing: expected a text file with boxes for each image of {folder}"
+            )
+        images = find_images(folder)
         files = [labels / path.relative_to(folder).with_suffix(".txt") for path in images]
-        lone = {str(path) for path in labels.rglob("*.txt")} - {str(path) for path in files}
+        texts = {str(path) for path in find_files(labels) if path.suffix == ".txt"}
+        lone = texts - {str(path) for path in files} - {str(labels / "classes.txt")}
         if lone:
             raise FileNotFoundError(
                 f"{abbreviate(lone)} have no image in {folder}: add or remove them"
@@ -256,6 +306,11 @@ class YoloDataModule(DetectionDataModule):
         twice = {str(path) for path, count in Counter(files).items() if count > 1}
         if twice:
             raise ValueError(f"several images share {abbreviate(twice)}: rename them")
+        if absent := {str(path) for path in files} - texts:
+            warn_once(
+                f"{len(absent)} of {len(images)} images in {folder} have no text file and count as "
+                f"images without objects: {abbreviate(absent)}"
+            )
         return [self._entry(image, file) for image, file in zip(images, files, strict=True)]
 
     def _entry(self, image: Path, file: Path) -> Annotated:
@@ -274,7 +329,12 @@ class YoloDataModule(DetectionDataModule):
                 raise ValueError(
                     f"{file}, line {number}: class {label} is not among the {self.num_classes}"
                 )
-            entry.boxes.append([x - width / 2, y - height / 2, x + width / 2, y + height / 2])
+            where = f"{file}, line {number}"
+            if width < 0 or height < 0:
+                raise ValueError(f"{where}: {line!r} has a negative width or height")
+            box = [x - width / 2, y - height / 2, x + width / 2, y + height / 2]
+            check_fractions(box, where)
+            entry.boxes.append(box)
             entry.labels.append(label)
             entry.crowd.append(False)
         return entry

@@ -5,11 +5,19 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_dist.data.image_files import Transform
+from lightning_dist.checks import check_labels
+from lightning_dist.data.image_files import UNREADABLE, Transform, to_rgb, warn_once
 from lightning_dist.data.timm_transform import TimmTransformDataModule
+
+_SHARED_LABELS = (  # class_encode_column would number the classes of each split apart
+    "Give all splits one ClassLabel: names = sorted({name for split in data.values() for name in "
+    "split['label']}); data = data.cast_column('label', datasets.ClassLabel(names=names))"
+)
 
 
 class HuggingFaceDataModule(TimmTransformDataModule):
@@ -23,13 +31,15 @@ class HuggingFaceDataModule(TimmTransformDataModule):
         label_column: the name of the column with the labels, a ClassLabel or whole numbers from 0.
         train_split: the name of the training split.
         val_split: the name of the validation split.
-        test_split: the name of the test split; by default the validation split.
+        test_split: the name of the test split; by default the validation split. If all its labels
+            are -1, as often on the hub, a warning says so, and the validation split takes its
+            place. `predict_dataloader` reads its images in any case.
         **settings: the arguments of TimmTransformDataModule and ImageDataModule.
 
     Raises:
         ImportError: when a data set is created, if `datasets` is not installed.
-        ValueError: when a data set is created, if a split or column is missing, or if the labels
-            are words.
+        ValueError: when a data set is created, if a split or column is missing, if the labels are
+            words or no classes, or if two splits number their classes differently.
         OSError: when a sample is read, if the image cannot be decoded.
     """
 
@@ -65,7 +75,7 @@ class HuggingFaceDataModule(TimmTransformDataModule):
         """The number of classes; without class names, the largest training label plus 1."""
         if self.class_names is not None:
             return len(self.class_names)
-        return max(self._rows(self.train_split)[self.label_column]) + 1
+        return int(self._labels(self.train_split).max()) + 1
 
     def prepare_data(self) -> None:
         """Download the splits from the hub, unless they are in the cache of `datasets`."""
@@ -81,8 +91,57 @@ class HuggingFaceDataModule(TimmTransformDataModule):
         return self._images(self.val_split, self.eval_transform())
 
     def test_dataset(self) -> "RowImages":
-        """Return the test split, by default the validation split."""
+        """Return the test split, or the validation split if the test split has no labels."""
+        if self.test_split != self.val_split and (self._labels(self.test_split) == -1).all():
+            warn_once(
+                f"split {self.test_split} of {self.path} has no labels (all are -1), so the test "
+                f"uses split {self.val_split}"
+            )
+            return self.val_dataset()
         return self._images(self.test_split, self.eval_transform())
+
+    def predict_dataset(self) -> "RowImages":
+        """Return the test split, which needs no labels."""
+        return self._images(self.test_split, self.eval_transform())
+
+    def check_dataset(self, split: str, dataset: Dataset) -> None:
+        """Refuse labels that are not classes, and a split that numbers its classes in its own way.
+
+        Raises:
+            ValueError: if a label is missing or not a class, or if the class names of this split
+                differ from those of the training split.
+        """
+        if not isinstance(dataset, RowImages):
+            return super().check_dataset(split, dataset)
+        name = dataset.split
+        labels = self._labels(name)
+        names = getattr(self._rows(name).features[self.label_column], "names", None)
+        try:
+            num_classes, trained = self.num_classes, self.class_names
+        except ValueError:  # there is no training split, which evaluation does not need
+            num_classes, trained = len(names or []) or int(labels.max()) + 1, names
+        if names and trained and names != trained:
+            raise ValueError(
+                f"{self.path} numbers its classes differently in two splits: {self.train_split} "
+                f"has {', '.join(trained)} and {name} has {', '.join(names)}. "
+                f"{_SHARED_LABELS}"
+            )
+        check_labels(labels, max(num_classes, 1), dataset.location)
+
+    def _labels(self, split: str) -> Tensor:
+        """Return the labels of a split, int64 (N,).
+
+        Raises:
+            ValueError: if they are not whole numbers.
+        """
+        labels = np.asarray(self._rows(split).with_format(None)[self.label_column][:])
+        if labels.ndim != 1 or labels.dtype.kind not in "biu":
+            raise ValueError(
+                f"column {self.label_column} of {self.path}, split {split}, has labels that are no "
+                f"whole numbers, such as {next((x for x in labels if type(x) is not int), None)}: "
+                "give one class per row, or remove the rows without a label"
+            )
+        return torch.from_numpy(labels.astype(np.int64))
 
     def _images(self, split: str, transform: Transform) -> "RowImages":
         return RowImages(
@@ -91,6 +150,7 @@ class HuggingFaceDataModule(TimmTransformDataModule):
             image_column=self.image_column,
             label_column=self.label_column,
             location=f"{self.path}, split {split}",
+            split=split,
         )
 
     def _rows(self, split: str) -> Any:
@@ -105,7 +165,7 @@ class HuggingFaceDataModule(TimmTransformDataModule):
         if getattr(rows.features[self.label_column], "dtype", "") == "string":
             raise ValueError(
                 f"column {self.label_column} of {self.path} contains words: convert them to "
-                "numbers with the method class_encode_column of the data set"
+                f"numbers. {_SHARED_LABELS}"
             )
         return rows.select_columns(columns)
 
@@ -131,6 +191,7 @@ class RowImages(Dataset):
         image_column: the name of the column with the images.
         label_column: the name of the column with the labels.
         location: the name of the data set and the split, for error messages.
+        split: the name of the split.
 
     Raises:
         OSError: when a sample is read, if the image cannot be decoded.
@@ -144,12 +205,14 @@ class RowImages(Dataset):
         image_column: str,
         label_column: str,
         location: str,
+        split: str,
     ) -> None:
         self.rows = rows
         self.transform = transform
         self.image_column = image_column
         self.label_column = label_column
         self.location = location
+        self.split = split
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -157,12 +220,14 @@ class RowImages(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         try:
             row = self.rows[index]
-            image = row[self.image_column].convert("RGB")
-        except (OSError, SyntaxError) as error:
+            image = row[self.image_column]
+            image.load()
+        except UNREADABLE as error:
             raise OSError(
                 f"row {index} of {self.location} cannot be read as an image: {error}"
             ) from error
-        return self.transform(image), row[self.label_column]
+        image = to_rgb(image, f"row {index} of {self.location}")
+        return self.transform(image), int(row[self.label_column])
 
 
 def import_datasets() -> ModuleType:

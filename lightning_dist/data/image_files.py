@@ -1,14 +1,35 @@
-"""Functions that read image files and class folders, with errors that name the file or folder."""
+"""Functions that find and read image files and class folders, with errors that name the file."""
 
-from collections.abc import Callable
+import functools
+import logging
+import os
+import struct
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-from PIL import Image
+import numpy as np
+from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import default_loader, find_classes
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+log = logging.getLogger(__name__)
 
 Transform = Callable[[Image.Image], Tensor]
+
+SUFFIXES = (*IMG_EXTENSIONS, ".jfif", ".jpe")
+UNREADABLE = (  # what Pillow raises for files that it cannot read
+    *(OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError),
+)
+# Images of formats that this package does not read.
+_FOREIGN = {
+    *(".arw", ".avif", ".cr2", ".dng", ".gif", ".heic", ".heif", ".jp2", ".jxl", ".nef", ".npy"),
+    *(".svg", ".tga"),
+}
+# Folders that an archive program, a file system or a disk station adds.
+_CLUTTER = {"__MACOSX", "@eaDir", "lost+found"}
+_ORIENTATION = 0x0112  # the EXIF tag with the direction in which the camera was held
 
 
 def open_image_folder(
@@ -36,40 +57,214 @@ def open_image_folder(
             f"missing from {path.name}: {abbreviate(set(class_names) - set(found))}; "
             f"only there: {abbreviate(set(found) - set(class_names))}"
         )
-    try:
-        return ImageFolder(path, transform, loader=load_image)
-    except FileNotFoundError as error:  # torchvision's message names the empty classes, but no path
-        raise FileNotFoundError(f"{path}: {error}") from error
+    return ClassFolders(path, transform, loader=load_image)
+
+
+class ClassFolders(ImageFolder):
+    """torchvision's ImageFolder of the folders and files that `find_images` finds."""
+
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        """Return the names of the class folders, and a dict from names to labels."""
+        names = class_folders(Path(directory))
+        return names, {name: label for label, name in enumerate(names)}
+
+    @staticmethod
+    def make_dataset(
+        directory: str | Path, class_to_idx: dict[str, int], *_: Any, **__: Any
+    ) -> list[tuple[str, int]]:
+        """Return the path and the label of each image.
+
+        Raises:
+            FileNotFoundError: if the folder of a class has no image.
+        """
+        root = Path(directory)
+        found: dict[str, list[str]] = {name: [] for name in class_to_idx}
+        beside = set()
+        for path in find_images(root):
+            name = path.relative_to(root).parts[0]
+            if name in found:
+                found[name].append(str(path))
+            else:
+                beside.add(str(path))
+        if beside:
+            warn_once(f"images in no class folder are left out: {abbreviate(beside)}")
+        if empty := {name for name, paths in found.items() if not paths}:
+            raise FileNotFoundError(
+                f"{root}: found no image for the classes {abbreviate(empty)}: "
+                f"add images ({', '.join(SUFFIXES)}), or remove the folders"
+            )
+        return [(path, class_to_idx[name]) for name, paths in found.items() for path in paths]
 
 
 def class_folders(path: Path) -> list[str]:
-    """Return the names of the class folders in `path`, sorted.
+    """Return the names of the class folders in `path`, sorted, without hidden folders.
 
     Raises:
         FileNotFoundError: if `path` is missing or contains no folder.
     """
-    try:
-        return find_classes(path)[0]
-    except FileNotFoundError as error:
+    names = sorted(
+        entry.name
+        for entry in (os.scandir(path) if path.is_dir() else [])
+        if entry.is_dir() and not _is_clutter(entry.name)
+    )
+    if not names:
         raise FileNotFoundError(
             f"{path} {'holds no class folder' if path.is_dir() else 'is missing'}: expected a "
             f"folder of images for each class, {path / 'CLASS' / 'FILE'}"
-        ) from error
+        )
+    return names
+
+
+def find_images(folder: Path) -> list[Path]:
+    """Return the sorted paths of the image files in a folder, at any depth.
+
+    Linked folders are followed. Files and folders whose names begin with a dot, folders such as
+    `__MACOSX`, and images of a format that cannot be read are left out, and a warning lists them.
+
+    Args:
+        folder: the folder; if it is missing, the list is empty.
+    """
+    files = find_files(folder)
+    if foreign := {str(path) for path in files if path.suffix.lower() in _FOREIGN}:
+        warn_once(
+            f"images of a format that is not read are left out: {abbreviate(foreign)}: convert "
+            f"them to one of {', '.join(SUFFIXES)}"
+        )
+    return [path for path in files if path.suffix.lower() in SUFFIXES]
+
+
+def find_files(folder: Path) -> list[Path]:
+    """Return the sorted paths of all files in a folder, at any depth; see `find_images`."""
+    left_out: set[str] = set()
+    files = sorted(_walk(folder, left_out))
+    if left_out:
+        warn_once(f"files and folders in {folder} that are left out: {abbreviate(left_out)}")
+    return files
+
+
+def _walk(folder: Path, left_out: set[str]) -> Iterator[Path]:
+    above: dict[str, set[str]] = {}  # for each folder: the real paths of it and of those above it
+    for top, folders, files in os.walk(folder, followlinks=True):
+        place, parents = os.path.realpath(top), above.get(os.path.dirname(top), set())
+        if place in parents:
+            left_out.add(f"{top} (a link back to {place})")
+            folders.clear()
+            continue
+        above[top] = parents | {place}
+        left_out |= {str(Path(top, name)) for name in (*folders, *files) if _is_clutter(name)}
+        folders[:] = [name for name in folders if not _is_clutter(name)]
+        yield from (Path(top, name) for name in files if not _is_clutter(name))
+
+
+def _is_clutter(name: str) -> bool:
+    return name.startswith(".") or name in _CLUTTER
 
 
 def load_image(path: str) -> Image.Image:
-    """Read an image file as RGB.
+    """Read an image file as RGB, turned upright; see `to_rgb`.
+
+    Raises:
+        OSError: if the file is missing or cannot be decoded; the message names the file.
+        ValueError: if its pixels have no known range; the message names the file.
+    """
+    return to_rgb(open_image(Path(path)), path)
+
+
+def open_image(path: Path, kind: str = "an image") -> Image.Image:
+    """Open an image file and decode its pixels.
+
+    Args:
+        path: the file.
+        kind: what the file should be, for the error message.
 
     Raises:
         OSError: if the file is missing or cannot be decoded; the message names the file.
     """
     try:
-        return default_loader(path)
-    except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for a broken PNG
+        # Pillow 13 maps an uncompressed TIFF into memory when it gets a path, and mixes up the
+        # width and height of a turned one.
+        with path.open("rb") as file:
+            image = Image.open(file)
+            image.load()
+    except UNREADABLE as error:
+        raise OSError(f"{path} cannot be read as {kind} ({error}): restore the file") from error
+    return image
+
+
+def to_rgb(image: Image.Image, name: str = "an image") -> Image.Image:
+    """Convert an image of any mode to RGB, turned upright as its EXIF orientation says.
+
+    Grey values of 16 bits, 0 to 65535, are scaled to 0..255, where Pillow would clip them.
+
+    Args:
+        image: the image.
+        name: the name of the image, for the error message.
+
+    Raises:
+        ValueError: if its pixels are floating-point or 32-bit numbers, whose range is unknown.
+    """
+    sixteen_bits = image.mode.startswith("I;16") or (
+        image.mode == "I" and image.format in ("PNG", "PPM")  # Pillow before 11 read PNGs so
+    )
+    image = upright(image)
+    if sixteen_bits:
+        grey = (np.asarray(image).astype(np.int64) + 128) // 257
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        kind = "32-bit" if image.mode == "I" else "floating-point"
+        raise ValueError(
+            f"{name} has {kind} pixels, whose range is unknown: save it with 8 or 16 bits"
+        )
+    return image.convert("RGB")
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Return the width and height of an image file, upright, without decoding its pixels.
+
+    Raises:
+        OSError: if the file cannot be read; the message names the file.
+    """
+    try:
+        with Image.open(path) as file:
+            width, height = file.size
+            # Pillow turns a TIFF itself, and has already exchanged the sides of its size.
+            turned = _orientation(file) >= 5 and file.format != "TIFF"
+            return (height, width) if turned else (width, height)
+    except UNREADABLE as error:
         raise OSError(f"{path} cannot be read as an image ({error}): restore the file") from error
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Return an image turned as its EXIF orientation says; unreadable EXIF data are ignored."""
+    return image if _orientation(image) == 1 else ImageOps.exif_transpose(image)
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 for upright; from 5 on, width and height are exchanged."""
+    try:
+        value = image.getexif().get(_ORIENTATION, 1)
+    except (SyntaxError, ValueError, KeyError, TypeError, struct.error):
+        return 1
+    return value if value in range(2, 9) else 1
 
 
 def abbreviate(names: set[str]) -> str:
     """Format the first five names of a set and the number of the others, for error messages."""
     first = ", ".join(sorted(names)[:5]) or "none"
     return first + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def pick_evenly(count: int, most: int) -> list[int]:
+    """Return at most `most` of the indices 0 to `count` - 1, evenly spaced.
+
+    Example:
+        >>> pick_evenly(10, most=4)
+        [0, 2, 5, 7]
+    """
+    return [index * count // min(count, most) for index in range(min(count, most))]
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Log a warning, unless this process has logged the same warning before."""
+    log.warning("%s", message)

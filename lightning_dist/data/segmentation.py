@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from torchvision.datasets import Cityscapes, VOCSegmentation
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.models.segmentation import DeepLabV3_ResNet50_Weights
 
-from lightning_dist.data.image_files import abbreviate
+from lightning_dist.data.image_files import abbreviate, find_images
 from lightning_dist.data.segmentation_base import IGNORED, Pair, SegmentationDataModule
 
 # torchvision stores the names of Pascal VOC's classes with the weights trained on that data set.
@@ -132,6 +131,9 @@ class MaskFolderDataModule(SegmentationDataModule):
         reduce_zero_label: if true, the classes have the mask ids 1 to `num_classes` and id 0 is
             ignored, as in ADE20K. By default the classes have the mask ids 0 to `num_classes` - 1.
             Id 255 is always ignored.
+        class_ids: the mask id of each class, in the order of the classes, instead of
+            `reduce_zero_label`: [0, 255] for masks of black and white. Id 255 is ignored unless it
+            is listed.
         images: the name of the folder of the images.
         masks: the name of the folder of the masks.
         train: the name of the training split's folder, under `images` and `masks`.
@@ -141,8 +143,8 @@ class MaskFolderDataModule(SegmentationDataModule):
 
     Raises:
         FileNotFoundError: when a data set is created, if folders, images or masks are missing.
-        ValueError: if the number of `class_names` is not `num_classes`; when a data set is created,
-            if two files have the same name without suffix.
+        ValueError: if there are not `num_classes` `class_names` or `class_ids`; when a data set is
+            created, if two files have the same name without suffix.
     """
 
     def __init__(
@@ -152,6 +154,7 @@ class MaskFolderDataModule(SegmentationDataModule):
         num_classes: int,
         class_names: Sequence[str] | None = None,
         reduce_zero_label: bool = False,
+        class_ids: Sequence[int] | None = None,
         images: str = "images",
         masks: str = "annotations",
         train: str = "training",
@@ -164,9 +167,15 @@ class MaskFolderDataModule(SegmentationDataModule):
             raise ValueError(
                 f"there are {len(class_names)} class_names, but num_classes is {num_classes}"
             )
+        if class_ids is not None and (len(set(class_ids)) != num_classes or reduce_zero_label):
+            raise ValueError(
+                f"class_ids is {list(class_ids)} and num_classes is {num_classes}: give one id for "
+                "each class, without reduce_zero_label"
+            )
         self.root = Path(root)
         self.location = str(self.root)
         self.num_classes = num_classes
+        self.ids = None if class_ids is None else list(class_ids)
         self.class_names = None if class_names is None else list(class_names)
         self.reduce_zero_label = reduce_zero_label
         self.folders = images, masks
@@ -174,14 +183,17 @@ class MaskFolderDataModule(SegmentationDataModule):
 
     @property
     def class_ids(self) -> Sequence[int]:
-        """The mask ids of the classes: from 1 with `reduce_zero_label`, otherwise from 0."""
+        """The mask ids of the classes: from 1 with `reduce_zero_label`, by default from 0."""
+        if self.ids is not None:
+            return self.ids
         first = int(self.reduce_zero_label)
         return range(first, first + self.num_classes)
 
     @property
     def ignored_ids(self) -> Sequence[int]:
         """The mask ids of the pixels to ignore: 255, and 0 with `reduce_zero_label`."""
-        return (0, IGNORED) if self.reduce_zero_label else (IGNORED,)
+        ignored = (0, IGNORED) if self.reduce_zero_label else (IGNORED,)
+        return [number for number in ignored if number not in self.class_ids]
 
     def pairs(self, split: str) -> list[Pair]:
         """Return the files of a split, sorted by name.
@@ -204,12 +216,11 @@ class MaskFolderDataModule(SegmentationDataModule):
                 f"{self.folders[1]}/{split}/NAME.png in {self.root}"
             )
         files: dict[str, Path] = {}
-        for path in sorted(folder.rglob("*")):
-            if path.suffix.lower() in IMG_EXTENSIONS:
-                name = str(path.relative_to(folder).with_suffix(""))
-                if name in files:
-                    raise ValueError(f"{files[name]} and {path} have the same name: remove one")
-                files[name] = path
+        for path in find_images(folder):
+            name = str(path.relative_to(folder).with_suffix(""))
+            if name in files:
+                raise ValueError(f"{files[name]} and {path} have the same name: remove one")
+            files[name] = path
         return files
 
 

@@ -1,6 +1,6 @@
 """`SegmentationDataModule`, the base class that reads, checks and augments images and masks."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,10 +14,18 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
-from lightning_dist.data.base import ImageDataModule
-from lightning_dist.data.image_files import abbreviate, load_image
+from lightning_dist.data.base import IGNORED, ImageDataModule
+from lightning_dist.data.image_files import (
+    abbreviate,
+    load_image,
+    open_image,
+    pick_evenly,
+    upright,
+    warn_once,
+)
 
-IGNORED = 255  # the label of the pixels that the loss and the metrics ignore
+MASKS_TO_CHECK = 100  # the number of masks of a split that are read before training starts
+MOSTLY = 0.95  # the fraction of ignored pixels from which a split is warned about
 
 
 class Pair(NamedTuple):
@@ -71,21 +79,29 @@ class MaskedImages(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         pair = self.pairs[index]
         image = load_image(str(pair.image))
-        mask = self._mask(pair.mask)
+        mask = torch.from_numpy(self.class_of[self.ids(pair.mask)])
         if mask.shape != (image.height, image.width):
             raise ValueError(
                 f"{pair.image} has {image.height} x {image.width} pixels and {pair.mask} "
-                f"{' x '.join(map(str, mask.shape))}: they must be of one size"
+                f"{' x '.join(map(str, mask.shape))}: they must be of one size, after an image is "
+                "turned upright by its EXIF orientation"
             )
         return self.transform(tv_tensors.Image(tvf.pil_to_tensor(image)), tv_tensors.Mask(mask))
 
-    def _mask(self, path: Path) -> Tensor:
-        try:
-            with Image.open(path) as file:
-                ids = np.array(file)
-        except (OSError, SyntaxError) as error:
-            raise OSError(f"{path} cannot be read as a mask ({error}): restore the file") from error
-        if ids.ndim != 2 or ids.min() < 0 or ids.max() > 255:
+    def ids(self, path: Path) -> np.ndarray:
+        """Return the ids of a mask file, uint8 (H, W).
+
+        Raises:
+            ValueError: if the file is no mask, or has an unknown id; the message names the file.
+            OSError: if the file cannot be decoded.
+        """
+        file = open_image(path, "a mask")
+        ids = np.array(upright(file))
+        if file.mode == "1":  # one bit per pixel, which NumPy reads as bool
+            ids = ids.astype(np.uint8)
+        if file.format in ("JPEG", "MPO"):
+            raise ValueError(f"{path} is a JPEG, which changes the ids of a mask: save it as PNG")
+        if ids.ndim != 2 or ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() > 255:
             raise ValueError(
                 f"{path} is no mask of ids from 0 to 255 in one channel: it has {ids.dtype} ids "
                 f"of shape {' x '.join(map(str, ids.shape))}"
@@ -96,7 +112,14 @@ class MaskedImages(Dataset):
                 f"{path} has the ids {abbreviate(unknown)}, which are neither ids of a class "
                 "nor ignored: correct the mask, or the class_ids and ignored_ids of the data set"
             )
-        return torch.from_numpy(self.class_of[ids])
+        return ids.astype(np.uint8)
+
+    def count_ids(self, indices: Iterable[int]) -> np.ndarray:
+        """Return the number of pixels of each id, int64 (256,), in the masks of some samples."""
+        counts = np.zeros(256, dtype=np.int64)
+        for index in indices:
+            counts += np.bincount(self.ids(self.pairs[index].mask).ravel(), minlength=256)
+        return counts
 
 
 class RandomScale:
@@ -211,6 +234,47 @@ class SegmentationDataModule(ImageDataModule):
         """Return the test images and masks."""
         return self._masked_images("test", self.eval_transform())
 
+    def check_dataset(self, split: str, dataset: Dataset) -> None:
+        """Refuse masks that teach nothing, and warn of classes that do not occur.
+
+        It reads at most `MASKS_TO_CHECK` masks, evenly spaced, and more only while all pixels are
+        of one class.
+
+        Raises:
+            ValueError: if the pixels that are not ignored are of less than two classes in training,
+                or of no class in another split; the message lists the ids found.
+        """
+        if not isinstance(dataset, MaskedImages):
+            return super().check_dataset(split, dataset)
+        some = pick_evenly(len(dataset), MASKS_TO_CHECK)
+        counts = dataset.count_ids(some)
+        least = min(2, self.num_classes) if split == "train" else 1
+        if self._occurring(counts) < least and len(some) < len(dataset):
+            counts, some = dataset.count_ids(range(len(dataset))), list(range(len(dataset)))
+        of = f"{len(some)} of {len(dataset)} " if len(some) < len(dataset) else ""
+        where = f"the {of}{split} masks of {self.location}"
+        found = ", ".join(map(str, counts.nonzero()[0]))
+        meaning = (
+            f"they contain the ids {found}; the classes have the ids {_as_ranges(self.class_ids)}, "
+            f"and {_as_ranges(self.ignored_ids)} are ignored"
+        )
+        if self._occurring(counts) < least:
+            raise ValueError(
+                f"{where} have pixels of {'one class' if least == 2 else 'no class'} only: "
+                f"{meaning}. Set reduce_zero_label and num_classes, or class_ids, such as [0, 255]"
+            )
+        missing = {str(i) for i in self.class_ids if not counts[i]}
+        # In a part of the masks rare classes may be missing, so that only many are a sign.
+        if split == "train" and missing and (not of or 3 * len(missing) > self.num_classes):
+            warn_once(f"{where} have no pixel of the ids {abbreviate(missing)}: {meaning}")
+        ignored = 1 - counts[list(self.class_ids)].sum() / counts.sum()
+        if ignored > MOSTLY:
+            warn_once(f"{where} have {ignored:.1%} of ignored pixels: {meaning}")
+
+    def _occurring(self, counts: np.ndarray) -> int:
+        """Return the number of classes that occur, given the number of pixels of each id."""
+        return int((counts[list(self.class_ids)] > 0).sum())
+
     def _masked_images(self, split: str, transform: v2.Compose) -> MaskedImages:
         return MaskedImages(self.pairs(split), self.class_ids, self.ignored_ids, transform)
 
@@ -219,3 +283,19 @@ class SegmentationDataModule(ImageDataModule):
 
     def _normalise(self, pixels: Tensor) -> Tensor:
         return super()._normalise(pixels.flip(0) if self.bgr else pixels)
+
+
+def _as_ranges(ids: Sequence[int]) -> str:
+    """Format ids with ranges, for messages.
+
+    Example:
+        >>> _as_ranges([0, 1, 2, 255])
+        '0 to 2, 255'
+    """
+    parts: list[list[int]] = []
+    for number in sorted(ids):
+        if parts and parts[-1][-1] == number - 1:
+            parts[-1][1:] = [number]
+        else:
+            parts.append([number])
+    return ", ".join(" to ".join(map(str, part)) for part in parts) or "none"

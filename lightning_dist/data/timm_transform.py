@@ -7,7 +7,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transf
 from torch import Tensor
 
 from lightning_dist.data.base import ImageDataModule
-from lightning_dist.data.image_files import Transform
+from lightning_dist.data.image_files import Transform, to_rgb
 
 
 class TimmTransformDataModule(ImageDataModule):
@@ -74,7 +74,7 @@ class TimmTransformDataModule(ImageDataModule):
 
     def prepare(self, image: Image.Image) -> Tensor:
         """Convert an image of any size as the evaluation loaders do, to a tensor (3, H, W)."""
-        return self.eval_transform()(image.convert("RGB"))
+        return self.eval_transform()(to_rgb(image))
 
     def eval_transform(self) -> Transform:
         """Return the evaluation transform of a PIL image to a normalised tensor (3, H, W)."""

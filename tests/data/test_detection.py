@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 
 from lightning_dist.data.detection import CocoDataModule, VOCDetectionDataModule, YoloDataModule
+from lightning_dist.data.image_files import warn_once
 from lightning_dist.data.scenes import SceneDetectionDataModule
 
 SIZE = (32, 48)
@@ -102,7 +104,7 @@ def test_a_box_without_area_is_left_out_and_named(root: Path, caplog: pytest.Log
     with caplog.at_level(logging.WARNING):
         dataset = module(root).train_dataset()
     assert dataset[1][1]["boxes"].shape == (0, 4)
-    assert "1 boxes without area are left out" in caplog.text
+    assert "1 boxes without area in their image are left out" in caplog.text
     assert "b.jpg" in caplog.text
 
 
@@ -230,3 +232,169 @@ def test_scenes_for_detection_are_those_for_segmentation():
     assert torch.equal(targets[1]["boxes"], scene.boxes)
     assert torch.equal(targets[1]["labels"], scene.labels - 1)
     assert data.class_names[int(targets[1]["labels"][0])].isdigit()
+
+
+@pytest.fixture(autouse=True)
+def _fresh_warnings():
+    warn_once.cache_clear()
+
+
+ANNOTATION = {"id": 1, "image_id": 5, "category_id": 90, "bbox": [1, 2, 10, 20]}
+BROKEN_COCO: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    # changes of the first annotation and of its image, and the message; a None removes the item
+    "no bbox": ({"bbox": None}, {}, "bbox of annotation 1 in .*, of a.jpg, is None"),
+    "empty bbox": ({"bbox": []}, {}, r"annotation 1 .* is \[\]: give a list of 4 numbers"),
+    "words": ({"bbox": ["1", "2", "3", "4"]}, {}, "annotation 1 .* give a list of 4 numbers"),
+    "NaN": ({"bbox": [1, 2, float("nan"), 4]}, {}, "annotation 1 .* list of 4 numbers"),
+    "no category": ({"category_id": None}, {}, "annotation 1 .*a.jpg, has no category_id"),
+    "no image": ({"image_id": None}, {}, "annotation 1 .* has no image_id"),
+    "no image, no id": ({"id": None, "image_id": None}, {}, "annotation number 1 .without an id"),
+    "crowd in words": ({"iscrowd": "no"}, {}, "annotation 1 .* iscrowd 'no'"),
+    "image without id": ({}, {"id": None}, r"image number 1 \(without an id\) in .* has no id"),
+    "image without file": ({}, {"file_name": None}, "image 5 in .* has no file_name"),
+    "image twice": ({}, {"id": 3}, "several images with the id 3"),
+    "other size": ({}, {"width": 40}, r"a.jpg has 48 x 32 pixels .*annotations say 40 x 32"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_COCO)
+def test_a_broken_coco_annotation_is_an_error_that_names_it(root: Path, name: str):
+    annotation, image, message = BROKEN_COCO[name]
+    content = coco()
+    for entry, changes in ((content["annotations"][0], annotation), (content["images"][0], image)):
+        entry |= changes
+        for key in [key for key, value in changes.items() if value is None]:
+            entry.pop(key)
+    write_coco(root, content)
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        module(root).setup("fit")
+
+
+def test_null_is_as_good_as_missing_for_optional_items(root: Path):
+    content = coco()
+    content["annotations"][0] |= {"area": None, "iscrowd": None, "id": None}
+    content["images"][0] |= {"width": None}
+    write_coco(root, content)
+    data = module(root, flip=0.0)
+    data.setup("fit")
+    target = data.train_dataset()[0][1]
+    assert target["boxes"].tolist() == [[1, 2, 11, 22]]
+    assert target["area"].tolist() == [200]
+
+
+ODD_BOXES: dict[str, tuple[list[float], list[float] | None]] = {
+    # x, y, width and height in COCO's form, and what is trained on as x1, y1, x2, y2
+    "beyond the image": ([60, 40, 5, 5], None),
+    "left of the image": ([-9, 2, 5, 5], None),
+    "no width": ([3, 3, 0, 5], None),
+    "tiny width": ([3, 3, 1e-9, 5], None),
+    "negative width": ([9, 3, -5, 5], None),
+    "over the edge": ([40, -3, 20, 10], [40, 0, 48, 7]),
+    "on the edge": ([48, 3, 5, 5], None),
+}
+
+
+@pytest.mark.parametrize("sized", [True, False], ids=["size", "no-size"])
+@pytest.mark.parametrize("name", ODD_BOXES)
+def test_boxes_are_clipped_and_dropped_in_training_and_validation(
+    root: Path, caplog: pytest.LogCaptureFixture, name: str, sized: bool
+):
+    bbox, expected = ODD_BOXES[name]
+    content = coco()
+    content["annotations"][1] |= {"bbox": bbox, "iscrowd": 0}
+    for image in content["images"] if not sized else []:
+        del image["width"]
+    for split in ("train2017", "val2017"):
+        write_coco(root, content, split)
+    data = module(root, flip=0.0)
+    data.setup("fit")
+    for dataset in (data.train_dataset(), data.val_dataset()):
+        boxes = dataset[0][1]["boxes"].tolist()
+        assert boxes == [[1, 2, 11, 22], *([] if expected is None else [expected])]
+    if expected is None or sized:
+        assert "a.jpg" in caplog.text
+
+
+def test_one_warning_counts_all_boxes(root: Path, caplog: pytest.LogCaptureFixture):
+    content = coco()
+    content["annotations"][0]["bbox"] = [1, 2, 0, 0]
+    content["annotations"][2]["bbox"] = [60, 60, 2, 2]
+    for split in ("train2017", "val2017"):
+        write_coco(root, content, split)
+    content["annotations"][1] |= {"iscrowd": 0}
+    write_coco(root, content)
+    module(root).setup("fit")
+    assert caplog.text.count("2 boxes without area in their image are left out") == 2
+    assert len(caplog.records) == 2
+
+
+def test_an_image_is_upright_for_its_boxes(root: Path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels = np.zeros((48, 32, 3), np.uint8)  # stored as the turned camera saw it
+    for split in ("train2017", "val2017"):
+        Image.fromarray(pixels).save(root / split / "a.jpg", exif=exif)
+    data = module(root)
+    data.setup("fit")
+    assert data.val_dataset()[0][0].shape == (3, 32, 48)
+
+
+EMPTY_YOLO = {
+    "no folder": (None, FileNotFoundError, r"labels/train is missing: expected a text file"),
+    "no file": ({}, ValueError, "the train set of .* has 2 images and no box"),
+    "no line": ({"two.txt": "\n"}, ValueError, "the train set of .* has 2 images and no box"),
+    "pixels": ({"two.txt": "0 16 16 8 8"}, ValueError, r"two.txt, line 1: .* are these\s+pixels"),
+    "NaN": ({"two.txt": "0 .5 .5 nan .5"}, ValueError, "two.txt, line 1"),
+    "negative": ({"two.txt": "0 .5 .5 -.5 .5"}, ValueError, "line 1: .* negative width"),
+}
+
+
+@pytest.mark.parametrize("name", EMPTY_YOLO)
+def test_yolo_labels_that_teach_nothing_are_refused(tmp_path: Path, name: str):
+    texts, kind, message = EMPTY_YOLO[name]
+    data = yolo(tmp_path)
+    shutil.rmtree(tmp_path / "labels" / "train")
+    for file, text in (texts or {}).items():
+        (tmp_path / "labels" / "train").mkdir(exist_ok=True)
+        (tmp_path / "labels" / "train" / file).write_text(text)
+    if texts == {}:
+        (tmp_path / "labels" / "train").mkdir()
+    with pytest.raises(kind, match=message):
+        data.setup("fit")
+
+
+def test_yolo_images_without_a_text_file_are_counted_and_links_are_followed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    data = yolo(tmp_path / "data")
+    for kind in ("images", "labels"):
+        folder = tmp_path / "data" / kind / "train" / "a"
+        folder.rename(tmp_path / kind)
+        folder.symlink_to(tmp_path / kind)
+    (tmp_path / "data" / "labels" / "train" / "classes.txt").write_text("cat\ndog\n")
+    (tmp_path / "data" / "labels" / "train" / "._two.txt").write_bytes(b"\xff")
+    data.setup("fit")
+    assert len(data.train_dataset()[0][1]["boxes"]) == 2
+    assert "1 of 2 images in" in caplog.text
+    assert "two.txt" in caplog.text
+
+
+def test_fractions_where_pixels_are_expected_are_refused(root: Path):
+    content = coco()
+    for annotation in content["annotations"]:
+        annotation["bbox"] = [0.1, 0.1, 0.5, 0.5]
+    write_coco(root, content)
+    with pytest.raises(ValueError, match="they are fractions of its size"):
+        module(root).setup("fit")
+
+
+def test_a_voc_box_that_is_no_number_and_another_size_are_refused(tmp_path: Path):
+    cat = OBJECT.format(name="cat", difficult=0, x1="left", y1=2, x2=4, y2=3)
+    file = write_voc(tmp_path, cat)
+    with pytest.raises(ValueError, match=r"2008_train\.xml has a cat with the box"):
+        VOCDetectionDataModule(root=tmp_path).setup("fit")
+    size = "<size><width>500</width><height>32</height></size>"
+    cat = OBJECT.format(name="cat", difficult=0, x1=1, y1=2, x2=4, y2=3)
+    file.write_text(f"<annotation>{size}{cat}</annotation>")
+    with pytest.raises(ValueError, match=r"has 48 x 32 pixels .* say 500 x 32"):
+        VOCDetectionDataModule(root=tmp_path).setup("fit")

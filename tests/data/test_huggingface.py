@@ -135,7 +135,7 @@ def test_labels_in_words_are_an_error_that_says_how_to_number_them(
     datasets: Any, tmp_path: Path
 ) -> None:
     path = save(datasets, tmp_path / "pets", {"train": 2})
-    with pytest.raises(ValueError, match=r"column note of .* class_encode_column"):
+    with pytest.raises(ValueError, match=r"column note of .* one ClassLabel"):
         module(path, label_column="note").setup("fit")
 
 
@@ -166,3 +166,67 @@ def test_absent_package_is_an_error_that_names_the_extra(monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match=r"pip install 'lightning-dist\[datasets\]'"):
         module("pets").setup("fit")
+
+
+def splits_of(datasets: Any, path: Path, splits: dict[str, tuple[list[Any], Any]]) -> str:
+    """Save a DatasetDict whose splits have the given labels and types of labels."""
+    saved = {}
+    for split, (labels, kind) in splits.items():
+        rows = {"image": [Image.new("RGB", (9, 9))] * len(labels), "label": labels}
+        features = datasets.Features({"image": datasets.Image(), "label": kind(datasets)})
+        saved[split] = datasets.Dataset.from_dict(rows, features=features)
+    datasets.DatasetDict(saved).save_to_disk(path)
+    return str(path)
+
+
+def named(*names: str) -> Any:
+    return lambda datasets: datasets.ClassLabel(names=list(names))
+
+
+def number(datasets: Any) -> Any:
+    return datasets.Value("int64")
+
+
+def real(datasets: Any) -> Any:
+    return datasets.Value("float32")
+
+
+CAT_DOG, DOG_CAT, NUMBERS = (
+    ([0, 1], named("cat", "dog")),
+    ([0], named("dog", "cat")),
+    ([0, 1], number),
+)
+REFUSED_SPLITS = {
+    # train, validation and test, and the message
+    "other order": (CAT_DOG, DOG_CAT, CAT_DOG, "train has cat, dog and validation has dog, cat"),
+    "other order in test": (CAT_DOG, CAT_DOG, DOG_CAT, "test has dog, cat.*one ClassLabel"),
+    "train -1": (([0, -1], number), NUMBERS, NUMBERS, "split train has the label -1"),
+    "validation -1": (NUMBERS, ([-1, -1], number), NUMBERS, "split validation has the label -1"),
+    "test partly -1": (NUMBERS, NUMBERS, ([0, -1], number), "split test has the label -1"),
+    "test too large": (NUMBERS, NUMBERS, ([0, 2], number), "split test has the label 2 and num_cl"),
+    "missing label": (([0, None], number), NUMBERS, NUMBERS, "split train, has .* such as None"),
+    "real numbers": (([0.0, 1.5], real), NUMBERS, NUMBERS, "are no whole numbers"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_SPLITS)
+def test_splits_that_contradict_are_refused_before_training(
+    datasets: Any, tmp_path: Path, name: str
+) -> None:
+    *splits, message = REFUSED_SPLITS[name]
+    saved = dict(zip(("train", "validation", "test"), splits, strict=True))
+    data = module(splits_of(datasets, tmp_path / "pets", saved), test_split="test")
+    with pytest.raises(ValueError, match=message):
+        data.setup("fit")
+
+
+def test_a_test_split_without_labels_is_no_test_split(
+    datasets: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    splits = {"train": CAT_DOG, "validation": CAT_DOG, "test": ([-1] * 3, named("cat", "dog"))}
+    data = module(splits_of(datasets, tmp_path / "pets", splits), test_split="test")
+    data.setup("fit")
+    assert "split test of" in caplog.text
+    assert "the test uses split validation" in caplog.text
+    assert [labels.tolist() for _, labels in data.test_dataloader()] == [[0, 1]]
+    assert [len(images) for images, _ in data.predict_dataloader()] == [3]

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 
 from lightning_dist.data.segmentation import (
@@ -262,3 +263,108 @@ def test_a_damaged_file_is_an_error_that_names_it(tmp_path: Path):
     dataset = MaskedImages([pair], [0], [], lambda image, mask: (image, mask))
     with pytest.raises(OSError, match=r"m\.png cannot be read as a mask"):
         dataset[0]
+
+
+def folders(root: Path, train: list[np.ndarray], val: np.ndarray | None = None) -> Path:
+    """Write images, and masks with the given pixels, in the layout of MaskFolderDataModule."""
+    val = train[0] if val is None else val
+    for split, masks in {"training": train, "validation": [val]}.items():
+        for number, mask in enumerate(masks):
+            shape = (*mask.shape[:2], 3)
+            write(root / "images" / split / f"{number}.png", np.zeros(shape))
+            path = root / "annotations" / split / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(mask if mask.dtype == bool else mask.astype(np.uint8)).save(path)
+    return root
+
+
+HALF = np.repeat([[0], [1]], 8, axis=0) * np.ones((1, 16), dtype=int)  # ids 0 and 1
+ALL = np.full((16, 16), 255)
+REFUSED_MASKS = {
+    # masks, settings, and the message
+    "0 and 255": ([255 * HALF], {}, "ids 0, 255; the classes have the ids 0 to 1, and 255 are"),
+    "0 and 1 for 1 and 2": ([HALF], {"reduce_zero_label": True}, "ids 0, 1; .* ids 1 to 2"),
+    "one class": ([0 * HALF], {}, "of one class only: they contain the ids 0;"),
+    "all ignored": ([ALL], {}, "the ids 255"),
+    "late id": ([HALF, HALF + 1], {}, r"1\.png has the ids 2, which are neither"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_MASKS)
+def test_masks_that_teach_nothing_are_refused_with_their_ids(tmp_path: Path, name: str):
+    masks, settings, message = REFUSED_MASKS[name]
+    data = MaskFolderDataModule(root=folders(tmp_path, masks), num_classes=2, **settings)
+    with pytest.raises(ValueError, match=message):
+        data.setup("fit")
+
+
+def test_a_validation_split_that_is_ignored_is_refused(tmp_path: Path):
+    data = MaskFolderDataModule(root=folders(tmp_path, [HALF], ALL), num_classes=2)
+    with pytest.raises(ValueError, match=r"the val masks of .* no class only"):
+        data.setup("fit")
+
+
+SPARSE = np.where(np.arange(256).reshape(16, 16) < 10, HALF, 255)
+SPARSE[0, 0] = 1
+DOUBTFUL_MASKS = {
+    "missing class": ([HALF], 3, "have no pixel of the ids 2: they contain the ids 0, 1"),
+    "mostly ignored": ([SPARSE], 2, "have 96.1% of ignored pixels"),
+}
+
+
+@pytest.mark.parametrize("name", DOUBTFUL_MASKS)
+def test_doubtful_masks_are_warned_about(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+):
+    masks, num_classes, message = DOUBTFUL_MASKS[name]
+    MaskFolderDataModule(root=folders(tmp_path, masks), num_classes=num_classes).setup("fit")
+    assert message in caplog.text
+
+
+READ_MASKS = {
+    # masks, settings, and the labels of the upper and the lower half
+    "one bit": ([HALF.astype(bool)], {}, [0, 1]),
+    "black and white": ([255 * HALF], {"class_ids": [0, 255]}, [0, 1]),
+    "zero ignored": ([HALF * 2, HALF], {"reduce_zero_label": True}, [255, 1]),
+}
+
+
+@pytest.mark.parametrize("name", READ_MASKS)
+def test_ids_become_labels(tmp_path: Path, name: str):
+    masks, settings, labels = READ_MASKS[name]
+    data = MaskFolderDataModule(root=folders(tmp_path, masks), num_classes=2, **settings)
+    data.setup("fit")
+    _, mask = data.val_dataset()[0]
+    assert mask.tolist() == [[labels[0]] * 16] * 8 + [[labels[1]] * 16] * 8
+
+
+def test_masks_are_of_the_upright_picture(tmp_path: Path):
+    folders(tmp_path, [HALF[:, :8]])  # 16 high, 8 wide
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: the file is 16 wide
+    file = tmp_path / "images" / "validation" / "0.png"
+    stored = np.rot90(np.stack([HALF[:, :8] * 200] * 3, axis=-1), 1).astype(np.uint8)
+    Image.fromarray(stored).save(file, exif=exif)
+    data = MaskFolderDataModule(root=tmp_path, num_classes=2, mean=[0.0] * 3, std=[1.0] * 3)
+    image, mask = data.val_dataset()[0]
+    assert torch.equal((image[0] > 0.5).long(), mask)
+
+
+def test_a_lossy_mask_and_class_ids_that_do_not_fit_are_refused(tmp_path: Path):
+    folders(tmp_path, [HALF])
+    for split in ("training", "validation"):
+        file = tmp_path / "annotations" / split / "0.png"
+        Image.open(file).save(file.with_suffix(".jpg"))
+        file.unlink()
+    with pytest.raises(ValueError, match=r"0\.jpg is a JPEG"):
+        MaskFolderDataModule(root=tmp_path, num_classes=2).setup("fit")
+    for settings in ({"class_ids": [0]}, {"class_ids": [1, 2], "reduce_zero_label": True}):
+        with pytest.raises(ValueError, match=r"class_ids is .* num_classes is 2"):
+            MaskFolderDataModule(root=tmp_path, num_classes=2, **settings)
+
+
+def test_the_command_and_python_have_the_same_default(tmp_path: Path):
+    conf = Path(__file__).resolve().parents[2] / "conf"
+    settings = OmegaConf.load(conf / "data" / "mask_folder.yaml")
+    data = MaskFolderDataModule(root=tmp_path, num_classes=2)
+    assert settings.reduce_zero_label == data.reduce_zero_label
