@@ -18,6 +18,7 @@ from lightning_dist.losses import DISTLoss
 from lightning_dist.teacher import TeacherBase, as_teacher, shard_once, shard_teacher
 from lightning_dist.terms import Nonfinite, Term, Weight
 from lightning_dist.training.averaging import make_room_for_average, refuse_stale_average
+from lightning_dist.training.batches import INPUT_KEYS, find_key, split_batch
 from lightning_dist.training.evaluation import (
     EvaluationMetrics,
     Metrics,
@@ -64,6 +65,9 @@ class DistillModule(LightningModule):
         task_weight: the weight of the task loss during distillation.
         nonfinite: the callback's reaction to a distillation loss that is NaN or infinite,
             ``"raise"`` or ``"skip"``.
+        batch_keys: the keys of the inputs and of the target, for batches that are mappings. By
+            default the first of ``image``, ``images``, ``pixel_values`` and ``inputs``, and the
+            first of ``label``, ``labels``, ``mask``, ``masks`` and ``target``, that is present.
         channels_last: keep the student's weights in channels-last memory format; the outputs of
             convolutions then have this format too.
         shard_teacher: under FSDP2, also shard the teacher, which is then whole only while it is
@@ -96,6 +100,7 @@ class DistillModule(LightningModule):
         distill_weight: Weight = 2.0,
         task_weight: float = 1.0,
         nonfinite: Nonfinite = "raise",
+        batch_keys: tuple[str, str] | None = None,
         channels_last: bool = False,
         shard_teacher: bool = False,
     ) -> None:
@@ -126,6 +131,7 @@ class DistillModule(LightningModule):
         self.distill_weight = distill_weight
         self.task_weight = task_weight
         self.nonfinite = nonfinite
+        self.batch_keys = batch_keys
         self._evaluated: dict[str, nn.Module] = {}  # further networks, by the name of their metrics
         splits = ("val/", "test/")
         self.metrics = nn.ModuleDict({split: EvaluationMetrics(metrics, split) for split in splits})
@@ -151,9 +157,20 @@ class DistillModule(LightningModule):
         """Return the student's output."""
         return self.student(*args, **kwargs)
 
+    def split_batch(self, batch: Any) -> tuple[Any, Any]:
+        """Return the inputs and the target of a batch; override it for batches of another form.
+
+        Args:
+            batch: a pair, or a mapping with the keys of ``batch_keys``.
+
+        Raises:
+            TypeError: if the batch is neither; the message describes it.
+        """
+        return split_batch(batch, self.batch_keys, f"{type(self).__name__}.split_batch")
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the task loss of a batch; the callback adds the distillation loss to it."""
-        inputs, target = batch
+        inputs, target = self.split_batch(batch)
         loss = self.task_loss(self.student(inputs), target)
         self.log("train/task", loss.detach())
         return loss
@@ -174,6 +191,9 @@ class DistillModule(LightningModule):
 
     def predict_step(self, batch: Any, batch_idx: int) -> Any:
         """Return the student's output for a batch of inputs, or of ``(inputs, target)``."""
+        if isinstance(batch, Mapping):
+            key = self.batch_keys[0] if self.batch_keys else find_key(batch, INPUT_KEYS)
+            batch = batch.get(key, batch)
         return self.infer(self.student, batch[0] if isinstance(batch, (tuple, list)) else batch)
 
     def infer(self, network: nn.Module, inputs: Any) -> Any:
@@ -186,7 +206,7 @@ class DistillModule(LightningModule):
         return network(inputs)
 
     def _evaluate(self, batch: Any, batch_idx: int, loaders: Any, split: str) -> None:
-        batch = self._without_repeats(batch, batch_idx, loaders)
+        batch = self._without_repeats(self.split_batch(batch), batch_idx, loaders)
         for name, network in {"": self.student, **self._evaluated}.items():
             self._update(batch, network, cast(EvaluationMetrics, self.metrics[f"{split}{name}"]))
 

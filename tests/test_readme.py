@@ -1,5 +1,6 @@
 """Tests that every Python example of the README and of docs/ runs."""
 
+import json
 import re
 from pathlib import Path
 
@@ -7,9 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
+from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import WeightsEnum
+from torchvision.models.detection import RetinaNet_ResNet50_FPN_Weights
 
 from lightning_dist import DistillModule
 
@@ -54,7 +57,25 @@ def _no_downloads(monkeypatch):
     monkeypatch.setattr(nn.Module, "load_state_dict", load_what_is_here)
 
 
-@pytest.mark.usefixtures("_no_downloads")
+@pytest.fixture
+def _tiny_coco(tmp_path):
+    """Write a COCO of one image with COCO's 80 class names."""
+    names = RetinaNet_ResNet50_FPN_Weights.DEFAULT.meta["categories"]
+    categories = [{"id": i, "name": n} for i, n in enumerate(names) if n not in (names[0], "N/A")]
+    content = {
+        "images": [{"id": 1, "file_name": "a.jpg"}],
+        "annotations": [{"image_id": 1, "category_id": 90, "bbox": [1, 1, 8, 8]}],
+        "categories": categories,
+    }
+    for split in ("train2017", "val2017"):
+        (tmp_path / "data/coco/annotations").mkdir(parents=True, exist_ok=True)
+        file = tmp_path / f"data/coco/annotations/instances_{split}.json"
+        file.write_text(json.dumps(content))
+        (tmp_path / "data/coco" / split).mkdir()
+        Image.new("RGB", (16, 16)).save(tmp_path / "data/coco" / split / "a.jpg")
+
+
+@pytest.mark.usefixtures("_no_downloads", "_tiny_coco")
 @pytest.mark.parametrize("code", EXAMPLES)
 def test_an_example_runs(tmp_path, monkeypatch, code):
     monkeypatch.chdir(tmp_path)

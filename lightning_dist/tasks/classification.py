@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_dist.checks import check_number
+from lightning_dist.checks import check_labels, check_number
 from lightning_dist.module import DistillModule
 from lightning_dist.taps import logits_of
 from lightning_dist.teacher import TeacherBase
@@ -64,32 +64,36 @@ class ClassificationModule(DistillModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the task loss of a batch, which ``mixup`` has mixed if it is set."""
-        self._check_labels(batch, batch_idx)
-        inputs, target = self.mixup(*batch) if self.mixup else batch
+        inputs, target = self.split_batch(batch)
+        self._check_labels(target, batch_idx)
+        if self.mixup:
+            inputs, target = self.mixup(inputs, target)
         loss = self.task_loss(logits_of(self.student(inputs)), target)
         self.log("train/task", loss.detach())
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Update ``val/*``; Lightning's sanity check before training finds wrong labels early."""
-        self._check_labels(batch, batch_idx)
+        self._check_labels(self.split_batch(batch)[1], batch_idx)
         super().validation_step(batch, batch_idx)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Update ``test/*``, after a check of the labels."""
+        self._check_labels(self.split_batch(batch)[1], batch_idx)
+        super().test_step(batch, batch_idx)
 
     def infer(self, network: nn.Module, inputs: Any) -> Tensor:
         """Return the logits ``(N, C)`` of a network; see :func:`lightning_dist.taps.logits_of`."""
         return logits_of(network(inputs))
 
-    def _check_labels(self, batch: Any, batch_idx: int) -> None:
+    def _check_labels(self, labels: Tensor, batch_idx: int) -> None:
         """Refuse labels that are not classes; on a GPU once per epoch, because a check is slow."""
-        _, labels = batch
-        if labels.dtype != torch.int64 or not labels.numel():
+        if labels.is_floating_point():  # probabilities of the classes
             return
-        if labels.device.type != "cpu" and batch_idx:
-            return
-        least, most = int(labels.min()), int(labels.max())
-        if least < 0 or most >= self.num_classes:
+        if labels.dim() != 1 or labels.dtype not in (torch.int64, torch.uint8):
             raise ValueError(
-                f"a batch has the label {least if least < 0 else most} and num_classes is "
-                f"{self.num_classes}: labels count from 0 to {self.num_classes - 1}; set "
-                "num_classes of the module, or relabel"
+                f"the labels are {labels.dtype} of shape {tuple(labels.shape)}: give int64 (N,), "
+                "or probabilities (N, C)"
             )
+        if labels.device.type == "cpu" or not batch_idx:
+            check_labels(labels, self.num_classes, "a batch")

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torchmetrics.detection import MeanAveragePrecision
 
+from lightning_dist.checks import check_labels
 from lightning_dist.losses import DISTLoss, FeatureMimic
 from lightning_dist.module import DistillModule
 from lightning_dist.taps import find_submodule
@@ -100,15 +102,50 @@ class DetectionModule(DistillModule):
         for path in frozen:
             find_submodule(student, path, "the student", "frozen").requires_grad_(False)
 
+    def setup(self, stage: str) -> None:
+        """Refuse a data module with another number of classes than the student.
+
+        Raises:
+            MisconfigurationException: if the numbers are known and differ.
+        """
+        data: Any = getattr(self.trainer, "datamodule", None)
+        classes, own = count_classes(self.student), getattr(data, "num_classes", None)
+        if classes is None or own is None or classes - self.label_offset == own:
+            return
+        raise MisconfigurationException(
+            f"the student has {classes - self.label_offset} classes (without the background) and "
+            f"{type(data).__name__} {own}, so that label 0 of the data would be another class: "
+            f"build the student with num_classes={own + self.label_offset}, and map a teacher's "
+            "classes by name: class_map=match_classes(data.class_names, weights.meta['categories'])"
+        )
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the sum of the detector's losses, and log each loss as ``train/NAME``."""
-        images, targets = batch
+        images, targets = self.split_batch(batch)
+        self._check_targets(targets)
         shifted = [{**t, "labels": t["labels"] + self.label_offset} for t in targets]
         losses = self.student(list(images), shifted)
         loss = torch.stack(list(losses.values())).sum()
         self.log("train/task", loss.detach())
         self.log_dict({f"train/{name}": value.detach() for name, value in losses.items()})
         return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Update ``val/*``; Lightning's sanity check before training finds wrong labels early."""
+        self._check_targets(self.split_batch(batch)[1])
+        super().validation_step(batch, batch_idx)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Update ``test/*``, after a check of the labels."""
+        self._check_targets(self.split_batch(batch)[1])
+        super().test_step(batch, batch_idx)
+
+    def _check_targets(self, targets: Sequence[dict[str, Tensor]]) -> None:
+        """Refuse labels that are not classes of the student; they are few, so this is fast."""
+        labels = [target["labels"].flatten() for target in targets]
+        classes = count_classes(self.student)
+        if labels and classes is not None:
+            check_labels(torch.cat(labels), classes - self.label_offset, "a target")
 
     def on_train_epoch_start(self) -> None:
         """Put the batch norms in eval mode, if ``norm_eval`` is set."""
@@ -175,6 +212,24 @@ class DetectionModule(DistillModule):
                 FeatureMimic(*widths), self.mimic_weight, "backbone", "backbone", output=level
             )
         return terms
+
+
+def count_classes(detector: nn.Module) -> int | None:
+    """Return the number of a detector's classes, with the background if it has that class.
+
+    Args:
+        detector: a detector as in torchvision; for others, such as one with a cascade of heads, the
+            number may be unknown, which is ``None``.
+    """
+    for path, name in (
+        ("roi_heads.box_predictor.cls_score", "out_features"),
+        ("head.classification_head", "num_classes"),
+    ):
+        try:
+            return int(getattr(detector.get_submodule(path), name))
+        except (AttributeError, TypeError):
+            continue
+    return None
 
 
 def _nothing(device: torch.device) -> dict[str, Tensor]:

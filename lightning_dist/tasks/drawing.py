@@ -13,6 +13,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import draw_bounding_boxes
 
+from lightning_dist.training.batches import split_batch
+
 Color = tuple[int, int, int]
 
 _GOLDEN_RATIO = 0.618034
@@ -121,7 +123,8 @@ class LogSegmentations(Callback):
         due = (trainer.current_epoch + 1) % self.every_n_epochs == 0
         if not due or trainer.sanity_checking or batch_idx or not trainer.is_global_zero:
             return
-        images, masks = (part[: self.count] for part in batch)
+        split = getattr(pl_module, "split_batch", split_batch)
+        images, masks = (part[: self.count] for part in split(batch))
         logits = pl_module.predict_step(images, batch_idx)
         data: Any = getattr(trainer, "datamodule", None)
         palette = class_palette(logits.shape[1], getattr(data, "class_colors", None))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
+from lightning_dist.checks import check_labels
 from lightning_dist.losses import DISTLoss
 from lightning_dist.module import DistillModule
 from lightning_dist.taps import find_submodule, logits_of
@@ -84,11 +85,36 @@ class SegmentationModule(DistillModule):
         kwargs.setdefault("task_loss", PixelLoss(aux_weight, ignore_index, align_corners))
         super().__init__(student, teacher, **kwargs)
         self.eval_loss = PixelLoss(0.0, ignore_index, align_corners)
+        self.num_classes, self.ignore_index = num_classes, ignore_index
         self.aux_weight = aux_weight
         self.head, self.aux_head = head, aux_head
         self.teacher_head = head if teacher_head is None else teacher_head
         self.align_corners = align_corners
         self.window = window
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the task loss of a batch, after a check of the masks."""
+        self._check_masks(self.split_batch(batch)[1], batch_idx)
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Update ``val/*``; Lightning's sanity check before training finds wrong masks early."""
+        self._check_masks(self.split_batch(batch)[1], batch_idx)
+        super().validation_step(batch, batch_idx)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Update ``test/*``, after a check of the masks."""
+        self._check_masks(self.split_batch(batch)[1], batch_idx)
+        super().test_step(batch, batch_idx)
+
+    def _check_masks(self, masks: Tensor, batch_idx: int) -> None:
+        """Refuse labels that are not classes; on a GPU once per epoch, because a check is slow."""
+        if masks.dim() != 3 or masks.dtype not in (torch.int64, torch.uint8):
+            raise ValueError(
+                f"the masks are {masks.dtype} of shape {tuple(masks.shape)}: give int64 (N, H, W)"
+            )
+        if masks.device.type == "cpu" or not batch_idx:
+            check_labels(masks, self.num_classes, "a mask", ignored=self.ignore_index)
 
     def infer(self, network: nn.Module, inputs: Tensor) -> Tensor:
         """Return logits ``(N, C, H, W)`` of whole images, or joined from sliding windows."""
