@@ -15,6 +15,7 @@ from lightning_dist.checks import check_number
 from lightning_dist.losses import DISTLoss
 from lightning_dist.taps import find_submodule, recording
 from lightning_dist.teacher import TeacherBase, as_teacher, is_other_teacher
+from lightning_dist.teacher.base import Inputs
 from lightning_dist.terms import (
     Nonfinite,
     Term,
@@ -25,7 +26,7 @@ from lightning_dist.terms import (
     refuse_untrained,
     states_of,
 )
-from lightning_dist.training.averaging import earlier_averaging
+from lightning_dist.training.fitting import check_paths, refuse_earlier_averaging
 from lightning_dist.training.joining import Step, WrappedStep, add_to_loss
 from lightning_dist.training.summing import TermsSum, current_weights, is_zero, sum_terms
 
@@ -63,9 +64,10 @@ class DistillationCallback(Callback):
         nonfinite: the reaction to a term that is NaN or infinite: ``"raise"`` stops before the
             weights are updated; ``"skip"`` leaves the term out of that step and adds 1 to
             ``self.skipped``, which is logged as ``train/distill_skipped``.
-        inputs: a dict from dotted paths in the student to dotted paths in the teacher. Each call of
-            such a sub-module of the student also calls the sub-module of the teacher, with the
-            same inputs. By default ``{"": ""}``: the teacher gets the student's inputs.
+        inputs: a dict from paths in the student to paths in the teacher. Each call of such a part
+            of the student also calls the part of the teacher, with the same inputs. By default
+            ``{"": ""}``: the teacher gets the student's inputs. Or a function of the training batch
+            that returns the teacher's input, or a tuple of its inputs; it is called once a step.
 
     Raises:
         MisconfigurationException: at the start of ``fit``, if optimization is manual, a sub-module
@@ -98,7 +100,7 @@ class DistillationCallback(Callback):
         task_weight: float = 1.0,
         output: str | int | None = None,
         terms: Mapping[str, Term] | None = None,
-        inputs: Mapping[str, str] | None = None,
+        inputs: Inputs | None = None,
         nonfinite: Nonfinite = "raise",
     ) -> None:
         super().__init__()
@@ -117,7 +119,7 @@ class DistillationCallback(Callback):
             loss = DISTLoss() if loss is None else loss
             terms = {ONLY: Term(loss, 2.0 if weight is None else weight, output=output)}
         self.terms = _checked(terms)
-        self.inputs = dict(inputs or {"": ""})
+        self.inputs = inputs if callable(inputs) else dict(inputs or {"": ""})
         self.nonfinite = nonfinite
         self.skipped = 0
         self.owner: LightningModule | None = None  # the module that created this callback
@@ -143,7 +145,7 @@ class DistillationCallback(Callback):
         self._attached, self._fingerprint = True, None
         self.teacher.attach(trainer, pl_module, taps, self.inputs)
         if TermParameters.join(self.terms, pl_module):
-            self._refuse_earlier_averaging(trainer)
+            refuse_earlier_averaging(trainer, self)
         for term in self.terms.values():
             if isinstance(term.loss, nn.Module):
                 term.loss.to(trainer.strategy.root_device)
@@ -156,17 +158,8 @@ class DistillationCallback(Callback):
         if self.owner not in (None, pl_module):
             return
         _refuse_manual_optimization(pl_module)  # the module's setup may have set this
-        student = find_submodule(pl_module, self.student, "the LightningModule", "student")
-        network = self.teacher.network
-        for path, part in self.inputs.items():
-            find_submodule(student, path, "the student", "inputs")
-            find_submodule(network, part, "the teacher", "inputs")
-        for name, term in self.terms.items():
-            of = f"path of term {name!r}"
-            find_submodule(student, term.student, "the student", f"the student {of}")
-            find_submodule(network, term.teacher, "the teacher", f"the teacher {of}")
+        check_paths(pl_module, self.student, self.teacher.network, self.terms, self.inputs)
         refuse_untrained(self.terms, trainer.optimizers)
-        self._warn_of_compiled_taps(student)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -282,27 +275,6 @@ class DistillationCallback(Callback):
         if sum(isinstance(c, DistillationCallback) for c in attached_callbacks(trainer)) > 1:
             raise MisconfigurationException(
                 "the Trainer has several DistillationCallbacks: give one of them several terms"
-            )
-
-    def _refuse_earlier_averaging(self, trainer: Trainer) -> None:
-        # WeightAveraging.setup has deep-copied the module before the terms joined it.
-        averaging = earlier_averaging(trainer, self)
-        if averaging is not None:
-            raise MisconfigurationException(
-                f"{type(averaging).__name__} comes before a DistillationCallback whose terms "
-                "have parameters, and would not average them: list DistillationCallback first"
-            )
-
-    def _warn_of_compiled_taps(self, student: nn.Module) -> None:
-        compiled = any(
-            hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in student.modules()
-        )
-        inner = [name for name, term in self.terms.items() if term.student]
-        if compiled and inner:
-            rank_zero_warn(
-                f"term {inner[0]!r} compares a part within the student, which is compiled: the "
-                "hooks of each step make torch compile it again, until torch runs it uncompiled. "
-                "Compare the student's own output (student=''), or leave out torch.compile"
             )
 
     def _detach(self, pl_module: LightningModule) -> None:

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 # Hugging Face's models call the logits in their output "logits", torchvision's segmentation
 # networks call them "out".
@@ -40,32 +40,89 @@ class Snapshot:
         return cls(output, {id(x): version_of(x) for x in leaves if isinstance(x, Tensor)})
 
 
-def record_outputs(module: nn.Module, outputs: list[Any]) -> Callable[[], None]:
-    """Append a snapshot of each output of a module to a list.
+def tap(
+    root: nn.Module,
+    path: str,
+    *,
+    before: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None,
+    after: Callable[[Any], None] | None = None,
+) -> Callable[[], None]:
+    """Call functions before and after each call of a part of a network.
+
+    The part's ``forward`` is replaced on the instance, and not hooked, so that it does not matter
+    whether the part is called as ``part(x)`` or as ``part.forward(x)``.
 
     Args:
-        module: the module whose outputs are recorded.
+        root: the network.
+        path: the path of the part, see :func:`find_part`.
+        before: a function that gets the positional and the keyword arguments of each call.
+        after: a function that gets the output of each call.
+
+    Returns:
+        A function that removes the tap. Taps of one part must be removed in reverse order.
+    """
+    owner, name = find_part(root, path)
+    method, kept = getattr(owner, name), owner.__dict__.get(name)
+
+    @functools.wraps(method)
+    def tapped(*args: Any, **kwargs: Any) -> Any:
+        if before is not None:
+            before(args, kwargs)
+        output = method(*args, **kwargs)
+        if after is not None:
+            after(output)
+        return output
+
+    def remove() -> None:
+        if kept is None:
+            del owner.__dict__[name]
+        else:  # torch.compile and DDP in Lightning set forward on the instance too
+            owner.__dict__[name] = kept
+
+    tapped.__dict__["is_tap"] = True
+    owner.__dict__[name] = tapped  # not setattr: a compiled module hands it to the original
+    return remove
+
+
+def is_tapped(module: nn.Module) -> bool:
+    """Return whether :func:`tap` has replaced the module's ``forward``."""
+    return hasattr(module.__dict__.get("forward"), "is_tap")
+
+
+def record_outputs(root: nn.Module, path: str, outputs: list[Any]) -> Callable[[], None]:
+    """Append a snapshot of each output of a part of a network to a list.
+
+    Args:
+        root: the network.
+        path: the path of the part, see :func:`find_part`.
         outputs: the list to append to.
 
     Returns:
         A function that ends the recording.
     """
+    return tap(root, path, after=lambda output: outputs.append(Snapshot.of(output)))
 
-    def keep(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        outputs.append(Snapshot.of(output))
 
-    return module.register_forward_hook(keep).remove
+def counts() -> bool:
+    """Return whether a call of the student at this moment can be distilled.
+
+    A call without a gradient trains nothing. A call within a backward pass only repeats an earlier
+    one, whose activations were not kept (``torch.utils.checkpoint``).
+    """
+    if not torch.is_grad_enabled():
+        return False
+    return torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1
 
 
 @dataclass
 class Recording:
-    """The outputs of sub-modules of a network during one step.
+    """The outputs of parts of a network during one step.
 
     Attributes:
         root: the network.
-        outputs: a dict from each path to snapshots of the sub-module's outputs, one for each call
-            while gradients were enabled, in the order of the calls.
-        without_grad: the paths of sub-modules that were also called without a gradient, as under
+        outputs: a dict from each path to snapshots of the part's outputs, one for each call while
+            gradients were enabled, in the order of the calls.
+        without_grad: the paths of parts that were also called without a gradient, as under
             ``torch.no_grad()``; such a call cannot train anything.
     """
 
@@ -74,41 +131,40 @@ class Recording:
     without_grad: set[str] = field(default_factory=set)
 
     def is_frozen(self, path: str) -> bool:
-        """Return True if no parameter of a sub-module has ``requires_grad=True``.
+        """Return True if no parameter of a part has ``requires_grad=True``.
 
-        For a sub-module without parameters, the parameters of the whole network are checked.
+        For a part without parameters, the parameters of the whole network are checked.
         """
-        part = self.root.get_submodule(path)
+        part, _ = find_part(self.root, path)
         parameters = list(part.parameters()) or list(self.root.parameters())
         return not any(parameter.requires_grad for parameter in parameters)
 
 
 @contextmanager
 def recording(root: nn.Module, paths: Sequence[str]) -> Iterator[Recording]:
-    """Record the outputs of sub-modules while the context lasts.
+    """Record the outputs of parts of a network while the context lasts.
 
-    The hooks are removed at the end of the context, so that later copies and pickles of the module
+    The taps are removed at the end of the context, so that later copies and pickles of the module
     do not contain them.
 
     Args:
         root: the network.
-        paths: the dotted paths of the sub-modules; ``""`` is the network itself.
+        paths: the paths of the parts, see :func:`find_part`; ``""`` is the network itself.
 
     Returns:
         A context manager that returns the :class:`Recording`.
     """
     found = Recording(root, {path: [] for path in paths})
 
-    def keep(path: str, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if torch.is_grad_enabled():
+    def keep(path: str, output: Any) -> None:
+        if counts():
             found.outputs[path].append(Snapshot.of(output))
-        else:
+        elif not torch.is_grad_enabled():
             found.without_grad.add(path)
 
-    with ExitStack() as hooks:
+    with ExitStack() as taps:
         for path in found.outputs:
-            hook = functools.partial(keep, path)
-            hooks.callback(root.get_submodule(path).register_forward_hook(hook).remove)
+            taps.callback(tap(root, path, after=functools.partial(keep, path)))
         yield found
 
 
@@ -185,6 +241,45 @@ def with_logits(output: Any, logits: Tensor) -> Any:
     return changed
 
 
+def find_part(root: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """Return the sub-module and the name of its method at a dotted path.
+
+    Args:
+        root: the network.
+        path: the path of a sub-module, which names its ``forward``, or of a method of one, such as
+            ``"encoder.embed"``; ``""`` is the network itself.
+
+    Raises:
+        AttributeError: if there is neither a sub-module nor a method at the path.
+    """
+    try:
+        return root.get_submodule(path), "forward"
+    except AttributeError:
+        owner, _, name = path.rpartition(".")
+        module = root.get_submodule(owner)
+        if not callable(getattr(module, name, None)):
+            raise
+        return module, name
+
+
+def check_part(root: nn.Module, path: str, where: str, what: str) -> None:
+    """Refuse a path at which a network has neither a sub-module nor a method.
+
+    Args:
+        root: the network.
+        path: the path of the part, see :func:`find_part`.
+        where: the description of the network in the message, such as ``"the student"``.
+        what: the name of the option that contains the path, for the message.
+
+    Raises:
+        MisconfigurationException: if there is no such part; the message lists similar paths.
+    """
+    try:
+        find_part(root, path)
+    except AttributeError:
+        find_submodule(root, path, where, what)
+
+
 def find_submodule(root: nn.Module, path: str, where: str, what: str) -> nn.Module:
     """Return the sub-module at a dotted path.
 
@@ -255,40 +350,3 @@ def version_of(tensor: Tensor) -> int:
     """
     unknown = torch.compiler.is_compiling() or tensor.is_inference()
     return 0 if unknown else tensor._version
-
-
-def copy_tensors(inputs: Any) -> Any:
-    """Return the inputs with cloned tensors, in new containers and shallow copies of objects.
-
-    Args:
-        inputs: nested containers, mappings of any class, and objects with tensors as attributes.
-    """
-    return tree_map(_copied, inputs)
-
-
-def tensors_in(inputs: Any) -> list[Tensor]:
-    """Return all tensors in nested containers and in the attributes of objects."""
-    leaves = [x for leaf in tree_leaves(inputs) for x in (leaf, *_parts(leaf).values())]
-    return [x for x in leaves if isinstance(x, Tensor)]
-
-
-def _copied(leaf: Any) -> Any:
-    if isinstance(leaf, Tensor):
-        return leaf.clone()
-    tensors = {name: x for name, x in _parts(leaf).items() if isinstance(x, Tensor)}
-    if not tensors or isinstance(leaf, nn.Module):
-        return leaf
-    changed = copy.copy(leaf)
-    for name, tensor in tensors.items():
-        if isinstance(leaf, Mapping):
-            changed[name] = tensor.clone()
-        else:
-            setattr(changed, name, tensor.clone())
-    return changed
-
-
-def _parts(leaf: Any) -> dict[Any, Any]:
-    """Return the items of a mapping of a class unknown to torch, or the attributes of an object."""
-    if isinstance(leaf, Tensor):
-        return {}
-    return dict(leaf) if isinstance(leaf, Mapping) else dict(getattr(leaf, "__dict__", {}))

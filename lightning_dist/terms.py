@@ -33,7 +33,8 @@ class Term:
             are not in the student's state_dict.
         weight: the factor in the total loss, a number or a function of the Trainer such as
             :class:`lightning_dist.WeightSchedule`.
-        student: the dotted path of the part inside the student; ``""`` is the whole student.
+        student: the dotted path of the part inside the student: of a sub-module, or of a method of
+            one, such as ``"encoder.embed"``; ``""`` is the whole student.
         teacher: the dotted path of the part inside the teacher; ``""`` is the whole teacher.
         output: the entry to take from an output that is not a tensor: a key, an attribute or an
             index. By default ``logits`` or ``out`` if the output has one, or the first item of a

@@ -3,7 +3,7 @@
 import functools
 import importlib.metadata
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,9 +24,9 @@ from lightning_dist.cache.refusals import (
 )
 from lightning_dist.cache.samples import check_answers
 from lightning_dist.data.views import VIEW_SEED, KeyedBatch
-from lightning_dist.taps import find_submodule, refuse_shared_tensors
+from lightning_dist.taps import check_part, refuse_shared_tensors, tap
 from lightning_dist.teacher import Teacher
-from lightning_dist.teacher.base import Tap, TeacherBase
+from lightning_dist.teacher.base import Inputs, Tap, TeacherBase
 
 if TYPE_CHECKING:  # Imported where it is used, because it imports scikit-learn and torchvision.
     from lightning_dist.data.base import ImageDataModule
@@ -142,7 +142,7 @@ class CachedTeacher(TeacherBase):
         trainer: Trainer,
         pl_module: LightningModule,
         taps: Sequence[Tap],
-        inputs: Mapping[str, str],
+        inputs: Inputs,
     ) -> None:
         """Make the Trainer's data module load fixed views, and choose the folder of the cache.
 
@@ -170,7 +170,7 @@ class CachedTeacher(TeacherBase):
         refuse_other_inputs(pl_module, inputs)
         self.teacher.refuse_taps(taps)
         for part, _ in taps:
-            find_submodule(self.network, part, "the teacher", "the teacher path of a term")
+            check_part(self.network, part, "the teacher", "the teacher path of a term")
         self._taps = sorted(set(taps), key=str)
         self._trainer, self._data = trainer, image_data_module(trainer)
         # Store the default dtype of the data loaders now: during a training step the Trainer's
@@ -186,7 +186,7 @@ class CachedTeacher(TeacherBase):
 
     @contextmanager
     def answers(
-        self, student: nn.Module, batch: Any, parts: Sequence[str], inputs: Mapping[str, str]
+        self, student: nn.Module, batch: Any, parts: Sequence[str], inputs: Inputs
     ) -> Iterator[dict[str, list[Any]]]:
         """Read the teacher's outputs for a batch, and refuse other inputs of the student.
 
@@ -217,12 +217,12 @@ class CachedTeacher(TeacherBase):
             )
         self._provide(batch)
         outputs = self._recall(batch, parts)
-        check = functools.partial(refuse_other_images, batch, batch.inputs._version)
-        hook = student.register_forward_pre_hook(check, with_kwargs=True)
+        check = functools.partial(refuse_other_images, batch, batch.inputs._version, student)
+        remove = tap(student, "", before=check)
         try:
             yield outputs
         finally:
-            hook.remove()
+            remove()
 
     def detach(self) -> None:
         """Make the data module draw new augmentations again, and close the files."""

@@ -115,12 +115,10 @@ class TeacherRows:
     def _outputs(self, images: Tensor) -> dict[Tap, Tensor]:
         """Call the teacher with images, and return the outputs that a row contains."""
         outputs: dict[str, list[Any]] = {part: [] for part, _ in self.taps}
-        with ExitStack() as hooks:
-            for part in outputs:
+        with ExitStack() as taps:
+            for part, found in outputs.items():
                 if part:
-                    hooks.callback(
-                        record_outputs(self.teacher.network.get_submodule(part), outputs[part])
-                    )
+                    taps.callback(record_outputs(self.teacher.network, part, found))
             whole = self.teacher(images)
         if "" in outputs:
             outputs[""].append(whole)

@@ -1,37 +1,37 @@
 """Functions that refuse modules, data and images that a cached teacher does not support."""
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_dist.data.views import KeyedBatch
+from lightning_dist.taps import counts
+from lightning_dist.teacher.base import Inputs
 
 if TYPE_CHECKING:  # Imported where it is used, because it imports scikit-learn and torchvision.
     from lightning_dist.data.base import ImageDataModule
 
 
-def refuse_other_inputs(pl_module: LightningModule, inputs: Mapping[str, str]) -> None:
+def refuse_other_inputs(pl_module: LightningModule, inputs: Inputs) -> None:
     """Refuse a module that needs the teacher's output for other inputs than the loaded images.
 
     Args:
         pl_module: the module that is trained.
         inputs: the callback's dict from parts of the student to the parts of the teacher that get
-            the same inputs.
+            the same inputs, or its function of the batch.
 
     Raises:
         MisconfigurationException: if parts of the teacher get inputs from the student, as in
-            detection; if the module uses Mixup; or if it shards the teacher.
+            detection, or from a function; if the module uses Mixup; or if it shards the teacher.
     """
-    if dict(inputs) != {"": ""}:
+    if inputs != {"": ""}:
         raise MisconfigurationException(
-            "parts of the teacher get the inputs of parts of the student "
-            f"({dict(inputs)}), as in detection, but a CachedTeacher has outputs for whole images "
-            "only: use the teacher without a cache (distill.cache=off)"
+            "the teacher gets something else than the student's images "
+            f"(inputs is {inputs}), as in detection, but a CachedTeacher has outputs for whole "
+            "images only: use the teacher without a cache (distill.cache=off)"
         )
     if getattr(pl_module, "mixup", None) is not None:
         raise MisconfigurationException(
@@ -81,8 +81,8 @@ def refuse_other_images(
 ) -> None:
     """Refuse a call of the student with other images than those of the batch.
 
-    If the first two arguments are bound (functools.partial), this is a forward pre-hook of the
-    student.
+    If the first three arguments are bound (functools.partial), this is what a tap of the student
+    calls first.
 
     Args:
         batch: the training batch, whose images the teacher got.
@@ -96,7 +96,7 @@ def refuse_other_images(
         MisconfigurationException: if the student is called with another tensor, or the tensor was
             changed.
     """
-    if not torch.is_grad_enabled():  # A call without gradients is not distilled.
+    if not counts():
         return
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     if len(tensors) != 1 or tensors[0] is not batch.inputs or tensors[0]._version != version:

@@ -1,7 +1,7 @@
 """TeacherBase: the interface between the callback and every kind of teacher."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -10,6 +10,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 Tap = tuple[str, str | int | None]  # the path of a part of the teacher, and the entry of its output
+# From the paths of the student's parts to those of the teacher's parts that get the same inputs; or
+# a function of the batch that returns the teacher's inputs.
+Inputs = Mapping[str, str] | Callable[[Any], Any]
 
 
 class TeacherBase(ABC):
@@ -43,7 +46,7 @@ class TeacherBase(ABC):
         trainer: Trainer,
         pl_module: LightningModule,
         taps: Sequence[Tap],
-        inputs: Mapping[str, str],
+        inputs: Inputs,
     ) -> None:
         """Prepare for training: freeze the network and make it ready on the Trainer's device.
 
@@ -51,8 +54,8 @@ class TeacherBase(ABC):
             trainer: the Trainer, before it has made its data loaders.
             pl_module: the module that is trained.
             taps: for each term, the path of the teacher's part and the entry of its output.
-            inputs: a dict from dotted paths in the student to dotted paths in the teacher, as in
-                :class:`lightning_dist.DistillationCallback`.
+            inputs: a dict from paths in the student to paths in the teacher, or a function of the
+                batch, as in :class:`lightning_dist.DistillationCallback`.
 
         Raises:
             MisconfigurationException: if the teacher does not support this module, data or terms.
@@ -60,7 +63,7 @@ class TeacherBase(ABC):
 
     @abstractmethod
     def answers(
-        self, student: nn.Module, batch: Any, parts: Sequence[str], inputs: Mapping[str, str]
+        self, student: nn.Module, batch: Any, parts: Sequence[str], inputs: Inputs
     ) -> AbstractContextManager[dict[str, list[Any]]]:
         """Collect the outputs of the teacher's parts while the student runs.
 
@@ -69,8 +72,8 @@ class TeacherBase(ABC):
         Args:
             student: the student, which is called within the context.
             batch: the training batch.
-            parts: the dotted paths of the teacher's parts; ``""`` is the teacher itself.
-            inputs: the dict that :meth:`attach` gets.
+            parts: the paths of the teacher's parts; ``""`` is the teacher itself.
+            inputs: the dict or function that :meth:`attach` gets.
 
         Returns:
             A context manager that returns a dict from paths to lists. When the context ends, each

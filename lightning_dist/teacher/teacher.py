@@ -4,9 +4,9 @@ import copy
 import functools
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -16,15 +16,18 @@ from torch.utils._pytree import tree_map_only
 
 from lightning_dist.taps import (
     Snapshot,
-    copy_tensors,
+    counts,
+    find_part,
+    is_tapped,
     logits_of,
     record_outputs,
     refuse_shared_tensors,
-    tensors_in,
+    tap,
     with_logits,
 )
-from lightning_dist.teacher.base import Tap, TeacherBase
+from lightning_dist.teacher.base import Inputs, Tap, TeacherBase
 from lightning_dist.teacher.bridge import InputBridge
+from lightning_dist.teacher.isolation import generators_of, own_inputs, own_numbers
 from lightning_dist.teacher.sharding import gathered, is_sharded
 from lightning_dist.weights import load_weights
 
@@ -33,7 +36,9 @@ class Teacher(TeacherBase):
     """A frozen network in eval mode that is called while the student runs.
 
     It is deliberately not an ``nn.Module``: a LightningModule does not register it, so it is not
-    trained, saved, averaged, broadcast by DDP or switched by ``module.train()``.
+    trained, saved, averaged, broadcast by DDP or switched by ``module.train()``. In ``fit`` it
+    works on its own copies of everything that it changes in its inputs, and torch's random
+    generators are restored after each call.
 
     Args:
         network: the trained network. It is frozen in place.
@@ -50,11 +55,16 @@ class Teacher(TeacherBase):
             example because a distillation term compares that part, the network runs uncompiled.
         channels_last: keep the network's weights and images ``(N, C, H, W)`` in channels-last
             memory format.
+        random_numbers: the numbers that a network draws in ``fit``, if it draws any in eval mode,
+            such as noise or stochastic depth. With ``"own"`` they depend on torch's initial seed
+            and the step only. With ``"student"`` they are those that the student draws next: a copy
+            of a student that draws the same numbers has the same output. It has no effect in a
+            compiled ``training_step``, where teacher and student draw from the same generators.
 
     Raises:
         TypeError: if ``network`` is not a module.
-        ValueError: if ``dtype`` is not the name of a dtype, or if ``class_map`` is empty or has a
-            negative index.
+        ValueError: if ``dtype`` is not the name of a dtype, if ``class_map`` is empty or has a
+            negative index, or if ``random_numbers`` is unknown.
 
     Example:
         >>> teacher = Teacher(nn.Linear(4, 3), class_map=[2, 0])
@@ -72,7 +82,10 @@ class Teacher(TeacherBase):
         class_map: Sequence[int] | None = None,
         compile: bool = False,
         channels_last: bool = False,
+        random_numbers: Literal["own", "student"] = "own",
     ) -> None:
+        if random_numbers not in ("own", "student"):
+            raise ValueError(f"random_numbers is {random_numbers!r}: use 'own' or 'student'")
         if not isinstance(network, nn.Module):
             raise TypeError(f"the teacher is a {type(network).__name__}: give a torch.nn.Module")
         if isinstance(dtype, str):
@@ -101,6 +114,9 @@ class Teacher(TeacherBase):
         self._columns = None if class_map is None else torch.tensor(self.class_map)
         self._listed: list[nn.Module] | None = None
         self._writes: dict[str, bool] = {}  # of each part: whether its calls change their inputs
+        self.random_numbers = random_numbers
+        self._generators: list[torch.Generator] | None = None  # those that the network may use
+        self._trainer: Trainer | None = None
         self._found = [(m, m.training) for m in network.modules()]
         self._trained = [p for p in network.parameters() if p.requires_grad]
         self.freeze()
@@ -127,7 +143,7 @@ class Teacher(TeacherBase):
         trainer: Trainer,
         pl_module: LightningModule,
         taps: Sequence[Tap],
-        inputs: Mapping[str, str],
+        inputs: Inputs,
     ) -> None:
         """Freeze the network and move it to the Trainer's device; see :class:`TeacherBase`.
 
@@ -142,51 +158,71 @@ class Teacher(TeacherBase):
             raise
         self.refuse_taps(taps)
         self.freeze()
-        self._writes, self._listed = {}, None
+        self._writes, self._listed, self._generators = {}, None, None
+        self._trainer = trainer
         self.to(trainer.strategy.root_device)
 
     @contextmanager
     def answers(
-        self, student: nn.Module, batch: Any, parts: Sequence[str], inputs: Mapping[str, str]
+        self, student: nn.Module, batch: Any, parts: Sequence[str], inputs: Inputs
     ) -> Iterator[dict[str, list[Any]]]:
         """Call the network with the student's inputs; see :class:`TeacherBase`."""
         outputs: dict[str, list[Any]] = {part: [] for part in parts}
 
-        def call(part: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if not torch.is_grad_enabled():
+        def call(part: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not counts():
                 return
             # Call the teacher before the student, which may change its inputs in place. The
             # teacher's activations are then also freed before the student's are stored.
-            output = self._ask_protected(part, args, kwargs)
+            with self._own_numbers(sum(map(len, outputs.values()))):
+                output = self._ask_protected(part, args, kwargs)
             if not part and "" in outputs:
                 outputs[""].append(Snapshot.of(output))
 
-        with ExitStack() as hooks:
-            for path, part in inputs.items():
-                hook = functools.partial(call, part)
-                handle = student.get_submodule(path).register_forward_pre_hook(
-                    hook, with_kwargs=True
-                )
-                hooks.callback(handle.remove)
+        with ExitStack() as taps:
             for part, found in outputs.items():
                 if part:
-                    hooks.callback(record_outputs(self.network.get_submodule(part), found))
+                    taps.callback(record_outputs(self.network, part, found))
+            if callable(inputs):
+                given = inputs(batch)
+                call("", given if isinstance(given, tuple) else (given,), {})
+            else:
+                for path, part in inputs.items():
+                    taps.callback(tap(student, path, before=functools.partial(call, part)))
             yield outputs
+
+    def _own_numbers(self, call: int) -> AbstractContextManager[None]:
+        """Return a context in which the network draws random numbers of its own.
+
+        Args:
+            call: the number of the call in this step, so that its numbers differ.
+        """
+        if torch.compiler.is_compiling():  # the state of a generator would break the graph
+            return nullcontext()
+        if self._generators is None:
+            tensors = (*self.network.parameters(), *self.network.buffers())
+            roots = [] if self._trainer is None else [self._trainer.strategy.root_device]
+            self._generators = generators_of([*roots, *(x.device for x in tensors)])
+        if self.random_numbers == "student":
+            return own_numbers(self._generators, None)
+        # A function of the step, and no stream: a run that is resumed draws the same numbers.
+        step = 0 if self._trainer is None else self._trainer.fit_loop.total_batch_idx
+        seed = hash((torch.initial_seed(), step, call)) % 2**63
+        return own_numbers(self._generators, seed)
 
     def _ask_protected(self, part: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the network so that it cannot change the student's own inputs.
 
-        The first call gets copies. If it writes to a copy, all later calls get copies too.
-        Otherwise, later calls get the student's own tensors, and a change of their version counters
-        reveals a write.
+        The first call gets copies of the tensors. If it writes to a copy, all later calls get
+        copies too. Otherwise, later calls get the student's own tensors, and a change of their
+        version counters reveals a write. Containers and other objects are always copies.
         """
-        writes = self._writes.get(part)
-        inputs: Any = (args, kwargs)
-        if torch.compiler.is_compiling() or any(x.is_inference() for x in tensors_in(inputs)):
-            return self.ask(part, *copy_tensors(inputs))  # a write could not be noticed
-        if writes is not False:
-            inputs = copy_tensors(inputs)
-        tensors = tensors_in(inputs)
+        compiling, writes = torch.compiler.is_compiling(), self._writes.get(part)
+        inputs, tensors = own_inputs((args, kwargs), clone=compiling or writes is not False)
+        if compiling:  # a write could not be noticed
+            return self.ask(part, *inputs)
+        if any(x.is_inference() for x in tensors):  # nor could it here
+            return self.ask(part, *own_inputs(inputs, clone=True)[0])
         before = [x._version for x in tensors]
         output = self.ask(part, *inputs)
         written = before != [x._version for x in tensors]
@@ -219,6 +255,7 @@ class Teacher(TeacherBase):
 
     def detach(self) -> None:
         """Move the network to the CPU."""
+        self._trainer = None
         self.to("cpu")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -240,12 +277,13 @@ class Teacher(TeacherBase):
 
     @torch.no_grad()
     def ask(self, part: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Call the network as in :meth:`__call__`, or one of its sub-modules.
+        """Call the network as in :meth:`__call__`, or a part of it.
 
-        A sub-module gets the inputs without any conversion, also of their dtype.
+        A part gets the inputs without any conversion, also of their dtype.
 
         Args:
-            part: the dotted path of the sub-module; ``""`` is the network.
+            part: the path of a sub-module or a method, see
+                :func:`lightning_dist.taps.find_part`; ``""`` is the network.
             args: the positional arguments of the call.
             kwargs: the keyword arguments of the call.
 
@@ -255,7 +293,9 @@ class Teacher(TeacherBase):
         if any(module.training for module in self._modules()):
             self.freeze()
         if part:
-            return self._run(self.network.get_submodule(part), args, kwargs)
+            module, name = find_part(self.network, part)
+            method = module if name == "forward" else getattr(module, name)
+            return self._run(method, args, kwargs)
         return self._answer(args, kwargs)
 
     def _modules(self) -> list[nn.Module]:
@@ -278,14 +318,14 @@ class Teacher(TeacherBase):
             return output
         return with_logits(output, self.to_student_classes(logits_of(output)))
 
-    def _run(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def _run(self, part: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Call the network or a part of it, without autocast if ``dtype`` is set."""
         parameter = next(self.network.parameters(), None)
         context: Any = nullcontext()
         if parameter is not None and self.dtype is not None:
             context = torch.autocast(parameter.device.type, enabled=False)
         with context, gathered(self.network):
-            return self._runner(module)(*args, **kwargs)
+            return self._runner(part)(*args, **kwargs)
 
     def as_network(self) -> nn.Module:
         """Return the network, or a module that also converts the inputs and the logits."""
@@ -296,7 +336,7 @@ class Teacher(TeacherBase):
     def with_network(self, network: nn.Module, inputs: InputBridge | None = None) -> "Teacher":
         """Return a teacher with the same settings and another network; see :class:`TeacherBase`."""
         teacher = copy.copy(self)
-        teacher.network, teacher._listed = network, None
+        teacher.network, teacher._listed, teacher._generators = network, None, None
         teacher.inputs = self.inputs if inputs is None else inputs
         teacher._found, teacher._trained = self._found, self._trained  # release() restores these
         teacher.freeze()
@@ -307,11 +347,12 @@ class Teacher(TeacherBase):
             return x
         return x.to(dtype, memory_format=self._format if x.dim() == 4 else torch.preserve_format)
 
-    def _runner(self, module: nn.Module) -> Callable[..., Any]:
-        # A compiled network ignores hooks that are registered later, such as a term's.
-        hooked = any(m._forward_hooks for m in self.network.modules())
-        if module is not self.network or not self.compile or hooked:
-            return module
+    def _runner(self, part: Callable[..., Any]) -> Callable[..., Any]:
+        if part is not self.network or not self.compile:
+            return part
+        # A compiled network ignores hooks that are registered later, and is compiled anew for taps.
+        if any(m._forward_hooks or is_tapped(m) for m in self.network.modules()):
+            return part
         if self._compiled is None:
             self._compiled = torch.compile(self.network)
         return self._compiled
@@ -341,6 +382,8 @@ class Teacher(TeacherBase):
             "_compiled": None,
             "_listed": None,
             "_writes": {},
+            "_generators": None,
+            "_trainer": None,
             "_found": [],
             "_trained": [],
         }
