@@ -103,14 +103,14 @@ def test_weights_and_losses_equal_those_of_a_plain_loop(make_trainer):
     torch.testing.assert_close(module.net.state_dict(), net.state_dict())
 
 
-def test_task_weight_and_another_loss(make_trainer):
+def test_task_weight_and_another_loss_are_used(make_trainer):
     teacher = teacher_net()
     _, losses = plain_loop(teacher, weight=1.0, task_weight=0.9, loss=KDLoss(tau=4.0))
     callback = DistillationCallback(teacher, loss=KDLoss(tau=4.0), weight=1.0, task_weight=0.9)
     assert fitted(make_trainer(callbacks=[callback])).losses == pytest.approx(losses, rel=1e-6)
 
 
-def test_weight_zero_changes_no_weight_bit_for_bit(make_trainer):
+def test_weight_0_changes_no_bit_of_the_student(make_trainer):
     alone = fitted(make_trainer(max_epochs=2))
     callback = DistillationCallback(teacher_net(), weight=0.0)
     assert_same_weights(alone, fitted(make_trainer(max_epochs=2, callbacks=[callback])))
@@ -126,7 +126,7 @@ def test_distillation_loss_is_logged(make_trainer):
     assert module.losses[0] == pytest.approx(task + distill, rel=1e-6)
 
 
-def test_several_terms_on_different_sub_modules(make_trainer):
+def test_several_terms_on_different_sub_modules_are_summed(make_trainer):
     terms = {
         "dist": Term(DISTLoss(), weight=2.0),
         "hidden": Term(F.mse_loss, weight=0.5, student="0", teacher="0"),
@@ -315,7 +315,7 @@ def test_a_step_may_return_a_dict_or_none(make_trainer):
     ],
     ids=["tuple", "index", "dict with logits", "named entry", "object", "named attribute"],
 )
-def test_outputs_that_are_not_tensors(make_trainer, wrap, output):
+def test_logits_are_found_in_outputs_that_are_not_tensors(make_trainer, wrap, output):
     class Wrapped(nn.Sequential):
         def forward(self, inputs):
             return wrap(super().forward(inputs))
@@ -352,7 +352,7 @@ def test_the_student_may_be_the_module_itself(make_trainer):
     assert fitted(make_trainer(callbacks=[callback]), Itself).losses == pytest.approx(losses, 1e-6)
 
 
-def test_gradient_accumulation_and_clipping(make_trainer):
+def test_gradients_are_accumulated_and_clipped_as_in_a_plain_loop(make_trainer):
     teacher = teacher_net()
     trainer = make_trainer(
         callbacks=[DistillationCallback(teacher)], accumulate_grad_batches=2, gradient_clip_val=0.1
@@ -373,7 +373,7 @@ def test_gradient_accumulation_and_clipping(make_trainer):
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
-def test_precisions(make_trainer, precision):
+def test_training_works_in_every_precision(make_trainer, precision):
     trainer = make_trainer(callbacks=[DistillationCallback(teacher_net())], precision=precision)
     _, losses = plain_loop(teacher_net())
     assert fitted(trainer).losses == pytest.approx(losses, rel=0.02)
@@ -392,7 +392,7 @@ def test_the_relation_loss_is_float32_under_bf16_mixed(make_trainer):
     assert dtypes == [torch.bfloat16, torch.bfloat16, torch.float32]
 
 
-def test_teacher_in_a_chosen_dtype(make_trainer):
+def test_a_teacher_computes_in_its_chosen_dtype(make_trainer):
     teacher = Teacher(teacher_net(), dtype="bfloat16")
     outputs = []
     teacher.network.register_forward_hook(lambda *args: outputs.append(args[-1]))
@@ -477,7 +477,7 @@ def test_validation_does_not_call_the_teacher(make_trainer):
     assert trainer.callback_metrics["val/loss"] < 5
 
 
-def test_weight_schedule_by_epoch_and_step(make_trainer):
+def test_a_weight_schedule_counts_epochs_or_steps(make_trainer):
     seen = []
 
     def spy(schedule):
@@ -781,7 +781,7 @@ def test_conflicting_arguments_are_refused():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["student", "module", "loss"])
-def test_compiled_students_modules_and_losses(make_trainer, what):
+def test_compiled_students_modules_and_losses_train_the_same(make_trainer, what):
     teacher = teacher_net()
     _, losses = plain_loop(teacher)
     torch.manual_seed(3)

@@ -181,7 +181,7 @@ def test_other_data_do_not_get_the_teacher_of_digits():
     ],
     ids=lambda overrides: overrides[0],
 )
-def test_common_keys_need_no_plus(overrides):
+def test_common_keys_can_be_overridden_without_a_plus(overrides):
     composed(*overrides)
 
 

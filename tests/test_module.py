@@ -264,7 +264,7 @@ def test_torch_scheduler_changes_the_rate_at_every_step(make_trainer):
     assert rates(make_trainer, module) == pytest.approx([0.1] * 3 + [0.05] * 3 + [0.025] * 2)
 
 
-def test_a_subclass_that_overrides_one_method(make_trainer):
+def test_a_subclass_may_override_training_step_only(make_trainer):
     class Regression(DistillModule):
         def training_step(self, batch, batch_idx):
             inputs, target = batch

@@ -69,7 +69,7 @@ def other(state: dict) -> dict:
     ],
 )
 @pytest.mark.parametrize("suffix", [".pth", ".ckpt"])
-def test_torch_files(tmp_path, network, contents, suffix):
+def test_weights_in_torch_files_are_loaded(tmp_path, network, contents, suffix):
     path = tmp_path / f"weights{suffix}"
     torch.save(contents(network.state_dict()), path)
     loaded = SmallCNN([4, 8])
@@ -77,7 +77,7 @@ def test_torch_files(tmp_path, network, contents, suffix):
     assert same(loaded, network)
 
 
-def test_safetensors_files(tmp_path, network):
+def test_weights_in_safetensors_files_are_loaded(tmp_path, network):
     safetensors.torch.save_file(network.state_dict(), tmp_path / "weights.safetensors")
     teacher = Teacher(SmallCNN([4, 8]), weights=tmp_path / "weights.safetensors")
     assert same(teacher.network, network)

@@ -90,7 +90,7 @@ def build_scheduler(
 
 
 def step_scheduler(scheduler: Any, trainer: Trainer, interval: str, metric: Any | None) -> None:
-    """Step a torch scheduler as Lightning does; set a timm scheduler to the current time.
+    """Step a torch scheduler as Lightning does, or a timm scheduler to the current epoch or update.
 
     Args:
         scheduler: the scheduler.

@@ -116,7 +116,7 @@ def test_a_copy_of_the_module_shares_the_teacher_and_a_pickle_holds_no_file(trai
     train(kept, epochs=1, callbacks=[Copying()])
 
 
-def test_float16_changes_the_student_by_a_rounding(train, tmp_path):
+def test_float16_changes_the_student_only_by_rounding(train, tmp_path):
     live = train(teacher()).student.state_dict()
     kept = train(CachedTeacher(teacher(), tmp_path, views=3)).student.state_dict()
     for name, value in live.items():
@@ -124,14 +124,14 @@ def test_float16_changes_the_student_by_a_rounding(train, tmp_path):
     assert any(not torch.equal(kept[name], value) for name, value in live.items())
 
 
-def test_every_row_is_a_fresh_answer(train, tmp_path):
+def test_every_row_is_the_teachers_output(train, tmp_path):
     train(CachedTeacher(teacher(), tmp_path, views=2))
     assert len(files(tmp_path)) == 2
     assert_rows_are_the_teachers_outputs(tmp_path, digits())
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
-def test_every_precision_of_the_student(train, tmp_path, precision):
+def test_the_cache_works_with_every_precision_of_the_student(train, tmp_path, precision):
     kept = CachedTeacher(teacher(), tmp_path, views=1)
     module = train(kept, epochs=1, precision=precision)
     assert all(value.isfinite().all() for value in module.student.state_dict().values())
@@ -162,7 +162,7 @@ def test_a_view_is_drawn_in_the_loaders_default_dtype(train, tmp_path):
     assert len(files(tmp_path)) == 1
 
 
-def test_the_callback_with_a_users_module(train, tmp_path):
+def test_the_callback_reads_the_cache_with_a_users_module(train, tmp_path):
     class Plain(L.LightningModule):
         def __init__(self):
             super().__init__()
@@ -192,7 +192,7 @@ def test_a_tuner_reads_the_cached_outputs(make_trainer, tmp_path):
     assert len(files(tmp_path)) == 1
 
 
-def test_an_ensemble_with_bridge_and_class_map(train, tmp_path):
+def test_an_ensemble_with_bridge_and_class_map_is_cached(train, tmp_path):
     bridge = InputBridge([0.5], [0.5], DigitsDataModule.mean, DigitsDataModule.std)
     bridged = Teacher(SmallCNN([32, 64, 128]), TRAINED, inputs=bridge, class_map=range(10))
     ensemble = EnsembleTeacher([teacher(), bridged])
@@ -226,7 +226,7 @@ def test_a_run_that_resumes_within_an_epoch_reads_the_outputs_for_its_batches(tr
 
 
 @pytest.mark.parametrize("network", ["one head", "two heads"])
-def test_dense_logits(make_trainer, tmp_path, network):
+def test_dense_logits_are_cached(make_trainer, tmp_path, network):
     """The files contain the logits of both heads, at the network's own resolution."""
 
     class TwoHeads(SmallUNet):
@@ -604,7 +604,7 @@ def counted(tmp_path, monkeypatch):
 
 
 def fork(train, *args, **kwargs) -> multiprocessing.Process:
-    """Train in a forked process."""
+    """Start a forked process that trains, and return it."""
 
     def work() -> None:
         torch.set_num_threads(1)  # OpenMP's threads do not survive a fork.

@@ -155,7 +155,7 @@ def test_outputs_of_another_shape_are_refused(train, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
-def test_rounding_is_no_change(train, tmp_path, dtype):
+def test_differences_by_rounding_are_accepted(train, tmp_path, dtype):
     """Another memory format and an added 1e-6 change the outputs as another device might do."""
     trained = teacher(dtype=dtype)
     train(CachedTeacher(trained, tmp_path, views=1), epochs=1)

@@ -45,7 +45,7 @@ def ends_badly(command, capsys):
 
 
 @pytest.mark.slow
-def test_six_runs_through_joblib_with_loader_workers(command, tmp_path):
+def test_six_runs_complete_through_joblib_with_loader_workers(command, tmp_path):
     sweep = ["distill=none,kd,dist", "seed=0,1", "data.num_workers=1", *TINY]
     command("train", "-m", *JOBLIB, *sweep, f"hydra.sweep.dir={tmp_path}/sweep")
     found = results(tmp_path / "sweep")

@@ -71,7 +71,7 @@ def test_backward_pass_gives_every_parameter_a_gradient(name: str):
 
 
 @pytest.mark.parametrize("name", ["resnet20", "resnet50", "wrn_16_2", "vgg8", "mobilenet_v2_half"])
-def test_convolutions_start_kaiming_normal_over_their_fan_out(name: str):
+def test_convolutions_are_initialised_by_their_fan_out(name: str):
     torch.manual_seed(0)
     convolutions = [layer for layer in build(name).modules() if isinstance(layer, nn.Conv2d)]
     # Test a layer with different numbers of input and output channels, because fan-in and fan-out

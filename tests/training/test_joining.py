@@ -31,7 +31,7 @@ def test_a_step_that_was_set_on_the_instance_is_restored():
     assert vars(module)["training_step"] is own
 
 
-def test_copies_of_the_module_and_other_loops_run_the_own_step():
+def test_copies_and_other_loops_run_the_modules_own_step():
     module = BoringModel()
     wrapped(module)
     batch = torch.ones(1, 32)
@@ -42,7 +42,7 @@ def test_copies_of_the_module_and_other_loops_run_the_own_step():
     assert other.training_step(batch, 0) != "run"
 
 
-def test_the_sum_joins_the_loss_of_a_tensor_or_a_mapping():
+def test_the_sum_is_added_to_the_loss_in_a_tensor_or_a_mapping():
     loss, distill = torch.tensor(3.0), torch.tensor(1.0)
     assert add_to_loss(loss, distill, 0.5, BoringModel()) == 2.5
     assert add_to_loss({"loss": loss, "x": 1}, distill, 0.5, BoringModel()) == {"loss": 2.5, "x": 1}

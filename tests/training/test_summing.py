@@ -28,7 +28,7 @@ def summed(terms, student, teacher, nonfinite="raise"):
     return sum_terms(terms, weights, recorded, teacher, TRAINER, **options)
 
 
-def test_the_sum_is_weighted_and_runs_over_terms_and_calls():
+def test_the_sum_weights_the_terms_and_includes_all_calls():
     x, y = torch.randn(4, 3, requires_grad=True), torch.randn(4, 3)
     terms = {
         "a": Term(F.mse_loss, 2.0),
