@@ -29,7 +29,7 @@ def refuse_other_inputs(pl_module: LightningModule, inputs: Inputs) -> None:
     """
     if inputs != {"": ""}:
         raise MisconfigurationException(
-            "the teacher gets something else than the student's images "
+            "the teacher gets other inputs than the student's images "
             f"(inputs is {inputs}), as in detection, but a CachedTeacher has outputs for whole "
             "images only: use the teacher without a cache (distill.cache=off)"
         )
@@ -81,8 +81,8 @@ def refuse_other_images(
 ) -> None:
     """Refuse a call of the student with other images than those of the batch.
 
-    If the first three arguments are bound (functools.partial), this is what a tap of the student
-    calls first.
+    The first three arguments are bound (functools.partial); the result is called before each call
+    of the student.
 
     Args:
         batch: the training batch, whose images the teacher got.

@@ -21,7 +21,8 @@ def split_batch(
         method: the method to override for batches of another form, for the message.
 
     Raises:
-        TypeError: if the batch is neither; the message describes it.
+        TypeError: if the batch is neither a pair nor a mapping with these keys; the message
+            describes the batch.
 
     Example:
         >>> split_batch({"pixel_values": 1, "labels": 2})

@@ -69,7 +69,7 @@ def _warn_of_compiled_taps(student: nn.Module, terms: Mapping[str, Term]) -> Non
     inner = [name for name, term in terms.items() if term.student]
     if compiled and inner:
         rank_zero_warn(
-            f"term {inner[0]!r} compares a part within the student, which is compiled: the "
-            "taps of each step make torch compile it again, until torch runs it uncompiled. "
-            "Compare the student's own output (student=''), or leave out torch.compile"
+            f"term {inner[0]!r} compares a part within the student, which is compiled: to record "
+            "the part, torch compiles the student again in each step, and after some steps runs it "
+            "uncompiled. Compare the student's own output (student=''), or leave out torch.compile"
         )

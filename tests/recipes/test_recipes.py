@@ -37,8 +37,8 @@ RECIPES = list(PAPER["recipes"])
 TABLES = ["cifar100", "imagenet", "imagenet_stronger_teacher", "imagenet_stronger_strategy"]
 UPDATES_PER_EPOCH = 10
 
-# A pair of each kind: a table, its data, optimizer, augmentation and average. The networks of every
-# pair are built in test_networks_are_those_of_the_paper.
+# The recipes that are trained for two steps. Together they have all tables, data sets, optimizers,
+# augmentations and averages. (test_networks_are_those_of_the_paper builds the networks of all.)
 TRAINED = [
     "cifar100/resnet50_mobilenetv2",
     "cifar100/resnet32x4_shufflenetv1",
