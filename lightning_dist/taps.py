@@ -252,6 +252,8 @@ def find_part(root: nn.Module, path: str) -> tuple[nn.Module, str]:
     Raises:
         AttributeError: if there is neither a sub-module nor a method at the path.
     """
+    if not path:
+        return root, "forward"
     try:
         return root.get_submodule(path), "forward"
     except AttributeError:
@@ -276,7 +278,7 @@ def check_part(root: nn.Module, path: str, where: str, what: str) -> None:
     """
     try:
         find_part(root, path)
-    except AttributeError:
+    except (AttributeError, RuntimeError):
         find_submodule(root, path, where, what)
 
 
@@ -295,8 +297,15 @@ def find_submodule(root: nn.Module, path: str, where: str, what: str) -> nn.Modu
     Raises:
         MisconfigurationException: if it does not exist; the message lists similar paths.
     """
+    if not path:
+        return root
     try:
         return root.get_submodule(path)
+    except RuntimeError as error:  # TorchScript gives no access to its parts
+        raise MisconfigurationException(
+            f"{where} ({type(root).__name__}) has no sub-module that can be observed, such as "
+            f"{path!r} ({error}): let {what} be '', its whole output"
+        ) from error
     except AttributeError:
         names = [name for name, _ in root.named_modules() if name]
         near = difflib.get_close_matches(path, names, n=5, cutoff=0.3) or names[:5]

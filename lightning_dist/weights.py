@@ -16,8 +16,13 @@ from torch import Tensor, nn
 # Training programs store weights under these entries of a checkpoint, and put these prefixes before
 # the names. Averaged weights come first, because a program that averages weights evaluates and
 # publishes the averaged ones.
-_WRAPPERS = ("state_dict_ema", "model_ema", "ema_model", "state_dict", "model")
+_WRAPPERS = (
+    *("state_dict_ema", "model_ema", "ema_model", "params_ema"),
+    *("state_dict", "model_state_dict", "model", "net", "network", "module", "weights", "params"),
+)
 _PREFIXES = ("", "student_ema.module.", "module.", "student.", "model.", "net.", "_orig_mod.")
+
+_COUNTER = "num_batches_tracked"
 
 
 class _Unread:
@@ -54,9 +59,11 @@ def load_weights(
         network: the network to load the weights into.
         path: a ``.safetensors`` file, or a torch file such as ``.pth`` or a Lightning ``.ckpt``.
             ``pkg://PACKAGE/FILE`` is a file inside a Python package. The weights may be in an entry
-            ``state_dict``, ``model``, ``state_dict_ema``, ``model_ema`` or ``ema_model``, and their
-            names may start with ``module.``, ``student.``, ``model.``, ``net.`` or ``_orig_mod.``.
+            such as ``state_dict``, ``model``, ``model_state_dict``, ``net`` or ``model_ema``, and
+            their names may start with ``student.``, ``model.`` and the like, with any prefix that
+            all names share, or with the one prefix under which the whole network is in the file.
             If the file also contains averaged (EMA) weights, the averaged weights are loaded.
+            ``num_batches_tracked`` of batch norms may be missing.
         convert: a function that renames the entries of another program to the network's names; by
             default the network's own method ``convert_state_dict``, if it has this method.
 
@@ -69,7 +76,8 @@ def load_weights(
     state = _unwrap(read_checkpoint(path), path)
     if convert is None:
         convert = getattr(network, "convert_state_dict", None)
-    state = _strip(dict(convert(state)) if convert is not None else state, expected)
+    state = _strip(dict(convert(state)) if convert is not None else state, expected, path)
+    _match_counters(state, expected)
     problems = [
         *_listed("missing", expected.keys() - state.keys()),
         *_listed("unexpected", state.keys() - expected.keys()),
@@ -188,18 +196,50 @@ def _unwrap(contents: Mapping[str, Any], path: str | Path) -> dict[str, Tensor]:
     return dict(contents)
 
 
-def _strip(state: dict[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Remove one or two of the prefixes, so that as many names as possible fit the network."""
+def _strip(
+    state: dict[str, Tensor], expected: Mapping[str, Tensor], path: str | Path
+) -> dict[str, Tensor]:
+    """Remove a prefix of the names, so that as many of them as possible fit the network.
+
+    Raises:
+        ValueError: if the whole network is in the file under several unknown prefixes.
+    """
+    needed = [name for name in expected if not name.endswith(_COUNTER)]
 
     def fitting(prefix: str) -> int:
-        return sum(prefix + name in state for name in expected)
+        return sum(prefix + name in state for name in needed)
 
-    best = max((outer + inner for outer in _PREFIXES for inner in _PREFIXES), key=fitting)
+    parts = next(iter(state)).split(".")[:-1]
+    levels = (".".join(parts[:end]) + "." for end in range(1, len(parts) + 1))
+    common = (prefix for prefix in levels if all(name.startswith(prefix) for name in state))
+    known = [outer + inner for outer in _PREFIXES for inner in _PREFIXES]
+    best = max((*known, *common), key=fitting)
+    if needed and fitting(best) < len(needed):
+        ends = {key.removesuffix(needed[0]) for key in state if key.endswith(f".{needed[0]}")}
+        whole = sorted(prefix for prefix in ends if fitting(prefix) == len(needed))
+        if len(whole) > 1:
+            raise ValueError(
+                f"{path} has several networks of this kind, under {', '.join(map(repr, whole))}: "
+                "save one of them alone"
+            )
+        best = whole[0] if whole else best
     if not best or not fitting(best):
         return state
     return {
         name.removeprefix(best): value for name, value in state.items() if name.startswith(best)
     }
+
+
+def _match_counters(state: dict[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Add and remove batch norms' counters of batches in place, as torch itself does.
+
+    Old programs and converters leave them out, and a frozen batch norm has none.
+    """
+    for name in [name for name in state if name.endswith(_COUNTER) and name not in expected]:
+        del state[name]
+    for name, value in expected.items():
+        if name.endswith(_COUNTER):
+            state.setdefault(name, value)
 
 
 def _listed(what: str, names: set[str]) -> list[str]:

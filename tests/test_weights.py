@@ -13,6 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from lightning_dist import Teacher
 from lightning_dist.models.small import SmallCNN
@@ -35,6 +36,47 @@ def prefixed(state: dict, prefix: str) -> dict:
 
 def other(state: dict) -> dict:
     return {name: value + 1 for name, value in state.items()}
+
+
+def without_counters(state: dict) -> dict:
+    return {name: x for name, x in state.items() if not name.endswith("num_batches_tracked")}
+
+
+FOUND = {
+    "no counters": without_counters,
+    "any common prefix": lambda state: prefixed(state, "algorithm.backbone."),
+    "teacher alone": lambda state: {"state_dict": prefixed(state, "teacher.")},
+    "beside other parts": lambda state: prefixed(state, "encoder.") | {"loss.w": torch.ones(1)},
+    "net": lambda state: {"net": state, "acc": 0.9},
+    "model_state_dict": lambda state: {"model_state_dict": state, "epoch": 3},
+    "module": lambda state: {"module": prefixed(state, "backbone."), "global_steps": 3},
+    "params_ema": lambda state: {"params": other(state), "params_ema": state},
+}
+
+
+@pytest.mark.parametrize("kind", FOUND)
+def test_weights_are_found_wherever_a_program_put_them(tmp_path, kind):
+    network, fresh = (nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)) for _ in range(2))
+    torch.save(FOUND[kind](network.state_dict()), tmp_path / "w.pth")
+    load_weights(fresh, tmp_path / "w.pth")
+    assert same(network, fresh)
+
+
+def test_a_counter_that_the_network_lacks_is_no_difference(tmp_path):
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
+    fresh = nn.Sequential(nn.Conv2d(1, 2, 3), FrozenBatchNorm2d(2))
+    torch.save(network.state_dict(), tmp_path / "w.pth")
+    load_weights(fresh, tmp_path / "w.pth")
+    assert torch.equal(fresh[0].weight, network[0].weight)
+
+
+def test_two_networks_of_one_kind_are_refused_by_their_prefixes(tmp_path, network):
+    state = network.state_dict()
+    torch.save(prefixed(state, "query.") | prefixed(other(state), "key."), tmp_path / "w.pth")
+    with pytest.raises(
+        ValueError, match=r"several networks of this kind, under 'key\.', 'query\.'"
+    ):
+        load_weights(network, tmp_path / "w.pth")
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from lightning_dist.taps import (
 )
 from lightning_dist.teacher.base import Inputs, Tap, TeacherBase
 from lightning_dist.teacher.bridge import InputBridge
+from lightning_dist.teacher.calls import explain_refused_call, freeze
 from lightning_dist.teacher.isolation import generators_of, own_inputs, own_numbers
 from lightning_dist.teacher.sharding import gathered, is_sharded
 from lightning_dist.weights import load_weights
@@ -41,13 +42,16 @@ class Teacher(TeacherBase):
     generators are restored after each call.
 
     Args:
-        network: the trained network. It is frozen in place.
+        network: the trained network, which may also be a module of TorchScript or
+            ``torch.export.load(...).module()``. It is frozen in place.
         weights: a file to load into the network, see :func:`lightning_dist.weights.load_weights`.
         dtype: the dtype of the network's weights and inputs, such as ``torch.bfloat16`` or
             ``"bfloat16"``. By default, the network keeps its dtype, and the Trainer's autocast
             applies to it too.
         inputs: a function that converts the student's inputs to the network's inputs, if the two
-            were trained on images of different normalisation, size or channel order.
+            were trained on images of different normalisation, size or channel order, or take
+            different arguments. It takes and returns ``(args, kwargs)`` of the call, as an
+            :class:`InputBridge` does.
         class_map: for each class of the student, the index of the network's class. It selects
             logits along dimension 1 of the tensor that :func:`lightning_dist.taps.logits_of` finds
             in the output. :func:`lightning_dist.teacher.match_classes` builds it from names.
@@ -78,7 +82,7 @@ class Teacher(TeacherBase):
         weights: str | Path | None = None,
         dtype: torch.dtype | str | None = None,
         *,
-        inputs: InputBridge | None = None,
+        inputs: Callable[[Any], Any] | None = None,
         class_map: Sequence[int] | None = None,
         compile: bool = False,
         channels_last: bool = False,
@@ -117,7 +121,8 @@ class Teacher(TeacherBase):
         self.random_numbers = random_numbers
         self._generators: list[torch.Generator] | None = None  # those that the network may use
         self._trainer: Trainer | None = None
-        self._found = [(m, m.training) for m in network.modules()]
+        # A frozen module of TorchScript has no mode.
+        self._found = [(m, m.training) for m in network.modules() if hasattr(m, "training")]
         self._trained = [p for p in network.parameters() if p.requires_grad]
         self.freeze()
 
@@ -130,7 +135,7 @@ class Teacher(TeacherBase):
 
     def freeze(self) -> None:
         """Put every part of the network in eval mode, without gradients."""
-        self.network.eval().requires_grad_(False)
+        freeze(self.network)
 
     def to(self, device: torch.device | str) -> "Teacher":
         """Move the network to a device; a sharded network stays on the devices of its mesh."""
@@ -290,7 +295,7 @@ class Teacher(TeacherBase):
         Returns:
             The output of the call.
         """
-        if any(module.training for module in self._modules()):
+        if any(getattr(module, "training", False) for module in self._modules()):
             self.freeze()
         if part:
             module, name = find_part(self.network, part)
@@ -325,7 +330,12 @@ class Teacher(TeacherBase):
         if parameter is not None and self.dtype is not None:
             context = torch.autocast(parameter.device.type, enabled=False)
         with context, gathered(self.network):
-            return self._runner(part)(*args, **kwargs)
+            try:
+                return self._runner(part)(*args, **kwargs)
+            except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+                if part is self.network:
+                    explain_refused_call(self, self.network, args, kwargs, error)
+                raise
 
     def as_network(self) -> nn.Module:
         """Return the network, or a module that also converts the inputs and the logits."""

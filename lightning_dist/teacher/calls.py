@@ -1,0 +1,86 @@
+"""Functions for networks of any origin as teachers: freezing them, and calls that they refuse."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+
+# torch.export's graphs keep dropout and batch norm as they were: the position of the argument that
+# says whether they train.
+_TRAINING_ARGUMENT = {"dropout": 2, "batch_norm": 5}
+
+
+def freeze(network: nn.Module) -> None:
+    """Put a network in eval mode, without gradients, as far as its kind has modes and parameters.
+
+    A module of TorchScript or ``torch.export`` is frozen too.
+
+    Raises:
+        MisconfigurationException: if it is a graph that ``torch.export`` made of a network in
+            training mode, which always drops out or updates its statistics.
+    """
+    try:
+        network.eval()
+    except NotImplementedError:  # a graph of torch.export, which has the mode it was exported in
+        _refuse_training_graph(network)
+        for module in network.modules():
+            module.training = False
+    for parameter in network.parameters():  # TorchScript has no requires_grad_ of a module
+        parameter.requires_grad_(False)
+
+
+def _refuse_training_graph(network: nn.Module) -> None:
+    for node in getattr(getattr(network, "graph", None), "nodes", ()):
+        for name, position in _TRAINING_ARGUMENT.items():
+            if name in str(node.target) and [*node.args, *[None] * 9][position] is True:
+                raise MisconfigurationException(
+                    f"the teacher is a graph that torch.export made in training mode (its "
+                    f"{node.target} trains): call eval() of the network before torch.export.export"
+                )
+
+
+def explain_refused_call(
+    teacher: Any, network: nn.Module, args: Any, kwargs: Mapping[str, Any], error: Exception
+) -> None:
+    """Raise an error with advice if a network failed because of the arguments of its call.
+
+    Args:
+        teacher: the teacher, for the message.
+        network: the network that was called.
+        args: the positional arguments of the call.
+        kwargs: the keyword arguments of the call.
+        error: the error that the call raised.
+
+    Raises:
+        MisconfigurationException: if the network's ``forward`` does not take the arguments.
+    """
+    graph = isinstance(network, (torch.jit.ScriptModule, torch.fx.GraphModule))
+    takes = "its own inputs"
+    if not graph:
+        signature = inspect.signature(network.forward)
+        takes = ", ".join(map(str, signature.parameters.values()))
+        try:
+            signature.bind(*args, **kwargs)
+            return
+        except TypeError:
+            pass
+    elif isinstance(error, torch.OutOfMemoryError):
+        return
+    given = [_kind(x) for x in args] + [f"{name}={_kind(x)}" for name, x in kwargs.items()]
+    raise MisconfigurationException(
+        f"DistillationCallback calls {teacher} as the student is called, with "
+        f"({', '.join(given)}), but its {type(network).__name__} takes ({takes}): {error}. Give "
+        "DistillationCallback(inputs=FUNCTION), a function of the batch that returns the teacher's "
+        "input, or Teacher(network, inputs=FUNCTION), a function that converts the (args, kwargs) "
+        "of the call, such as: lambda call: ((call[1]['pixel_values'],), {})"
+    ) from error
+
+
+def _kind(value: Any) -> str:
+    """Return the type of an argument, and its shape if it is a tensor."""
+    if isinstance(value, Tensor):
+        return f"Tensor {tuple(value.shape)}"
+    return type(value).__name__

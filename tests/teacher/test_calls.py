@@ -1,0 +1,111 @@
+"""Tests of teachers that are no plain networks, and of calls that a teacher does not take."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_dist import DistillationCallback, Teacher, Term
+from lightning_dist.losses import DISTLoss
+
+IMAGES = torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(64, 3))
+
+
+class Student(LightningModule):
+    """A module whose step calls the student with a keyword, as for Hugging Face's models."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Keyword(network())
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        images, labels = batch
+        return F.cross_entropy(self.net(pixel_values=images), labels)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Keyword(nn.Module):
+    def __init__(self, layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.layers(pixel_values)
+
+
+def exported(source: nn.Module) -> nn.Module:
+    batch = torch.export.Dim("batch")
+    return torch.export.export(source, (IMAGES,), dynamic_shapes=({0: batch},)).module()
+
+
+KINDS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "scripted": torch.jit.script,
+    "traced": lambda source: torch.jit.trace(source, IMAGES),
+    "frozen trace": lambda source: torch.jit.freeze(torch.jit.trace(source, IMAGES)),
+    "optimized": lambda source: torch.jit.optimize_for_inference(torch.jit.script(source)),
+    "exported": exported,
+    "traced by fx": torch.fx.symbolic_trace,
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_network_of_any_kind_teaches_frozen(make_trainer, kind):
+    plain = network().eval()
+    teacher = Teacher(KINDS[kind](plain), inputs=lambda call: ((call[1]["pixel_values"],), {}))
+    loader = DataLoader(TensorDataset(IMAGES, torch.arange(8) % 3), batch_size=4)
+    trainer = make_trainer(callbacks=[DistillationCallback(teacher)])
+    trainer.fit(Student(), loader)
+    assert trainer.callback_metrics["train/distill"] > 0
+    answers = [teacher(pixel_values=IMAGES) for _ in range(2)]
+    assert not answers[0].requires_grad
+    torch.testing.assert_close(answers[0], plain(IMAGES))
+    assert torch.equal(*answers)
+
+
+def test_a_graph_that_was_exported_in_training_mode_is_refused():
+    with pytest.raises(MisconfigurationException, match=r"training mode .*call eval\(\)"):
+        Teacher(exported(network().train()))
+
+
+def test_a_part_of_torchscript_is_refused_with_advice(make_trainer):
+    teacher = Teacher(torch.jit.script(network().eval()))
+    terms = {"part": Term(DISTLoss(), teacher="5")}
+    loader = DataLoader(TensorDataset(IMAGES, torch.arange(8) % 3), batch_size=4)
+    with pytest.raises(MisconfigurationException, match=r"no sub-module that can be observed"):
+        make_trainer(callbacks=[DistillationCallback(teacher, terms=terms)]).fit(Student(), loader)
+
+
+@pytest.mark.parametrize("kind", ["plain", "scripted", "exported"])
+def test_a_call_that_the_teacher_does_not_take_is_explained(make_trainer, kind):
+    source = network().eval()
+    teacher = source if kind == "plain" else KINDS[kind](source)
+    loader = DataLoader(TensorDataset(IMAGES, torch.arange(8) % 3), batch_size=4)
+    message = (
+        r"DistillationCallback calls Teacher\(.*with \(pixel_values=Tensor \(4, 3, 6, 6\)\), but "
+        r"its .* takes .*Teacher\(network, inputs=FUNCTION\)"
+    )
+    with pytest.raises(MisconfigurationException, match=message):
+        make_trainer(callbacks=[DistillationCallback(teacher)]).fit(Student(), loader)
+    callback = DistillationCallback(teacher, inputs=lambda batch: batch[0])
+    make_trainer(callbacks=[callback]).fit(Student(), loader)
+
+
+def test_an_error_within_the_teacher_stays_what_it_is():
+    teacher = Teacher(network())
+    with pytest.raises(RuntimeError, match="expected input"):
+        teacher(torch.zeros(2, 5, 6, 6))
