@@ -49,8 +49,9 @@ def tap(
 ) -> Callable[[], None]:
     """Call functions before and after each call of a part of a network.
 
-    The part's ``forward`` is replaced on the instance, and not hooked, so that it does not matter
-    whether the part is called as ``part(x)`` or as ``part.forward(x)``.
+    The part's ``forward`` is replaced on the instance, so that it does not matter whether the part
+    is called as ``part(x)`` or as ``part.forward(x)``. In the first case, forward hooks of the part
+    can change the output; ``after`` then gets what they return.
 
     Args:
         root: the network.
@@ -63,17 +64,27 @@ def tap(
     """
     owner, name = find_part(root, path)
     method, kept = getattr(owner, name), owner.__dict__.get(name)
+    through_call: list[bool] = []  # an item while part(x) runs, and not in part.forward(x)
+    handles = []
+    if after is not None and name == "forward" and owner._forward_hooks:
+        handles = [
+            owner.register_forward_pre_hook(lambda *_: through_call.append(True)),
+            owner.register_forward_hook(lambda _, args, output: after(output)),
+        ]
 
     @functools.wraps(method)
     def tapped(*args: Any, **kwargs: Any) -> Any:
+        hooked = bool(through_call) and through_call.pop()
         if before is not None:
             before(args, kwargs)
         output = method(*args, **kwargs)
-        if after is not None:
+        if after is not None and not hooked:
             after(output)
         return output
 
     def remove() -> None:
+        for handle in handles:
+            handle.remove()
         if kept is None:
             del owner.__dict__[name]
         else:  # torch.compile and DDP in Lightning set forward on the instance too

@@ -81,3 +81,14 @@ def test_a_recording_ends_with_its_context_even_after_an_error():
     with pytest.raises(RuntimeError), recording(network, ["0"]):
         network(torch.ones(1, 4))
     assert not any(m._forward_hooks for m in network.modules())
+
+
+@pytest.mark.parametrize("way", ["call", "forward"])
+def test_the_output_of_forward_hooks_is_recorded_where_they_run(way):
+    network = nn.Sequential(nn.Linear(2, 2))
+    network[0].register_forward_hook(lambda module, args, output: 3 * output)
+    x = torch.ones(1, 2)
+    with recording(network, ["0"]) as recorded:
+        used = network[0](x) if way == "call" else network[0].forward(x)
+    (snapshot,) = recorded.outputs["0"]
+    assert snapshot.output is used
