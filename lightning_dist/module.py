@@ -1,5 +1,6 @@
 """DistillModule: a LightningModule with a trainable student and a frozen teacher."""
 
+from argparse import Namespace
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -9,7 +10,9 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
+from torch.utils._pytree import tree_leaves
 from torchmetrics import MetricCollection
 
 from lightning_dist.callback import ONLY, DistillationCallback, attached_callbacks
@@ -49,9 +52,9 @@ class DistillModule(LightningModule):
             sets another.
         metrics: the metrics to update with the student's output and the target in validation and
             test.
-        optimizer: an optimizer class (or a partial of one), which is called with the student's
-            parameters, or another function, which is called with the student itself, as
-            ``timm.optim.create_optimizer_v2`` requires. AdamW by default.
+        optimizer: an optimizer class (or a partial of one) or another function of the student's
+            parameters, or a function of the student itself, as ``timm.optim.create_optimizer_v2``.
+            AdamW by default.
         scheduler: a torch or timm scheduler class (or a partial of one), or timm's
             ``create_scheduler_v2``. It is called with the optimizer. If it takes
             ``updates_per_epoch``, it also gets the number of optimizer updates in an epoch of this
@@ -93,7 +96,8 @@ class DistillModule(LightningModule):
         task_loss: nn.Module | Callable[[Any, Any], Tensor] | None = None,
         metrics: Metrics = None,
         optimizer: Callable[..., Optimizer] | None = None,
-        scheduler: Callable[..., Any] | None = None,
+        # LightningCLI reads from these types which classes it may build.
+        scheduler: Callable[[Optimizer], LRScheduler] | Callable[..., Any] | None = None,
         scheduler_interval: str = "epoch",
         scheduler_monitor: str = "val/loss",
         distill_loss: nn.Module | Callable[[Tensor, Tensor], Tensor] | None = None,
@@ -135,6 +139,18 @@ class DistillModule(LightningModule):
         self._evaluated: dict[str, nn.Module] = {}  # further networks, by the name of their metrics
         splits = ("val/", "test/")
         self.metrics = nn.ModuleDict({split: EvaluationMetrics(metrics, split) for split in splits})
+
+    def _set_hparams(self, hp: Any) -> None:
+        """Leave networks, losses and functions out of what ``save_hyperparameters`` saves.
+
+        They would put the teacher into every checkpoint. ``load_from_checkpoint`` gets them as
+        arguments.
+        """
+        if isinstance(hp, Namespace):
+            hp = vars(hp)
+        if isinstance(hp, Mapping):
+            hp = {name: value for name, value in hp.items() if not _holds_objects(value)}
+        super()._set_hparams(hp)
 
     def evaluate_too(self, name: str, network: nn.Module) -> None:
         """Evaluate another network beside the student in validation and test.
@@ -302,3 +318,10 @@ class DistillModule(LightningModule):
     def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
         """Step a scheduler; ``metric`` is the value of the metric that it monitors, if any."""
         step_scheduler(scheduler, self.trainer, self.scheduler_interval, metric)
+
+
+def _holds_objects(value: Any) -> bool:
+    """Return whether a value is or contains a network, a teacher or a function."""
+    return any(
+        callable(leaf) or isinstance(leaf, (nn.Module, TeacherBase)) for leaf in tree_leaves(value)
+    )

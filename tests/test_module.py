@@ -9,10 +9,11 @@ import timm.scheduler
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from timm.data import Mixup
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_dist import DistillationCallback, DistillModule, DISTLoss, KDLoss, Teacher, Term
@@ -362,3 +363,98 @@ def test_timm_schedule_with_times_in_epochs_changes_the_rate_at_every_step(make_
     assert rates(make_trainer, module, epochs=3) == pytest.approx(
         [0.0, 0.05, 0.1, 0.05, 0.025, 0.0125]
     )
+
+
+def configured(params, model=None):
+    return torch.optim.SGD(params, lr=0.1, momentum=0.5)
+
+
+FACTORIES = {
+    "class": torch.optim.SGD,
+    "partial": sgd,
+    "function of the parameters": lambda params: torch.optim.SGD(params, 0.1),
+    "function of the network": lambda net: torch.optim.SGD(net.parameters(), 0.1),
+    "function of both names": configured,
+}
+
+
+@pytest.mark.parametrize("kind", FACTORIES)
+@pytest.mark.parametrize("student", [network, lambda: network()[0]], ids=["sequential", "linear"])
+def test_an_optimizer_may_be_a_function_of_the_network_or_of_its_parameters(kind, student):
+    module = DistillModule(student(), optimizer=FACTORIES[kind])
+    optimizer = module.configure_optimizers()
+    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert held == [id(p) for p in module.student.parameters()]
+
+
+def test_a_function_of_the_network_keeps_its_own_error():
+    def broken(net):
+        return torch.optim.SGD(net.parameters(), lr="fast")
+
+    with pytest.raises(MisconfigurationException, match=r"cannot be built: .*'str'"):
+        DistillModule(network(), optimizer=broken).configure_optimizers()
+
+
+def test_lightnings_plateau_scheduler_brings_its_own_monitor(make_trainer):
+    plateau = functools.partial(ReduceLROnPlateau, monitor="val/score", mode="max")
+
+    class Scored(DistillModule):
+        def on_validation_epoch_end(self):
+            self.log("val/score", 1.0)
+
+    module = Scored(network(), optimizer=sgd, scheduler=plateau)
+    trainer = make_trainer()
+    trainer.fit(module, data(), data())
+    assert trainer.lr_scheduler_configs[0].monitor == "val/score"
+
+
+class Stream(IterableDataset):
+    """Training data without a length."""
+
+    def __iter__(self):
+        return iter(TensorDataset(torch.randn(32, 6), torch.arange(32) % 4))
+
+
+def test_a_scheduler_that_counts_updates_of_data_without_length_is_explained(make_trainer):
+    def scheduler(optimizer, updates_per_epoch):
+        return torch.optim.lr_scheduler.StepLR(optimizer, updates_per_epoch)
+
+    def fit(**settings):
+        module = DistillModule(network(), network(), optimizer=sgd, scheduler=scheduler)
+        make_trainer(**settings).fit(module, DataLoader(Stream(), batch_size=8))
+
+    with pytest.raises(MisconfigurationException, match=r"have no length .*limit_train_batches"):
+        fit()
+    fit(limit_train_batches=3)
+
+
+class Saving(DistillModule):
+    """A module that saves its hyper-parameters, with a teacher in several places."""
+
+    def __init__(self, student, teacher=None, width=8, names=("a", "b"), **kwargs):
+        super().__init__(student, teacher, **kwargs)
+        self.save_hyperparameters()
+
+
+class SavingChild(Saving):
+    def __init__(self, student, teacher=None, depth=3, **kwargs):
+        super().__init__(student, teacher, **kwargs)
+        self.save_hyperparameters("depth", "teacher")
+
+
+@pytest.mark.parametrize("kind", [Saving, SavingChild])
+@pytest.mark.parametrize("wrap", [lambda net: net, Teacher], ids=["network", "Teacher"])
+def test_saved_hyperparameters_contain_no_network(make_trainer, tmp_path, kind, wrap):
+    teacher = nn.Sequential(network(), nn.Linear(4, 4000), nn.Linear(4000, 4))
+    options = {"distill_loss": KDLoss(2.0), "optimizer": sgd, "task_weight": 0.5}
+    module = kind(network(), wrap(teacher), **options)
+    trainer = make_trainer(max_steps=1)
+    trainer.fit(module, data())
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    assert (tmp_path / "x.ckpt").stat().st_size < 20_000
+    saved = torch.load(tmp_path / "x.ckpt", weights_only=True)["hyper_parameters"]
+    assert saved["task_weight"] == 0.5
+    assert not {"student", "teacher", "distill_loss", "optimizer"} & saved.keys()
+    loaded = kind.load_from_checkpoint(tmp_path / "x.ckpt", student=network(), teacher=network())
+    torch.testing.assert_close(loaded.state_dict(), module.state_dict())
+    assert loaded.task_weight == 0.5

@@ -19,8 +19,9 @@ def build_optimizer(
 
     Args:
         factory: an optimizer class or a partial of one, which is called with the parameters; or a
-            function such as ``timm.optim.create_optimizer_v2``, which is called with the student,
-            so that it can use other settings for biases and norms.
+            function of the student, such as ``timm.optim.create_optimizer_v2``, which can use other
+            settings for biases and norms; or another function of the parameters. A function is
+            called with the student first.
         student: the student.
         parameters: all trainable parameters: those of the student, of a subclass's own layers and
             of distillation terms. A separate group gets the parameters that the factory left out.
@@ -34,7 +35,15 @@ def build_optimizer(
     function = getattr(factory, "func", factory)
     takes_parameters = isinstance(function, type) and issubclass(function, Optimizer)
     try:
-        optimizer = factory(list(parameters) if takes_parameters else student)
+        try:
+            optimizer = factory(list(parameters) if takes_parameters else student)
+        except TypeError as error:  # also if the student's parameters are expected
+            if takes_parameters:
+                raise
+            try:
+                optimizer = factory(list(parameters))
+            except (AttributeError, TypeError):  # the function does take the student
+                raise error from None
     except (TypeError, ValueError) as error:
         raise MisconfigurationException(f"the optimizer cannot be built: {error}") from error
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -67,16 +76,24 @@ def build_scheduler(
 
     Raises:
         MisconfigurationException: if the metric is a loss and the scheduler waits for it to rise,
-            which is the default of timm's plateau scheduler.
+            which is the default of timm's plateau scheduler; or if the number of updates in an
+            epoch is needed but the data have no length.
     """
     options = {}
     if "updates_per_epoch" in inspect.signature(factory).parameters:
         trainer.fit_loop.setup_data()  # This counts the batches of an epoch.
+        if math.isinf(trainer.num_training_batches):
+            raise MisconfigurationException(
+                "the scheduler counts the updates of an epoch, but the training data have no "
+                "length (an IterableDataset): set the Trainer's limit_train_batches to the number "
+                "of batches in an epoch"
+            )
         updates = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
         options["updates_per_epoch"] = updates
     scheduler = factory(optimizer, **options)
     if isinstance(scheduler, tuple):  # create_scheduler_v2 also returns the number of epochs
         scheduler = scheduler[0]
+    monitor = getattr(scheduler, "monitor", monitor)  # Lightning's ReduceLROnPlateau names it
     settings = {"scheduler": scheduler, "interval": interval}
     inner = getattr(scheduler, "lr_scheduler", scheduler)  # timm wraps torch's scheduler
     if not isinstance(inner, ReduceLROnPlateau):
