@@ -1,10 +1,11 @@
 """Functions that load weight files and checkpoints without running code that a file may contain."""
 
-import importlib.resources
+import importlib.util
+import os
 import pickle
 import re
-import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,13 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+
+from lightning_dist.text import error_line, printable
+from lightning_dist.weight_files import (
+    refuse_strange_safetensors,
+    refuse_strange_torch_file,
+    refuse_too_much,
+)
 
 # Training programs store weights under these entries of a checkpoint, and put these prefixes before
 # the names. Averaged weights come first, because a program that averages weights evaluates and
@@ -124,57 +132,67 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"there is no weight file {path}")
     try:
         if file.suffix == ".safetensors":
+            refuse_strange_safetensors(file)
             return safetensors.torch.load_file(file)
-        _refuse_strange_archive(file)
+        refuse_strange_torch_file(file)
         with torch.serialization.safe_globals([(_Unread, name) for name in _BESIDE_WEIGHTS]):
             contents = torch.load(file, map_location="cpu", weights_only=True)
+        refuse_too_much(contents, file)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         raise ValueError(
-            f"{path} is damaged, or contains {found[1] if found else 'code'} beside tensors. Such "
-            "objects can run code and are never loaded. Save only the weights, in the program that "
-            "wrote the file: safetensors.torch.save_file(network.state_dict(), path)"
+            f"{path} is damaged, or contains {found[1][:100] if found else 'code'} beside tensors. "
+            "Such objects can run code and are never loaded. Save only the weights, in the program "
+            "that wrote the file: safetensors.torch.save_file(network.state_dict(), path)"
         ) from error
     except PermissionError:
         raise
     except Exception as error:  # Damaged files cause errors of many kinds.
-        raise ValueError(f"{path} is damaged or no weight file: {error}") from error
+        reason = error_line(str(error))
+        raise ValueError(f"{path} is damaged or no weight file: {reason}") from error
     if not isinstance(contents, Mapping):
         raise ValueError(f"{path} holds a {type(contents).__name__}: expected a state_dict")
     return dict(contents)
 
 
-def _refuse_strange_archive(file: Path) -> None:
-    """Raise an error if the file is a zip archive that torch.save cannot have written.
-
-    torch.save does not compress. Without compressed entries, a small file cannot fill the memory.
-    An entry with a path such as ``../x`` is harmless here, because torch reads entries into memory.
-    But a program that unpacks the archive would write a file outside its target folder.
-
-    Raises:
-        ValueError: if an entry is compressed, overlaps with another entry, or has a path that leads
-            out of the archive.
-    """
-    if not zipfile.is_zipfile(file):
-        return
-    with zipfile.ZipFile(file) as archive:
-        if sum(entry.file_size for entry in archive.infolist()) > file.stat().st_size:
-            raise ValueError("its entries overlap or are compressed")
-        for entry in archive.infolist():
-            parts = re.split(r"[/\\]", entry.filename)
-            if ".." in parts or parts[0] == "" or re.match("[A-Za-z]:", entry.filename):
-                raise ValueError(f"its entry {entry.filename!r} leads out of the archive")
-            if entry.compress_type != zipfile.ZIP_STORED:
-                raise ValueError(f"its entry {entry.filename!r} is compressed")
+@contextmanager
+def weights_only_loads() -> Iterator[None]:
+    """Make torch.load read only weights here, because torchvision does not request that."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _resolve(path: str | Path) -> Path:
-    """Return the path of the file; the given path may be ``pkg://...`` or start with ``~``."""
+    """Return the path of the file; the given path may be ``pkg://...`` or start with ``~``.
+
+    The package is not imported: that would run its code.
+
+    Raises:
+        FileNotFoundError: if there is no such package.
+    """
     text = str(path)
     if not text.startswith("pkg://"):
         return Path(text).expanduser()
     package, _, name = text.removeprefix("pkg://").partition("/")
-    return Path(str(importlib.resources.files(package).joinpath(name)))
+    top, *inner = package.split(".")
+    try:
+        found = importlib.util.find_spec(top) if top else None
+    except ValueError:  # the package of a running script has no spec
+        found = None
+    folders = [
+        Path(folder, *inner) for folder in (found and found.submodule_search_locations) or ()
+    ]
+    if not folders:
+        raise FileNotFoundError(f"there is no package {printable(package, 100)!r} for {path}")
+    return next((x / name for x in folders if (x / name).is_file()), folders[0] / name)
 
 
 def _unwrap(contents: Mapping[str, Any], path: str | Path) -> dict[str, Tensor]:
@@ -188,7 +206,9 @@ def _unwrap(contents: Mapping[str, Any], path: str | Path) -> dict[str, Tensor]:
         if not (isinstance(name, str) and isinstance(value, Tensor))
     ]
     if others or not contents:
-        entries = f"entries that are no tensors ({', '.join(map(repr, others[:5]))})"
+        entries = (
+            f"entries that are no tensors ({', '.join(f'{name!r:.100}' for name in others[:5])})"
+        )
         raise ValueError(
             f"{path} has {entries if others else 'no entries'}: "
             f"expected a state_dict, alone or under one of {', '.join(_WRAPPERS)}"
@@ -246,7 +266,7 @@ def _listed(what: str, names: set[str]) -> list[str]:
     """Return a list of one line with the first names, or an empty list if there are no names."""
     if not names:
         return []
-    shown = sorted(names)[:8]
+    shown = [printable(name, 100) for name in sorted(names)[:8]]
     more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
     return [f"{len(names)} {what}: {', '.join(shown)}{more}"]
 

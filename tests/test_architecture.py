@@ -14,14 +14,26 @@ import lightning_dist
 PACKAGE = Path(lightning_dist.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-GROUND = {"checks", "taps", "weights"}
+GROUND = {"checks", "taps", "text", "weight_files", "weights"}
 LEAVES = {"data", "models"}
 CORE = {"callback", "functional", "losses", "module", "tasks", "teacher", "terms", "training"}
 WINGS = {"cache", "export", "report", "resume"}
 
 # The rooms from the lowest to the highest: a room imports only from rooms that come before it.
 FLOORS = (
-    *("checks", "taps", "weights", "losses", "functional", "data", "models", "teacher", "terms"),
+    *(
+        "checks",
+        "taps",
+        "text",
+        "weight_files",
+        "weights",
+        "losses",
+        "functional",
+        "data",
+        "models",
+        "teacher",
+        "terms",
+    ),
     *("training", "callback", "module", "tasks", "cache", "resume", "export", "report"),
     *("cli", "__main__", "__init__"),
 )

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 from lightning_dist.cli.renamed_keys import with_new_name
+from lightning_dist.text import error_line
 
 FULL_ERROR = "HYDRA_FULL_ERROR"  # set to 1 by a user who wants tracebacks
 
@@ -62,13 +63,14 @@ def fail(message: str, status: int = 1) -> NoReturn:
     """Print an error on one line and exit.
 
     Args:
-        message: the message, which may have several lines.
+        message: the message, which may have several lines. It may contain names from a file:
+            control characters are escaped, and the middle of a long message is left out.
         status: the exit status; 2 means that the command line cannot be parsed.
 
     Raises:
         SystemExit: always.
     """
-    print(f"lightning-dist: error: {with_extra(' '.join(message.split()))}", file=sys.stderr)
+    print(f"lightning-dist: error: {with_extra(error_line(message))}", file=sys.stderr)
     sys.exit(status)
 
 

@@ -2,10 +2,10 @@
 
 from hydra.utils import instantiate
 from lightning.pytorch import seed_everything
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from lightning_dist.cli.hydra_app import hydra_app
-from lightning_dist.cli.run.saved_config import build_module, read_saved
+from lightning_dist.cli.run.saved_config import build_data, build_module, read_saved
 
 
 def main() -> None:
@@ -16,6 +16,7 @@ def main() -> None:
 def _job(config: DictConfig) -> None:
     checkpoint, saved = read_saved(config.ckpt, config.trust)
     seed_everything(saved["seed"], workers=True)
-    datamodule = instantiate(OmegaConf.merge(saved["data"], config.data))
+    datamodule = build_data(saved, config.data, config.ckpt, config.trust, reads=True)
     trainer = instantiate(config.trainer, logger=False)
-    trainer.test(build_module(checkpoint, saved, config.ckpt), datamodule=datamodule)
+    module = build_module(checkpoint, saved, config.ckpt, config.trust)
+    trainer.test(module, datamodule=datamodule)

@@ -5,13 +5,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import rich
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_dist.checks import check_flag
 from lightning_dist.cli.errors import UserError
 from lightning_dist.cli.hydra_app import hydra_app
-from lightning_dist.cli.run.saved_config import build_module, read_saved
+from lightning_dist.cli.run.saved_config import build_data, build_module, read_saved
 from lightning_dist.export import export_student
 from lightning_dist.module import DistillModule
 from lightning_dist.tasks.classification import ClassificationModule
@@ -30,7 +29,7 @@ def _job(config: DictConfig) -> None:
     check_flag("ema", config.ema)
     check_flag("dynamic_size", config.dynamic_size)
     checkpoint, saved = read_saved(config.ckpt, config.trust)
-    module = build_module(checkpoint, saved, config.ckpt)
+    module = build_module(checkpoint, saved, config.ckpt, config.trust)
     student = module.student
     if config.ema:
         if module.student_ema is None:
@@ -39,7 +38,7 @@ def _job(config: DictConfig) -> None:
                 "leave out ema=true"
             )
         student = module.student_ema.module
-    data = instantiate(saved["data"])
+    data = build_data(saved, OmegaConf.create(), config.ckpt, config.trust)
     try:
         path = export_student(
             student,

@@ -11,19 +11,20 @@ import torch
 from hydra.utils import instantiate
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_dist.cli.errors import UserError
 from lightning_dist.cli.hydra_app import hydra_app
-from lightning_dist.cli.run.saved_config import build_module, read_saved
+from lightning_dist.cli.run.saved_config import build_data, build_module, read_saved
 from lightning_dist.data.image_files import SUFFIXES, find_images, load_image
 from lightning_dist.tasks.classification import ClassificationModule
 from lightning_dist.tasks.detection import DetectionModule
 from lightning_dist.tasks.drawing import box_image, class_palette, mask_image
 from lightning_dist.tasks.segmentation import SegmentationModule
+from lightning_dist.text import csv_cell
 
 
 def main() -> None:
@@ -68,12 +69,13 @@ class Writer(BasePredictionWriter):
         self.colors = saved.get("class_colors")
 
     def class_names(self, labels: Tensor) -> list[str]:
-        """Return the names of classes, or their numbers if the data has no names.
+        """Return the names of classes, or their numbers if they have no names.
 
         Args:
             labels: the class numbers, with shape (n,).
         """
-        return [self.classes[i] if self.classes else str(i) for i in labels.tolist()]
+        names = self.classes or ()
+        return [names[i] if i < len(names) else str(i) for i in labels.tolist()]
 
     def png(self, index: int) -> Path:
         """Return the path of the picture for an image, and create its folder.
@@ -117,7 +119,7 @@ class ClassWriter(Writer):
 
     def _write(self, mode: str, rows: Any) -> None:
         with (self.out / "predictions.csv").open(mode, newline="") as file:
-            csv.writer(file).writerows(rows)
+            csv.writer(file).writerows(map(csv_cell, row) for row in rows)
 
 
 class BoxWriter(Writer):
@@ -149,7 +151,7 @@ class BoxWriter(Writer):
 
 def _job(config: DictConfig) -> None:
     checkpoint, saved = read_saved(config.ckpt, config.trust)
-    module = build_module(checkpoint, saved, config.ckpt)
+    module = build_module(checkpoint, saved, config.ckpt, config.trust)
     writers: list[tuple[type, type[Writer]]] = [
         (SegmentationModule, MaskWriter),
         (ClassificationModule, ClassWriter),
@@ -162,7 +164,7 @@ def _job(config: DictConfig) -> None:
             "predictions of modules from lightning_dist.tasks: call predict_step from Python"
         )
     paths = image_files(Path(config.images))
-    datamodule = instantiate(OmegaConf.merge(saved["data"], config.data))
+    datamodule = build_data(saved, config.data, config.ckpt, config.trust)
     out = Path(config.out)
     names = _names(paths, Path(config.images), with_suffix=writer is ClassWriter)
     trainer = instantiate(config.trainer, logger=False, callbacks=[writer(names, out, saved)])

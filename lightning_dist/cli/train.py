@@ -3,7 +3,6 @@
 import logging
 import math
 import multiprocessing
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,11 +24,14 @@ from lightning_dist.cli.errors import UserError, is_users
 from lightning_dist.cli.hydra_app import hydra_app
 from lightning_dist.cli.run.callbacks import CheckMonitor, RecordError, SaveConfig, logged_metrics
 from lightning_dist.cli.run.logger_hooks import LogConfig, closed_loggers, without_loggers
+from lightning_dist.cli.run.resuming import restoring_errors
 from lightning_dist.cli.run.run import Run
 from lightning_dist.cli.run.saved_config import to_save
 from lightning_dist.cli.run.settings import check_settings
 from lightning_dist.cli.sweep.own_process import end_with_parent, needs_own_process, run_apart
 from lightning_dist.module import DistillModule
+from lightning_dist.text import error_line
+from lightning_dist.weights import weights_only_loads
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +75,8 @@ def _job(config: DictConfig) -> float | None:
         if not in_sweep:
             raise
         number = HydraConfig.get().job.num
-        log.error("job %s failed: %s", number, error, exc_info=not is_users(error))
+        reason = error_line(str(error))
+        log.error("job %s failed: %s", number, reason, exc_info=not is_users(error))
         return math.nan
     return run.monitored
 
@@ -104,7 +107,8 @@ def train(run: Run) -> dict[str, Any]:
         _print_config(config)
     torch.set_float32_matmul_precision(config.matmul_precision)
     seed_everything(config.seed, workers=True)
-    module = instantiate(config.module)
+    with weights_only_loads():  # torchvision would unpickle a file in the cache of its downloads
+        module = instantiate(config.module)
     datamodule = instantiate(config.data)
     saver = SaveConfig(to_save(config))
     trainer = _build_trainer(run, saver)
@@ -169,16 +173,11 @@ def _fit(
 def _as_user_errors(checkpoint: str | None) -> Iterator[None]:
     """Convert the errors of Lightning and torch about settings and checkpoint to a UserError."""
     try:
-        yield
+        with restoring_errors(checkpoint):
+            yield
     except (RuntimeError, ValueError) as error:
-        text = str(error)
-        if checkpoint is not None and re.search("loading state_dict|loaded state dict", text):
-            raise UserError(
-                f"{checkpoint} does not fit this run's networks and optimizer: resume with the "
-                f"settings that it was trained with ({text})"
-            ) from error
-        if "val_check_interval" in text:
-            raise UserError(f"trainer.val_check_interval does not fit the data: {text}") from error
+        if "val_check_interval" in str(error):
+            raise UserError(f"trainer.val_check_interval does not fit the data: {error}") from error
         raise
 
 
@@ -186,10 +185,13 @@ def _test_teacher(
     config: DictConfig, trainer: Trainer, datamodule: LightningDataModule
 ) -> dict[str, float]:
     """Test the teacher like a student, then log and return its metrics as ``teacher/``."""
-    teacher = instantiate(config.distill.teacher).as_network()
+    with weights_only_loads():
+        teacher = instantiate(config.distill.teacher).as_network()
     with without_loggers(trainer) as metrics:  # they contain the student's metrics as test/
         changes = {"student": teacher, "teacher": None}
-        trainer.test(instantiate(config.module, **changes), datamodule)
+        with weights_only_loads():
+            module = instantiate(config.module, **changes)
+        trainer.test(module, datamodule)
         found = logged_metrics(trainer, "test/").items()
         metrics |= {name.replace("test/", "teacher/", 1): value for name, value in found}
     return metrics

@@ -1,5 +1,6 @@
 """A data module for image classification with Hugging Face's `datasets`, from the hub or disk."""
 
+import io
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
@@ -11,7 +12,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_dist.checks import check_labels
-from lightning_dist.data.image_files import UNREADABLE, Transform, to_rgb, warn_once
+from lightning_dist.data.image_files import (
+    UNREADABLE,
+    Transform,
+    decode_image,
+    open_image,
+    to_rgb,
+    warn_once,
+)
 from lightning_dist.data.timm_transform import TimmTransformDataModule
 
 _SHARED_LABELS = (  # class_encode_column would number the classes of each split apart
@@ -167,7 +175,12 @@ class HuggingFaceDataModule(TimmTransformDataModule):
                 f"column {self.label_column} of {self.path} contains words: convert them to "
                 f"numbers. {_SHARED_LABELS}"
             )
-        return rows.select_columns(columns)
+        rows = rows.select_columns(columns)
+        datasets = import_datasets()
+        if isinstance(rows.features[self.image_column], datasets.Image):
+            # `datasets` would decode every format that Pillow knows, and open addresses.
+            return rows.cast_column(self.image_column, datasets.Image(decode=False))
+        return rows
 
     def _load_split(self, split: str) -> Any:
         datasets = import_datasets()
@@ -218,15 +231,16 @@ class RowImages(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        row, name = self.rows[index], f"row {index} of {self.location}"
+        image = row[self.image_column]
         try:
-            row = self.rows[index]
-            image = row[self.image_column]
-            image.load()
+            if isinstance(image, dict):  # an image that `datasets` has not decoded
+                contents = image["bytes"]
+                path = None if contents is not None else Path(image["path"])
+                image = open_image(path) if path else decode_image(io.BytesIO(contents))
         except UNREADABLE as error:
-            raise OSError(
-                f"row {index} of {self.location} cannot be read as an image: {error}"
-            ) from error
-        image = to_rgb(image, f"row {index} of {self.location}")
+            raise OSError(f"{name} cannot be read as an image: {error}") from error
+        image = to_rgb(image, name)
         return self.transform(image), int(row[self.label_column])
 
 

@@ -3,16 +3,19 @@
 import functools
 import logging
 import os
+import stat
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from lightning_dist.text import printable
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +24,11 @@ Transform = Callable[[Image.Image], Tensor]
 SUFFIXES = (*IMG_EXTENSIONS, ".jfif", ".jpe")
 UNREADABLE = (  # what Pillow raises for files that it cannot read
     *(OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError),
+    *(ArithmeticError, AttributeError, LookupError, MemoryError, TypeError),
 )
+# Pillow recognises a file by its contents, and hands a PostScript file, whatever its name, to the
+# program Ghostscript.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 # Images of formats that this package does not read.
 _FOREIGN = {
     *(".arw", ".avif", ".cr2", ".dng", ".gif", ".heic", ".heif", ".jp2", ".jxl", ".nef", ".npy"),
@@ -164,7 +171,8 @@ def load_image(path: str) -> Image.Image:
     """Read an image file as RGB, turned upright; see `to_rgb`.
 
     Raises:
-        OSError: if the file is missing or cannot be decoded; the message names the file.
+        OSError: if the file is missing, is no regular file or cannot be decoded; the message names
+            the file.
         ValueError: if its pixels have no known range; the message names the file.
     """
     return to_rgb(open_image(Path(path)), path)
@@ -181,14 +189,33 @@ def open_image(path: Path, kind: str = "an image") -> Image.Image:
         OSError: if the file is missing or cannot be decoded; the message names the file.
     """
     try:
+        _refuse_special_file(path)
         # Pillow 13 maps an uncompressed TIFF into memory when it gets a path, and mixes up the
         # width and height of a turned one.
         with path.open("rb") as file:
-            image = Image.open(file)
-            image.load()
+            return decode_image(file)
     except UNREADABLE as error:
         raise OSError(f"{path} cannot be read as {kind} ({error}): restore the file") from error
+
+
+def decode_image(file: BinaryIO) -> Image.Image:
+    """Decode an image in one of the :data:`FORMATS`.
+
+    Args:
+        file: the open file.
+
+    Raises:
+        Exception: one of :data:`UNREADABLE`, if it cannot be decoded.
+    """
+    image = Image.open(file, formats=FORMATS)
+    image.load()
     return image
+
+
+def _refuse_special_file(path: Path) -> None:
+    """Raise an OSError if the file is a pipe or a device, whose contents may never end."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError("it is no regular file")
 
 
 def to_rgb(image: Image.Image, name: str = "an image") -> Image.Image:
@@ -225,7 +252,8 @@ def image_size(path: Path) -> tuple[int, int]:
         OSError: if the file cannot be read; the message names the file.
     """
     try:
-        with Image.open(path) as file:
+        _refuse_special_file(path)
+        with Image.open(path, formats=FORMATS) as file:
             width, height = file.size
             # Pillow turns a TIFF itself, and has already exchanged the sides of its size.
             turned = _orientation(file) >= 5 and file.format != "TIFF"
@@ -250,7 +278,7 @@ def _orientation(image: Image.Image) -> int:
 
 def abbreviate(names: set[str]) -> str:
     """Format the first five names of a set and the number of the others, for error messages."""
-    first = ", ".join(sorted(names)[:5]) or "none"
+    first = ", ".join(printable(name, 200) for name in sorted(names)[:5]) or "none"
     return first + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 

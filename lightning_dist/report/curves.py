@@ -30,6 +30,8 @@ def read_curves(folder: Path) -> dict[str, Curve]:
             step and a metric.
     """
     path = folder / LOG_FILE
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no regular file")
     try:
         with open(path, newline="", encoding="utf-8", errors="replace") as file:
             rows = list(csv.DictReader(file))

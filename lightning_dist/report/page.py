@@ -24,10 +24,10 @@ from lightning_dist.report.runs import (
     all_keys,
     group_runs,
     optimized_metric,
-    printable,
     table_metrics,
 )
 from lightning_dist.report.significance import Comparison, compare_groups, numbers_by_seed
+from lightning_dist.text import printable
 
 if TYPE_CHECKING:
     from jinja2 import Template

@@ -17,10 +17,10 @@ from lightning_dist.report.runs import (
     Summary,
     group_runs,
     optimized_metric,
-    printable,
     summarize,
     teacher_metric,
 )
+from lightning_dist.text import printable
 
 if TYPE_CHECKING:
     # Matplotlib is slow to import, so functions import it when they run. This file never imports

@@ -1,6 +1,7 @@
 """Read the folders of finished runs, and group runs that differ in nothing but the seed."""
 
 import json
+import logging
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -10,12 +11,21 @@ from typing import Any
 
 import numpy as np
 
+from lightning_dist.text import printable
+
+log = logging.getLogger(__name__)
+
 PathLike = str | os.PathLike[str]
 Folders = PathLike | Sequence[PathLike]
 RESULT_FILE = "result.json"
 # Runs that differ only in these overrides are in the same group.
 _NOT_SETTINGS = ("seed", "print_config", "own_process")
-_LATER_FIELDS = {"student_parameters": int, "teacher": str, "teacher_parameters": int}
+# The types of the fields that can be None, also where they are missing in an earlier version.
+_OPTIONAL_FIELDS: dict[str, type] = {
+    **{"metric": str, "checkpoint": str, "error": str, "teacher": str},
+    **{"student_parameters": int, "teacher_parameters": int},
+}
+_MOST_BYTES = 64 * 2**20  # of a result.json
 
 
 @dataclass(frozen=True)
@@ -119,10 +129,11 @@ def read_runs(folders: Folders) -> list[Run]:
         folders: a folder or several folders; a run that is inside two of them is read once.
 
     Returns:
-        The runs, folder by folder, in the natural order of their paths (10 comes after 9).
+        The runs, folder by folder, in the natural order of their paths (10 comes after 9). A run
+        whose result.json is broken or incomplete is left out, and a warning names the file.
 
     Raises:
-        ValueError: if a folder contains no run, or a result.json is broken or incomplete.
+        ValueError: if a folder contains no run, or no result.json can be read.
     """
     found: dict[Path, Path] = {}
     for top in as_paths(folders):
@@ -133,7 +144,17 @@ def read_runs(folders: Folders) -> list[Run]:
             raise ValueError(f"no runs found under {top}{gone}: {why}")
         for folder in sorted(inside, key=lambda folder: _natural_order(folder.relative_to(top))):
             found.setdefault(folder.resolve(), folder)  # folders may overlap
-    return [_read_run(folder) for folder in found.values()]
+    runs, broken = [], []
+    for folder in found.values():
+        try:
+            runs.append(_read_run(folder))
+        except ValueError as error:
+            broken.append(str(error))
+    if not runs:
+        raise ValueError("; ".join(broken))
+    for reason in broken:
+        log.warning("%s: this run is left out of the report", reason)
+    return runs
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
@@ -206,20 +227,35 @@ def as_paths(folders: Folders) -> list[Path]:
 def _read_run(folder: Path) -> Run:
     path = folder / RESULT_FILE
     try:
+        if not path.is_file() or path.stat().st_size > _MOST_BYTES:
+            raise ValueError(f"it is no file, or has more than {_MOST_BYTES} bytes")
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["status"] not in ("completed", "failed"):
             raise ValueError(f"status is {content['status']!r}")
         content["overrides"] = dict(map(_parse_override, content["overrides"]))
         content["metrics"] = {name: float(x) for name, x in content["metrics"].items()}
         content["seconds"] = float(content["seconds"])
-        for name, kind in _LATER_FIELDS.items():
-            if not isinstance(content.get(name), kind | None):
-                raise ValueError(f"{name} is {content[name]!r}")
+        if not isinstance(content["command"], str):
+            raise ValueError(f"command is {content['command']!r}")
+        for name, kind in _OPTIONAL_FIELDS.items():
+            value = content.get(name)
+            whole = type(value) is not int or 0 <= value < 2**63
+            if not isinstance(value, kind | None) or not whole:
+                raise ValueError(f"{name} is {value!r}")
         # Pick the fields by name: a later version may have more fields, an earlier one has fewer.
         wanted = [x for x in fields(Run)[1:] if x.default is MISSING or x.name in content]
         return Run(folder, **{field.name: content[field.name] for field in wanted})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is broken or incomplete: {error!r}") from error
+    # The values can be of any type and size, and nested to any depth.
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
+        reason = printable(repr(error), 300)
+        raise ValueError(f"{path} is broken or incomplete: {reason}") from error
 
 
 def _parse_override(text: str) -> tuple[str, str]:
@@ -245,8 +281,3 @@ def _natural_order(path: Path) -> list[list[str | int]]:
 def all_keys(mappings: Iterable[dict[str, Any]]) -> list[str]:
     """Return the keys of all mappings without duplicates, in the order of first appearance."""
     return list(dict.fromkeys(name for mapping in mappings for name in mapping))
-
-
-def printable(text: str) -> str:
-    """Return text on one line; control characters, which a terminal would execute, are escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -12,9 +12,9 @@ from lightning_dist.report.runs import (
     all_keys,
     group_runs,
     optimized_metric,
-    printable,
     table_metrics,
 )
+from lightning_dist.text import csv_cell, printable
 
 
 def report_table(runs: Sequence[Run], metric: str | None = None) -> Table:
@@ -53,6 +53,8 @@ def report_table(runs: Sequence[Run], metric: str | None = None) -> Table:
 def write_csv(runs: Sequence[Run], path: PathLike) -> None:
     """Write a CSV file with one row per run: folder, status, overrides, metrics, and more.
 
+    Text that a spreadsheet would compute, such as ``=1+1``, starts with a quote.
+
     Args:
         runs: the runs, as :func:`read_runs` returns them.
         path: the path of the file.
@@ -61,7 +63,9 @@ def write_csv(runs: Sequence[Run], path: PathLike) -> None:
     # Rows are lists and not dicts, because an override may have the same name as a column.
     with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.writer(file)
-        writer.writerow(["folder", "status", "seconds", "error", *keys, *metrics, "command"])
+        header = ["folder", "status", "seconds", "error", *keys, *metrics, "command"]
+        writer.writerow(map(csv_cell, header))
         for run in runs:
             row = [run.folder, run.status, run.seconds, run.error, *map(run.overrides.get, keys)]
-            writer.writerow([*row, *map(run.metrics.get, metrics), run.command])
+            row += [*map(run.metrics.get, metrics), run.command]
+            writer.writerow(map(csv_cell, row))

@@ -20,6 +20,7 @@ from lightning_dist.checks import check_number
 from lightning_dist.data.seeding import derive_seeds
 from lightning_dist.resume.checkpoint_io import AtomicCheckpointIO, refuse_unwritable
 from lightning_dist.resume.csv_logger import ResumableCSVLogger
+from lightning_dist.resume.foreign_paths import drop_foreign_paths
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # This entry of a checkpoint is True if a callback, such as EarlyStopping, has ended the training.
@@ -54,6 +55,7 @@ class ExactResume(Callback):
     - The random numbers of a training step (dropout, mixup) depend only on seed, epoch, batch and
       process, so that no state of a random generator has to be saved.
     - A checkpoint is written to a temporary file, which replaces the old one when it is complete.
+    - A path in the state of a callback is used only if it is in the folder of the checkpoints.
     - A :class:`lightning_dist.resume.ResumableCSVLogger` deletes the rows after the checkpoint and
       appends new rows.
 
@@ -104,9 +106,14 @@ class ExactResume(Callback):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Rewind the CSV files; Lightning calls this hook even if nothing is left to train."""
+        """Forget paths of other runs, and rewind the CSV files.
+
+        Lightning calls this hook before it loads the states of all callbacks, and even if nothing
+        is left to train.
+        """
         if trainer.state.fn != TrainerFn.FITTING:
             return
+        drop_foreign_paths(trainer, checkpoint)
         self._resumes = True
         for logger in _csv_loggers(trainer):
             logger.rewind(checkpoint["global_step"])

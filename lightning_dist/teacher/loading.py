@@ -3,9 +3,7 @@
 import difflib
 import importlib
 import inspect
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from torch import nn
 
 from lightning_dist.teacher.bridge import InputBridge
 from lightning_dist.teacher.teacher import Teacher
+from lightning_dist.weights import weights_only_loads
 
 
 def load_teacher(
@@ -152,7 +151,7 @@ def _from_torchvision(
     elif "weights_backbone" in _parameters(torchvision.models.get_model_builder(name)):
         # By default, torchvision downloads weights for the backbone.
         arguments = {"weights_backbone": None, **arguments}
-    with _weights_only():
+    with weights_only_loads():
         network = torchvision.models.get_model(name, weights=chosen if load else None, **arguments)
     preset = chosen.transforms()
     if not hasattr(preset, "mean"):  # Detectors normalise their images themselves.
@@ -211,18 +210,3 @@ def _refuse_name(what: str, name: str, known: Iterable[str]) -> None:
 
 def _parameters(function: Callable[..., Any]) -> Iterable[str]:
     return inspect.signature(function).parameters
-
-
-@contextmanager
-def _weights_only() -> Iterator[None]:
-    """Make torch.load read only weights here, because torchvision does not request that."""
-    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before

@@ -1,7 +1,6 @@
 """Tests that every way to load weights refuses hostile files by name, and that no code runs."""
 
 import io
-import os
 import pickle
 import struct
 import zipfile
@@ -12,6 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from hostile import Runs, hostile_config, saved
 from lightning_dist.cache.files import ViewFiles
 from lightning_dist.cli.run.saved_config import CONFIG_KEY
 from lightning_dist.models.small import SmallCNN
@@ -19,19 +19,6 @@ from lightning_dist.weights import load_weights, read_checkpoint
 
 QUICK = ("trainer=cpu", "experiment=digits", "trainer.max_epochs=1")
 QUICK += ("print_config=false", "callbacks.progress=null")
-
-
-class Runs:
-    """An object that creates a folder when it is unpickled."""
-
-    def __reduce__(self):
-        return os.mkdir, ("trace",)
-
-
-def saved(contents: object) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(contents, buffer)
-    return buffer.getvalue()
 
 
 def weights() -> dict[str, torch.Tensor]:
@@ -70,6 +57,72 @@ def bomb() -> bytes:
     return len(header).to_bytes(8, "little") + header + b"\0" * 64
 
 
+def two_directories(end64: bool) -> bytes:
+    """Return a zip file of compressed entries that has a second directory, of other entries.
+
+    The end of the file records the place of the first directory, where torch reads it. Directly
+    before the end, where Python reads it, is one that says that nothing is compressed.
+    """
+    compressed = io.BytesIO()
+    stored = saved(weights() | {"zeros": torch.zeros(2**20)})
+    with (
+        zipfile.ZipFile(io.BytesIO(stored)) as source,
+        zipfile.ZipFile(compressed, "w", zipfile.ZIP_DEFLATED) as target,
+    ):
+        for entry in source.infolist():
+            target.writestr(entry.filename, source.read(entry))
+        start, count = target.start_dir, len(target.infolist())
+    with zipfile.ZipFile(compressed) as target:
+        start, count = target.start_dir, len(target.infolist())
+    contents = compressed.getvalue()
+    directory = contents[start : contents.rindex(b"PK\x05\x06")]
+    harmless, at = bytearray(directory), 0
+    while at < len(harmless):
+        harmless[at + 10 : at + 12] = b"\0\0"  # the method: stored
+        harmless[at + 24 : at + 28] = harmless[at + 20 : at + 24]  # the size
+        at += 46 + sum(struct.unpack("<3H", harmless[at + 28 : at + 34]))
+    tail = b""
+    if end64:
+        place = start + 2 * len(directory)
+        ends = (44, 45, 45, 0, 0, count, count, len(directory), start)
+        tail = struct.pack("<4sQ2H2L4Q", b"PK\x06\x06", *ends)
+        tail += struct.pack("<4sLQL", b"PK\x06\x07", 0, place, 1)
+    ends = (0, 0, count, count, len(directory), start, 0)
+    tail += struct.pack("<4s4H2LH", b"PK\x05\x06", *ends)
+    return contents[:start] + directory + bytes(harmless) + tail
+
+
+class Allocates:
+    """An object that is a bytearray of many zeros when it is unpickled."""
+
+    def __reduce__(self):
+        return bytearray, (2**28,)
+
+
+def nested() -> list:
+    """Return lists that a program takes forever to copy: each contains the one before it twice."""
+    inside: list = []
+    for _ in range(40):
+        inside = [inside, inside]
+    return inside
+
+
+def empty_tensors() -> bytes:
+    """Return a safetensors header of 9 MB that lists tensors without values."""
+    entries = (
+        b'"%06d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}' % i for i in range(160_000)
+    )
+    header = b"{" + b",".join(entries) + b"}"
+    return len(header).to_bytes(8, "little") + header
+
+
+def old_format(contents: object) -> bytes:
+    """Return a file in the format that torch.save wrote before version 1.6."""
+    buffer = io.BytesIO()
+    torch.save(contents, buffer, _use_new_zipfile_serialization=False)
+    return buffer.getvalue()
+
+
 CORPUS: dict[str, tuple[str, Callable[[], bytes]]] = {
     "pickle": ("w.pth", lambda: pickle.dumps(Runs())),
     "pickle in a zip": ("w.pth", lambda: saved({"state_dict": weights(), "extra": Runs()})),
@@ -87,6 +140,23 @@ CORPUS: dict[str, tuple[str, Callable[[], bytes]]] = {
     "Windows path": ("w.pth", lambda: repacked("archive\\..\\..\\evil")),
     "compressed zip": ("w.pth", lambda: repacked("archive/more", zipfile.ZIP_DEFLATED)),
     "overlapping entries": ("w.pth", lambda: overlapping()),
+    "two directories": ("w.pth", lambda: two_directories(end64=False)),
+    "two directories of 64 bits": ("w.pth", lambda: two_directories(end64=True)),
+    "something after an archive": ("w.pth", lambda: saved(weights()) + b"x"),
+    "something before an archive": ("w.pth", lambda: b"PK" + saved(weights())),
+    "header of empty tensors": ("w.safetensors", empty_tensors),
+    "lists without end": ("w.ckpt", lambda: saved(weights() | {"optimizer_states": nested()})),
+    "a bytearray": ("w.pth", lambda: saved(weights() | {"a": Allocates()})),
+    "a bytearray in the old format": ("w.pth", lambda: old_format({"a": Allocates()})),
+    "a repeated number": ("w.pth", lambda: saved({"a": torch.ones(1).expand(10**6, 10**6)})),
+    "a repeated number in the old format": (
+        "w.pth",
+        lambda: old_format({"a": torch.ones(1).expand(10**6, 10**6)}),
+    ),
+    "a tensor without storage": (
+        "w.pth",
+        lambda: saved({"a": torch.ones(3), "b": [torch.ones(2**18).expand(2**8, -1)] * 9}),
+    ),
     "text": ("w.pth", lambda: b"#!/bin/sh\nmkdir trace\n"),
     "nothing": ("w.ckpt", lambda: b""),
 }
@@ -137,17 +207,6 @@ def test_a_hostile_checkpoint_in_the_folder_of_a_run_is_refused(refused, tmp_pat
     line = refused("train", *QUICK, "hydra.run.dir=run", "resume=true")
     assert "last.ckpt" in line
     assert not (tmp_path / "trace").exists()
-
-
-def hostile_config(**student: object) -> dict:
-    """Return the contents of a checkpoint whose config builds the student in this way."""
-    module = {
-        "_target_": "lightning_dist.DistillModule",
-        "student": {"_target_": "timm.create_model", "model_name": "resnet18"} | student,
-    }
-    data = {"_target_": "lightning_dist.data.digits.DigitsDataModule"}
-    config = {"module": module, "data": data, "seed": 0}
-    return {CONFIG_KEY: config, "state_dict": {"student.a": torch.zeros(1)}}
 
 
 RESOLVES = "${oc.create:{_target_: os.mkdir, path: trace}}"
@@ -206,9 +265,15 @@ def test_a_config_without_end_is_refused(refused, tmp_path):
     loop = hostile_config()
     loop[CONFIG_KEY]["module"]["student"]["self"] = loop[CONFIG_KEY]["module"]
     torch.save(loop, tmp_path / "loop.ckpt")
-    assert "loop.ckpt is damaged: its config is nested" in refused("export", "ckpt=loop.ckpt")
+    assert "loop.ckpt is damaged" in (line := refused("export", "ckpt=loop.ckpt"))
+    assert "nested" in line
+    deep: dict = {}
+    for _ in range(40):
+        deep = {"deeper": deep}
+    torch.save(hostile_config(options=deep), tmp_path / "deep.ckpt")
+    assert "deep.ckpt is damaged: its config is nested" in refused("export", "ckpt=deep.ckpt")
     wide: list = []
-    for _ in range(20):
+    for _ in range(17):
         wide = [wide, wide]
     torch.save(hostile_config(options=wide), tmp_path / "wide.ckpt")
     assert "wide.ckpt is damaged: its config has more" in refused("export", "ckpt=wide.ckpt")

@@ -27,7 +27,7 @@ def old_run(golden, tmp_path):
 
 
 def test_an_old_checkpoint_is_tested_with_the_results_of_its_time(old_run, command, capsys):
-    command("eval", "ckpt=old.ckpt", CPU)
+    command("eval", "ckpt=old.ckpt", "+data.root=images", CPU)
     printed = capsys.readouterr().out
     rows = [line.strip("│ ").split("│") for line in printed.splitlines() if "test/" in line]
     metrics = {name.strip(): float(value) for name, value in rows}

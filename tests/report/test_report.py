@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -339,12 +340,25 @@ def test_folder_without_runs_is_an_error_that_says_what_is_missing(sweep: Path) 
         ("[]", "TypeError"),
         ('{"status": "completed"}', "'overrides'"),
         ('{"status": "running"}', "status is 'running'"),
+        pytest.param("[" * 100_000, "RecursionError", id="deep"),
+        pytest.param('{"status": ' + "9" * 10_000 + "}", "ValueError", id="many digits"),
+        pytest.param('{"status": "' + "\\u001b" * 10_000 + '"}', "status is", id="escapes"),
     ],
 )
-def test_broken_result_is_an_error_that_names_the_file(sweep: Path, text: str, reason: str) -> None:
+def test_broken_result_is_left_out_with_a_warning_that_names_the_file(
+    sweep: Path, caplog: pytest.LogCaptureFixture, text: str, reason: str
+) -> None:
+    whole = len(read_runs(sweep))
     (sweep / "4" / "result.json").write_text(text)
-    with pytest.raises(ValueError, match=f"4{os.sep}result.json is broken .*{reason}"):
-        read_runs(sweep)
+    assert len(read_runs(sweep)) == whole - 1
+    assert re.search(f"4{os.sep}result.json is broken .*{reason}.* left out", caplog.text)
+
+
+def test_a_folder_of_broken_results_is_an_error(tmp_path: Path, put_run: PutRun) -> None:
+    for name in "ab":
+        put_run(tmp_path / name, metrics=[1])
+    with pytest.raises(ValueError, match=r"a.result\.json is broken .*b.result\.json is broken"):
+        read_runs(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -355,6 +369,15 @@ def test_broken_result_is_an_error_that_names_the_file(sweep: Path, text: str, r
         {"metrics": [1]},
         {"overrides": ["nonsense"]},
         {"overrides": [1]},
+        {"metrics": {"a": [1]}},
+        {"metrics": {"a": 10**400}},
+        {"seconds": 10**400},
+        {"student_parameters": 10**400},
+        {"student_parameters": -1},
+        {"command": ["a"]},
+        {"metric": ["a"]},
+        {"error": {"a": 1}},
+        {"checkpoint": 1},
     ],
 )
 def test_wrong_field_is_an_error_that_names_the_file(
@@ -409,3 +432,25 @@ assert not {"matplotlib", "scipy", "jinja2"} & sys.modules.keys()
 """
     package = Path(report.__file__).parents[1]
     subprocess.run([sys.executable, "-c", code, package], check=True)
+
+
+def test_formulas_in_the_csv_file_are_text(tmp_path: Path, put_run: PutRun) -> None:
+    evil = "=HYPERLINK(A1)"
+    fields = {"error": evil, "status": "completed", "metrics": {"test/accuracy": -0.5, evil: 1.0}}
+    put_run(tmp_path / "=1+1", f"+{evil}=@SUM(A1)", **fields)
+    write_report(tmp_path)
+    with open(tmp_path / "report.csv", newline="", encoding="utf-8") as file:
+        cells = [cell for row in csv.reader(file) for cell in row]
+    assert "'@SUM(A1)" not in cells  # an override has its value after the first "="
+    assert f"'{evil}" in cells
+    assert "-0.5" in cells
+    assert not [cell for cell in cells if cell.startswith(tuple("=+-@")) and cell != "-0.5"]
+
+
+def test_a_long_error_of_a_run_is_cut(tmp_path: Path, put_run: PutRun) -> None:
+    put_run(tmp_path / "a")
+    put_run(tmp_path / "b", status="failed", error="\x1b[2J" * 1_000_000)
+    table = write_report(tmp_path)
+    assert len(str(table.caption)) < 200_000
+    assert "\x1b" not in str(table.caption)
+    assert (tmp_path / "report.html").stat().st_size < 1_000_000

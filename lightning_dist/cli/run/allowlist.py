@@ -1,6 +1,7 @@
 """An allowlist of the code that the config in a checkpoint may call without ``trust=true``."""
 
 import importlib
+import inspect
 import re
 from collections.abc import Iterator, Mapping
 from types import FunctionType
@@ -18,6 +19,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_dist.cli.errors import UserError
+from lightning_dist.models.detection import TimmPyramid
+from lightning_dist.models.segmentation import deeplabv3, pspnet
 from lightning_dist.training import warmup_multistep
 
 # A subclass of a base class is allowed in the packages next to it, because the constructors there
@@ -59,9 +62,20 @@ _FUNCTIONS = (
 _PACKAGES = ("lightning_dist", "timm", "torch", "torchmetrics", "torchvision")
 
 # With these arguments and names timm reads a file or downloads from a hub, and this package passes
-# them to timm unchanged.
+# them to timm unchanged. timm 1.0.26 drops blanks and control characters of a name.
 _TIMM_LOADS = re.compile("checkpoint_path|cache_dir|pretrained_.*")
 _TIMM_SOURCE = re.compile("(hf|local)[-_](hub|dir):", re.IGNORECASE)
+_BLANKS = re.compile(r"[\x00-\x20\x7f-\xa0]+")
+# These functions and classes pass an argument to timm as the name of a network.
+_TIMM_NAMES = {
+    timm.create_model: "model_name",
+    TimmPyramid: "name",
+    deeplabv3: "backbone",
+    pspnet: "backbone",
+}
+
+# The arguments of data modules that name a folder or a data set of a hub.
+FOLDERS = ("root", "path")
 
 # Limits for the levels and values of a config, far above those of the configs that train saves.
 _MAX_DEPTH, _MAX_VALUES = 32, 100_000
@@ -69,6 +83,9 @@ _MAX_DEPTH, _MAX_VALUES = 32, 100_000
 
 def check_allowed(config: Any, path: str) -> None:
     """Refuse a config that can do more than build networks, data, optimizers and schedules.
+
+    What a config may name and load without harm is not refused, but :func:`without_downloads`
+    removes it.
 
     Args:
         config: the config as plain data, before Hydra instantiates it.
@@ -102,21 +119,47 @@ def _nodes(config: Any, path: str, depth: int = 0) -> Iterator[Any]:
             yield from _nodes(value, path, depth + 1)
 
 
+def without_downloads(config: Any) -> Any:
+    """Return a copy of an allowed config that downloads nothing and reads no file of weights.
+
+    The checkpoint contains the weights of its network. Weights that torchvision has for a name are
+    not removed here, because with them torchvision builds other layers.
+
+    Args:
+        config: the config as plain data, which :func:`check_allowed` has accepted.
+    """
+    if isinstance(config, (list, tuple)):
+        return [without_downloads(value) for value in config]
+    if not isinstance(config, Mapping):
+        return config
+    removed = {"download": False, "backbone_weights": None}
+    if not str(config.get("_target_")).startswith("torchvision."):
+        removed["pretrained"] = False
+    return {
+        key: removed[key] if key in removed else without_downloads(value)
+        for key, value in config.items()
+    }
+
+
 def _check_text(value: Any, path: str) -> None:
-    """Refuse an interpolation, or a name for which timm loads a file.
+    """Refuse an interpolation, a name for which timm loads a file, and an address.
 
     OmegaConf resolves an interpolation when the value is read, and a resolver is a function call.
     ``train`` resolves a config before it saves it, so a config of ``train`` has no interpolation.
     """
-    if isinstance(value, str) and "${" in value:
+    if not isinstance(value, str):
+        return
+    if "${" in value:
         raise _refusal(path, f"would resolve {value!r:.100}")
-    if isinstance(value, str) and _TIMM_SOURCE.match(value):
+    if _TIMM_SOURCE.match(_BLANKS.sub("", value)):
         raise _refusal(path, f"would load {value!r:.100}")
+    if re.search("[\x00-\x1f\x7f-\x9f]", value):
+        raise _refusal(path, f"contains control characters in {value!r:.100}")
 
 
 def _check_call(node: Mapping[str, Any], path: str) -> None:
     target = node["_target_"]
-    found = _locate(target) if isinstance(target, str) else None
+    found = _locate(target, path) if isinstance(target, str) else None
     if not (_is_known_class(found) or _is_known_function(found)):
         raise _refusal(
             path,
@@ -124,10 +167,36 @@ def _check_call(node: Mapping[str, Any], path: str) -> None:
             f"scheduler of {', '.join(_PACKAGES)}",
         )
     # The other arguments are checked by name, and positional arguments have no name.
-    if node.get("_args_") and not _is_known_class(found):
-        raise _refusal(path, f"would run {target!r} with arguments that it does not name")
-    if found is timm.create_model and not timm.is_model(str(node.get("model_name"))):
-        raise _refusal(path, f"would load {node.get('model_name')!r:.100}, no network of timm")
+    named_only = not isinstance(found, type) or _within(
+        found.__module__, ("lightning_dist", "timm")
+    )
+    if node.get("_args_") and named_only:
+        raise _refusal(path, f"would run {target!r:.100} with arguments that it does not name")
+    if found in _TIMM_NAMES:
+        _check_timm_name(found, node, path)
+    if isinstance(found, type) and issubclass(found, LightningDataModule):
+        _check_inside(node, path)
+
+
+def _check_timm_name(found: Any, node: Mapping[str, Any], path: str) -> None:
+    """Refuse a name that is no network of timm, which timm would load from a file or a hub."""
+    argument = _TIMM_NAMES[found]
+    default = inspect.signature(found).parameters[argument].default
+    # A partial gets its name later, from a caller that is not checked.
+    name = node.get(argument, None if node.get("_partial_") else default)
+    is_name = isinstance(name, str) and re.fullmatch(r"[\w.-]+", name) and timm.is_model(name)
+    if not is_name:
+        raise _refusal(path, f"would load {name!r:.100}, no network of timm")
+
+
+def _check_inside(node: Mapping[str, Any], path: str) -> None:
+    """Refuse a data module whose files are outside the folder that its ``root`` names."""
+    for key, value in node.items():
+        if key in FOLDERS or not isinstance(value, str):
+            continue
+        is_absolute = value.startswith(("/", "\\")) or re.match("[A-Za-z]:", value)
+        if is_absolute or ".." in re.split(r"[/\\]", value):
+            raise _refusal(path, f"would read {key}={value!r:.100}")
 
 
 def _is_known_class(found: Any) -> bool:
@@ -148,18 +217,28 @@ def _is_known_function(found: Any) -> bool:
     return any(models.get_model_builder(name) is found for name in models.list_models())
 
 
-def _locate(target: str) -> Any:
-    """Return the object that Hydra would call, or None; import only packages that are allowed."""
+def _locate(target: str, path: str) -> Any:
+    """Return the object that Hydra would call, or None; import only packages that are allowed.
+
+    Raises:
+        UserError: if an allowed module exists but cannot be imported.
+    """
     parts = target.split(".")
     if parts[0] not in _PACKAGES or any(part.startswith("_") or not part for part in parts):
         return None
     found: Any = importlib.import_module(parts[0])
     for i, part in enumerate(parts[1:], start=2):
         if not hasattr(found, part):
+            module = ".".join(parts[:i])
             try:
-                importlib.import_module(".".join(parts[:i]))
-            except Exception:  # an import can raise anything, and Hydra could not import it either
+                importlib.import_module(module)
+            except ModuleNotFoundError:  # Hydra could not import it either
                 return None
+            except Exception as error:  # an import can raise anything
+                raise UserError(
+                    f"{path} names {target!r:.100}, and the import of {module!r:.100} failed: "
+                    f"{type(error).__name__}: {error}"
+                ) from error
         found = getattr(found, part, None)
     return found
 

@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_dist.cli.errors import UserError
 from lightning_dist.cli.run.result import record_error
 from lightning_dist.cli.run.saved_config import CONFIG_KEY
+from lightning_dist.resume.foreign_paths import drop_foreign_paths
 
 VALIDATION_KEY = "lightning_dist_validation"
 
@@ -40,6 +41,7 @@ class SaveConfig(Callback):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        drop_foreign_paths(trainer, checkpoint)  # also in a run without ExactResume
         self.validation = checkpoint.get(VALIDATION_KEY, {})
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_dist.report.runs import RESULT_FILE
+from lightning_dist.text import error_line
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ def read_result(folder: Path) -> dict[str, Any] | None:
         whole = isinstance(result["overrides"], list) and isinstance(result["metrics"], dict)
         if whole and isinstance(result["status"], str):
             return result
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         pass
     log.warning("%s is damaged and is ignored", path)
     return None
@@ -62,7 +63,7 @@ def record_error(folder: Path, error: BaseException) -> None:
     """
     # FileExistsError: another process was first. ``error`` itself reports a full disk.
     with suppress(OSError), open(folder / _ERROR_FILE, "x") as file:
-        file.write(f"{type(error).__name__}: {error}")
+        file.write(error_line(error))
 
 
 def first_error(folder: Path) -> str | None:

@@ -1,14 +1,19 @@
 """Find and check the checkpoint from which a run continues."""
 
 import logging
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.trainer.connectors import checkpoint_connector
 from omegaconf import DictConfig
 
 from lightning_dist.cli.errors import UserError
+from lightning_dist.cli.run.callbacks import VALIDATION_KEY
 from lightning_dist.cli.run.saved_config import config_in, to_save
+from lightning_dist.text import error_line
 from lightning_dist.weights import read_checkpoint
 
 log = logging.getLogger(__name__)
@@ -90,6 +95,16 @@ def _read_resumable(path: str, trust: bool) -> dict[str, Any] | None:
             )
         return None
     checkpoint = read_checkpoint(path)
+    _check_entries(checkpoint, path)
+    return checkpoint
+
+
+def _check_entries(checkpoint: Mapping[str, Any], path: str) -> None:
+    """Refuse a checkpoint with entries that Lightning cannot read.
+
+    Raises:
+        UserError: if an entry is missing or has another form; the message names it.
+    """
     missing = [key for key, kind in _ENTRIES.items() if not isinstance(checkpoint.get(key), kind)]
     if not missing and not checkpoint["loops"].get("fit_loop"):
         missing = ["loops"]
@@ -99,4 +114,80 @@ def _read_resumable(path: str, trust: bool) -> dict[str, Any] | None:
             f"{', '.join(missing)}: give a checkpoint of 'lightning-dist train'; use "
             "teacher.weights for a file with weights only"
         )
-    return checkpoint
+    states = checkpoint["callbacks"]
+    groups = checkpoint["optimizer_states"]
+    broken = {
+        "pytorch-lightning_version": not _is_version(checkpoint["pytorch-lightning_version"]),
+        "callbacks": not all(_is_name(key) and isinstance(states[key], Mapping) for key in states),
+        "optimizer_states": not all(isinstance(state, Mapping) for state in groups),
+        "lr_schedulers": not all(isinstance(x, Mapping) for x in checkpoint["lr_schedulers"]),
+        "loops": not _are_counters(checkpoint["loops"]),
+        VALIDATION_KEY: not _are_numbers(checkpoint.get(VALIDATION_KEY, {})),
+    }
+    if found := [key for key, is_broken in broken.items() if is_broken]:
+        raise UserError(
+            f"{path} is damaged, because its {' and '.join(found)} have another form than "
+            "Lightning's: give a checkpoint of 'lightning-dist train'"
+        )
+
+
+def _is_version(text: str) -> bool:
+    return len(text) < 100 and re.fullmatch(r"\d+\.\d+\.\d+\S*", text) is not None
+
+
+def _is_name(key: Any) -> bool:
+    return isinstance(key, str) and len(key) < 1000 and key.isprintable()
+
+
+def _are_numbers(metrics: Any) -> bool:
+    return isinstance(metrics, Mapping) and all(
+        _is_name(name) and isinstance(value, (int, float)) for name, value in metrics.items()
+    )
+
+
+def _are_counters(state: Any, key: Any = None) -> bool:
+    """Return whether all counters in the state of Lightning's loops are whole numbers."""
+    if not isinstance(state, Mapping):
+        return key not in ("total", "current")
+    if key in ("total", "current"):
+        names = {"ready", "started", "processed", "completed"}
+        return state.keys() <= names and all(type(x) is int and x >= 0 for x in state.values())
+    return all(_are_counters(value, name) for name, value in state.items())
+
+
+@contextmanager
+def restoring_errors(checkpoint: str | None) -> Iterator[None]:
+    """Convert every error while Lightning restores a checkpoint to one that names the file.
+
+    Lightning, torch and the callbacks raise errors of any kind for states of another form.
+
+    Args:
+        checkpoint: the path of the checkpoint, or None if the run starts anew.
+
+    Raises:
+        UserError: if the block raises an error while the checkpoint is restored.
+    """
+    try:
+        yield
+    except Exception as error:
+        part = _restored_part(error)
+        if checkpoint is None or part is None or isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"{checkpoint} does not fit this run's networks and optimizer, or is damaged: resume "
+            f"with the settings that it was trained with ({part}: {error_line(error)}; "
+            "HYDRA_FULL_ERROR=1 shows where)"
+        ) from error
+
+
+def _restored_part(error: BaseException) -> str | None:
+    """Return the part of a checkpoint that Lightning was restoring at an error, or None."""
+    parts = []
+    traceback = error.__traceback__
+    while traceback is not None:
+        frame = traceback.tb_frame
+        if frame.f_globals.get("__name__") == checkpoint_connector.__name__:
+            parts.append(frame.f_code.co_name)
+        traceback = traceback.tb_next
+    found = [part for part in parts if part.startswith(("restore_", "resume_"))]
+    return found[-1].replace("restore_", "").replace("_", " ") if found else None

@@ -21,6 +21,7 @@ from lightning_dist.cli.run.result import (
     write_result,
 )
 from lightning_dist.cli.run.resuming import checkpoint_to_begin_with
+from lightning_dist.text import error_line
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +97,7 @@ class Run:
             self.result |= {"status": "completed", "error": None}
         except BaseException as error:
             reason = first_error(self.folder) or f"{type(error).__name__}: {error}"
-            self.result["error"] = with_extra(reason)
+            self.result["error"] = with_extra(error_line(reason))
             raise
         finally:
             self.result["seconds"] = round(time.monotonic() - start, 2)

@@ -1,17 +1,20 @@
 """Prepare a config for a checkpoint, read it back, and build the module that it describes."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
-from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
+from torch import Tensor, nn
+from torchvision.models import WeightsEnum
 
 from lightning_dist.checks import check_flag
 from lightning_dist.cli.errors import UserError
 from lightning_dist.module import DistillModule
-from lightning_dist.weights import read_checkpoint
+from lightning_dist.text import error_line
+from lightning_dist.weights import read_checkpoint, weights_only_loads
 
 CONFIG_KEY = "lightning_dist_config"
 
@@ -44,7 +47,8 @@ def read_saved(path: str, trust: bool) -> tuple[dict[str, Any], dict[str, Any]]:
         trust: whether to accept a config that calls code outside the allowlist.
 
     Returns:
-        The checkpoint and its config.
+        The checkpoint and its config. Without ``trust``, nothing in the config asks for a download
+        or for a file of weights.
 
     Raises:
         UserError: if the file does not exist, is damaged or was not written by
@@ -60,9 +64,11 @@ def read_saved(path: str, trust: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     config = config_in(checkpoint)
     _check_structure(checkpoint, config, path)
     if not trust:
-        from lightning_dist.cli.run.allowlist import check_allowed  # slow; train needs no allowlist
+        # These are slow to import, and train needs no allowlist.
+        from lightning_dist.cli.run.allowlist import check_allowed, without_downloads
 
         check_allowed({"module": config["module"], "data": config["data"]}, path)
+        config |= {key: without_downloads(config[key]) for key in ("module", "data")}
     return checkpoint, config
 
 
@@ -94,7 +100,7 @@ def config_in(checkpoint: Mapping[str, Any]) -> Any:
 
 
 def build_module(
-    checkpoint: Mapping[str, Any], config: Mapping[str, Any], path: str
+    checkpoint: Mapping[str, Any], config: Mapping[str, Any], path: str, trust: bool
 ) -> DistillModule:
     """Build the module with the student of a checkpoint, without a teacher.
 
@@ -102,20 +108,85 @@ def build_module(
         checkpoint: the checkpoint with the weights.
         config: the config of the checkpoint, as :func:`read_saved` returns it.
         path: the path of the checkpoint, for the message.
+        trust: whether the network may load other weights, which the checkpoint then replaces.
 
     Raises:
         UserError: if the config describes no network, or the weights do not fit the network.
     """
-    try:
+    loads = weights_only_loads() if trust else _without_torchvision_weights()
+    with _rebuilding(path, "network and weights"), loads:
         module = instantiate(config["module"], teacher=None)
         module.on_load_checkpoint(dict(checkpoint))  # A subclass may prepare itself here.
         module.load_state_dict(checkpoint["state_dict"])
-    except (InstantiationException, RuntimeError, AttributeError, TypeError) as error:
-        raise UserError(
-            f"{path} holds weights and a config that do not fit together, or not this version of "
-            f"lightning-dist: {error}"
-        ) from error
     return module
+
+
+def build_data(
+    config: Mapping[str, Any], changes: DictConfig, path: str, trust: bool, reads: bool = False
+) -> Any:
+    """Build the data module of a checkpoint.
+
+    Args:
+        config: the config of the checkpoint, as :func:`read_saved` returns it.
+        changes: the settings of the data module that the command line changes.
+        path: the path of the checkpoint, for the message.
+        trust: whether to read the folders that the checkpoint names.
+        reads: whether the images of the data module are read, not only its settings.
+
+    Raises:
+        UserError: if the config describes no data module; or, without ``trust``, if images are read
+            from a folder that the command line does not name.
+    """
+    if reads and not trust:
+        from lightning_dist.cli.run.allowlist import FOLDERS
+
+        for key in FOLDERS:
+            if key in config["data"] and key not in changes:
+                raise UserError(
+                    f"{path} names the folder or data set to read, "
+                    f"{key}={config['data'][key]!r:.200}: if that is where you have the data, add "
+                    f"+data.{key}=... with it, or trust=true if you trust the file"
+                )
+    with _rebuilding(path, "data settings"):
+        return instantiate(OmegaConf.merge(config["data"], changes))
+
+
+@contextmanager
+def _rebuilding(path: str, part: str) -> Iterator[None]:
+    """Convert every error in the block to one that names the checkpoint and its part.
+
+    Hydra, torch and the other libraries raise errors of any kind for values that do not fit.
+
+    Raises:
+        UserError: if the block raises an error.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise UserError(
+            f"{path} is damaged, or its {part} do not fit together or not this version of "
+            f"lightning-dist: {error_line(error)} (HYDRA_FULL_ERROR=1 shows where)"
+        ) from error
+
+
+@contextmanager
+def _without_torchvision_weights() -> Iterator[None]:
+    """Make torchvision build its networks as with pretrained weights, but not load the weights.
+
+    The checkpoint contains the weights. The layers depend on whether there are weights: for its
+    detectors, torchvision freezes the batch norms.
+    """
+    nothing: dict[str, Tensor] = {}
+    load = nn.Module.load_state_dict
+
+    def load_unless_nothing(self: nn.Module, state: Any, *args: Any, **kwargs: Any) -> Any:
+        return None if state is nothing else load(self, state, *args, **kwargs)
+
+    with (
+        mock.patch.object(WeightsEnum, "get_state_dict", return_value=nothing),
+        mock.patch.object(nn.Module, "load_state_dict", load_unless_nothing),
+    ):
+        yield
 
 
 def _check_structure(checkpoint: Mapping[str, Any], config: Any, path: str) -> None:
@@ -131,7 +202,9 @@ def _check_structure(checkpoint: Mapping[str, Any], config: Any, path: str) -> N
             ("weights", isinstance(state, Mapping) and _all_tensors(state)),
             ("module", isinstance(parts.get("module"), Mapping)),
             ("data", isinstance(parts.get("data"), Mapping)),
-            ("seed", type(parts.get("seed")) is int),
+            ("seed", type(parts.get("seed")) is int and 0 <= parts["seed"] < 2**32),
+            ("names of classes", _all_text(parts.get("class_names"))),
+            ("colours of classes", _all_colors(parts.get("class_colors"))),
         )
         if not whole
     ]
@@ -144,3 +217,21 @@ def _check_structure(checkpoint: Mapping[str, Any], config: Any, path: str) -> N
 
 def _all_tensors(state: Mapping[Any, Any]) -> bool:
     return all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
+
+
+def _all_text(names: Any) -> bool:
+    return names is None or (
+        isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
+    )
+
+
+def _all_colors(colors: Any) -> bool:
+    return colors is None or (
+        isinstance(colors, (list, tuple))
+        and all(
+            isinstance(color, (list, tuple))
+            and len(color) == 3
+            and all(type(value) is int and 0 <= value <= 255 for value in color)
+            for color in colors
+        )
+    )

@@ -1,0 +1,74 @@
+"""``drop_foreign_paths``: forget the paths in a checkpoint that are not in the run's own folder."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_dist.text import printable
+
+# Keys of a callback's state under which there are paths. ModelCheckpoint of Lightning 2.6 has
+# dirpath, best_model_path, kth_best_model_path, last_model_path and best_k_models.
+_PATH_KEY = re.compile("(.+_)?(path|dir|dirpath|file|filename|filepath|folder|url)s?")
+_PATHS_AS_KEYS = "best_k_models"
+
+
+def drop_foreign_paths(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Remove the states of callbacks that name a path outside of the run's checkpoint folders.
+
+    ModelCheckpoint deletes the files and folders that its state names, when better checkpoints
+    replace them. In a file from elsewhere they can be any files. A warning lists what is dropped.
+
+    Args:
+        trainer: the trainer whose ModelCheckpoints have the folders.
+        checkpoint: the loaded checkpoint, which is changed in place.
+    """
+    savers = [saver for saver in trainer.checkpoint_callbacks if isinstance(saver, ModelCheckpoint)]
+    folders = [str(saver.dirpath) for saver in savers if saver.dirpath is not None]
+    states = checkpoint.get("callbacks") or {}
+    for key, state in list(states.items()):
+        foreign = [
+            path for path, is_folder in _paths(state) if not _within(path, folders, is_folder)
+        ]
+        if foreign:
+            del states[key]
+            rank_zero_warn(
+                f"the state of {printable(str(key), 100)} in the checkpoint is not used, because "
+                f"it names {printable(str(foreign[0]), 200)}, which is not in the folder of this "
+                "run's checkpoints: the best checkpoints before this one are forgotten"
+            )
+
+
+def _paths(state: Any, key: str = "") -> Iterator[tuple[Any, bool]]:
+    """Yield the paths in a callback's state, and whether each is the folder of the checkpoints."""
+    if isinstance(state, Mapping):
+        if key == _PATHS_AS_KEYS:
+            yield from ((path, False) for path in state)
+        for name, value in state.items():
+            yield from _paths(value, str(name))
+    elif isinstance(state, (list, tuple, set)):
+        for value in state:
+            yield from _paths(value, key)
+    elif isinstance(state, (str, bytes)) and state and _PATH_KEY.fullmatch(key):
+        yield state, key == "dirpath"
+
+
+def _within(path: Any, folders: Sequence[str], is_folder: bool) -> bool:
+    """Return whether a path is one of the folders, if it is to be one, or is inside one of them."""
+    if not isinstance(path, str):
+        return False
+    if is_folder and path in folders:
+        return True
+    if "://" in path or "::" in path:  # an address, which is in a folder that is one
+        own = [folder.rstrip("/") + "/" for folder in folders if "://" in folder]
+        return ".." not in path.split("/") and path.startswith(tuple(own))
+    try:
+        resolved = Path(path).resolve()
+        local = [Path(folder).resolve() for folder in folders if "://" not in folder]
+    except (OSError, ValueError, RuntimeError):  # a name that no file can have, or a loop of links
+        return False
+    return any(folder in resolved.parents or (is_folder and folder == resolved) for folder in local)

@@ -1,0 +1,64 @@
+"""Functions that make text from a file safe for a terminal, a log and a spreadsheet."""
+
+from typing import Any
+
+# The longest text that is shown. The message of a run that failed is an error line, which is cut
+# at fewer characters.
+MOST_SHOWN, MOST_IN_A_LINE = 20_000, 2_000
+
+# A spreadsheet computes a cell that begins with one of these characters; the last four are the
+# wide forms of the first four.
+_FORMULA = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")
+
+
+def printable(text: str, most: int = MOST_SHOWN) -> str:
+    """Return text on one line: control characters, which a terminal would execute, are escaped.
+
+    Args:
+        text: the text, which can be of any length.
+        most: the number of characters to keep; the middle of a longer text is left out.
+
+    Example:
+        >>> printable("a\\x1b[2J"), printable("0123456789", most=4)
+        ('a\\\\x1b[2J', '01 ... (6 characters) ... 89')
+    """
+    if len(text) > most:
+        half = most // 2
+        middle = f" ... ({len(text) - 2 * half} characters) ... "
+        text = text[:half] + middle + text[len(text) - half :]
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def error_line(error: BaseException | str) -> str:
+    """Return an error as one line that is short and safe to print.
+
+    Args:
+        error: the error, which gives its type and its message, or a message.
+    """
+    text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+    return printable(" ".join(text.split()), MOST_IN_A_LINE)
+
+
+def csv_cell(value: Any) -> Any:
+    """Return a value for a CSV file: text that a spreadsheet would compute starts with a quote.
+
+    Args:
+        value: the value of a cell; a number, and text that is a number, are returned unchanged.
+
+    Example:
+        >>> csv_cell("=1+1"), csv_cell("-0.5"), csv_cell(-0.5)
+        ("'=1+1", '-0.5', -0.5)
+    """
+    if value is None or isinstance(value, (int, float)):
+        return value
+    text = str(value)
+    # A spreadsheet drops leading blanks.
+    return f"'{text}" if text.lstrip(" ").startswith(_FORMULA) and not _is_number(text) else text
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return text.isprintable()

@@ -1,0 +1,317 @@
+"""Tests that a checkpoint's config can load, read and contact nothing without ``trust=true``."""
+
+import importlib
+import inspect
+import json
+import typing
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from lightning.pytorch import LightningDataModule
+from PIL import Image
+
+import lightning_dist.data
+from hostile import Runs, contacts, hostile_config, saved, touched, watched
+from lightning_dist.cli.errors import UserError
+from lightning_dist.cli.run.allowlist import FOLDERS, without_downloads
+from lightning_dist.cli.run.saved_config import CONFIG_KEY, build_module, read_saved
+from lightning_dist.models.small import SmallCNN
+from lightning_dist.weights import read_checkpoint
+
+CPU = "trainer=cpu"
+NAMED_BY = {
+    "timm.create_model": "model_name",
+    "lightning_dist.models.detection.TimmPyramid": "name",
+    "lightning_dist.models.segmentation.deeplabv3": "backbone",
+    "lightning_dist.models.segmentation.pspnet": "backbone",
+}
+SOURCES = ("local-dir:w", " local-dir:w", "local\t-dir:w", "local-\ndir:w", "\x1fLOCAL-dir:w")
+
+
+def rebuilt(contents: dict, folder: Path) -> str:
+    """Return the error of a checkpoint that is read and rebuilt as ``export`` does."""
+    torch.save(contents, folder / "x.ckpt")
+    try:
+        build_module(*read_saved("x.ckpt", trust=False), "x.ckpt", trust=False)
+    except UserError as error:
+        return str(error)
+    pytest.fail("the checkpoint is not refused")
+
+
+@pytest.fixture(autouse=True)
+def _in_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path) -> Path:
+    """Write a folder of timm's whose weights are a pickle that runs code."""
+    folder = tmp_path / "w"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"architecture": "resnet18"}))
+    (folder / "pytorch_model.bin").write_bytes(saved({"a": Runs()}))
+    return folder
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("target", NAMED_BY)
+def test_no_name_makes_timm_load_a_folder(tmp_path, model_folder, target, source):
+    student = {"_target_": target, NAMED_BY[target]: source, "pretrained": True}
+    contents = hostile_config(**student)
+    if target != "timm.create_model":
+        del contents[CONFIG_KEY]["module"]["student"]["model_name"]
+    with watched() as record:
+        line = rebuilt(contents, tmp_path)
+    assert "x.ckpt would load" in line
+    assert not touched(record, model_folder)
+    assert not (tmp_path / "trace").exists()
+
+
+@pytest.mark.parametrize(
+    "student",
+    [
+        {"_target_": "lightning_dist.models.detection.TimmPyramid", "_args_": ["local-dir:w"]},
+        {"_target_": "lightning_dist.models.segmentation.pspnet", "_partial_": True},
+        {"model_name": {"_target_": "timm.create_model", "model_name": "resnet18"}},
+        {"model_name": "resnet18:local-dir:w"},
+        {"model_name": "no_such_network"},
+    ],
+    ids=["by position", "later", "another call", "after a name", "unknown"],
+)
+def test_only_a_network_of_timm_is_a_name(tmp_path, student):
+    line = rebuilt(hostile_config(**student), tmp_path)
+    assert "x.ckpt would" in line
+    assert "trust=true" in line
+
+
+def test_a_file_in_a_package_is_found_without_importing_it(tmp_path, monkeypatch):
+    package = tmp_path / "imported"
+    (package / "inner").mkdir(parents=True)
+    code = "import pathlib; pathlib.Path('trace').mkdir()"
+    for folder in (package, package / "inner"):
+        (folder / "__init__.py").write_text(code)
+    torch.save({"a": torch.ones(1)}, package / "inner" / "w.pth")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert read_checkpoint("pkg://imported.inner/w.pth").keys() == {"a"}
+    assert read_checkpoint("pkg://imported/inner/w.pth").keys() == {"a"}
+    for missing in ("pkg://imported/none.pth", "pkg://no_such_package/w.pth", "pkg:///w", "pkg://"):
+        with pytest.raises(FileNotFoundError):
+            read_checkpoint(missing)
+    assert not (tmp_path / "trace").exists()
+
+
+def test_no_file_of_weights_comes_from_a_config(tmp_path, monkeypatch):
+    package = tmp_path / "imported_too"
+    package.mkdir()
+    (package / "__init__.py").write_text("import pathlib; pathlib.Path('trace').mkdir()")
+    monkeypatch.syspath_prepend(tmp_path)
+    for file in ("pkg://imported_too/w.pth", str(package / "w.pth")):
+        student = {"backbone": "resnet18", "backbone_weights": file}
+        student["_target_"] = "lightning_dist.models.segmentation.pspnet"
+        contents = hostile_config(**student)
+        del contents[CONFIG_KEY]["module"]["student"]["model_name"]
+        with watched() as record:
+            line = rebuilt(contents, tmp_path)
+        assert "do not fit together" in line, "built, but with other weights"
+        assert not touched(record, package)
+        assert not (tmp_path / "trace").exists()
+
+
+NETWORKS = {
+    "timm": {"pretrained": True},
+    "torchvision": {"_target_": "torchvision.models.resnet18", "weights": "DEFAULT"},
+    "torchvision by name": {
+        "_target_": "torchvision.models.get_model",
+        "name": "resnet18",
+        "weights": "IMAGENET1K_V1",
+    },
+    "torchvision's old name": {"_target_": "torchvision.models.resnet18", "pretrained": True},
+    "the default of a detector's backbone": {
+        "_target_": "torchvision.models.detection.fasterrcnn_mobilenet_v3_large_320_fpn"
+    },
+    "a detector": {
+        "_target_": "torchvision.models.detection.fasterrcnn_mobilenet_v3_large_320_fpn",
+        "weights": "DEFAULT",
+    },
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_is_built_without_a_download(tmp_path, monkeypatch, name):
+    """A file in torch's folder of downloads is not read either: anybody may have put it there."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    downloads = tmp_path / "torch" / "hub" / "checkpoints"
+    downloads.mkdir(parents=True)
+    for file in ("resnet18-f37072fd.pth", "mobilenet_v3_large-8738ca79.pth"):
+        (downloads / file).write_bytes(saved({"a": Runs()}))
+    contents = hostile_config(**NETWORKS[name])
+    if name != "timm":
+        del contents[CONFIG_KEY]["module"]["student"]["model_name"]
+    with watched() as record:
+        line = rebuilt(contents, tmp_path)
+    assert "do not fit together" in line
+    assert not contacts(record)
+    assert not touched(record, downloads)
+    assert not (tmp_path / "trace").exists()
+
+
+def test_a_detector_has_the_layers_that_it_was_trained_with(monkeypatch):
+    """torchvision freezes the batch norms of a detector that starts from pretrained weights."""
+    name = "torchvision.models.detection.fasterrcnn_mobilenet_v3_large_320_fpn"
+    student = {"_target_": name, "weights_backbone": "IMAGENET1K_V1", "num_classes": 3}
+    module = {"_target_": "lightning_dist.tasks.detection.DetectionModule", "student": student}
+    norm = torchvision.ops.FrozenBatchNorm2d
+    built = []
+    monkeypatch.setattr(
+        "lightning_dist.tasks.detection.DetectionModule.load_state_dict",
+        lambda self, state: built.append(self),
+    )
+    build_module({"state_dict": {}}, {"module": module}, "x.ckpt", trust=False)
+    assert any(isinstance(part, norm) for part in built[0].student.modules())
+
+
+def test_torchvisions_downloads_of_a_student_are_read_as_weights(refused, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    downloads = tmp_path / "torch" / "hub" / "checkpoints"
+    downloads.mkdir(parents=True)
+    (downloads / "resnet18-f37072fd.pth").write_bytes(saved({"a": Runs()}))
+    student = "{_target_: torchvision.models.resnet18, weights: DEFAULT}"
+    line = refused(
+        *("train", "experiment=digits", "distill=none", CPU, "print_config=false"),
+        *("~student", f"+student={student}", "hydra.run.dir=run"),
+    )
+    assert "Weights only load failed" in line
+    assert not (tmp_path / "trace").exists()
+
+
+def folder_checkpoint(path: Path, /, **data: object) -> None:
+    """Write the checkpoint of a student that labels images, by default those of a folder."""
+    target = "lightning_dist.data.image_folder.ImageFolderDataModule"
+    contents = hostile_config(data if "_target_" in data else {"_target_": target} | data)
+    network = SmallCNN([4], num_classes=2, in_channels=3)
+    student = {"_target_": "lightning_dist.models.small.SmallCNN"}
+    student |= {"channels": [4], "num_classes": 2, "in_channels": 3}
+    contents[CONFIG_KEY]["module"] = {
+        "_target_": "lightning_dist.tasks.classification.ClassificationModule",
+        "student": student,
+        "num_classes": 2,
+    }
+    contents["state_dict"] = {f"student.{k}": v for k, v in network.state_dict().items()}
+    torch.save(contents, path)
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    for name in ("dark", "light"):
+        folder = tmp_path / "images" / "val" / name
+        folder.mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(folder / "0.png")
+        (tmp_path / "images" / "train" / name).mkdir(parents=True)
+    return tmp_path / "images"
+
+
+def test_eval_reads_only_the_folder_that_the_command_names(refused, command, tmp_path, images):
+    folder_checkpoint(tmp_path / "x.ckpt", root=str(images))
+    with watched() as record:
+        line = refused("eval", "ckpt=x.ckpt", CPU)
+    assert "x.ckpt names the folder" in line
+    assert "+data.root=" in line
+    assert not touched(record, images)
+    small = ("+data.image_size=8", CPU)
+    command("eval", "ckpt=x.ckpt", f"+data.root={images}", *small)
+    command("eval", "ckpt=x.ckpt", "trust=true", *small)
+
+
+@pytest.mark.parametrize("verb", ["predict", "export"])
+def test_a_verb_that_needs_no_data_reads_no_folder(command, tmp_path, images, verb):
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    folder_checkpoint(tmp_path / "x.ckpt", root=str(secret))
+    options = ("images=images/val", CPU) if verb == "predict" else ("file=x.safetensors",)
+    with watched() as record:
+        command(verb, "ckpt=x.ckpt", *options)
+    assert not touched(record, secret)
+    assert not contacts(record)
+
+
+@pytest.mark.parametrize("value", ["../../etc", "/etc", "a/../../b", "\\\\host\\share", "C:\\x"])
+def test_the_parts_of_a_data_folder_are_inside_it(tmp_path, value):
+    folder_checkpoint(tmp_path / "x.ckpt", root="x", val_dir=value)
+    with pytest.raises(UserError, match=r"x\.ckpt would read val_dir="):
+        read_saved("x.ckpt", trust=False)
+
+
+def test_a_download_is_not_taken_from_a_config(refused, tmp_path):
+    data = {"_target_": "lightning_dist.data.cifar.CIFAR10DataModule", "download": True}
+    folder_checkpoint(tmp_path / "x.ckpt", **data, root=str(tmp_path / "elsewhere"))
+    with watched() as record:
+        refused("eval", "ckpt=x.ckpt", CPU)
+        refused("eval", "ckpt=x.ckpt", CPU, f"+data.root={tmp_path / 'elsewhere'}")
+    assert not contacts(record)
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_data_set_of_a_hub_is_not_taken_from_a_config(refused, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    target = "lightning_dist.data.huggingface.HuggingFaceDataModule"
+    folder_checkpoint(tmp_path / "x.ckpt", _target_=target, path="a/b")
+    with watched() as record:
+        line = refused("eval", "ckpt=x.ckpt", CPU)
+    assert "path='a/b'" in line
+    assert not contacts(record)
+
+
+def test_every_folder_of_a_data_module_is_known():
+    """A new data module with another name for its folder would read what a checkpoint names."""
+    modules = [
+        found
+        for file in Path(lightning_dist.data.__file__).parent.glob("*.py")
+        for found in vars(__import__(f"lightning_dist.data.{file.stem}", fromlist=["x"])).values()
+        if isinstance(found, type) and issubclass(found, LightningDataModule)
+    ]
+    assert len(modules) > 10
+    for module in modules:
+        hints = typing.get_type_hints(module.__init__)
+        paths = {name for name, hint in hints.items() if Path in (hint, *typing.get_args(hint))}
+        assert paths <= set(FOLDERS)
+        for name in inspect.signature(module.__init__).parameters:
+            assert not name.startswith("url")
+
+
+def test_an_import_that_fails_is_not_told_as_code_to_trust(tmp_path, monkeypatch):
+    real = importlib.import_module
+
+    def no_memory(name, *args):
+        if name == "lightning_dist.models.mmdet":
+            raise MemoryError
+        return real(name, *args)
+
+    student = {"_target_": "lightning_dist.models.mmdet.retinanet"}
+    monkeypatch.delattr(lightning_dist.models, "mmdet", raising=False)
+    monkeypatch.setattr(importlib, "import_module", no_memory)
+    line = rebuilt(hostile_config(**student), tmp_path)
+    assert "MemoryError" in line
+    assert "trust" not in line
+
+
+def test_control_characters_of_a_config_are_refused(refused, tmp_path):
+    contents = hostile_config()
+    metric = {"_target_": "torchmetrics.classification.MulticlassAccuracy", "num_classes": 10}
+    contents[CONFIG_KEY]["module"]["metrics"] = {"acc\x1b[2J\x1b]0;owned\x07": metric}
+    torch.save(contents, tmp_path / "x.ckpt")
+    line = refused("eval", "ckpt=x.ckpt", CPU)
+    assert "control characters" in line
+    assert "\x1b" not in line
+
+
+def test_a_checkpoint_of_train_is_instantiated_as_it_was_saved():
+    """The removal of downloads changes nothing else in a config."""
+    config = {"a": [1, (2, {"download": True, "b": "x"})], "_target_": "timm.create_model"}
+    assert without_downloads(config) == {
+        "a": [1, [2, {"download": False, "b": "x"}]],
+        "_target_": "timm.create_model",
+    }

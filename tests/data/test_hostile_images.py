@@ -1,0 +1,110 @@
+"""Tests that only images of the usual formats are decoded, and only regular files are read."""
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, PngImagePlugin
+
+from hostile import contacts, watched
+from lightning_dist.data.huggingface import HuggingFaceDataModule, RowImages
+from lightning_dist.data.image_files import FORMATS, image_size, load_image
+from lightning_dist.data.segmentation_base import MaskedImages, Pair
+
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+@pytest.fixture
+def ghostscript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Put a program gs before all others, which creates a file when it is called."""
+    from PIL import EpsImagePlugin
+
+    program, trace = tmp_path / "bin" / "gs", tmp_path / "called"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\ntouch {trace}\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # Pillow stores what it has found
+    assert shutil.which("gs") == str(program)
+    return trace
+
+
+def test_postscript_by_another_name_is_not_run(tmp_path, ghostscript):
+    path = tmp_path / "a.png"
+    path.write_bytes(POSTSCRIPT)
+    for read in (lambda: load_image(str(path)), lambda: image_size(path)):
+        with pytest.raises(OSError, match=r"a\.png cannot be read as an image"):
+            read()
+    assert not ghostscript.exists()
+
+
+def test_postscript_is_not_run_as_a_mask(tmp_path, ghostscript):
+    image, mask = tmp_path / "a.png", tmp_path / "mask.png"
+    Image.new("RGB", (8, 8)).save(image)
+    mask.write_bytes(POSTSCRIPT)
+    with pytest.raises(OSError, match=r"mask\.png cannot be read as a mask"):
+        MaskedImages([Pair(image, mask)], [0], [255], lambda *parts: parts)[0]
+    assert not ghostscript.exists()
+
+
+def test_postscript_is_not_run_in_a_data_set(tmp_path, ghostscript):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    rows = {"image": [{"bytes": POSTSCRIPT, "path": "a.png"}], "label": [0]}
+    split = datasets.Dataset.from_dict(rows, features=features)
+    datasets.DatasetDict({"train": split, "validation": split}).save_to_disk(tmp_path / "rows")
+    data = HuggingFaceDataModule(path=str(tmp_path / "rows"), image_size=8)
+    with pytest.raises(OSError, match=r"row 0 of .* cannot be read as an image"):
+        data.val_dataset()[0]
+    assert not ghostscript.exists()
+
+
+def test_the_address_of_an_image_in_a_data_set_is_not_contacted():
+    rows = [{"image": {"bytes": None, "path": "http://127.0.0.1:9/a.png"}, "label": 0}]
+    columns = {"image_column": "image", "label_column": "label"}
+    images = RowImages(rows, lambda image: image, location="rows", split="train", **columns)
+    with watched() as record, pytest.raises(OSError, match="row 0 of rows cannot be read"):
+        images[0]
+    assert not contacts(record)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_the_usual_formats_are_read(tmp_path, kind):
+    pixels = np.arange(192, dtype=np.uint8).reshape(8, 8, 3)
+    options = {"lossless": True} if kind == "WEBP" else {}
+    Image.fromarray(pixels).save(tmp_path / "a.png", kind, **options)
+    found = load_image(str(tmp_path / "a.png"))
+    assert (found.mode, found.size) == ("RGB", (8, 8))
+    if kind not in ("GIF", "JPEG"):
+        np.testing.assert_array_equal(np.asarray(found), pixels)
+
+
+@pytest.mark.parametrize("kind", ["a pipe", "a device", "a folder", "nothing"])
+def test_only_a_regular_file_is_read(tmp_path, kind):
+    path = tmp_path / "a.png"
+    if kind == "a pipe":
+        os.mkfifo(path)
+    elif kind == "a device":
+        path.symlink_to("/dev/zero")
+    elif kind == "a folder":
+        path.mkdir()
+    with pytest.raises(OSError, match=r"a\.png cannot be read as an image"):
+        load_image(str(path))
+
+
+def test_a_huge_image_is_an_error_that_names_the_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    Image.new("1", (64, 64)).save(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(OSError, match=r"a\.png cannot be read as an image"):
+        load_image(str(path))
+
+
+def test_a_large_text_in_an_image_is_an_error_that_names_the_file(tmp_path):
+    path, text = tmp_path / "a.png", PngImagePlugin.PngInfo()
+    text.add_text("note", "x" * (PngImagePlugin.MAX_TEXT_CHUNK + 1), zip=True)
+    Image.new("L", (2, 2)).save(path, pnginfo=text)
+    with pytest.raises(OSError, match=r"a\.png cannot be read as an image"):
+        load_image(str(path))
