@@ -1,6 +1,8 @@
 """DistillationCallback: a callback that adds distillation losses to a module's training step."""
 
+import copy
 import functools
+import multiprocessing
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -8,7 +10,6 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_dist.checks import check_number
@@ -26,9 +27,24 @@ from lightning_dist.terms import (
     refuse_untrained,
     states_of,
 )
-from lightning_dist.training.fitting import check_paths, refuse_earlier_averaging
-from lightning_dist.training.joining import Step, WrappedStep, add_to_loss
-from lightning_dist.training.summing import TermsSum, current_weights, is_zero, sum_terms
+from lightning_dist.training.fitting import (
+    check_paths,
+    checked_terms,
+    refuse_earlier_averaging,
+    refuse_pruned_terms,
+    refuse_second_callback,
+    refuse_unpickled,
+)
+from lightning_dist.training.joining import Step, WrappedStep, add_to_loss, refuse_frozen_step
+from lightning_dist.training.manual import StepCalls, check_backward, joined_backward
+from lightning_dist.training.summing import (
+    TermsSum,
+    current_weights,
+    is_zero,
+    log_sum,
+    sum_terms,
+)
+from lightning_dist.training.usage import TermsUsage
 
 ONLY = "distill"  # the name of the term made of loss, weight and output
 
@@ -36,11 +52,12 @@ ONLY = "distill"  # the name of the term made of loss, weight and output
 class DistillationCallback(Callback):
     """A callback that distils a teacher into a sub-module of a LightningModule.
 
-    The module can be any that uses automatic optimization. While ``fit`` runs, ``training_step`` is
-    wrapped: the teacher is called with the inputs of each call of the student, and the returned
-    loss becomes ``task_weight * loss + sum(weight * term)``. Precision, accumulation, clipping and
-    DDP therefore work as without distillation. When ``fit`` ends, normally or with an error, the
-    wrapper is removed from the module. Validation and testing do not change.
+    While ``fit`` runs, ``training_step`` is wrapped: the teacher is called with the inputs of each
+    call of the student, and the returned loss becomes ``task_weight * loss + sum(weight * term)``.
+    If the module optimizes manually, this happens to the losses that it gives to
+    ``manual_backward``. Precision, accumulation, clipping and DDP therefore work as without
+    distillation. When ``fit`` ends, normally or with an error, the wrapper is removed from the
+    module. Validation and testing do not change.
 
     Each step has four stages: the student's outputs are recorded
     (:func:`lightning_dist.taps.recording`), the teacher's outputs are collected
@@ -69,12 +86,18 @@ class DistillationCallback(Callback):
             ``{"": ""}``: the teacher gets the student's inputs. Or a function of the training batch
             that returns the teacher's input, or a tuple of its inputs; it is called once a step.
 
+        backward: only for a module that optimizes manually: the number, counted from 0, of the
+            ``manual_backward`` in a step that the terms join. By default, each call of the student
+            joins the next ``manual_backward``, which is refused with several optimizers. Or let the
+            step add :meth:`take_loss` to a loss.
+
     Raises:
-        MisconfigurationException: at the start of ``fit``, if optimization is manual, a sub-module
-            does not exist, the teacher shares tensors with the module, or the Trainer has a second
-            DistillationCallback. In the first training step, before any update, if no call of the
-            student has a gradient, the outputs of student and teacher cannot be paired, or an
-            output was changed in place.
+        MisconfigurationException: at the start of ``fit``, if a part does not exist, the teacher
+            shares tensors with the module, the Trainer has a second DistillationCallback, or
+            ``backward`` is missing. In a training step, before the update, if the outputs of
+            student and teacher cannot be paired, or an output was changed in place. After an epoch,
+            if no step has used a term, because no call of its part had a gradient; the first such
+            step logs a warning.
         FloatingPointError: in a training step, if a term is not finite and ``nonfinite`` is
             ``"raise"``; the message names the term, the step and the side (student or teacher).
 
@@ -102,11 +125,14 @@ class DistillationCallback(Callback):
         terms: Mapping[str, Term] | None = None,
         inputs: Inputs | None = None,
         nonfinite: Nonfinite = "raise",
+        backward: int | None = None,
     ) -> None:
         super().__init__()
         check_number("task_weight", task_weight)
         if nonfinite not in ("raise", "skip"):
             raise ValueError(f"nonfinite is {nonfinite!r}: use 'raise' or 'skip'")
+        if backward is not None:
+            check_number("backward", backward, int, least=0)
         if not isinstance(student, str):
             raise TypeError(f"student is a {type(student).__name__}: give its dotted path, a str")
         if terms is not None and any(x is not None for x in (loss, weight, output)):
@@ -118,13 +144,15 @@ class DistillationCallback(Callback):
             # Not "loss or DISTLoss()": bool() of a compiled module fails.
             loss = DISTLoss() if loss is None else loss
             terms = {ONLY: Term(loss, 2.0 if weight is None else weight, output=output)}
-        self.terms = _checked(terms)
+        self.terms = checked_terms(terms)
         self.inputs = inputs if callable(inputs) else dict(inputs or {"": ""})
         self.nonfinite = nonfinite
+        self.backward = backward
         self.skipped = 0
         self.owner: LightningModule | None = None  # the module that created this callback
         self._fingerprint: str | None = None
-        self._said: set[str] = set()  # names of terms that a warning was logged for
+        self._usage = TermsUsage()
+        self._total: Callable[[], TermsSum] | None = None  # within a training step
         self._attached = False
         self._step: WrappedStep | None = None
 
@@ -138,11 +166,11 @@ class DistillationCallback(Callback):
         """
         if stage != "fit" or self.owner not in (None, pl_module):
             return
-        _refuse_manual_optimization(pl_module)
-        self._refuse_second_callback(trainer)
+        refuse_second_callback(trainer, DistillationCallback)
+        refuse_unpickled(self.teacher)
         refuse_unmapped(self.terms, self.teacher.class_map)
         taps = [(term.teacher, term.output) for term in self.terms.values()]
-        self._attached, self._fingerprint = True, None
+        self._attached, self._fingerprint, self._usage = True, None, TermsUsage()
         self.teacher.attach(trainer, pl_module, taps, self.inputs)
         if TermParameters.join(self.terms, pl_module):
             refuse_earlier_averaging(trainer, self)
@@ -157,9 +185,15 @@ class DistillationCallback(Callback):
         """Check the paths and the terms, which needs the complete module and the optimizers."""
         if self.owner not in (None, pl_module):
             return
-        _refuse_manual_optimization(pl_module)  # the module's setup may have set this
+        check_backward(pl_module, trainer, self.backward)
         check_paths(pl_module, self.student, self.teacher.network, self.terms, self.inputs)
         refuse_untrained(self.terms, trainer.optimizers)
+        refuse_pruned_terms(self.terms, trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse to train on if no step of an epoch has used a term."""
+        if self._attached:
+            self._usage.refuse_unused(trainer, self.terms)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -222,9 +256,51 @@ class DistillationCallback(Callback):
             asking = self.teacher.answers(student, args[0], [*used], self.inputs)
         taps = {term.student: None for term in self.terms.values()}
         with asking as of_teacher, recording(student, [*taps]) as of_student:
-            result = step(*args, **kwargs)
-        if result is None:  # training_step skips this batch
-            return None
+            calls = StepCalls(of_student, of_teacher)
+            total = functools.partial(self._sum, trainer, pl_module, weights, calls)
+            add = functools.partial(self._add, pl_module, total)
+            self._total = total
+            with joined_backward(pl_module, calls, self.backward, add):
+                result = step(*args, **kwargs)
+            self._total = None
+        if not pl_module.automatic_optimization:
+            self._usage.note_unjoined(calls, total, weights)
+            return result
+        if result is None or calls.all_taken():  # the step skips this batch, or took the loss
+            return result
+        return add(result)
+
+    def take_loss(self) -> Tensor:
+        """Return the distillation loss of the student's calls so far, within a ``training_step``.
+
+        A step can add it to the loss of its choice. The callback does not add these calls again.
+
+        Returns:
+            The weighted sum of the terms, of shape ().
+
+        Raises:
+            RuntimeError: outside of a training step.
+        """
+        if self._total is None:
+            raise RuntimeError("take_loss is for training_step, while fit runs with this callback")
+        return self._total().total
+
+    def _add(self, pl_module: LightningModule, total: Callable[[], TermsSum], result: Any) -> Any:
+        """Return a loss, or a result of ``training_step``, with the distillation loss added."""
+        found = total()
+        added = add_to_loss(result, found.total, self.task_weight, pl_module)
+        refuse_frozen_step(added, found.waiting, self.student)
+        return added
+
+    def _sum(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        weights: dict[str, float],
+        calls: StepCalls,
+    ) -> TermsSum:
+        """Sum and log the terms of the calls that were not summed before."""
+        of_student, of_teacher = calls.take()
         found = sum_terms(
             self.terms,
             weights,
@@ -235,78 +311,40 @@ class DistillationCallback(Callback):
             nonfinite=self.nonfinite,
             to_student_classes=self.teacher.to_student_classes,
         )
+        self._usage.note(found)
         self.skipped += found.skipped
         if not trainer.barebones:
-            self._log(pl_module, found)
-        result = add_to_loss(result, found.total, self.task_weight, pl_module)
-        self._wait(found.waiting, result)
-        return result
-
-    def _log(self, pl_module: LightningModule, found: TermsSum) -> None:
-        # The values are logged per step, so the batch size never weighs a mean. Without batch_size,
-        # Lightning would infer the size, which fails if training_step takes a dataloader_iter.
-        log = functools.partial(pl_module.log, batch_size=1)
-        log("train/distill", found.total.detach())
-        if [*self.terms] != [ONLY]:
-            for name, value in found.values.items():
-                log(f"train/distill/{name}", value.detach())
-        if self.nonfinite == "skip":
-            log("train/distill_skipped", float(self.skipped))
-
-    def _wait(self, waiting: list[str], result: Any) -> None:
-        """Warn once for each term on a frozen part; refuse a step in which nothing trains."""
-        loss = result if isinstance(result, Tensor) else result["loss"]
-        for name in waiting:
-            if not loss.requires_grad:
-                raise MisconfigurationException(
-                    f"term {name!r}: the student is frozen, and nothing else in the step trains: "
-                    f"let parameters of {self.student or 'the module'!r} require a gradient"
-                )
-            if name not in self._said:
-                self._said.add(name)
-                rank_zero_warn(
-                    f"term {name!r} waits: the part of the student that it compares is frozen. The "
-                    "term is used as soon as the part trains"
-                )
+            log_sum(found, pl_module, each=[*self.terms] != [ONLY])
+            if self.nonfinite == "skip":
+                pl_module.log("train/distill_skipped", float(self.skipped), batch_size=1)
+        return found
 
     # Helpers of the hooks
-
-    def _refuse_second_callback(self, trainer: Trainer) -> None:
-        if sum(isinstance(c, DistillationCallback) for c in attached_callbacks(trainer)) > 1:
-            raise MisconfigurationException(
-                "the Trainer has several DistillationCallbacks: give one of them several terms"
-            )
 
     def _detach(self, pl_module: LightningModule) -> None:
         if self._step is not None:
             self._step.remove()
         if self._attached:
             self.teacher.detach()
-        self._step, self._attached = None, False
+        self._step, self._attached, self._total = None, False, None
         TermParameters.leave(pl_module)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the settings without networks: a checkpoint's hyper-parameters may contain them.
 
-def attached_callbacks(trainer: Trainer) -> list[Callback]:
-    """Return the Trainer's callbacks, an attribute that Lightning does not declare."""
-    return trainer.callbacks  # type: ignore[attr-defined]
+        Only a process that Lightning starts (``ddp_spawn``) gets the teacher too.
+        """
+        if multiprocessing.context.get_spawning_popen() is not None:
+            return self.__dict__
+        return self.__dict__ | self._idle() | {"teacher": None, "terms": {}, "inputs": {}}
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "DistillationCallback":
+        """Return a callback with the same teacher and copies of the terms."""
+        copied = type(self).__new__(type(self))
+        copied.__dict__ |= self.__dict__ | self._idle()
+        copied.terms = copy.deepcopy(self.terms, memo)
+        return copied
 
-def _checked(terms: Mapping[str, Term]) -> dict[str, Term]:
-    """Return the terms as a dict, and refuse anything but a mapping from names to Terms."""
-    if not terms:
-        raise ValueError("terms is empty: name at least one Term")
-    if not isinstance(terms, Mapping):
-        raise TypeError(f"terms is a {type(terms).__name__}: give a dict of names and Terms")
-    for name, term in terms.items():
-        if not isinstance(term, Term):
-            raise TypeError(f"term {name!r} is a {type(term).__name__}: give a Term")
-        term.check(name)
-    return dict(terms)
-
-
-def _refuse_manual_optimization(pl_module: LightningModule) -> None:
-    if not pl_module.automatic_optimization:
-        raise MisconfigurationException(
-            f"{type(pl_module).__name__} optimizes manually: DistillationCallback adds to the "
-            "loss that training_step returns, which needs automatic_optimization=True"
-        )
+    def _idle(self) -> dict[str, Any]:
+        """Return the values of the attributes that are only set while ``fit`` runs."""
+        return {"owner": None, "_step": None, "_attached": False, "_total": None}

@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils._pytree import tree_leaves
 from torchmetrics import MetricCollection
 
-from lightning_dist.callback import ONLY, DistillationCallback, attached_callbacks
+from lightning_dist.callback import ONLY, DistillationCallback
 from lightning_dist.checks import check_number
 from lightning_dist.losses import DISTLoss
 from lightning_dist.teacher import TeacherBase, as_teacher, shard_once, shard_teacher
@@ -28,6 +28,7 @@ from lightning_dist.training.evaluation import (
     count_samples,
     without_repeats,
 )
+from lightning_dist.training.fitting import attached_callbacks
 from lightning_dist.training.optimization import build_optimizer, build_scheduler, step_scheduler
 
 

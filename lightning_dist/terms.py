@@ -164,8 +164,10 @@ class Term:
         kept = [x for x in logits if x.isfinite().all()]
         if len(kept) < len(logits):
             kept += [p for p in parameters if p.requires_grad]
-        device = logits_of(outputs[0], self.output).device if outputs else None
-        parts = [0 * x.float().sum() for x in (*kept, *self.parameters())]
+        own = self.parameters()
+        known = [logits_of(outputs[0], self.output)] if outputs else own
+        device = known[0].device if known else None
+        parts = [0 * x.float().sum() for x in (*kept, *own)]
         return torch.stack([torch.zeros((), device=device), *parts]).sum()
 
     def is_finite(self, outputs: list[Any]) -> bool:

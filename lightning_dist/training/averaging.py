@@ -86,7 +86,7 @@ class StudentEMA(Callback):
             pl_module.student_ema.update_parameters(pl_module.student)
 
 
-def earlier_averaging(trainer: Trainer, callback: Callback) -> WeightAveraging | None:
+def earlier_averaging(trainer: Trainer, callback: Callback) -> Callback | None:
     """Return the first WeightAveraging before a callback, which has copied the module, or None.
 
     Args:
@@ -95,7 +95,15 @@ def earlier_averaging(trainer: Trainer, callback: Callback) -> WeightAveraging |
     """
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     before = callbacks[: callbacks.index(callback)]
-    return next((c for c in before if isinstance(c, WeightAveraging)), None)
+    return next((c for c in before if _averages(c)), None)
+
+
+def _averages(callback: Callback) -> bool:
+    """Return whether a callback is a WeightAveraging of ``lightning`` or ``pytorch_lightning``."""
+    return any(
+        kind.__name__ == WeightAveraging.__name__ and "lightning" in kind.__module__
+        for kind in type(callback).__mro__
+    )
 
 
 def keep_average(module: Any, decay: float = 0.9999) -> None:

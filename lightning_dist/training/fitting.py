@@ -8,7 +8,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_dist.taps import check_part, find_submodule
-from lightning_dist.teacher.base import Inputs
+from lightning_dist.teacher.base import Inputs, TeacherBase
 from lightning_dist.terms import Term
 from lightning_dist.training.averaging import earlier_averaging
 
@@ -72,4 +72,86 @@ def _warn_of_compiled_taps(student: nn.Module, terms: Mapping[str, Term]) -> Non
             f"term {inner[0]!r} compares a part within the student, which is compiled: to record "
             "the part, torch compiles the student again in each step, and after some steps runs it "
             "uncompiled. Compare the student's own output (student=''), or leave out torch.compile"
+        )
+
+
+def checked_terms(terms: Mapping[str, Term]) -> dict[str, Term]:
+    """Return terms as a dict.
+
+    Args:
+        terms: a mapping from names to terms.
+
+    Raises:
+        TypeError: if it is anything else, or if a term is of the wrong kind.
+        ValueError: if it is empty, or if a term has a wrong value.
+    """
+    if not terms:
+        raise ValueError("terms is empty: name at least one Term")
+    if not isinstance(terms, Mapping):
+        raise TypeError(f"terms is a {type(terms).__name__}: give a dict of names and Terms")
+    for name, term in terms.items():
+        if not isinstance(term, Term):
+            raise TypeError(f"term {name!r} is a {type(term).__name__}: give a Term")
+        term.check(name)
+    return dict(terms)
+
+
+def attached_callbacks(trainer: Trainer) -> list[Callback]:
+    """Return the Trainer's callbacks, an attribute that Lightning does not declare."""
+    return trainer.callbacks  # type: ignore[attr-defined]
+
+
+def refuse_second_callback(trainer: Trainer, kind: type) -> None:
+    """Refuse a Trainer with several callbacks of one class.
+
+    Args:
+        trainer: the Trainer.
+        kind: the class, DistillationCallback.
+
+    Raises:
+        MisconfigurationException: if the Trainer has several of them.
+    """
+    if sum(isinstance(callback, kind) for callback in attached_callbacks(trainer)) > 1:
+        raise MisconfigurationException(
+            f"the Trainer has several {kind.__name__}s: give one of them several terms"
+        )
+
+
+def refuse_pruned_terms(terms: Mapping[str, Term], trainer: Trainer) -> None:
+    """Refuse a ModelPruning that would prune the parameters of a term.
+
+    Args:
+        terms: a dict from names to terms.
+        trainer: the Trainer, after the ``setup`` of all callbacks.
+
+    Raises:
+        MisconfigurationException: if there is such a callback; the message names the term.
+    """
+    for callback in attached_callbacks(trainer):
+        pruned = {
+            id(module) for module, *_ in getattr(callback, "_parameters_to_prune", None) or ()
+        }
+        for name, term in terms.items():
+            parts = term.loss.modules() if isinstance(term.loss, nn.Module) else ()
+            if any(id(part) in pruned for part in parts):
+                raise MisconfigurationException(
+                    f"{type(callback).__name__} would prune the parameters of term {name!r}, which "
+                    "are not a part of the student: list it before DistillationCallback, or give "
+                    "it parameters_to_prune"
+                )
+
+
+def refuse_unpickled(teacher: TeacherBase | None) -> None:
+    """Refuse a callback without a teacher.
+
+    Args:
+        teacher: the callback's teacher, which pickles and checkpoints do not contain.
+
+    Raises:
+        MisconfigurationException: if it is None.
+    """
+    if teacher is None:
+        raise MisconfigurationException(
+            "this DistillationCallback comes from a pickle or a checkpoint, which does not contain "
+            "its teacher: create a new one with the teacher"
         )

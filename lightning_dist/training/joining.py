@@ -2,7 +2,7 @@
 
 import functools
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -82,3 +82,22 @@ def add_to_loss(
             "without a loss: return a tensor, a dict with 'loss', or None to skip the batch"
         )
     return {**result, "loss": task_weight * result["loss"] + distill}
+
+
+def refuse_frozen_step(result: Any, waiting: Sequence[str], place: str) -> None:
+    """Refuse a step in which nothing trains because the student is frozen.
+
+    Args:
+        result: the result of :func:`add_to_loss`.
+        waiting: the names of the terms whose part of the student is frozen.
+        place: the dotted path of the student in its module.
+
+    Raises:
+        MisconfigurationException: if there is such a term and the loss has no gradient.
+    """
+    loss = result if isinstance(result, Tensor) else result["loss"]
+    if waiting and not loss.requires_grad:
+        raise MisconfigurationException(
+            f"term {waiting[0]!r}: the student is frozen, and nothing else in the step trains: let "
+            f"parameters of {place or 'the module'!r} require a gradient"
+        )

@@ -1,11 +1,13 @@
 """The sum of the distillation terms of one step, computed from the recorded outputs."""
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
-from lightning.pytorch import Trainer
+import torch
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
@@ -22,12 +24,15 @@ class TermsSum:
         values: a dict from names to the values of the terms, before the weights.
         skipped: the number of terms that were left out because they were not finite.
         waiting: the names of the terms whose part of the student is frozen in this step.
+        unused: a dict from the names of the terms that found no call of their part of the student
+            with a gradient, to the reasons.
     """
 
     total: Tensor
     values: dict[str, Tensor]
     skipped: int
     waiting: list[str]
+    unused: dict[str, str]
 
 
 def current_weights(terms: Mapping[str, Term], trainer: Trainer) -> dict[str, float]:
@@ -63,7 +68,8 @@ def sum_terms(
 ) -> TermsSum:
     """Compute all terms from the recorded outputs, and their weighted sum.
 
-    A term adds 0 and is not computed if its weight is 0 or its part of the student is frozen.
+    A term adds 0 and is not computed if its weight is 0, or if its part of the student is frozen or
+    was not called.
 
     Args:
         terms: a dict from names to terms, with at least one term.
@@ -81,38 +87,56 @@ def sum_terms(
             the message names the term.
         FloatingPointError: if a term is not finite and ``nonfinite`` is ``"raise"``.
     """
-    values, products, skipped, waiting = {}, [], 0, []
+    total = TermsSum(torch.zeros(()), {}, 0, [], {})
+    products = []
     for name, term in terms.items():
         of_student = student.outputs[term.student]
+        zero = functools.partial(term.zero, of_student, student.root.parameters())
         if is_zero(weights[name]):
-            products.append(term.zero(of_student, student.root.parameters()))
+            products.append(zero())
             continue
         part = f"{place}.{term.student}".strip(".") or "the module itself"
-        of_teacher = teacher[term.teacher]
-        if not of_student:
-            raise MisconfigurationException(_not_called(name, term, part, student))
-        try:
-            value = term.value(of_student, of_teacher, trainer, to_student_classes)
-        except ValueError as error:
-            against = f"the teacher's {term.teacher!r}" if term.teacher else "the teacher"
-            raise MisconfigurationException(
-                f"term {name!r} of {part!r} and {against}: {error}"
-            ) from error
+        of_teacher, value = teacher[term.teacher], None
+        if of_student:
+            try:
+                value = term.value(of_student, of_teacher, trainer, to_student_classes)
+            except ValueError as error:
+                against = f"the teacher's {term.teacher!r}" if term.teacher else "the teacher"
+                raise MisconfigurationException(
+                    f"term {name!r} of {part!r} and {against}: {error}"
+                ) from error
         if value is None:
-            if not student.is_frozen(term.student):
-                raise MisconfigurationException(_not_called(name, term, part, student))
-            waiting.append(name)
-            products.append(term.zero(of_student, student.root.parameters()))
+            if of_student and student.is_frozen(term.student):
+                total.waiting.append(name)
+            else:
+                total.unused[name] = _not_called(name, term, part, student)
+            products.append(zero())
             continue
         product = weights[name] * value
         if not product.isfinite():
             if nonfinite == "raise":
                 raise _nonfinite_error(name, term, of_student, of_teacher, trainer)
-            skipped += 1
-            product = value = term.zero(of_student, student.root.parameters())
-        values[name] = value
+            total.skipped += 1
+            product = value = zero()
+        total.values[name] = value
         products.append(product)
-    return TermsSum(sum(products[1:], start=products[0]), values, skipped, waiting)
+    total.total = sum(products[1:], start=products[0])
+    return total
+
+
+def log_sum(found: TermsSum, pl_module: LightningModule, *, each: bool) -> None:
+    """Log ``train/distill`` and, for each term, ``train/distill/NAME`` without its weight.
+
+    Args:
+        found: the sum of the terms of a step.
+        pl_module: the module that logs.
+        each: log each term too.
+    """
+    # The values are logged per step, so the batch size never weighs a mean. Without batch_size,
+    # Lightning would infer the size, which fails if training_step takes a dataloader_iter.
+    pl_module.log("train/distill", found.total.detach(), batch_size=1)
+    for name, value in found.values.items() if each else ():
+        pl_module.log(f"train/distill/{name}", value.detach(), batch_size=1)
 
 
 def _not_called(name: str, term: Term, part: str, student: Recording) -> str:
@@ -120,7 +144,8 @@ def _not_called(name: str, term: Term, part: str, student: Recording) -> str:
     if not student.outputs[term.student] and term.student not in student.without_grad:
         return (
             f"term {name!r}: {part!r} was not called in training_step, so there is nothing to "
-            "distil: set student to the sub-module that training_step calls"
+            "distil: set student to the sub-module or method that training_step calls, which "
+            "DistillationCallback.explain(module, batch) lists"
         )
     return (
         f"term {name!r}: no call of {part!r} has a gradient, so the term cannot train it: call it "

@@ -63,6 +63,10 @@ def test_dist_refuses_a_batch_of_one_sample_in_one_process():
             summed({"a": Term(DISTLoss(sync=sync))}, {"": [x]}, {"": [x.detach()]})
 
 
-def test_a_part_that_was_not_called_is_named():
-    with pytest.raises(MisconfigurationException, match=r"term 'a': 'net.head' was not called"):
-        summed({"a": Term(nn.MSELoss(), student="head")}, {"head": []}, {"": []})
+def test_a_part_that_was_not_called_adds_0_and_is_named():
+    loss = nn.Bilinear(3, 3, 1)
+    found = summed({"a": Term(loss, student="head")}, {"head": []}, {"": []})
+    assert "term 'a': 'net.head' was not called" in found.unused["a"]
+    assert found.total == 0
+    found.total.backward()  # DDP waits for a gradient of each parameter of the loss
+    assert all(parameter.grad.eq(0).all() for parameter in loss.parameters())
