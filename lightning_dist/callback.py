@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_dist.checks import check_number
 from lightning_dist.losses import DISTLoss
-from lightning_dist.taps import find_submodule, recording
+from lightning_dist.taps import Entry, find_submodule, recording
 from lightning_dist.teacher import TeacherBase, as_teacher, is_other_teacher
 from lightning_dist.teacher.base import Inputs
 from lightning_dist.terms import (
@@ -121,7 +121,7 @@ class DistillationCallback(Callback):
         weight: Weight | None = None,
         *,
         task_weight: float = 1.0,
-        output: str | int | None = None,
+        output: Entry | None = None,
         terms: Mapping[str, Term] | None = None,
         inputs: Inputs | None = None,
         nonfinite: Nonfinite = "raise",

@@ -32,6 +32,12 @@ class Snapshot:
     output: Any
     versions: dict[int, int]
 
+    def was_written(self, tensor: Tensor | None) -> bool:
+        """Return whether a tensor of the output, or any if it is None, was changed in place."""
+        if tensor is not None:
+            return self.versions.get(id(tensor), version_of(tensor)) != version_of(tensor)
+        return self.versions != Snapshot.of(self.output).versions
+
     @classmethod
     def of(cls, output: Any) -> "Snapshot":
         """Return a snapshot of an output that a module has just returned."""
@@ -179,15 +185,21 @@ def recording(root: nn.Module, paths: Sequence[str]) -> Iterator[Recording]:
         yield found
 
 
-def logits_of(output: Any, entry: str | int | None = None) -> Tensor:
+# A key, an attribute or an index; or several of them in a dotted path; or a function of the output.
+Entry = str | int | Callable[[Any], Tensor]
+
+
+def logits_of(output: Any, entry: Entry | None = None) -> Tensor:
     """Return the logits in the output of a network or of one of its parts.
 
     Losses, the teacher's ``class_map``, ensembles, evaluation and export all use this function.
 
     Args:
         output: a tensor, or any container of tensors, or a :class:`Snapshot` of one.
-        entry: the key, attribute or index to take. By default ``logits``, then ``out``, as a key or
-            an attribute, then the first item of a tuple or list.
+        entry: the key, attribute or index to take, or a dotted path of them such as ``"aux.0"``. A
+            tensor is then returned unchanged. Or a function that returns a tensor for the output.
+            By default ``logits``, then ``out``, as a key or an attribute, then the first item of a
+            tuple or list.
 
     Returns:
         The tensor.
@@ -202,25 +214,30 @@ def logits_of(output: Any, entry: str | int | None = None) -> Tensor:
     """
     if isinstance(output, Snapshot):
         chosen = logits_of(output.output, entry)
-        if output.versions.get(id(chosen), version_of(chosen)) != version_of(chosen):
+        if output.was_written(None if callable(entry) else chosen):
             raise ValueError(
                 "the output was changed in place after the sub-module returned it: use an "
                 "operation that is not in place (z = z / t instead of z /= t, "
                 "ReLU(inplace=False)), or let the Term name the sub-module that makes the change"
             )
         return chosen
+    if callable(entry):
+        chosen = entry(output)
+        if not isinstance(chosen, Tensor):
+            raise ValueError(f"the function 'output' returns a {type(chosen).__name__}, no tensor")
+        return chosen
     if isinstance(output, Tensor):
         return output
     found = _default_entry(output) if entry is None else entry
     try:
-        chosen = output[found] if _is_item(output, found) else getattr(output, str(found))
+        chosen = _at(output, found)
     except (AttributeError, KeyError, IndexError, TypeError):
         has = f" with {sorted(map(str, output))}" if isinstance(output, Mapping) else ""
         wanted = "none of 'logits' and 'out'" if entry is None else f"no entry {entry!r}"
         raise ValueError(
             f"the output is a {type(output).__name__}{has} and has {wanted}: let the "
             "network return a tensor, or something with 'logits' or 'out'; in a Term, the option "
-            "'output' can also name the entry"
+            "'output' can also name the entry or a path ('aux.0'), or be a function of the output"
         ) from None
     if not isinstance(chosen, Tensor):
         raise ValueError(f"entry {found!r} of the output is a {type(chosen).__name__}, no tensor")
@@ -357,6 +374,18 @@ def _default_entry(output: Any) -> str | int:
         if hasattr(output, name) or (isinstance(output, Mapping) and name in output):
             return name
     return 0 if isinstance(output, (tuple, list)) else _LOGITS[0]
+
+
+def _at(output: Any, entry: str | int) -> Any:
+    """Return an entry of an output, or what is at a dotted path of entries."""
+    if isinstance(entry, int) or not _is_item(output, entry):
+        return output[entry] if isinstance(entry, int) else getattr(output, entry)
+    if isinstance(output, Mapping) and entry in output:
+        return output[entry]
+    first, _, rest = entry.partition(".")
+    if rest:
+        return _at(_at(output, first), rest)
+    return output[int(entry)] if entry.isdigit() else output[entry]
 
 
 def _is_item(output: Any, entry: str | int) -> bool:

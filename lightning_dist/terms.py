@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_dist.checks import check_number
 from lightning_dist.losses import DISTLoss, FeatureMimic, KDLoss
-from lightning_dist.taps import logits_of
+from lightning_dist.taps import Entry, logits_of
 
 Weight = float | Callable[[Trainer], float]
 Nonfinite = Literal["raise", "skip"]
@@ -37,20 +37,28 @@ class Term:
             one, such as ``"encoder.embed"``; ``""`` is the whole student.
         teacher: the dotted path of the part inside the teacher; ``""`` is the whole teacher.
         output: the entry to take from an output that is not a tensor: a key, an attribute or an
-            index. By default ``logits`` or ``out`` if the output has one, or the first item of a
-            tuple or list, see :func:`lightning_dist.taps.logits_of`.
+            index, or a dotted path of them such as ``"aux.0"``. Or a function that takes the output
+            of either part and returns a tensor, for networks whose output in training mode has
+            another structure than in eval mode. By default ``logits`` or ``out`` if the output has
+            one, or the first item of a tuple or list, see :func:`lightning_dist.taps.logits_of`.
         classes: ``True`` if the outputs are class scores, so that the teacher's ``class_map``
             applies to the teacher's part, or ``False`` if they are not. By default ``True`` for
             DISTLoss and KDLoss and ``False`` for FeatureMimic. Any other loss needs this option if
             it compares a part of a teacher with a ``class_map``.
+        rows: how the rows (samples) of the student's part belong to those of the teacher's, if it
+            has k times as many: ``"tiled"`` if all samples come k times in succession, as from an
+            ensemble of students, and ``"interleaved"`` if each sample comes k times in succession,
+            as from repeated augmentation. With either, a teacher that is called once is also
+            compared with several calls of the student, as of crops of several sizes.
     """
 
     loss: nn.Module | Callable[[Tensor, Tensor], Tensor]
     weight: Weight = 1.0
     student: str = ""
     teacher: str = ""
-    output: str | int | None = None
+    output: Entry | None = None
     classes: bool | None = None
+    rows: Literal["same", "tiled", "interleaved"] = "same"
 
     def check(self, name: str) -> None:
         """Refuse a loss or a weight of the wrong kind.
@@ -68,6 +76,10 @@ class Term:
             raise ValueError(
                 f"term {name!r} has a loss with parameters, which torch cannot register under this "
                 "name: choose another one, without dots"
+            )
+        if self.rows not in ("same", "tiled", "interleaved"):
+            raise ValueError(
+                f"rows of term {name!r} is {self.rows!r}: use 'same', 'tiled' or 'interleaved'"
             )
         if not callable(self.weight):
             check_number(f"the weight of term {name!r}", self.weight)
@@ -99,7 +111,7 @@ class Term:
 
     def _takes_the_mapped_logits(self) -> bool:
         """Return whether the teacher has applied its class map to what the term takes."""
-        return not self.teacher and self.output in (None, "logits", "out", 0)
+        return not self.teacher and self.output in (None, "logits", "out", 0, "0")
 
     def value(
         self,
@@ -124,22 +136,14 @@ class Term:
         Raises:
             ValueError: if the outputs cannot be paired, or the loss is not defined for them.
         """
-        if len(student) != len(teacher):
-            raise ValueError(
-                f"the student's part was called {len(student)} times and the teacher's "
-                f"{self.teacher!r} {len(teacher)} times: choose parts that correspond"
-            )
-        pairs = [
-            (logits_of(of_student, self.output), logits_of(of_teacher, self.output))
-            for of_student, of_teacher in zip(student, teacher, strict=True)
-        ]
-        pairs = [pair for pair in pairs if pair[0].requires_grad]
+        pairs = self._pairs(student, teacher)
         if not pairs:
             return None
         if self.compares_classes() and not self._takes_the_mapped_logits():
             pairs = [(x, to_student_classes(y)) for x, y in pairs]
         # A teacher under inference_mode returns inference tensors, but autograd cannot save them.
         pairs = [(x, y.clone() if y.is_inference() else y) for x, y in pairs]
+        pairs = [(x, self._with_rows(y, len(x))) if x.dim() else (x, y) for x, y in pairs]
         self._refuse_single_rows([logits for logits, _ in pairs], trainer)
         values = [self.loss(*pair) for pair in pairs]
         for value in values:
@@ -147,6 +151,44 @@ class Term:
                 got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise ValueError(f"the loss returns {got}: it must return a tensor of shape ()")
         return torch.stack(values).sum()
+
+    def _pairs(self, student: list[Any], teacher: list[Any]) -> list[tuple[Tensor, Tensor]]:
+        """Return what the term takes from each pair of calls whose student has a gradient."""
+        if self.rows != "same" and len(teacher) == 1:
+            teacher = teacher * len(student)
+        if len(student) != len(teacher):
+            raise ValueError(
+                f"the student's part was called {len(student)} times and the teacher's "
+                f"{self.teacher!r} {len(teacher)} times: choose parts that correspond"
+            )
+        pairs = []
+        for of_student, of_teacher in zip(student, teacher, strict=True):
+            x = self._taken(of_student, "the student's output in training_step")
+            pairs.append((x, self._taken(of_teacher, "the teacher's output in eval mode")))
+        return [(x, y) for x, y in pairs if x.requires_grad]
+
+    def _taken(self, output: Any, whose: str) -> Tensor:
+        try:
+            return logits_of(output, self.output)
+        except ValueError as error:
+            raise ValueError(f"{whose}: {error}") from error
+
+    def _with_rows(self, teacher: Tensor, count: int) -> Tensor:
+        """Return the teacher's part with as many rows as the student's."""
+        if not teacher.dim() or len(teacher) == count:
+            return teacher
+        times, rest = divmod(count, max(len(teacher), 1))
+        if self.rows == "same" or rest:
+            if self.compares_classes() is not True:
+                return teacher  # the loss may take it
+            raise ValueError(
+                f"the student has {count} rows and the teacher {len(teacher)}: if each row of the "
+                "teacher belongs to several of the student, set the term's rows to 'tiled' or "
+                "'interleaved'"
+            )
+        if self.rows == "interleaved":
+            return teacher.repeat_interleave(times, 0)
+        return teacher.repeat(times, *[1] * (teacher.dim() - 1))
 
     def zero(self, outputs: list[Any], parameters: Iterable[nn.Parameter]) -> Tensor:
         """Return a 0 that keeps the student and the loss's own parameters in the graph.
@@ -298,6 +340,12 @@ def refuse_unmapped(terms: Mapping[str, Term], class_map: Sequence[int] | None) 
             ``classes``; the message names the term.
     """
     for name, term in terms.items():
+        if class_map is not None and callable(term.output) and term.classes is None:
+            raise MisconfigurationException(
+                f"the teacher has a class_map, and the output of term {name!r} is a function: set "
+                "the term's classes=True to map the classes of what it returns, or classes=False "
+                "if it returns the teacher's logits, which are mapped already, or no classes"
+            )
         mapped = term._takes_the_mapped_logits()
         if class_map is not None and not mapped and term.compares_classes() is None:
             raise MisconfigurationException(

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lightning_dist import Teacher
-from lightning_dist.taps import logits_of, recording, with_logits
+from lightning_dist.taps import Snapshot, logits_of, recording, tap, with_logits
 from lightning_dist.tasks.segmentation import main_and_aux
 
 LOGITS, OTHER = torch.ones(2, 3, 4, 4), torch.zeros(2, 3, 4, 4)
@@ -92,3 +92,50 @@ def test_the_output_of_forward_hooks_is_recorded_where_they_run(way):
         used = network[0](x) if way == "call" else network[0].forward(x)
     (snapshot,) = recorded.outputs["0"]
     assert snapshot.output is used
+
+
+def test_an_entry_is_a_path_or_a_function():
+    nested = ([OTHER, {"aux.x": LOGITS}], OTHER)
+    assert logits_of(nested, "0.1.aux.x") is LOGITS
+    assert logits_of({"aux": SimpleNamespace(a=(OTHER, LOGITS))}, "aux.a.1") is LOGITS
+    assert logits_of({"0": LOGITS}, "0") is LOGITS
+    assert logits_of(nested, lambda output: output[0][1]["aux.x"]) is LOGITS
+    for entry in ("0.2", "0.b", "5", "0.x.y"):
+        with pytest.raises(ValueError, match=f"has no entry '{entry}'"):
+            logits_of(nested, entry)
+    with pytest.raises(ValueError, match="the function 'output' returns a list, no tensor"):
+        logits_of(nested, lambda output: output[0])
+
+
+def test_a_function_does_not_get_an_output_that_was_changed_in_place():
+    snapshot = Snapshot.of({"a": torch.ones(2), "b": torch.ones(2)})
+    assert logits_of(snapshot, lambda output: output["a"] + 1).sum() == 4
+    snapshot.output["a"].mul_(2)
+    with pytest.raises(ValueError, match="changed in place"):
+        logits_of(snapshot, lambda output: output["a"] + 1)
+
+
+def test_a_tap_sees_calls_of_any_kind_and_restores_what_was_there():
+    class Network(nn.Linear):
+        def embed(self, x, scale):
+            return scale * self(x)
+
+    network, calls = Network(3, 2), []
+    own = network.forward
+    network.forward = own  # as torch.compile and DDP in Lightning set it
+    removes = [
+        tap(network, path, before=lambda *call: calls.append(call), after=calls.append)
+        for path in ("", "embed")
+    ]
+    x = torch.ones(1, 3)
+    outputs = [network(x), network.forward(x), network.embed(x, scale=2)]
+    assert [len(call) for call in calls if isinstance(call, tuple)] == [2] * 4
+    assert calls[1] is outputs[0]
+    assert calls[3] is outputs[1]
+    assert calls[4] == ((x,), {"scale": 2})
+    assert calls[-1] is outputs[2]
+    for remove in reversed(removes):
+        remove()
+    assert network.__dict__["forward"] == own
+    assert "embed" not in network.__dict__
+    assert len(calls) == 8

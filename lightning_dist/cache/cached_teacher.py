@@ -19,6 +19,7 @@ from lightning_dist.cache.files import Claim, ViewFiles
 from lightning_dist.cache.filling import FINGERPRINT, TeacherRows, fill, name_of
 from lightning_dist.cache.refusals import (
     image_data_module,
+    refuse_functions,
     refuse_other_images,
     refuse_other_inputs,
 )
@@ -169,6 +170,7 @@ class CachedTeacher(TeacherBase):
             raise
         refuse_other_inputs(pl_module, inputs)
         self.teacher.refuse_taps(taps)
+        refuse_functions(taps)
         for part, _ in taps:
             check_part(self.network, part, "the teacher", "the teacher path of a term")
         self._taps = sorted(set(taps), key=str)
@@ -305,6 +307,7 @@ class CachedTeacher(TeacherBase):
             if part in outputs:
                 column = np.ascontiguousarray(rows[name_of((part, entry))])
                 answer = torch.from_numpy(column).to(batch.inputs.device).float()
+                assert not callable(entry), "refused in attach"
                 outputs[part]["logits" if entry is None else entry] = answer
         return {part: [output] for part, output in outputs.items()}
 

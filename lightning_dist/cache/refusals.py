@@ -1,5 +1,6 @@
 """Functions that refuse modules, data and images that a cached teacher does not support."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -9,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_dist.data.views import KeyedBatch
 from lightning_dist.taps import counts
-from lightning_dist.teacher.base import Inputs
+from lightning_dist.teacher.base import Inputs, Tap
 
 if TYPE_CHECKING:  # Imported where it is used, because it imports scikit-learn and torchvision.
     from lightning_dist.data.base import ImageDataModule
@@ -42,6 +43,23 @@ def refuse_other_inputs(pl_module: LightningModule, inputs: Inputs) -> None:
         raise MisconfigurationException(
             "a CachedTeacher cannot be sharded, and it is on the device only while a view is "
             "computed: leave out shard_teacher, or the cache (distill.cache=off)"
+        )
+
+
+def refuse_functions(taps: Sequence[Tap]) -> None:
+    """Refuse terms that take a function of the teacher's output.
+
+    Args:
+        taps: for each term, the path of the teacher's part and the entry of its output.
+
+    Raises:
+        MisconfigurationException: if an entry is a function.
+    """
+    if any(callable(entry) for _, entry in taps):
+        raise MisconfigurationException(
+            "a term's output is a function, but a CachedTeacher stores entries of the teacher's "
+            "output: name an entry or a path, or use the teacher without a cache "
+            "(distill.cache=off)"
         )
 
 

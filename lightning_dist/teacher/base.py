@@ -9,7 +9,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-Tap = tuple[str, str | int | None]  # the path of a part of the teacher, and the entry of its output
+from lightning_dist.taps import Entry
+
+Tap = tuple[str, Entry | None]  # the path of a part of the teacher, and the entry of its output
 # From the paths of the student's parts to those of the teacher's parts that get the same inputs; or
 # a function of the batch that returns the teacher's inputs.
 Inputs = Mapping[str, str] | Callable[[Any], Any]

@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_dist import DISTLoss, Term
 from lightning_dist.taps import Recording
+from lightning_dist.terms import refuse_unmapped
 from lightning_dist.training.summing import current_weights, sum_terms
 
 TRAINER = SimpleNamespace(
@@ -70,3 +71,44 @@ def test_a_part_that_was_not_called_adds_0_and_is_named():
     assert found.total == 0
     found.total.backward()  # DDP waits for a gradient of each parameter of the loss
     assert all(parameter.grad.eq(0).all() for parameter in loss.parameters())
+
+
+ROWS = {"tiled": lambda y: torch.cat([y, y]), "interleaved": lambda y: y.repeat_interleave(2, 0)}
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_rows_of_the_teacher_belong_to_several_of_the_student(rows):
+    y = torch.randn(4, 3)
+    x = ROWS[rows](y).requires_grad_()
+    crops = [x, x[:4].detach().requires_grad_()]
+    found = summed({"a": Term(DISTLoss(), rows=rows)}, {"": [x]}, {"": [y]})
+    assert found.total.item() == pytest.approx(0, abs=1e-5)
+    found = summed({"a": Term(F.mse_loss, rows=rows)}, {"": crops}, {"": [y]})
+    expected = F.mse_loss(x[:4], y)
+    torch.testing.assert_close(found.total, expected)
+    with pytest.raises(MisconfigurationException, match=r"8 rows and the teacher 4.*'tiled'"):
+        summed({"a": Term(DISTLoss())}, {"": [x]}, {"": [y]})
+    with pytest.raises(ValueError, match=r"rows of term 'a' is 'twice'"):
+        Term(DISTLoss(), rows="twice").check("a")
+
+
+def test_a_message_about_an_output_names_the_tap_and_the_mode():
+    x, y = torch.randn(4, 3, requires_grad=True), torch.randn(4, 3)
+    terms = {"a": Term(F.mse_loss, student="head", output="main")}
+    message = (
+        r"term 'a' of 'net\.head' and the teacher: the teacher's output in eval mode: .*'main'"
+    )
+    with pytest.raises(MisconfigurationException, match=message):
+        summed(terms, {"head": [{"main": x}]}, {"": [{"aux": y}]})
+
+
+def test_an_output_of_another_structure_in_eval_mode_is_taken_by_a_function():
+    x, y = torch.randn(4, 3, requires_grad=True), torch.randn(4, 3)
+
+    def main(output):
+        return output[0][-1] if isinstance(output, tuple) else output
+
+    found = summed({"a": Term(F.mse_loss, output=main)}, {"": [([y, x], "aux")]}, {"": [y]})
+    torch.testing.assert_close(found.total, F.mse_loss(x, y))
+    with pytest.raises(MisconfigurationException, match=r"class_map, and the output of term 'a'"):
+        refuse_unmapped({"a": Term(DISTLoss(), output=main)}, [1, 0])
