@@ -256,7 +256,7 @@ class DistillationCallback(Callback):
             asking = self.teacher.answers(student, args[0], [*used], self.inputs)
         taps = {term.student: None for term in self.terms.values()}
         with asking as of_teacher, recording(student, [*taps]) as of_student:
-            calls = StepCalls(of_student, of_teacher)
+            calls = StepCalls(of_student, of_teacher, args[0])
             total = functools.partial(self._sum, trainer, pl_module, weights, calls)
             add = functools.partial(self._add, pl_module, total)
             self._total = total
@@ -300,16 +300,15 @@ class DistillationCallback(Callback):
         calls: StepCalls,
     ) -> TermsSum:
         """Sum and log the terms of the calls that were not summed before."""
-        of_student, of_teacher = calls.take()
         found = sum_terms(
             self.terms,
             weights,
-            of_student,
-            of_teacher,
+            *calls.take(),
             trainer,
             place=self.student,
             nonfinite=self.nonfinite,
             to_student_classes=self.teacher.to_student_classes,
+            batch=calls.batch,
         )
         self._usage.note(found)
         self.skipped += found.skipped

@@ -64,6 +64,13 @@ def loader(batch_size: int = 8, classes: int = 4) -> DataLoader:
     return DataLoader(TensorDataset(torch.randn(16, 6), target), batch_size=batch_size)
 
 
+def spoilt() -> DataLoader:
+    """Return a loader whose second batch has NaN in two samples."""
+    inputs = torch.randn(16, 6)
+    inputs[[10, 13], 3] = float("nan")
+    return DataLoader(TensorDataset(inputs, torch.arange(16) % 4), batch_size=8)
+
+
 def fit(module: LightningModule | None = None, *callbacks: Any, data: Any = None) -> Callable:
     """Return a function that trains a module (by default a new `User`) with some callbacks."""
 
@@ -201,6 +208,11 @@ MISUSES: dict[str, tuple[Callable[..., Any], type[Exception], str]] = {
         fit(User(Scaled(float("nan"))), distil()),
         FloatingPointError,
         "is in the student's output",
+    ),
+    "NaN of the inputs": (
+        fit(User(), distil(), data=spoilt()),
+        FloatingPointError,
+        r"step 1 \(epoch 0, batch 1\): NaN or infinity is in the batch itself, in the samples 2, 5",
     ),
     "infinity of the student": (
         fit(User(Scaled(float("inf"))), distil()),

@@ -8,7 +8,7 @@ import timm.optim
 import timm.scheduler
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import BatchSizeFinder, EMAWeightAveraging
 from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from timm.data import Mixup
@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_dist import DistillationCallback, DistillModule, DISTLoss, KDLoss, Teacher, Term
+from lightning_dist.data.digits import DigitsDataModule
 from lightning_dist.functional import dist_loss
 from lightning_dist.tasks.classification import ClassificationModule
 
@@ -458,3 +459,14 @@ def test_saved_hyperparameters_contain_no_network(make_trainer, tmp_path, kind, 
     loaded = kind.load_from_checkpoint(tmp_path / "x.ckpt", student=network(), teacher=network())
     torch.testing.assert_close(loaded.state_dict(), module.state_dict())
     assert loaded.task_weight == 0.5
+
+
+@pytest.mark.parametrize("start", [2, 6])
+def test_lightnings_batch_size_finder_changes_the_batches_of_a_data_module(make_trainer, start):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    digits = DigitsDataModule(global_batch_size=8, train_size=100)
+    finder = BatchSizeFinder(steps_per_trial=1, max_trials=2, init_val=start)
+    trainer = make_trainer(callbacks=[finder], limit_train_batches=1)
+    trainer.fit(ClassificationModule(net, copy.deepcopy(net), num_classes=10), digits)
+    assert digits.batch_size == digits.global_batch_size == 2 * start
+    assert trainer.train_dataloader.batch_size == 2 * start

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_dist.cli.errors import UserError
 from lightning_dist.cli.hydra_app import hydra_app
 from lightning_dist.cli.run.saved_config import build_data, build_module, read_saved
-from lightning_dist.data.image_files import SUFFIXES, find_images, load_image
+from lightning_dist.data.image_files import SUFFIXES, abbreviate, find_images, load_image
 from lightning_dist.tasks.classification import ClassificationModule
 from lightning_dist.tasks.detection import DetectionModule
 from lightning_dist.tasks.drawing import box_image, class_palette, mask_image
@@ -35,6 +35,9 @@ def main() -> None:
 class Files(Dataset):
     """A data set that returns ``(tensor, index)`` for each image file.
 
+    For a file that cannot be read it returns a black image and ``~index``, which is below 0, so
+    that one file does not end the prediction of all others.
+
     Args:
         paths: the paths of the images.
         prepare: a function that converts an image to a tensor of shape (channels, height, width).
@@ -48,7 +51,10 @@ class Files(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.prepare(load_image(str(self.paths[index]))), index
+        try:
+            return self.prepare(load_image(str(self.paths[index]))), index
+        except (OSError, ValueError):
+            return self.prepare(Image.new("RGB", (256, 256))), ~index
 
 
 class Writer(BasePredictionWriter):
@@ -67,6 +73,27 @@ class Writer(BasePredictionWriter):
         self.names, self.out = names, out
         self.classes = saved.get("class_names")
         self.colors = saved.get("class_colors")
+        self.unreadable: list[int] = []
+
+    def write_on_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, prediction: Any, *args: Any
+    ) -> None:
+        """Write the prediction of a batch of one image, unless its file could not be read."""
+        _, (images, indices), *_ = args
+        if int(indices[0]) < 0:
+            self.unreadable.append(~int(indices[0]))
+        else:
+            self.write(prediction, images, indices)
+
+    def write(self, prediction: Any, images: Any, indices: Tensor) -> None:
+        """Write the prediction of a batch.
+
+        Args:
+            prediction: the output of the module's ``infer``.
+            images: the images of the batch.
+            indices: the indices of the images.
+        """
+        raise NotImplementedError
 
     def class_names(self, labels: Tensor) -> list[str]:
         """Return the names of classes, or their numbers if they have no names.
@@ -91,10 +118,7 @@ class Writer(BasePredictionWriter):
 class MaskWriter(Writer):
     """Write a palette PNG for each image; its pixels are class numbers, drawn in class colours."""
 
-    def write_on_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, prediction: Any, *args: Any
-    ) -> None:
-        _, (_, indices), *_ = args
+    def write(self, prediction: Any, images: Any, indices: Tensor) -> None:
         palette = class_palette(prediction.shape[1], self.colors)
         for labels, index in zip(prediction.argmax(1), indices.tolist(), strict=True):
             mask_image(labels, palette).save(self.png(index))
@@ -108,10 +132,7 @@ class ClassWriter(Writer):
         self.out.mkdir(parents=True, exist_ok=True)
         self._write("w", [("image", "class", "probability")])
 
-    def write_on_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, prediction: Any, *args: Any
-    ) -> None:
-        _, (_, indices), *_ = args
+    def write(self, prediction: Any, images: Any, indices: Tensor) -> None:
         best = prediction.softmax(1).max(1)
         names = [self.names[i] for i in indices.tolist()]
         numbers = [f"{p:.4f}" for p in best.values.tolist()]
@@ -131,10 +152,7 @@ class BoxWriter(Writer):
         super().__init__(names, out, saved)
         self.found: list[dict[str, Any]] = []
 
-    def write_on_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, prediction: Any, *args: Any
-    ) -> None:
-        _, (images, indices), *_ = args
+    def write(self, prediction: Any, images: Any, indices: Tensor) -> None:
         for image, one, index in zip(images, prediction, indices.tolist(), strict=True):
             labels = self.class_names(one["labels"])
             box_image((255 * image).round().to(torch.uint8), one, labels).save(self.png(index))
@@ -167,10 +185,17 @@ def _job(config: DictConfig) -> None:
     datamodule = build_data(saved, config.data, config.ckpt, config.trust)
     out = Path(config.out)
     names = _names(paths, Path(config.images), with_suffix=writer is ClassWriter)
-    trainer = instantiate(config.trainer, logger=False, callbacks=[writer(names, out, saved)])
+    written = writer(names, out, saved)
+    trainer = instantiate(config.trainer, logger=False, callbacks=[written])
     loader = DataLoader(Files(paths, datamodule.prepare), num_workers=config.num_workers)
     trainer.predict(module, loader, return_predictions=False)
-    rich.print(f"[bold]{len(paths)} predictions[/bold] {out}")
+    rich.print(f"[bold]{len(paths) - len(written.unreadable)} predictions[/bold] {out}")
+    if written.unreadable:
+        files = {str(paths[index]) for index in written.unreadable}
+        raise UserError(
+            f"{len(files)} of {len(paths)} images cannot be read and have no prediction: "
+            f"{abbreviate(files)}: restore or remove them"
+        )
 
 
 def image_files(source: Path) -> list[Path]:

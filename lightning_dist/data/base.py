@@ -242,6 +242,10 @@ class ImageDataModule(LightningDataModule):
             )
         return self.global_batch_size // processes
 
+    @batch_size.setter
+    def batch_size(self, size: int) -> None:  # Lightning's BatchSizeFinder sets it
+        self.global_batch_size = size * self._replica()["num_replicas"]
+
     def prepare(self, image: Image.Image) -> Tensor:
         """Convert an image of any size as the evaluation loaders do, to a tensor (C, H, W)."""
         size = (self.image_size, self.image_size)

@@ -17,10 +17,13 @@ class StepCalls:
     Args:
         student: the recorded outputs of the student's parts.
         teacher: a dict from the paths of the teacher's parts to their outputs.
+        batch: the training batch.
     """
 
-    def __init__(self, student: Recording, teacher: Mapping[str, list[Any]]) -> None:
-        self.student, self.teacher = student, teacher
+    def __init__(
+        self, student: Recording, teacher: Mapping[str, list[Any]], batch: Any = None
+    ) -> None:
+        self.student, self.teacher, self.batch = student, teacher, batch
         # A teacher with a cache or inputs of its own has answered before the student is called.
         none = dict.fromkeys(student.outputs, 0), dict.fromkeys(teacher, 0)
         self._taken = self._last_backward = none

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_dist.taps import Recording
+from lightning_dist.teacher.isolation import own_inputs
 from lightning_dist.terms import Nonfinite, Term
 
 
@@ -65,6 +66,7 @@ def sum_terms(
     place: str,
     nonfinite: Nonfinite,
     to_student_classes: Callable[[Tensor], Tensor],
+    batch: Any = None,
 ) -> TermsSum:
     """Compute all terms from the recorded outputs, and their weighted sum.
 
@@ -81,6 +83,7 @@ def sum_terms(
         place: the dotted path of the student in its module, for messages.
         nonfinite: the reaction to a term that is NaN or infinite, ``"raise"`` or ``"skip"``.
         to_student_classes: a function that maps the teacher's classes to the student's.
+        batch: the training batch, in which a term that is not finite may have its cause.
 
     Raises:
         MisconfigurationException: if outputs cannot be paired, or a loss is not defined for them;
@@ -115,7 +118,7 @@ def sum_terms(
         product = weights[name] * value
         if not product.isfinite():
             if nonfinite == "raise":
-                raise _nonfinite_error(name, term, of_student, of_teacher, trainer)
+                raise _nonfinite_error(name, term, of_student, of_teacher, trainer, batch)
             total.skipped += 1
             product = value = zero()
         total.values[name] = value
@@ -155,14 +158,40 @@ def _not_called(name: str, term: Term, part: str, student: Recording) -> str:
 
 
 def _nonfinite_error(
-    name: str, term: Term, student: list[Any], teacher: list[Any], trainer: Trainer
+    name: str,
+    term: Term,
+    student: list[Any],
+    teacher: list[Any],
+    trainer: Trainer,
+    batch: Any,
 ) -> FloatingPointError:
+    place = (
+        f"the distillation loss of term {name!r} is not finite at step {trainer.global_step} "
+        f"(epoch {trainer.current_epoch}, batch {trainer.fit_loop.batch_idx})"
+    )
+    broken = _broken_samples(batch)
+    if broken:
+        shown = ", ".join(map(str, broken[:5])) + (" and more" if len(broken) > 5 else "")
+        return FloatingPointError(
+            f"{place}: NaN or infinity is in the batch itself, in the samples {shown} of "
+            "it (counted from 0): look at these inputs and at what reads and normalises them"
+        )
     sides = {"student": student, "teacher": teacher}
     wrong = [f"the {side}'s output" for side in sides if not term.is_finite(sides[side])]
     return FloatingPointError(
-        f"the distillation loss of term {name!r} is not finite at step {trainer.global_step} "
-        f"(epoch {trainer.current_epoch}): NaN or infinity is in "
+        f"{place}: NaN or infinity is in "
         f"{' and '.join(wrong) or 'neither output, so it comes from the loss or its weight'}. "
         "Lower the learning rate or the weight, give the teacher a wider dtype, or leave such "
         "steps out with nonfinite='skip'"
     )
+
+
+def _broken_samples(batch: Any) -> list[int]:
+    """Return the positions in the batch of the samples with a number that is not finite."""
+    broken: set[int] = set()
+    _, tensors = own_inputs(batch, clone=False)  # also those in the attributes of objects
+    for tensor in tensors:
+        if tensor.is_floating_point() and tensor.dim():
+            finite = tensor.isfinite().flatten(1).all(1) if tensor.dim() > 1 else tensor.isfinite()
+            broken.update((~finite).nonzero().flatten().tolist())
+    return sorted(broken)

@@ -114,7 +114,9 @@ def test_predict_refuses_what_it_cannot_read(command, refused, tmp_path, images)
     (images / "one.png").unlink()
     (images / "one.jpg").write_bytes(b"no image")
     message = refused("predict", CKPT, f"images={images}", "trainer=cpu")
-    assert re.search(r"one\.jpg cannot be read as an image", message)
+    assert re.search(r"1 of 2 images cannot be read and have no prediction: .*one\.jpg", message)
+    files = [path.name for path in (tmp_path / "predictions").rglob("*.png")]
+    assert files == ["two.png"], "the other image is predicted all the same"
 
 
 def test_a_mask_keeps_its_labels_and_has_the_colours_of_the_classes():

@@ -18,7 +18,7 @@ TRAINER = SimpleNamespace(
     current_epoch=2,
     world_size=1,
     is_last_batch=False,
-    fit_loop=SimpleNamespace(total_batch_idx=0),
+    fit_loop=SimpleNamespace(batch_idx=0, total_batch_idx=0),
 )
 
 
@@ -49,7 +49,7 @@ def test_a_term_that_is_not_finite_is_an_error_that_names_the_side_or_is_skipped
     bad = torch.full((4, 3), float("nan"))
     terms = {"a": Term(F.mse_loss), "b": Term(F.l1_loss)}
     with pytest.raises(
-        FloatingPointError, match=r"'a' .* step 7 \(epoch 2\).*the teacher's output"
+        FloatingPointError, match=r"'a' .* step 7 \(epoch 2, batch 0\).*the teacher's output"
     ):
         summed(terms, {"": [x]}, {"": [bad]})
     found = summed(terms, {"": [x]}, {"": [bad]}, nonfinite="skip")
