@@ -79,10 +79,10 @@ def check_labels(
         ValueError: if a label is not allowed; the message contains the smallest or the largest one.
 
     Example:
+        >>> check_labels(torch.tensor([0, 3]), 4, "a batch")
         >>> check_labels(torch.tensor([0, 3]), 3, "a batch")
         Traceback (most recent call last):
-        ValueError: a batch has the label 3 and num_classes is 3: labels count from 0 to 2; set \
-        num_classes, or relabel
+        ValueError: a batch has the label 3 and num_classes is 3: labels count from 0 to 2; ...
     """
     if ignored is not None:
         labels = labels[labels != ignored]

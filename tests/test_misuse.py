@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -289,6 +290,13 @@ COMMANDS = {
     "unknown optimizer": ("train optimizer=foo", "Could not find 'optimizer/foo'.*adamw sgd"),
     "unknown key of the trainer": ("train trainer.max_epoch=1", "max_epoch"),
     "no key": ("train ==", "=="),
+    "equals signs": (
+        "eval ckpt=epoch=0-step=2.ckpt",
+        r"""quote it: 'ckpt="epoch=0-step=2\.ckpt"'""",
+    ),
+    "home": ("train data.root=~/x", f"""'data.root="{Path.home()}/x"'"""),
+    "umlaut": ("eval ckpt=/dätä/x.ckpt", """'ckpt="/dätä/x.ckpt"'"""),
+    "list without an end": ("train callbacks=[a", r"no viable alternative at input .\[a"),
     "epochs": ("train trainer.max_epochs=abc", "trainer.max_epochs is 'abc'"),
     "accelerator": ("train trainer.accelerator=foo", "accelerator='foo'"),
     "stage 3": (

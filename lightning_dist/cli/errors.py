@@ -3,6 +3,7 @@
 import errno
 import importlib.util
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,7 +33,8 @@ def one_line_errors() -> Iterator[None]:
     except Exception as error:
         if os.environ.get(FULL_ERROR) == "1" or not is_users(error):
             raise
-        fail(with_new_name(str(error).partition("Config search path")[0]))
+        message = with_new_name(str(error).partition("Config search path")[0])
+        fail(with_quotes(message, getattr(error, "override", None)))
 
 
 def is_users(error: Exception) -> bool:
@@ -72,6 +74,26 @@ def fail(message: str, status: int = 1) -> NoReturn:
     """
     print(f"lightning-dist: error: {with_extra(error_line(message))}", file=sys.stderr)
     sys.exit(status)
+
+
+def with_quotes(message: str, override: str | None) -> str:
+    """Add the quoted form of an argument that Hydra's grammar does not accept.
+
+    Args:
+        message: the message.
+        override: the argument, which Hydra's error contains; ``None`` for every other error.
+
+    Example:
+        >>> print(with_quotes("mismatched input", "ckpt=epoch=0.ckpt"))
+        Hydra cannot read ckpt=epoch=0.ckpt (mismatched input): quote it: 'ckpt="epoch=0.ckpt"'
+    """
+    key, _, value = (override or "").partition("=")
+    if not key or not value or value[0] in "[{$":  # a list that is not closed needs no quotes
+        return message
+    value = os.path.expanduser(value).replace('"', '\\"')
+    quoted = shlex.quote(f'{key}="{value}"')
+    reason = message.partition("See https")[0].strip().splitlines()
+    return f"Hydra cannot read {override} ({reason[0]}): quote it: {quoted}"
 
 
 def with_extra(message: str) -> str:
