@@ -168,7 +168,7 @@ class DistillationCallback(Callback):
             return
         refuse_second_callback(trainer, DistillationCallback)
         refuse_unpickled(self.teacher)
-        refuse_unmapped(self.terms, self.teacher.class_map)
+        refuse_unmapped(self.terms, self.teacher.class_map_of)
         taps = [(term.teacher, term.output) for term in self.terms.values()]
         self._attached, self._fingerprint, self._usage = True, None, TermsUsage()
         self.teacher.attach(trainer, pl_module, taps, self.inputs)

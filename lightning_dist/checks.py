@@ -2,6 +2,7 @@
 
 import math
 import numbers
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -129,3 +130,39 @@ def check_logits_options(
         raise ValueError(f"eps is {eps}: give a small number above 0")
     if activation not in ("softmax", "sigmoid", "identity"):
         raise ValueError(f"activation is {activation!r}: use 'softmax', 'sigmoid' or 'identity'")
+
+
+def class_axis(shape: Sequence[int], class_dim: int | None) -> int:
+    """Return the index of the dimension of the classes in logits.
+
+    Args:
+        shape: the shape of the logits, with at least two dimensions.
+        class_dim: the dimension of the classes, counted from the end if negative. ``None`` is
+            dimension 1, except that logits with three dimensions need a number.
+
+    Returns:
+        The index, counted from 0.
+
+    Raises:
+        ValueError: if there is no such dimension, or if it is ambiguous; the message names the
+            settings to choose from.
+
+    Example:
+        >>> class_axis((8, 512, 32000), -1)
+        2
+        >>> class_axis((8, 19, 64, 64), None)
+        1
+    """
+    if class_dim is None:
+        if len(shape) == 3:
+            raise ValueError(
+                f"logits of shape {tuple(shape)} have their classes in dimension 1 or in the last "
+                "one: set class_dim=1 for (N, C, L), or class_dim=-1 for (B, T, V)"
+            )
+        return 1
+    if not -len(shape) <= class_dim < len(shape):
+        raise ValueError(
+            f"class_dim is {class_dim}, and logits of shape {tuple(shape)} have {len(shape)} "
+            "dimensions: give one of them"
+        )
+    return class_dim % len(shape)

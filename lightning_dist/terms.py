@@ -8,10 +8,11 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_dist.checks import check_number
+from lightning_dist.checks import check_number, class_axis
 from lightning_dist.losses import DISTLoss, FeatureMimic, KDLoss
 from lightning_dist.taps import Entry, logits_of
 
@@ -50,15 +51,25 @@ class Term:
             ensemble of students, and ``"interleaved"`` if each sample comes k times in succession,
             as from repeated augmentation. With either, a teacher that is called once is also
             compared with several calls of the student, as of crops of several sizes.
+        from_batch: a function of the training batch and of what the term takes from the student,
+            that returns further arguments of the loss by name: ``mask`` for what DISTLoss and
+            KDLoss leave out (ignored pixels, padded tokens, absent objects), ``target`` for a loss
+            of your own that needs labels. It is called once for each call of the part.
+
+    Example:
+        >>> def tokens(batch: dict[str, Tensor], logits: Tensor) -> dict[str, Tensor]:
+        ...     return {"mask": batch["attention_mask"].bool()}
+        >>> term = Term(KDLoss(class_dim=-1), from_batch=tokens)
     """
 
-    loss: nn.Module | Callable[[Tensor, Tensor], Tensor]
+    loss: nn.Module | Callable[..., Tensor]
     weight: Weight = 1.0
     student: str = ""
     teacher: str = ""
     output: Entry | None = None
     classes: bool | None = None
     rows: Literal["same", "tiled", "interleaved"] = "same"
+    from_batch: Callable[[Any, Tensor], Mapping[str, Any]] | None = None
 
     def check(self, name: str) -> None:
         """Refuse a loss or a weight of the wrong kind.
@@ -67,7 +78,7 @@ class Term:
             name: the name of the term, for the message.
 
         Raises:
-            TypeError: if the loss is not a function.
+            TypeError: if the loss or ``from_batch`` is not a function.
             ValueError: if the weight is not a finite number.
         """
         if not callable(self.loss) or isinstance(self.loss, type):
@@ -80,6 +91,11 @@ class Term:
         if self.rows not in ("same", "tiled", "interleaved"):
             raise ValueError(
                 f"rows of term {name!r} is {self.rows!r}: use 'same', 'tiled' or 'interleaved'"
+            )
+        if self.from_batch is not None and not callable(self.from_batch):
+            raise TypeError(
+                f"from_batch of term {name!r} is {self.from_batch!r}: give a function of the batch "
+                "and the student's output"
             )
         if not callable(self.weight):
             check_number(f"the weight of term {name!r}", self.weight)
@@ -118,7 +134,8 @@ class Term:
         student: list[Any],
         teacher: list[Any],
         trainer: Trainer,
-        to_student_classes: Callable[[Tensor], Tensor] = lambda logits: logits,
+        to_student_classes: Callable[[Tensor, str], Tensor] = lambda logits, part: logits,
+        batch: Any = None,
     ) -> Tensor | None:
         """Return the loss, a tensor of shape (), summed over the calls of the parts.
 
@@ -127,8 +144,9 @@ class Term:
             teacher: the output of each call of the teacher's part.
             trainer: the Trainer.
             to_student_classes: a function that maps the teacher's classes to the student's. It is
-                applied only to a sub-module of the teacher, because the output of the whole
-                teacher is mapped already.
+                applied only to a sub-module of the teacher, whose path is its second argument,
+                because the output of the whole teacher is mapped already.
+            batch: the training batch, for ``from_batch``.
 
         Returns:
             The loss, or ``None`` if no output of the student has a gradient.
@@ -140,12 +158,12 @@ class Term:
         if not pairs:
             return None
         if self.compares_classes() and not self._takes_the_mapped_logits():
-            pairs = [(x, to_student_classes(y)) for x, y in pairs]
+            pairs = [(x, to_student_classes(y, self.teacher)) for x, y in pairs]
         # A teacher under inference_mode returns inference tensors, but autograd cannot save them.
         pairs = [(x, y.clone() if y.is_inference() else y) for x, y in pairs]
         pairs = [(x, self._with_rows(y, len(x))) if x.dim() else (x, y) for x, y in pairs]
-        self._refuse_single_rows([logits for logits, _ in pairs], trainer)
-        values = [self.loss(*pair) for pair in pairs]
+        self._check_logits([logits for logits, _ in pairs], trainer)
+        values = [self.loss(*pair, **self._further_arguments(batch, pair[0])) for pair in pairs]
         for value in values:
             if not isinstance(value, Tensor) or value.dim():
                 got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
@@ -216,16 +234,38 @@ class Term:
         """Return whether the tensors that the term takes from some outputs are all finite."""
         return all(bool(logits_of(x, self.output).isfinite().all()) for x in outputs)
 
-    def _refuse_single_rows(self, logits: list[Tensor], trainer: Trainer) -> None:
-        """Refuse a first batch of one sample, unless it is also the last batch of its epoch."""
+    def _further_arguments(self, batch: Any, logits: Tensor) -> Mapping[str, Any]:
+        """Return the arguments of the loss that come from the batch."""
+        if self.from_batch is None:
+            return {}
+        found = self.from_batch(batch, logits)
+        if not isinstance(found, Mapping):
+            raise ValueError(
+                f"from_batch returns {type(found).__name__}: it must return a dict from the names "
+                "of the loss's arguments to their values"
+            )
+        return found
+
+    def _check_logits(self, logits: list[Tensor], trainer: Trainer) -> None:
+        """Check the first batch of DIST.
+
+        One sample is refused, unless it is also the last batch of its epoch. Two softmax classes
+        lead to a warning.
+        """
         loss = getattr(self.loss, "_orig_mod", self.loss)  # unwrap a compiled loss
-        if not isinstance(loss, DISTLoss) or not loss.gamma:
+        if not isinstance(loss, DISTLoss) or trainer.fit_loop.total_batch_idx:
             return
-        if loss.sync and trainer.world_size > 1:
+        logits = [x for x in logits if x.dim() > 1]
+        classes = [x.shape[class_axis(x.shape, loss.class_dim)] for x in logits]
+        if loss.activation == "softmax" and loss.beta and 2 in classes:
+            rank_zero_warn(
+                "DIST compares two softmax classes: its inter-class term is a correlation of two "
+                "numbers, which is 1 or -1, so it has no gradient. Only the intra-class term "
+                "trains the student: set beta=0, and choose gamma for it alone"
+            )
+        if not loss.gamma or (loss.sync and trainer.world_size > 1) or trainer.is_last_batch:
             return
-        if trainer.fit_loop.total_batch_idx or trainer.is_last_batch:
-            return
-        if all(x.dim() > 1 and x.numel() == x.shape[1] for x in logits):
+        if logits and all(x.numel() == n for x, n in zip(logits, classes, strict=True)):
             raise ValueError(
                 "the batch has one sample, but an intra-class relation needs several: use larger "
                 "batches, sync=True over several processes, or gamma=0"
@@ -328,26 +368,30 @@ def refuse_untrained(terms: Mapping[str, Term], optimizers: Iterable[Optimizer])
             )
 
 
-def refuse_unmapped(terms: Mapping[str, Term], class_map: Sequence[int] | None) -> None:
+def refuse_unmapped(
+    terms: Mapping[str, Term], class_map_of: Callable[[str], Sequence[int] | None]
+) -> None:
     """Refuse a term if it is unknown whether the teacher's class map applies to it.
 
     Args:
         terms: a dict from names to terms.
-        class_map: the class map of the teacher, or ``None`` if the teacher has none.
+        class_map_of: a function from a part of the teacher to its class map, or to ``None``.
 
     Raises:
         MisconfigurationException: if a term on a part of a teacher with a class map must set
             ``classes``; the message names the term.
     """
     for name, term in terms.items():
-        if class_map is not None and callable(term.output) and term.classes is None:
+        has_map = class_map_of(term.teacher) is not None
+        if has_map and callable(term.output) and term.classes is None:
             raise MisconfigurationException(
                 f"the teacher has a class_map, and the output of term {name!r} is a function: set "
                 "the term's classes=True to map the classes of what it returns, or classes=False "
                 "if it returns the teacher's logits, which are mapped already, or no classes"
             )
         mapped = term._takes_the_mapped_logits()
-        if class_map is not None and not mapped and term.compares_classes() is None:
+        known = mapped or term.compares_classes() is not None
+        if not known and has_map:
             raise MisconfigurationException(
                 f"the teacher has a class_map, and term {name!r} compares its part "
                 f"{term.teacher!r}, whose outputs may be class scores or features: set the term's "

@@ -11,8 +11,15 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_dist import DistillationCallback, DISTLoss, Teacher, Term, WeightSchedule
-from lightning_dist.functional import dist_loss
+from lightning_dist import (
+    DistillationCallback,
+    DISTLoss,
+    KDLoss,
+    Teacher,
+    Term,
+    WeightSchedule,
+)
+from lightning_dist.functional import dist_loss, kd_loss
 from lightning_dist.losses import FeatureMimic
 from lightning_dist.teacher import EnsembleTeacher
 
@@ -220,11 +227,103 @@ def test_a_class_map_is_not_applied_to_features_and_an_unclear_term_is_refused(m
     assert_same_bits(mapped, plain)
 
 
-def test_a_part_of_a_mapped_teacher_in_an_ensemble_is_refused(make_trainer):
-    ensemble = EnsembleTeacher([Teacher(teacher_net(), class_map=[3, 2, 1, 0])])
-    terms = {"head": Term(DISTLoss(), student="2", teacher="0.2")}
-    with pytest.raises(MisconfigurationException, match=r"'0\.2' of an ensemble.*teacher 0 has a"):
+def test_members_of_an_ensemble_may_have_other_heads_and_class_maps(make_trainer):
+    ten = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 10))
+    ensemble = EnsembleTeacher([Teacher(ten, class_map=[3, 9, 1, 0]), teacher_net()])
+    inputs, _ = next(iter(Plain().train_dataloader()))
+    terms = {
+        "ten": Term(DISTLoss(), student="2", teacher="0.2"),
+        "whole": Term(KDLoss(), teacher="0", weight=0.5),
+        "four": Term(DISTLoss(), student="2", teacher="1.2", weight=2.0),
+        "hidden": Term(F.mse_loss, student="0", teacher="1.0", classes=False),
+    }
+    callback = DistillationCallback(ensemble, terms=terms)
+    _, trainer = fitted(make_trainer, callback, max_steps=1)
+    own, mapped = Plain().net(inputs), ten(inputs)[:, [3, 9, 1, 0]]
+    expected = {
+        "ten": dist_loss(own, mapped),
+        "whole": kd_loss(own, mapped),
+        "four": dist_loss(own, teacher_net()(inputs)),
+        "hidden": F.mse_loss(Plain().net[0](inputs), teacher_net()[0](inputs)),
+    }
+    for name, value in expected.items():
+        found = trainer.callback_metrics[f"train/distill/{name}"].item()
+        assert found == pytest.approx(value.item(), rel=1e-5), name
+    with pytest.raises(ValueError, match="give each a class_map"):
+        EnsembleTeacher([ten, teacher_net()])(inputs)
+    assert ensemble(inputs).shape == (8, 4)  # outside of a run, the mean
+
+
+def test_an_unclear_term_on_a_member_with_a_class_map_is_refused(make_trainer):
+    ensemble = EnsembleTeacher([teacher_net(), Teacher(teacher_net(), class_map=[3, 2, 1, 0])])
+    plain = {"hidden": Term(F.mse_loss, student="0", teacher="0.0")}
+    fitted(make_trainer, DistillationCallback(ensemble, terms=plain), max_steps=1)
+    terms = {"hidden": Term(F.mse_loss, student="0", teacher="1.0")}
+    with pytest.raises(MisconfigurationException, match=r"compares its part '1\.0'.*classes="):
         fitted(make_trainer, DistillationCallback(ensemble, terms=terms))
+
+
+# What a loss takes from the batch
+
+
+def test_a_loss_gets_what_its_term_takes_from_the_batch(make_trainer):
+    def known(batch, logits):
+        assert logits.shape == (8, 4)
+        return {"mask": batch[1] > 0}
+
+    def weighted(student, teacher, *, target):
+        return F.cross_entropy(student, target) + 0 * teacher.sum()
+
+    terms = {
+        "dist": Term(DISTLoss(), from_batch=known),
+        "kd": Term(KDLoss(), from_batch=known),
+        "own": Term(weighted, from_batch=lambda batch, _: {"target": batch[1]}),
+    }
+    callback = DistillationCallback(teacher_net(), terms=terms)
+    _, trainer = fitted(make_trainer, callback, max_steps=1)
+    inputs, target = next(iter(Plain().train_dataloader()))
+    logits, kept = Plain().net(inputs), target > 0
+    pair = logits[kept], teacher_net()(inputs)[kept]
+    expected = {
+        "dist": dist_loss(*pair),
+        "kd": kd_loss(*pair),
+        "own": F.cross_entropy(logits, target),
+    }
+    for name, value in expected.items():
+        found = trainer.callback_metrics[f"train/distill/{name}"].item()
+        assert found == pytest.approx(value.item(), rel=1e-5), name
+
+
+def test_from_batch_must_be_a_function_that_returns_a_dict(make_trainer):
+    with pytest.raises(TypeError, match="from_batch of term 'dist' is 'mask': give a function"):
+        DistillationCallback(teacher_net(), terms={"dist": Term(DISTLoss(), from_batch="mask")})
+    terms = {"dist": Term(DISTLoss(), from_batch=lambda batch, logits: batch[1] > 0)}
+    with pytest.raises(MisconfigurationException, match="from_batch returns Tensor: it must"):
+        fitted(make_trainer, DistillationCallback(teacher_net(), terms=terms))
+
+
+@pytest.mark.parametrize(
+    ("loss", "classes", "warned"),
+    [
+        (DISTLoss(), 2, True),
+        (DISTLoss(beta=0), 2, False),
+        (DISTLoss(activation="sigmoid"), 2, False),
+        (DISTLoss(), 3, False),
+        (KDLoss(), 2, False),
+    ],
+)
+def test_two_softmax_classes_lead_to_one_warning(make_trainer, recwarn, loss, classes, warned):
+    class Few(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Linear(6, classes)
+
+        def training_step(self, batch, batch_idx):
+            return self.net(batch[0]).square().mean()
+
+    fitted(make_trainer, DistillationCallback(nn.Linear(6, classes), loss=loss), module=Few)
+    found = [w for w in recwarn if "DIST compares two softmax classes" in str(w.message)]
+    assert len(found) == warned
 
 
 # Frozen parts, warnings and messages

@@ -120,9 +120,13 @@ class CachedTeacher(TeacherBase):
         """The class map of the wrapped teacher."""
         return self.teacher.class_map
 
-    def to_student_classes(self, logits: Tensor) -> Tensor:
+    def class_map_of(self, part: str) -> list[int] | None:
+        """Return the class map of a part of the wrapped teacher."""
+        return self.teacher.class_map_of(part)
+
+    def to_student_classes(self, logits: Tensor, part: str = "") -> Tensor:
         """Map the teacher's logits to the student's classes, as the wrapped teacher does."""
-        return self.teacher.to_student_classes(logits)
+        return self.teacher.to_student_classes(logits, part)
 
     def fingerprint(self) -> str:
         """Return the fingerprint of the wrapped teacher, which does not depend on the cache."""
@@ -169,7 +173,7 @@ class CachedTeacher(TeacherBase):
             self.release()  # Teacher() froze the shared tensors, but the student trains them.
             raise
         refuse_other_inputs(pl_module, inputs)
-        self.teacher.refuse_taps(taps)
+        self.teacher.expect(taps)
         refuse_functions(taps)
         for part, _ in taps:
             check_part(self.network, part, "the teacher", "the teacher path of a term")
@@ -230,6 +234,7 @@ class CachedTeacher(TeacherBase):
         """Make the data module draw new augmentations again, and close the files."""
         if self._data is not None:
             self._data.views = None
+        self.teacher.expect(())
         self._trainer, self._data, self._files, self._open = None, None, None, {}
 
     # Helpers of attach and answers

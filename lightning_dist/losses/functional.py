@@ -1,12 +1,14 @@
 """The distillation losses as pure functions of the logits of student and teacher."""
 
 import math
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_dist.checks import check_logits_options
+from lightning_dist.checks import check_logits_options, class_axis
 from lightning_dist.losses.streaming import (
     Activation,
     DISTFunction,
@@ -27,6 +29,7 @@ def dist_loss(
     eps: float = 1e-8,
     mask: Tensor | None = None,
     sync: bool = False,
+    class_dim: int | None = None,
 ) -> Tensor:
     r"""Return the DIST loss, which correlates student and teacher by samples and by classes.
 
@@ -55,20 +58,24 @@ def dist_loss(
 
     Args:
         student: logits of shape ``(N, C)`` or ``(N, C, *spatial)``, any floating dtype and layout.
+            With ``class_dim``, the classes are in another dimension, as in ``(B, T, V)``.
         teacher: logits of the same shape.
         tau: the temperature, above 0.
         beta: the weight of the inter-class term.
         gamma: the weight of the intra-class term.
         activation: ``"softmax"`` over classes, ``"sigmoid"`` for heads with one binary decision for
-            each class, or ``"identity"`` to correlate the given values as they are.
+            each class, or ``"identity"`` to correlate the given values as they are. With one class,
+            only the intra-class term of sigmoid or identity has a gradient.
         eps: a number that is added to the denominator of each correlation.
-        mask: a boolean tensor of shape ``(N,)`` or ``(N, *spatial)``. Both terms leave out the
-            samples where it is ``False`` (``mask=target != ignore_index``). If no sample is left,
-            the loss is 0.
+        mask: a boolean tensor with the logits' shape without the classes, so ``(N,)``,
+            ``(N, *spatial)`` or ``(B, T)``. Both terms leave out the samples where it is ``False``
+            (``mask=target != ignore_index``). If no sample is left, the loss is 0.
         sync: compute both means over the batches of all ranks of the default process group. The
             forward pass then gathers ``40 * C + 16`` bytes from each rank; the backward pass does
             not communicate. Every rank gets the same value. The gradient is scaled so that its
             average over the ranks, as DDP and FSDP compute it, is the gradient of the joined batch.
+        class_dim: the dimension of the classes; by default 1. With three dimensions it must be
+            given: ``1`` for ``(N, C, L)``, ``-1`` for the ``(B, T, V)`` of language models.
 
     Returns:
         The loss, a scalar in float32 (float64 for float64 logits), from 0 to
@@ -87,27 +94,18 @@ def dist_loss(
     Reference:
         Huang et al., Knowledge Distillation from A Stronger Teacher, NeurIPS 2022, equation 10.
     """
-    _check_logits(student, teacher)
+    axis = _check_logits(student, teacher, class_dim)
     check_logits_options(tau, activation, beta=beta, gamma=gamma, eps=eps)
-    if mask is not None:
-        rows = (student.shape[0], *student.shape[2:])
-        if mask.dtype != torch.bool or mask.shape != rows:
-            raise ValueError(
-                f"mask is {mask.dtype} of shape {tuple(mask.shape)}: give torch.bool {rows}"
-            )
-        mask = mask.unsqueeze(1)
-    classes_last = student.dim() > 2 and all(
-        x.movedim(1, -1).is_contiguous() for x in (student, teacher)
-    )
-    inputs: tuple[Tensor | None, ...] = (
+    if activation == "softmax":
+        _refuse_one_class(student.shape[axis], "activation='sigmoid' and beta=0")
+    mask = _mask_for(student, mask, axis)
+    inputs: Sequence[Tensor | None] = (
         student,
         without_inference(teacher),
         mask if mask is None else without_inference(mask),
     )
-    if classes_last:  # In the memory format channels_last, the rows already are a matrix.
-        inputs = tuple(x if x is None else x.movedim(1, -1).flatten(0, -2) for x in inputs)
-    elif student.dim() > 2:
-        inputs = tuple(x if x is None else x.flatten(2) for x in inputs)
+    if student.dim() > 2 or axis != 1:
+        inputs = _as_rows_and_classes(inputs, axis)
     options = tau, beta, gamma, activation, eps, sync
     if torch.compiler.is_compiling() or inside_torch_func():
         return DISTFunction.apply(*inputs, *options)[0]
@@ -115,7 +113,12 @@ def dist_loss(
 
 
 def inter_class_correlation(
-    student: Tensor, teacher: Tensor, *, eps: float = 1e-8, mask: Tensor | None = None
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    eps: float = 1e-8,
+    mask: Tensor | None = None,
+    class_dim: int | None = None,
 ) -> Tensor:
     """Return the mean over samples of the Pearson correlation over classes.
 
@@ -125,6 +128,7 @@ def inter_class_correlation(
         eps: a number that is added to the denominator of each correlation.
         mask: a boolean tensor of shape ``(N,)`` or ``(N, *spatial)``; samples where it is ``False``
             are left out.
+        class_dim: the dimension of the classes, as in :func:`dist_loss`.
 
     Returns:
         A scalar from -1 to 1.
@@ -138,13 +142,17 @@ def inter_class_correlation(
         >>> round(inter_class_correlation(rows, 2 * rows + 1).item(), 4)
         1.0
     """
-    return 1 - dist_loss(
-        student, teacher, beta=1.0, gamma=0.0, activation="identity", eps=eps, mask=mask
-    )
+    options: dict[str, Any] = {"eps": eps, "mask": mask, "class_dim": class_dim}
+    return 1 - dist_loss(student, teacher, beta=1.0, gamma=0.0, activation="identity", **options)
 
 
 def intra_class_correlation(
-    student: Tensor, teacher: Tensor, *, eps: float = 1e-8, mask: Tensor | None = None
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    eps: float = 1e-8,
+    mask: Tensor | None = None,
+    class_dim: int | None = None,
 ) -> Tensor:
     """Return the mean over classes of the Pearson correlation over the samples of the batch.
 
@@ -155,6 +163,7 @@ def intra_class_correlation(
         eps: a number that is added to the denominator of each correlation.
         mask: a boolean tensor of shape ``(N,)`` or ``(N, *spatial)``; samples where it is ``False``
             are left out.
+        class_dim: the dimension of the classes, as in :func:`dist_loss`.
 
     Returns:
         A scalar from -1 to 1.
@@ -168,27 +177,42 @@ def intra_class_correlation(
         >>> round(intra_class_correlation(rows, 1 - rows).item(), 4)
         -1.0
     """
-    return 1 - dist_loss(
-        student, teacher, beta=0.0, gamma=1.0, activation="identity", eps=eps, mask=mask
-    )
+    options: dict[str, Any] = {"eps": eps, "mask": mask, "class_dim": class_dim}
+    return 1 - dist_loss(student, teacher, beta=0.0, gamma=1.0, activation="identity", **options)
 
 
-def kd_loss(student: Tensor, teacher: Tensor, *, tau: float = 4.0) -> Tensor:
+def kd_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    tau: float = 4.0,
+    activation: Literal["softmax", "sigmoid"] = "softmax",
+    mask: Tensor | None = None,
+    class_dim: int | None = None,
+) -> Tensor:
     """Return the loss of knowledge distillation, ``tau**2 * KL(teacher || student)``.
 
-    KL is the Kullback-Leibler divergence of the probabilities ``softmax(logits / tau)``.
+    KL is the Kullback-Leibler divergence of the probabilities ``softmax(logits / tau)``. With
+    ``activation="sigmoid"``, each class is a binary decision of its own: the divergences of
+    ``sigmoid(logits / tau)`` are summed over the classes.
 
     Args:
-        student: logits of shape ``(N, C)`` or ``(N, C, *spatial)``.
-        teacher: logits of the same shape; no gradient flows to them.
+        student: logits of shape ``(N, C)`` or ``(N, C, *spatial)``. With ``class_dim``, the classes
+            are in another dimension, as in ``(B, T, V)``.
+        teacher: logits of the same shape; no gradient flows to them. A class with the logit
+            -infinity has probability 0 and adds nothing where the student rules it out, too.
         tau: the temperature, above 0.
+        activation: ``"softmax"`` or ``"sigmoid"``.
+        mask: a boolean tensor with the logits' shape without the classes. Samples where it is
+            ``False`` are left out. If no sample is left, the loss is 0.
+        class_dim: the dimension of the classes, as in :func:`dist_loss`.
 
     Returns:
         The mean over samples (and pixels), a scalar in float32 (float64 for float64 logits).
 
     Raises:
         ValueError: if the inputs are not floating-point tensors of one shape and device, or
-            ``tau`` is out of range.
+            an option is out of range.
 
     Example:
         >>> logits = torch.tensor([[2.0, 0.0, 1.0]])
@@ -198,17 +222,35 @@ def kd_loss(student: Tensor, teacher: Tensor, *, tau: float = 4.0) -> Tensor:
     Reference:
         Hinton et al., Distilling the Knowledge in a Neural Network, 2015.
     """
-    _check_logits(student, teacher)
+    axis = _check_logits(student, teacher, class_dim)
     check_logits_options(tau)
+    if activation not in ("softmax", "sigmoid"):
+        raise ValueError(f"activation is {activation!r}: use 'softmax' or 'sigmoid'")
+    if activation == "softmax":
+        _refuse_one_class(student.shape[axis], "activation='sigmoid'")
+    mask = _mask_for(student, mask, axis)
     dtype = compute_dtype(student, teacher)
-    log_student = F.log_softmax(student.to(dtype) / tau, dim=1)
-    log_teacher = F.log_softmax(without_inference(teacher.detach()).to(dtype) / tau, dim=1)
-    rows = max(student.numel() // student.shape[1], 1)
+    logits = [x.to(dtype) / tau for x in (student, without_inference(teacher.detach()))]
+    if mask is not None:  # Rows that are left out may contain any value, including NaN.
+        logits = [x.masked_fill(~mask, 0) for x in logits]
+    if activation == "softmax":
+        total = _divergence(*(F.log_softmax(x, dim=axis) for x in logits))
+    else:
+        total = _divergence(*map(F.logsigmoid, logits))
+        total = total + _divergence(*(F.logsigmoid(-x) for x in logits))
+    rows: int | Tensor = max(student.numel() // student.shape[axis], 1)
+    if mask is not None:
+        rows = mask.sum(dtype=dtype).clamp(min=1)
+    return total * (tau**2 / rows)
+
+
+def _divergence(log_student: Tensor, log_teacher: Tensor) -> Tensor:
+    """Return the sum of ``p_teacher * (log p_teacher - log p_student)``."""
     # A class to which the teacher gives probability 0 must add 0, but F.kl_div would add 0 * inf,
     # which is NaN.
     impossible = log_teacher == -math.inf
     log_student, log_teacher = (x.masked_fill(impossible, 0) for x in (log_student, log_teacher))
-    return F.kl_div(log_student, log_teacher, reduction="sum", log_target=True) * (tau**2 / rows)
+    return F.kl_div(log_student, log_teacher, reduction="sum", log_target=True)
 
 
 def without_inference(x: Tensor) -> Tensor:
@@ -227,8 +269,45 @@ def without_inference(x: Tensor) -> Tensor:
     return x.clone()
 
 
-def _check_logits(student: Tensor, teacher: Tensor) -> None:
-    """Raise a ValueError if the two tensors cannot be compared; the message says why."""
+def _as_rows_and_classes(tensors: Sequence[Tensor | None], axis: int) -> list[Tensor | None]:
+    """Return logits and mask as ``(R, C)`` or ``(N, C, S)``, if possible as views of the tensors.
+
+    The mask has one class. It is the last of the tensors and can be None.
+    """
+    *logits, mask = [None if x is None else x.movedim(axis, -1) for x in tensors]
+    # In this memory format, as of language models or channels_last, the rows already are a matrix.
+    if all(x is not None and x.is_contiguous() for x in logits):
+        return [None if x is None else x.flatten(0, -2) for x in (*logits, mask)]
+    moved = [None if x is None else x.movedim(-1, 1) for x in (*logits, mask)]
+    return [x.flatten(2) if x is not None and x.dim() > 2 else x for x in moved]
+
+
+def _mask_for(logits: Tensor, mask: Tensor | None, axis: int) -> Tensor | None:
+    """Return a mask with a dimension of size 1 for the classes; refuse one of the wrong shape."""
+    if mask is None:
+        return None
+    rows = (*logits.shape[:axis], *logits.shape[axis + 1 :])
+    if mask.dtype != torch.bool or mask.shape != rows:
+        raise ValueError(
+            f"mask is {mask.dtype} of shape {tuple(mask.shape)}: give torch.bool {rows}"
+        )
+    return mask.unsqueeze(axis)
+
+
+def _refuse_one_class(classes: int, advice: str) -> None:
+    if classes == 1:
+        raise ValueError(
+            "the logits have one class, and a softmax over one class is always 1: for a binary "
+            f"output use {advice}"
+        )
+
+
+def _check_logits(student: Tensor, teacher: Tensor, class_dim: int | None) -> int:
+    """Return the dimension of the classes of two tensors of logits.
+
+    Raises:
+        ValueError: if the two tensors cannot be compared; the message says why.
+    """
     for name, value in (("student", student), ("teacher", teacher)):
         if not isinstance(value, Tensor):
             raise ValueError(f"{name} is a {type(value).__name__}: give a tensor of logits")
@@ -236,17 +315,20 @@ def _check_logits(student: Tensor, teacher: Tensor) -> None:
             raise ValueError(
                 f"{name} has dtype {value.dtype}: give floating-point logits, not labels"
             )
-        if value.dim() < 2 or value.shape[1] == 0:
+        if value.dim() < 2 or value.shape[class_axis(value.shape, class_dim)] == 0:
             raise ValueError(
                 f"{name} has shape {tuple(value.shape)}: give logits (N, C) or (N, C, *spatial)"
             )
+    axis = class_axis(student.shape, class_dim)
     shapes = f"student {tuple(student.shape)}, teacher {tuple(teacher.shape)}"
-    if student.shape[1] != teacher.shape[1]:
+    if student.dim() == teacher.dim() and student.shape[axis] != teacher.shape[axis]:
         raise ValueError(
-            f"student has {student.shape[1]} classes and teacher {teacher.shape[1]} ({shapes}): "
+            f"student has {student.shape[axis]} classes and teacher {teacher.shape[axis]} "
+            f"({shapes}): "
             "give both a head of the same classes, or set class_map of the teacher"
         )
     if student.shape != teacher.shape:
         raise ValueError(f"logits differ in shape ({shapes}): give logits of the same shape")
     if student.device != teacher.device:
         raise ValueError(f"student is on {student.device} and teacher on {teacher.device}")
+    return axis

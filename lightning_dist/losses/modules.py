@@ -1,5 +1,7 @@
 """The distillation losses as modules: options go to the constructor, tensors go to the call."""
 
+from typing import Any, Literal
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -20,10 +22,12 @@ class DISTLoss(nn.Module):
         sync: compute the correlations over the joined batch of all ranks. The paper's code computes
             them over the batch of each rank (``sync=False``).
         eps: a number that is added to the denominator of each correlation.
+        class_dim: the dimension of the classes; by default 1. Logits with three dimensions need
+            it: ``1`` for ``(N, C, L)``, ``-1`` for the ``(B, T, V)`` of language models.
 
     Shape:
-        The student's and the teacher's logits have the shape ``(N, C)`` or ``(N, C, *spatial)``.
-        The loss is a scalar.
+        The student's and the teacher's logits have the shape ``(N, C)`` or ``(N, C, *spatial)``,
+        or with ``class_dim`` any other. The loss is a scalar.
 
     Raises:
         ValueError: if an option is out of range. A call raises it if the logits are not
@@ -48,6 +52,7 @@ class DISTLoss(nn.Module):
         activation: Activation | None = "softmax",
         sync: bool = False,
         eps: float = 1e-8,
+        class_dim: int | None = None,
     ) -> None:
         super().__init__()
         self.activation_is_chosen = activation is not None
@@ -55,12 +60,14 @@ class DISTLoss(nn.Module):
         for name, value in {"tau": tau, "beta": beta, "gamma": gamma, "eps": eps}.items():
             check_number(name, value)  # A config may contain a word instead of a number.
         check_logits_options(tau, activation, eps=eps)
+        _check_class_dim(class_dim)
         self.tau = tau
         self.beta = beta
         self.gamma = gamma
         self.activation = activation
         self.sync = sync
         self.eps = eps
+        self.class_dim = class_dim
 
     def forward(self, student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the loss of the logits of a batch.
@@ -84,12 +91,14 @@ class DISTLoss(nn.Module):
             eps=self.eps,
             mask=mask,
             sync=self.sync,
+            class_dim=self.class_dim,
         )
 
     def extra_repr(self) -> str:
         return (
             f"tau={self.tau}, beta={self.beta}, gamma={self.gamma}, "
-            f"activation={self.activation!r}, sync={self.sync}, eps={self.eps}"
+            f"activation={self.activation!r}, sync={self.sync}, eps={self.eps}, "
+            f"class_dim={self.class_dim}"
         )
 
 
@@ -98,13 +107,18 @@ class KDLoss(nn.Module):
 
     Args:
         tau: the temperature, above 0.
+        activation: ``"softmax"``, or ``"sigmoid"`` for heads with one binary decision for each
+            class. With ``None`` the task chooses: sigmoid for one-stage detectors, softmax for
+            everything else.
+        class_dim: the dimension of the classes; by default 1. Logits with three dimensions need
+            it: ``1`` for ``(N, C, L)``, ``-1`` for the ``(B, T, V)`` of language models.
 
     Shape:
-        The student's and the teacher's logits have the shape ``(N, C)`` or ``(N, C, *spatial)``.
-        The loss is a scalar.
+        The student's and the teacher's logits have the shape ``(N, C)`` or ``(N, C, *spatial)``,
+        or with ``class_dim`` any other. The loss is a scalar.
 
     Raises:
-        ValueError: if ``tau`` is not a finite number above 0. A call raises it if the logits are
+        ValueError: if an option is out of range. A call raises it if the logits are
             not floating-point tensors of one shape and device.
 
     Example:
@@ -117,26 +131,44 @@ class KDLoss(nn.Module):
         Hinton et al., Distilling the Knowledge in a Neural Network, 2015.
     """
 
-    def __init__(self, tau: float = 4.0) -> None:
+    def __init__(
+        self,
+        tau: float = 4.0,
+        activation: Literal["softmax", "sigmoid"] | None = "softmax",
+        class_dim: int | None = None,
+    ) -> None:
         super().__init__()
         check_number("tau", tau)
         check_logits_options(tau)
+        _check_class_dim(class_dim)
+        if activation not in ("softmax", "sigmoid", None):
+            raise ValueError(f"activation is {activation!r}: use 'softmax' or 'sigmoid'")
         self.tau = tau
+        self.activation_is_chosen = activation is not None
+        self.activation: Literal["softmax", "sigmoid"] = activation or "softmax"
+        self.class_dim = class_dim
 
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def forward(self, student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the loss of the logits of a batch.
 
         Args:
             student: logits of shape ``(N, C)`` or ``(N, C, *spatial)``.
             teacher: logits of the same shape.
+            mask: a boolean tensor of shape ``(N,)`` or ``(N, *spatial)``; samples where it is
+                ``False`` are left out.
 
         Returns:
             The loss, a scalar in float32 or float64.
         """
-        return kd_loss(student, teacher, tau=self.tau)
+        options: dict[str, Any] = {
+            "tau": self.tau,
+            "activation": self.activation,
+            "class_dim": self.class_dim,
+        }
+        return kd_loss(student, teacher, mask=mask, **options)
 
     def extra_repr(self) -> str:
-        return f"tau={self.tau}"
+        return f"tau={self.tau}, activation={self.activation!r}, class_dim={self.class_dim}"
 
 
 class FeatureMimic(nn.Module):
@@ -181,3 +213,8 @@ class FeatureMimic(nn.Module):
                 f"and width, and teacher_channels={teacher.shape[1]}"
             )
         return F.mse_loss(projected.float(), without_inference(teacher).float())
+
+
+def _check_class_dim(class_dim: int | None) -> None:
+    if class_dim is not None:
+        check_number("class_dim", class_dim, int)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchmetrics.detection import MeanAveragePrecision
 
 from lightning_dist.checks import check_labels
-from lightning_dist.losses import DISTLoss, FeatureMimic
+from lightning_dist.losses import DISTLoss, FeatureMimic, KDLoss
 from lightning_dist.module import DistillModule
 from lightning_dist.taps import find_submodule
 from lightning_dist.tasks.detection_heads import OneStageClassifier, TwoStageClassifier
@@ -58,8 +58,10 @@ class DetectionModule(DistillModule):
         norm_eval: keep the student's batch norms in eval mode, so that their statistics stay
             constant.
         kwargs: the other arguments of :class:`lightning_dist.DistillModule`. By default,
-            ``distill_loss`` is DIST and ``distill_weight`` is 1. A ``DISTLoss`` with the activation
-            ``None`` uses softmax for a two-stage and sigmoid for a one-stage student.
+            ``distill_loss`` is DIST and ``distill_weight`` is 1. A ``DISTLoss`` or ``KDLoss`` with
+            the activation ``None`` uses softmax for a two-stage and sigmoid for a one-stage
+            student. A one-stage student refuses ``KDLoss`` with softmax, because it decides each
+            class by itself.
 
     Raises:
         MisconfigurationException: if the student has no sub-module at a required path; the message
@@ -198,9 +200,16 @@ class DetectionModule(DistillModule):
         """Return the term ``class`` on the class logits, and one term per level of ``mimic``."""
         assert self.teacher is not None
         loss = DISTLoss(activation=None) if self.distill_loss is None else self.distill_loss
-        if not self.two_stage and isinstance(loss, DISTLoss) and not loss.activation_is_chosen:
-            loss = copy.copy(loss)
-            loss.activation = "sigmoid"
+        if not self.two_stage and isinstance(loss, (DISTLoss, KDLoss)):
+            if not loss.activation_is_chosen:
+                loss = copy.copy(loss)
+                loss.activation = "sigmoid"
+            if isinstance(loss, KDLoss) and loss.activation == "softmax":
+                raise ValueError(
+                    "KDLoss would apply a softmax over the logits of all anchors and classes of a "
+                    f"place, but the {type(self.student).__name__} decides each class by itself: "
+                    "use KDLoss(activation='sigmoid')"
+                )
         parts = ("roi_heads.box_predictor", "roi") if self.two_stage else (_MAPS, "logits")
         terms = {"class": Term(loss, self.distill_weight, *parts)}
         for level in self.mimic:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
-from lightning_dist.checks import check_labels
+from lightning_dist.checks import check_flag, check_labels
 from lightning_dist.losses import DISTLoss
 from lightning_dist.module import DistillModule
 from lightning_dist.taps import find_submodule, logits_of
@@ -38,6 +38,8 @@ class SegmentationModule(DistillModule):
         teacher: a network with the same channels and output resolution, or ``None``.
         num_classes: the number of classes.
         ignore_index: the label of pixels that the task loss and the metrics ignore.
+        distill_ignored: distil the pixels with the label ``ignore_index``, too. With ``False``,
+            ``distill_loss`` must take a ``mask``, as DISTLoss and KDLoss do.
         aux_weight: the weight of the auxiliary head, in the task loss and in the distillation.
         head: the dotted path, in student and teacher, of the sub-module that returns the main
             logits; ``""`` is the network itself. It is ``classifier`` in torchvision and
@@ -62,6 +64,7 @@ class SegmentationModule(DistillModule):
         *,
         num_classes: int,
         ignore_index: int = 255,
+        distill_ignored: bool = True,
         aux_weight: float = 0.4,
         head: str = "classifier",
         aux_head: str = "aux_classifier",
@@ -70,6 +73,7 @@ class SegmentationModule(DistillModule):
         window: tuple[int, int] | None = None,
         **kwargs: Any,
     ) -> None:
+        check_flag("distill_ignored", distill_ignored)
         if teacher is not None:
             find_submodule(student, head, "the student", "head")
         options: dict[str, Any] = {"ignore_index": ignore_index, "validate_args": False}
@@ -87,6 +91,7 @@ class SegmentationModule(DistillModule):
         self.eval_loss = PixelLoss(0.0, ignore_index, align_corners)
         self.num_classes, self.ignore_index = num_classes, ignore_index
         self.aux_weight = aux_weight
+        self.distill_ignored = distill_ignored
         self.head, self.aux_head = head, aux_head
         self.teacher_head = head if teacher_head is None else teacher_head
         self.align_corners = align_corners
@@ -137,16 +142,27 @@ class SegmentationModule(DistillModule):
         assert total is not None
         return total / counts
 
+    def _labelled_pixels(self, batch: Any, logits: Tensor) -> dict[str, Tensor]:
+        """Return the mask of the labelled pixels at the resolution of the logits."""
+        _, target = self.split_batch(batch)
+        labelled = (target != self.ignore_index).unsqueeze(1)
+        # The nearest pixel decides. F.interpolate takes no bool.
+        resized = F.interpolate(labelled.byte(), logits.shape[2:], mode="nearest")
+        return {"mask": resized.squeeze(1).bool()}
+
     def configure_terms(self) -> dict[str, Term]:
         """Return the term ``main``, and ``aux`` if both networks have an auxiliary head."""
         assert self.teacher is not None
         loss = DISTLoss() if self.distill_loss is None else self.distill_loss
-        terms = {"main": Term(loss, self.distill_weight, self.head, self.teacher_head)}
+        mask = None if self.distill_ignored else self._labelled_pixels
+        terms = {
+            "main": Term(loss, self.distill_weight, self.head, self.teacher_head, from_batch=mask)
+        }
         if self.aux_weight and all(
             _has(network, self.aux_head) for network in (self.student, self.teacher.network)
         ):
             weight = _times(self.distill_weight, self.aux_weight)
-            terms["aux"] = Term(loss, weight, self.aux_head, self.aux_head)
+            terms["aux"] = Term(loss, weight, self.aux_head, self.aux_head, from_batch=mask)
         return terms
 
 

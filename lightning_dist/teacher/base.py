@@ -34,11 +34,20 @@ class TeacherBase(ABC):
     network: nn.Module
     class_map: list[int] | None = None
 
-    def to_student_classes(self, logits: Tensor) -> Tensor:
+    def class_map_of(self, part: str) -> list[int] | None:
+        """Return the ``class_map`` that applies to a part of the network, or ``None``.
+
+        Args:
+            part: the dotted path of the part; ``""`` is the network.
+        """
+        return self.class_map
+
+    def to_student_classes(self, logits: Tensor, part: str = "") -> Tensor:
         """Return the logits of the student's classes, selected from the network's by ``class_map``.
 
         Args:
-            logits: logits ``(N, C, ...)`` of the network's classes.
+            logits: logits of the network's classes.
+            part: the dotted path of the part that returned them; ``""`` is the network.
         """
         return logits
 

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
+from lightning_dist.checks import class_axis
 from lightning_dist.taps import logits_of
 from lightning_dist.teacher.base import Tap
 from lightning_dist.teacher.teacher import Teacher, TeacherNetwork
@@ -20,14 +20,19 @@ class EnsembleTeacher(Teacher):
     mean; a loss with a temperature then softens that mean, not each teacher. The mean of logits is
     a (normalised) geometric mean of probabilities, at any temperature.
 
-    Each teacher has its own bridge, class map and dtype. In distillation terms, the paths of the
-    first teacher's sub-modules start with ``"0."``, and so on. A call returns the mean, ``(N, C)``
-    or ``(N, C, *spatial)``, in float32 or wider.
+    Each teacher has its own bridge, class map and dtype. A call returns the mean, ``(N, C)`` or
+    ``(N, C, *spatial)``, in float32 or wider.
+
+    In distillation terms, ``teacher="0"`` is the first network and ``"0.head"`` its part ``head``,
+    and so on; the teacher's class map applies. If all terms name parts, no mean is computed, and
+    the teachers can have different heads.
 
     Args:
-        teachers: networks or Teachers, in a list or as a dict from names to them. All must return
-            logits of the same shape.
+        teachers: networks or Teachers, in a list or as a dict from names to them. For the mean, all
+            must return logits of the same shape.
         mean: the kind of mean, ``"probabilities"`` or ``"logits"``.
+        class_dim: the dimension of the classes in the logits; by default 1. Logits with three
+            dimensions need it: ``1`` for ``(N, C, L)``, ``-1`` for ``(B, T, V)``.
 
     Raises:
         ValueError: if there is no teacher, if ``mean`` is unknown, or, in a call, if the teachers'
@@ -43,6 +48,7 @@ class EnsembleTeacher(Teacher):
         self,
         teachers: Sequence[nn.Module | Teacher] | Mapping[str, nn.Module | Teacher],
         mean: Literal["probabilities", "logits"] = "probabilities",
+        class_dim: int | None = None,
     ) -> None:
         members = list(teachers.values() if isinstance(teachers, Mapping) else teachers)
         if not members:
@@ -51,40 +57,45 @@ class EnsembleTeacher(Teacher):
             raise ValueError(f"mean is {mean!r}: use 'probabilities' or 'logits'")
         self.teachers = [m if isinstance(m, Teacher) else Teacher(m) for m in members]
         self.mean = mean
-        super().__init__(nn.ModuleList([teacher.network for teacher in self.teachers]))
+        self._averages = True  # False in a run whose terms name parts only
+        networks = nn.ModuleList([teacher.network for teacher in self.teachers])
+        super().__init__(networks, class_dim=class_dim)
 
     def release(self) -> None:
         """Restore ``requires_grad`` and the training mode of every network as they were before."""
         for teacher in self.teachers:
             teacher.release()
 
-    def refuse_taps(self, taps: Sequence[Tap]) -> None:
-        """Refuse a term that compares a part of a teacher with a ``class_map``.
+    def expect(self, taps: Sequence[Tap]) -> None:
+        """Compute no mean if all terms name parts; see :meth:`Teacher.expect`."""
+        self._averages = not taps or any(not part for part, _ in taps)
 
-        The map applies to the logits of the whole teacher only.
+    def class_map_of(self, part: str) -> list[int] | None:
+        """Return the ``class_map`` of the teacher to which a part belongs."""
+        member = self._member(part)
+        return None if member is None else member.class_map
 
-        Args:
-            taps: as in :meth:`attach`.
+    def to_student_classes(self, logits: Tensor, part: str = "") -> Tensor:
+        """Return the logits of the student's classes, as the teacher of the part maps them."""
+        member = self._member(part)
+        return logits if member is None else member.to_student_classes(logits)
 
-        Raises:
-            MisconfigurationException: if there is such a term.
-        """
-        for part, _ in taps:
-            index = part.partition(".")[0]
-            known = index.isdigit() and int(index) < len(self.teachers)
-            if known and self.teachers[int(index)].class_map is not None:
-                raise MisconfigurationException(
-                    f"a term compares {part!r} of an ensemble, whose teacher {index} has a "
-                    "class_map: let the term compare the ensemble's own output (teacher='')"
-                )
+    def _member(self, part: str) -> Teacher | None:
+        """Return the teacher to which a part belongs; the mean belongs to none."""
+        index = part.partition(".")[0]
+        known = index.isdigit() and int(index) < len(self.teachers)
+        return self.teachers[int(index)] if known else None
 
-    def _answer(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    def _answer(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
         total: Tensor | None = None
         for index, teacher in enumerate(self.teachers):
-            logits = logits_of(teacher._ask_protected("", args, dict(kwargs)))
+            output = teacher._ask_protected("", args, dict(kwargs))
+            if not self._averages:
+                continue
+            logits = logits_of(output)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             if self.mean == "probabilities":
-                logits = logits.log_softmax(1)
+                logits = logits.log_softmax(class_axis(logits.shape, self.class_dim))
             if total is None:
                 total = logits
             elif total.shape != logits.shape:
@@ -99,7 +110,8 @@ class EnsembleTeacher(Teacher):
                     if self.mean == "probabilities"
                     else total + logits
                 )
-        assert total is not None
+        if total is None:
+            return None
         n = len(self.teachers)
         return total - math.log(n) if self.mean == "probabilities" else total / n
 

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from lightning_dist.checks import class_axis
 from lightning_dist.taps import (
     Snapshot,
     counts,
@@ -53,8 +54,10 @@ class Teacher(TeacherBase):
             different arguments. It takes and returns ``(args, kwargs)`` of the call, as an
             :class:`InputBridge` does.
         class_map: for each class of the student, the index of the network's class. It selects
-            logits along dimension 1 of the tensor that :func:`lightning_dist.taps.logits_of` finds
-            in the output. :func:`lightning_dist.teacher.match_classes` builds it from names.
+            logits along ``class_dim`` of the tensor that :func:`lightning_dist.taps.logits_of`
+            finds in the output. :func:`lightning_dist.teacher.match_classes` builds it from names.
+        class_dim: the dimension of the classes in the logits; by default 1. Logits with three
+            dimensions need it: ``1`` for ``(N, C, L)``, ``-1`` for ``(B, T, V)``.
         compile: run the network through ``torch.compile``. While one of its parts has a hook, for
             example because a distillation term compares that part, the network runs uncompiled.
         channels_last: keep the network's weights and images ``(N, C, H, W)`` in channels-last
@@ -84,6 +87,7 @@ class Teacher(TeacherBase):
         *,
         inputs: Callable[[Any], Any] | None = None,
         class_map: Sequence[int] | None = None,
+        class_dim: int | None = None,
         compile: bool = False,
         channels_last: bool = False,
         random_numbers: Literal["own", "student"] = "own",
@@ -115,6 +119,7 @@ class Teacher(TeacherBase):
         self.compile = compile
         self._compiled: Callable[..., Any] | None = None
         self.class_map = None if class_map is None else list(class_map)
+        self.class_dim = class_dim
         self._columns = None if class_map is None else torch.tensor(self.class_map)
         self._listed: list[nn.Module] | None = None
         self._writes: dict[str, bool] = {}  # of each part: whether its calls change their inputs
@@ -161,7 +166,7 @@ class Teacher(TeacherBase):
             # The constructor has frozen the shared tensors, but the student must train them.
             self.release()
             raise
-        self.refuse_taps(taps)
+        self.expect(taps)
         self.freeze()
         self._writes, self._listed, self._generators = {}, None, None
         self._trainer = trainer
@@ -251,16 +256,17 @@ class Teacher(TeacherBase):
         known = "unknown" if is_sharded(self.network) else f"{checksum:08x}"
         return f"{self}, {size:,} numbers of {dtype}, checksum {known}"
 
-    def refuse_taps(self, taps: Sequence[Tap]) -> None:
-        """Refuse terms that this teacher cannot serve; an ensemble overrides this.
+    def expect(self, taps: Sequence[Tap]) -> None:
+        """Prepare for the terms of a run; an ensemble overrides this.
 
         Args:
-            taps: as in :meth:`attach`.
+            taps: as in :meth:`attach`; empty after the run.
         """
 
     def detach(self) -> None:
         """Move the network to the CPU."""
         self._trainer = None
+        self.expect(())
         self.to("cpu")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -367,25 +373,28 @@ class Teacher(TeacherBase):
             self._compiled = torch.compile(self.network)
         return self._compiled
 
-    def to_student_classes(self, logits: Tensor) -> Tensor:
+    def to_student_classes(self, logits: Tensor, part: str = "") -> Tensor:
         """Return the logits of the student's classes, selected from the network's by ``class_map``.
 
         Args:
-            logits: logits ``(N, C, ...)`` of the network's classes.
+            logits: logits of the network's classes.
+            part: the dotted path of the part that returned them; ``""`` is the network.
 
         Raises:
-            ValueError: if the map has an index that is not a class of the network.
+            ValueError: if the map has an index that is not a class of the network, or if the logits
+                have three dimensions and ``class_dim`` is not set.
         """
         if self._columns is None or self.class_map is None:
             return logits
-        if max(self.class_map) >= logits.shape[1]:
+        axis = class_axis(logits.shape, self.class_dim)
+        if max(self.class_map) >= logits.shape[axis]:
             raise ValueError(
                 f"class_map has the index {max(self.class_map)} and {type(self.network).__name__} "
-                f"{logits.shape[1]} classes: give indices into the teacher's classes"
+                f"{logits.shape[axis]} classes: give indices into the teacher's classes"
             )
         if self._columns.device != logits.device:
             self._columns = self._columns.to(logits.device)
-        return logits.index_select(1, self._columns)
+        return logits.index_select(axis, self._columns)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {

@@ -65,7 +65,7 @@ def sum_terms(
     *,
     place: str,
     nonfinite: Nonfinite,
-    to_student_classes: Callable[[Tensor], Tensor],
+    to_student_classes: Callable[[Tensor, str], Tensor],
     batch: Any = None,
 ) -> TermsSum:
     """Compute all terms from the recorded outputs, and their weighted sum.
@@ -82,7 +82,7 @@ def sum_terms(
         trainer: the Trainer.
         place: the dotted path of the student in its module, for messages.
         nonfinite: the reaction to a term that is NaN or infinite, ``"raise"`` or ``"skip"``.
-        to_student_classes: a function that maps the teacher's classes to the student's.
+        to_student_classes: the teacher's method of that name.
         batch: the training batch, in which a term that is not finite may have its cause.
 
     Raises:
@@ -102,7 +102,7 @@ def sum_terms(
         of_teacher, value = teacher[term.teacher], None
         if of_student:
             try:
-                value = term.value(of_student, of_teacher, trainer, to_student_classes)
+                value = term.value(of_student, of_teacher, trainer, to_student_classes, batch)
             except ValueError as error:
                 against = f"the teacher's {term.teacher!r}" if term.teacher else "the teacher"
                 raise MisconfigurationException(

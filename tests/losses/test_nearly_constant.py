@@ -88,6 +88,7 @@ def derivative_bound(y: Tensor, activation: str) -> Tensor:
 def test_the_gradient_is_that_of_float64_with_constant_rows_and_columns_left_out(
     dtype, activation, classes, rows, spread, shift, ties, seed
 ):
+    assume(classes > 1 or activation != "softmax")
     generator = torch.Generator().manual_seed(seed)
     noise, teacher = torch.randn(2, rows, classes, generator=generator).double().unbind()
     if ties:

@@ -14,7 +14,7 @@ from lightning.pytorch import Callback
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_dist import DISTLoss
+from lightning_dist import DISTLoss, KDLoss
 from lightning_dist.data.base import collate_as_lists
 from lightning_dist.data.scenes import SceneDetectionDataModule
 from lightning_dist.losses import FeatureMimic
@@ -152,6 +152,20 @@ def test_dist_takes_the_activation_of_the_head_unless_one_is_chosen(kind):
 
 
 @both
+def test_kd_takes_the_activation_of_the_head(kind):
+    own = "softmax" if kind == "two" else "sigmoid"
+    module = make_module(kind, BUILD[kind](6, 12, 12), distill_loss=KDLoss(2.0, activation=None))
+    used = module.configure_distillation().terms["class"].loss
+    assert (used.tau, used.activation) == (2.0, own)
+
+
+def test_a_softmax_over_one_vs_all_logits_is_refused_for_kd():
+    module = make_module("one", BUILD["one"](6, 12, 12), distill_loss=KDLoss())
+    with pytest.raises(ValueError, match=r"use KDLoss\(activation='sigmoid'\)"):
+        module.configure_distillation()
+
+
+@both
 def test_a_student_that_is_its_teacher_has_no_distillation_loss(kind, data, make_trainer):
     student = calibrated(BUILD[kind](4, 8, 8), data)
     if kind == "two":  # The logits differ so much that the eps of the formula is negligible.
@@ -216,7 +230,7 @@ def test_mimic_projects_the_students_maps_and_stays_out_of_the_student(kind, dat
 
 def test_maps_of_unlike_size_are_refused():
     loss = FeatureMimic(4, 8)
-    with pytest.raises(ValueError, match=r"projected to \(1, 8, 6, 6\).*\(1, 8, 5, 5\)"):
+    with pytest.raises(ValueError, match=r"\(1, 8, 6, 6\).*\(1, 8, 5, 5\)"):
         loss(torch.zeros(1, 4, 6, 6), torch.zeros(1, 8, 5, 5))
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dist import DISTLoss
+from lightning_dist.functional import dist_loss
 from lightning_dist.tasks.segmentation import PixelLoss, SegmentationModule
 
 CLASSES = 5
@@ -75,6 +76,23 @@ def test_the_loss_is_task_plus_dist_on_both_heads_at_native_resolution(
     assert logged["train/distill/aux"].item() == pytest.approx(aux.item(), rel=1e-4)
     total = task + 2.0 * (main + 0.4 * aux)
     assert logged["train/loss"].item() == pytest.approx(total.item(), rel=1e-5)
+
+
+def test_ignored_pixels_are_left_out_of_the_distillation_where_an_option_asks(make_trainer, loader):
+    teacher = TwoHeads(width=9)
+    module = make_module(teacher, distill_ignored=False)
+    student = copy.deepcopy(module.student)
+    trainer = make_trainer(max_steps=1)
+    trainer.fit(module, loader)
+    images, masks = next(iter(loader))
+    ours, theirs = student(images), teacher(images)
+    stride = 16 // ours["out"].shape[2]
+    kept = (masks != 255)[:, ::stride, ::stride]
+    assert 0 < kept.sum() < kept.numel()
+    for name, term in (("out", "main"), ("aux", "aux")):
+        rows = [x[name].movedim(1, -1)[kept] for x in (ours, theirs)]
+        found = trainer.callback_metrics[f"train/distill/{term}"].item()
+        assert found == pytest.approx(dist_loss(*rows).item(), rel=1e-4)
 
 
 def test_without_an_auxiliary_head_of_both_there_is_one_term(make_trainer, loader):

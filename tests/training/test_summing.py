@@ -25,7 +25,11 @@ TRAINER = SimpleNamespace(
 def summed(terms, student, teacher, nonfinite="raise"):
     weights = current_weights(terms, TRAINER)
     recorded = Recording(nn.ModuleDict({"head": nn.Linear(3, 3)}), student)
-    options = {"place": "net", "nonfinite": nonfinite, "to_student_classes": lambda logits: logits}
+    options = {
+        "place": "net",
+        "nonfinite": nonfinite,
+        "to_student_classes": lambda logits, part: logits,
+    }
     return sum_terms(terms, weights, recorded, teacher, TRAINER, **options)
 
 
