@@ -115,4 +115,4 @@ def test_an_output_of_another_structure_in_eval_mode_is_taken_by_a_function():
     found = summed({"a": Term(F.mse_loss, output=main)}, {"": [([y, x], "aux")]}, {"": [y]})
     torch.testing.assert_close(found.total, F.mse_loss(x, y))
     with pytest.raises(MisconfigurationException, match=r"class_map, and the output of term 'a'"):
-        refuse_unmapped({"a": Term(DISTLoss(), output=main)}, [1, 0])
+        refuse_unmapped({"a": Term(DISTLoss(), output=main)}, lambda part: [1, 0])
