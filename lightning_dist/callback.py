@@ -27,6 +27,7 @@ from lightning_dist.terms import (
     refuse_untrained,
     states_of,
 )
+from lightning_dist.training.explaining import explain
 from lightning_dist.training.fitting import (
     check_paths,
     checked_terms,
@@ -236,8 +237,6 @@ class DistillationCallback(Callback):
                 rank_zero_warn(f"this run was distilled from {saved} and goes on with {own}")
         load_states(self.terms, state_dict["terms"], strict=self._step is not None)
 
-    # One training step
-
     def _distill(
         self,
         trainer: Trainer,
@@ -318,7 +317,7 @@ class DistillationCallback(Callback):
                 pl_module.log("train/distill_skipped", float(self.skipped), batch_size=1)
         return found
 
-    # Helpers of the hooks
+    explain = explain  # callback.explain(module, batch) prints what fits
 
     def _detach(self, pl_module: LightningModule) -> None:
         if self._step is not None:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import WeightsEnum
 from torchvision.models.detection import RetinaNet_ResNet50_FPN_Weights
 
-from lightning_dist import DistillModule
+from lightning_dist import DistillationCallback, DistillModule, DISTLoss, Term
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -87,6 +87,9 @@ def test_an_example_runs(tmp_path, monkeypatch, code):
         "my_datamodule": batches,
         "module": DistillModule(nn.Linear(6, 4), nn.Linear(6, 4)),
         "datamodule": batches,
+        # docs/attach.md names these imports once, before its examples.
+        **{"torch": torch, "nn": nn, "F": F, "LightningModule": LightningModule},
+        **{"DistillationCallback": DistillationCallback, "DISTLoss": DISTLoss, "Term": Term},
     }
     # The test has no checkpoint from which an example could resume.
     code = code.replace('ckpt_path="run/last.ckpt"', "ckpt_path=None")
