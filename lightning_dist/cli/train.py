@@ -24,7 +24,7 @@ from lightning_dist.cli.errors import UserError, is_users
 from lightning_dist.cli.hydra_app import hydra_app
 from lightning_dist.cli.run.callbacks import CheckMonitor, RecordError, SaveConfig, logged_metrics
 from lightning_dist.cli.run.logger_hooks import LogConfig, closed_loggers, without_loggers
-from lightning_dist.cli.run.resuming import restoring_errors
+from lightning_dist.cli.run.restoring import restoring_errors
 from lightning_dist.cli.run.run import Run
 from lightning_dist.cli.run.saved_config import to_save
 from lightning_dist.cli.run.settings import check_settings

@@ -126,6 +126,7 @@ class ExactResume(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the number of completed batches of the epoch from a checkpoint."""
+        check_number("the number of completed batches", state_dict["batches"], int, least=0)
         self._batches = state_dict["batches"]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

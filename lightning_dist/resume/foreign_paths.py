@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 
 from lightning_dist.text import printable
 
@@ -26,11 +27,15 @@ def drop_foreign_paths(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     Args:
         trainer: the trainer whose ModelCheckpoints have the folders.
         checkpoint: the loaded checkpoint, which is changed in place.
+
+    Raises:
+        ValueError: if a state of ModelCheckpoint has another form than Lightning's.
     """
     savers = [saver for saver in trainer.checkpoint_callbacks if isinstance(saver, ModelCheckpoint)]
     folders = [str(saver.dirpath) for saver in savers if saver.dirpath is not None]
     states = checkpoint.get("callbacks") or {}
     for key, state in list(states.items()):
+        _refuse_other_scores(state)
         foreign = [
             path for path, is_folder in _paths(state) if not _within(path, folders, is_folder)
         ]
@@ -41,6 +46,21 @@ def drop_foreign_paths(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
                 f"it names {printable(str(foreign[0]), 200)}, which is not in the folder of this "
                 "run's checkpoints: the best checkpoints before this one are forgotten"
             )
+
+
+def _refuse_other_scores(state: Mapping[str, Any]) -> None:
+    """Raise an error if the scores of ModelCheckpoint, which it compares later, are no scores.
+
+    Raises:
+        ValueError: if a score has another type.
+    """
+    best = state.get(_PATHS_AS_KEYS, {})
+    scores = [state.get(name) for name in ("best_model_score", "current_score", "kth_value")]
+    scores += best.values() if isinstance(best, Mapping) else [best]
+    for score in scores:
+        is_one = isinstance(score, Tensor) and score.numel() == 1
+        if not is_one and not isinstance(score, (int, float, type(None))):
+            raise ValueError(f"a score of ModelCheckpoint is a {type(score).__name__}")
 
 
 def _paths(state: Any, key: str = "") -> Iterator[tuple[Any, bool]]:

@@ -297,6 +297,20 @@ BROKEN: dict[str, tuple[Callable[[dict], object], str]] = {
     "an empty config": (lambda c: c[CONFIG_KEY].clear(), "has no module or data or seed"),
     "a list for a config": (lambda c: c.update({CONFIG_KEY: [1]}), "has no module"),
     "a word for a seed": (lambda c: c[CONFIG_KEY].update(seed="abc"), "has no seed"),
+    "a negative seed": (lambda c: c[CONFIG_KEY].update(seed=-1), "has no seed"),
+    "a huge seed": (lambda c: c[CONFIG_KEY].update(seed=10**400), "has no seed"),
+    "a number for names": (lambda c: c[CONFIG_KEY].update(class_names=7), "no names of classes"),
+    "numbers for names": (lambda c: c[CONFIG_KEY].update(class_names=["a", 1]), "no names of"),
+    "words for colours": (lambda c: c[CONFIG_KEY].update(class_colors=["red"]), "no colours of"),
+    "other data": (lambda c: c[CONFIG_KEY]["data"].update(foo=1), "fit together"),
+    "text for a number": (
+        lambda c: c[CONFIG_KEY]["data"].update(global_batch_size="x"),
+        "fit together",
+    ),
+    "names of 16 MB with escapes": (
+        lambda c: c["state_dict"].update({"\x1b[2J" * 4_000_000: torch.ones(1)}),
+        "do not fit together",
+    ),
     "other shapes": (lambda c: None, "do not fit together"),
     "other arguments": (
         lambda c: c[CONFIG_KEY]["module"].update(foo=1),
@@ -308,12 +322,19 @@ BROKEN: dict[str, tuple[Callable[[dict], object], str]] = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_checkpoint_is_refused_by_name(refused, tmp_path, name):
     contents = hostile_config()
+    if "data" in name or "number" in name:
+        network = {"_target_": "lightning_dist.models.small.SmallCNN", "channels": [4]}
+        contents[CONFIG_KEY]["module"]["student"] = network
+        state = SmallCNN([4]).state_dict()
+        contents["state_dict"] = {f"student.{name}": value for name, value in state.items()}
     change, message = BROKEN[name]
     change(contents)
     torch.save(contents, tmp_path / "broken.ckpt")
     line = refused("export", "ckpt=broken.ckpt")
     assert "broken.ckpt" in line
     assert message in line
+    assert "\x1b" not in line
+    assert len(line) < 5000
 
 
 HEADER = "{{'descr': {}, 'fortran_order': False, 'shape': (4,), }}\n"

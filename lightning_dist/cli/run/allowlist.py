@@ -109,14 +109,17 @@ def check_allowed(config: Any, path: str) -> None:
             _check_text(node, path)
 
 
-def _nodes(config: Any, path: str, depth: int = 0) -> Iterator[Any]:
+def _nodes(config: Any, path: str) -> Iterator[Any]:
     """Yield a config and every value inside it; a mapping comes before its values."""
-    if depth > _MAX_DEPTH:
-        raise UserError(f"{path} is damaged: its config is nested without end")
-    yield config
-    if isinstance(config, (Mapping, list, tuple)):
-        for value in config.values() if isinstance(config, Mapping) else config:
-            yield from _nodes(value, path, depth + 1)
+    nodes = [(config, 0)]
+    while nodes:
+        node, depth = nodes.pop()
+        if depth > _MAX_DEPTH:
+            raise UserError(f"{path} is damaged: its config is nested without end")
+        yield node
+        if isinstance(node, (Mapping, list, tuple)):
+            values = node.values() if isinstance(node, Mapping) else node
+            nodes += [(value, depth + 1) for value in values]
 
 
 def without_downloads(config: Any) -> Any:

@@ -4,8 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_dist.cli.errors import UserError
+from lightning_dist.cli.run.restoring import refuse_other_types
 from lightning_dist.cli.run.result import record_error
 from lightning_dist.cli.run.saved_config import CONFIG_KEY
 from lightning_dist.resume.foreign_paths import drop_foreign_paths
@@ -29,6 +31,7 @@ class SaveConfig(Callback):
     def __init__(self, config: dict[str, Any]) -> None:
         self.config = config
         self.validation: dict[str, float] = {}
+        self._restored: dict[str, Any] | None = None
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -43,6 +46,13 @@ class SaveConfig(Callback):
     ) -> None:
         drop_foreign_paths(trainer, checkpoint)  # also in a run without ExactResume
         self.validation = checkpoint.get(VALIDATION_KEY, {})
+        self._restored = checkpoint if trainer.state.fn == TrainerFn.FITTING else None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        restored, self._restored = self._restored, None
+        # Under FSDP2, Lightning loads the checkpoint only after this hook.
+        if restored is not None:
+            refuse_other_types(trainer, restored)
 
 
 class CheckMonitor(Callback):

@@ -2,18 +2,15 @@
 
 import logging
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.trainer.connectors import checkpoint_connector
 from omegaconf import DictConfig
 
 from lightning_dist.cli.errors import UserError
 from lightning_dist.cli.run.callbacks import VALIDATION_KEY
 from lightning_dist.cli.run.saved_config import config_in, to_save
-from lightning_dist.text import error_line
 from lightning_dist.weights import read_checkpoint
 
 log = logging.getLogger(__name__)
@@ -153,41 +150,3 @@ def _are_counters(state: Any, key: Any = None) -> bool:
         names = {"ready", "started", "processed", "completed"}
         return state.keys() <= names and all(type(x) is int and x >= 0 for x in state.values())
     return all(_are_counters(value, name) for name, value in state.items())
-
-
-@contextmanager
-def restoring_errors(checkpoint: str | None) -> Iterator[None]:
-    """Convert every error while Lightning restores a checkpoint to one that names the file.
-
-    Lightning, torch and the callbacks raise errors of any kind for states of another form.
-
-    Args:
-        checkpoint: the path of the checkpoint, or None if the run starts anew.
-
-    Raises:
-        UserError: if the block raises an error while the checkpoint is restored.
-    """
-    try:
-        yield
-    except Exception as error:
-        part = _restored_part(error)
-        if checkpoint is None or part is None or isinstance(error, UserError):
-            raise
-        raise UserError(
-            f"{checkpoint} does not fit this run's networks and optimizer, or is damaged: resume "
-            f"with the settings that it was trained with ({part}: {error_line(error)}; "
-            "HYDRA_FULL_ERROR=1 shows where)"
-        ) from error
-
-
-def _restored_part(error: BaseException) -> str | None:
-    """Return the part of a checkpoint that Lightning was restoring at an error, or None."""
-    parts = []
-    traceback = error.__traceback__
-    while traceback is not None:
-        frame = traceback.tb_frame
-        if frame.f_globals.get("__name__") == checkpoint_connector.__name__:
-            parts.append(frame.f_code.co_name)
-        traceback = traceback.tb_next
-    found = [part for part in parts if part.startswith(("restore_", "resume_"))]
-    return found[-1].replace("restore_", "").replace("_", " ") if found else None
