@@ -29,6 +29,11 @@ def printable(text: str, most: int = MOST_SHOWN) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def has_controls(text: str) -> bool:
+    """Return whether text contains control characters, with which escape sequences begin."""
+    return any(ord(c) < 32 or 127 <= ord(c) < 160 for c in text)
+
+
 def error_line(error: BaseException | str) -> str:
     """Return an error as one line that is short and safe to print.
 

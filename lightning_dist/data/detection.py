@@ -345,7 +345,7 @@ def _read_json(path: Path, needed: Sequence[str]) -> dict[str, Any]:
         raise FileNotFoundError(f"{path} is missing: expected COCO's annotations there")
     try:
         content = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON ({error}): restore it") from error
     if not isinstance(content, dict) or any(key not in content for key in needed):
         raise ValueError(f"{path} is not of COCO's form: expected {', '.join(needed)} in it")

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from lightning_dist.checks import check_number
+
 Key = tuple[int, int]  # (index, epoch); the augmentation of a sample depends on both
 
 
@@ -109,7 +111,13 @@ class ResumableLoader(DataLoader):
         return dict(self._position or {})
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Skip the finished batches in `state_dict`, if the next epoch is its epoch."""
+        """Skip the finished batches in `state_dict`, if the next epoch is its epoch.
+
+        Raises:
+            ValueError: if the state is not one of :meth:`state_dict`.
+        """
+        for name in ("epoch", "batches") if state_dict else ():
+            check_number(f"{name} in the state of the loader", state_dict.get(name), int, least=0)
         self._resume_at = state_dict or None
 
 

@@ -153,7 +153,7 @@ def read_runs(folders: Folders) -> list[Run]:
     if not runs:
         raise ValueError("; ".join(broken))
     for reason in broken:
-        log.warning("%s: this run is left out of the report", reason)
+        log.warning("%s: this run is left out of the report", printable(reason, 1000))
     return runs
 
 

@@ -17,6 +17,7 @@ from lightning_dist.cli.errors import UserError
 from lightning_dist.cli.run.callbacks import VALIDATION_KEY, SaveConfig
 from lightning_dist.cli.run.restoring import restoring_errors
 from lightning_dist.cli.run.resuming import checkpoint_to_begin_with
+from lightning_dist.data.digits import DigitsDataModule
 from lightning_dist.resume import ExactResume
 
 
@@ -144,3 +145,10 @@ def test_a_bug_outside_of_restoring_keeps_its_type(tmp_path, checkpoint, monkeyp
     monkeypatch.setattr(Small, "training_step", lambda self, *_: self.no_such_attribute)
     with pytest.raises(AttributeError, match="no_such_attribute"):
         train(tmp_path, 2, str(tmp_path / "whole.ckpt"))
+
+
+@pytest.mark.parametrize("state", [{"epoch": 0, "batches": "x"}, {"epoch": 0}, {"batches": -1}])
+def test_a_broken_state_of_a_loader_is_refused(state):
+    loader = DigitsDataModule().train_dataloader()
+    with pytest.raises(ValueError, match="in the state of the loader"):
+        loader.load_state_dict(state)

@@ -301,6 +301,7 @@ BROKEN: dict[str, tuple[Callable[[dict], object], str]] = {
     "a huge seed": (lambda c: c[CONFIG_KEY].update(seed=10**400), "has no seed"),
     "a number for names": (lambda c: c[CONFIG_KEY].update(class_names=7), "no names of classes"),
     "numbers for names": (lambda c: c[CONFIG_KEY].update(class_names=["a", 1]), "no names of"),
+    "escapes in names": (lambda c: c[CONFIG_KEY].update(class_names=["\x1b[2J"]), "no names of"),
     "words for colours": (lambda c: c[CONFIG_KEY].update(class_colors=["red"]), "no colours of"),
     "other data": (lambda c: c[CONFIG_KEY]["data"].update(foo=1), "fit together"),
     "text for a number": (

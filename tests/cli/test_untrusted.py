@@ -1,5 +1,6 @@
 """Tests that a checkpoint's config can load, read and contact nothing without ``trust=true``."""
 
+import csv
 import importlib
 import inspect
 import json
@@ -236,6 +237,19 @@ def test_a_verb_that_needs_no_data_reads_no_folder(command, tmp_path, images, ve
         command(verb, "ckpt=x.ckpt", *options)
     assert not touched(record, secret)
     assert not contacts(record)
+
+
+def test_formulas_of_names_are_text_in_the_predictions(command, tmp_path, images):
+    folder_checkpoint(tmp_path / "x.ckpt", root="x")
+    contents = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    contents[CONFIG_KEY]["class_names"] = ["=A1"]  # and one name is missing
+    torch.save(contents, tmp_path / "x.ckpt")
+    (images / "=cmd.png").write_bytes((images / "val" / "dark" / "0.png").read_bytes())
+    command("predict", "ckpt=x.ckpt", f"images={images}", CPU)
+    with open(tmp_path / "predictions" / "predictions.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows[0]["image"] == "'=cmd.png"
+    assert {row["class"] for row in rows} <= {"'=A1", "1"}
 
 
 @pytest.mark.parametrize("value", ["../../etc", "/etc", "a/../../b", "\\\\host\\share", "C:\\x"])

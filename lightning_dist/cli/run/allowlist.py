@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from lightning_dist.cli.errors import UserError
 from lightning_dist.models.detection import TimmPyramid
 from lightning_dist.models.segmentation import deeplabv3, pspnet
+from lightning_dist.text import has_controls
 from lightning_dist.training import warmup_multistep
 
 # A subclass of a base class is allowed in the packages next to it, because the constructors there
@@ -156,7 +157,7 @@ def _check_text(value: Any, path: str) -> None:
         raise _refusal(path, f"would resolve {value!r:.100}")
     if _TIMM_SOURCE.match(_BLANKS.sub("", value)):
         raise _refusal(path, f"would load {value!r:.100}")
-    if re.search("[\x00-\x1f\x7f-\x9f]", value):
+    if has_controls(value):
         raise _refusal(path, f"contains control characters in {value!r:.100}")
 
 

@@ -13,7 +13,7 @@ from torchvision.models import WeightsEnum
 from lightning_dist.checks import check_flag
 from lightning_dist.cli.errors import UserError
 from lightning_dist.module import DistillModule
-from lightning_dist.text import error_line
+from lightning_dist.text import error_line, has_controls
 from lightning_dist.weights import read_checkpoint, weights_only_loads
 
 CONFIG_KEY = "lightning_dist_config"
@@ -221,7 +221,8 @@ def _all_tensors(state: Mapping[Any, Any]) -> bool:
 
 def _all_text(names: Any) -> bool:
     return names is None or (
-        isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
+        isinstance(names, (list, tuple))
+        and all(isinstance(name, str) and not has_controls(name) for name in names)
     )
 
 
