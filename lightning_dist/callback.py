@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_dist.checks import check_number
@@ -27,6 +27,7 @@ from lightning_dist.terms import (
     refuse_untrained,
     states_of,
 )
+from lightning_dist.training.cards import card_of_data
 from lightning_dist.training.explaining import explain
 from lightning_dist.training.fitting import (
     check_paths,
@@ -169,6 +170,7 @@ class DistillationCallback(Callback):
             return
         refuse_second_callback(trainer, DistillationCallback)
         refuse_unpickled(self.teacher)
+        self.teacher.adapt(card_of_data(trainer))
         refuse_unmapped(self.terms, self.teacher.class_map_of)
         taps = [(term.teacher, term.output) for term in self.terms.values()]
         self._attached, self._fingerprint, self._usage = True, None, TermsUsage()
@@ -190,6 +192,7 @@ class DistillationCallback(Callback):
         check_paths(pl_module, self.student, self.teacher.network, self.terms, self.inputs)
         refuse_untrained(self.terms, trainer.optimizers)
         refuse_pruned_terms(self.terms, trainer)
+        rank_zero_info(f"teacher {self.teacher.describe()}")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse to train on if no step of an epoch has used a term."""

@@ -7,6 +7,8 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -16,12 +18,19 @@ from torch.utils._pytree import tree_leaves
 from torchmetrics import MetricCollection
 
 from lightning_dist.callback import ONLY, DistillationCallback
+from lightning_dist.card import CARD_KEY, card_in
 from lightning_dist.checks import check_number
 from lightning_dist.losses import DISTLoss
 from lightning_dist.teacher import TeacherBase, as_teacher, shard_once, shard_teacher
 from lightning_dist.terms import Nonfinite, Term, Weight
 from lightning_dist.training.averaging import make_room_for_average, refuse_stale_average
 from lightning_dist.training.batches import INPUT_KEYS, find_key, split_batch
+from lightning_dist.training.cards import (
+    card_of_data,
+    card_of_run,
+    refuse_other_classes,
+    refuse_other_number,
+)
 from lightning_dist.training.evaluation import (
     EvaluationMetrics,
     Metrics,
@@ -29,6 +38,7 @@ from lightning_dist.training.evaluation import (
     without_repeats,
 )
 from lightning_dist.training.fitting import attached_callbacks
+from lightning_dist.training.introduction import measure_teacher
 from lightning_dist.training.optimization import build_optimizer, build_scheduler, step_scheduler
 
 
@@ -76,6 +86,8 @@ class DistillModule(LightningModule):
             convolutions then have this format too.
         shard_teacher: under FSDP2, also shard the teacher, which is then whole only while it is
             called.
+        measure_teacher: log at the start how good the teacher is on up to 256 validation samples,
+            which takes up to 5 seconds.
 
     Raises:
         TypeError: if ``student`` is not a module.
@@ -88,6 +100,8 @@ class DistillModule(LightningModule):
     """
 
     distill_loss: Callable[[Tensor, Tensor], Tensor] | None
+    task: str | None = None  # the task in the card; a subclass for a task sets it
+    num_classes: int | None = None  # a subclass sets it, to have it compared with the data's
 
     def __init__(
         self,
@@ -108,6 +122,7 @@ class DistillModule(LightningModule):
         batch_keys: tuple[str, str] | None = None,
         channels_last: bool = False,
         shard_teacher: bool = False,
+        measure_teacher: bool = True,
     ) -> None:
         super().__init__()
         if not isinstance(student, nn.Module):
@@ -125,6 +140,7 @@ class DistillModule(LightningModule):
         self.teacher = None if teacher is None else as_teacher(teacher)
         self.teacher_inputs: Mapping[str, str] = {"": ""}  # the callback's option "inputs"
         self.shard_teacher = shard_teacher
+        self.measure_teacher = measure_teacher
         self.task_loss = nn.CrossEntropyLoss() if task_loss is None else task_loss
         self.eval_loss = self.task_loss
         self.optimizer: Callable[..., Optimizer] = optimizer or torch.optim.AdamW
@@ -137,7 +153,7 @@ class DistillModule(LightningModule):
         self.task_weight = task_weight
         self.nonfinite = nonfinite
         self.batch_keys = batch_keys
-        self._evaluated: dict[str, nn.Module] = {}  # further networks, by the name of their metrics
+        self.evaluated: dict[str, nn.Module] = {}  # further networks, by the name of their metrics
         splits = ("val/", "test/")
         self.metrics = nn.ModuleDict({split: EvaluationMetrics(metrics, split) for split in splits})
 
@@ -160,10 +176,27 @@ class DistillModule(LightningModule):
             name: the first part of the names of its metrics: ``"ema_"`` gives ``val/ema_METRIC``.
             network: a network with the student's inputs and the student's kind of output.
         """
-        self._evaluated[name] = network
+        self.evaluated[name] = network
         for prefix in (f"val/{name}", f"test/{name}"):
             self.metrics[prefix] = EvaluationMetrics(self.val_metrics, prefix)
         self.metrics.to(self.device)
+
+    def evaluate_only(self, network: nn.Module) -> None:
+        """Evaluate a network in the place of the student, and no other network beside it.
+
+        Args:
+            network: a network with the student's inputs and the student's kind of output.
+        """
+        self.student, self.evaluated = network, {}
+
+    def convert_evaluated(self, convert: Callable[[nn.Module], nn.Module]) -> None:
+        """Replace every network that validation and test evaluate.
+
+        Args:
+            convert: a function that returns the new network for a network.
+        """
+        self.student = convert(self.student)
+        self.evaluated = {name: convert(other) for name, other in self.evaluated.items()}
 
     @property
     def val_metrics(self) -> MetricCollection:
@@ -224,21 +257,60 @@ class DistillModule(LightningModule):
 
     def _evaluate(self, batch: Any, batch_idx: int, loaders: Any, split: str) -> None:
         batch = self._without_repeats(self.split_batch(batch), batch_idx, loaders)
-        for name, network in {"": self.student, **self._evaluated}.items():
-            self._update(batch, network, cast(EvaluationMetrics, self.metrics[f"{split}{name}"]))
+        for name, network in {"": self.student, **self.evaluated}.items():
+            metrics = cast(EvaluationMetrics, self.metrics[f"{split}{name}"])
+            self.update_metrics(batch, network, metrics)
+            self._log_metrics_of_batch(metrics)
 
     def _without_repeats(self, batch: Any, batch_idx: int, loaders: Any) -> Any:
         return without_repeats(batch, batch_idx, loaders)
 
-    def _update(self, batch: Any, network: nn.Module, metrics: EvaluationMetrics) -> None:
-        """Update and log the metrics of one network."""
+    def update_metrics(self, batch: Any, network: nn.Module, metrics: EvaluationMetrics) -> int:
+        """Update the metrics of one network with a batch.
+
+        Args:
+            batch: the inputs and the target.
+            network: the student, its average or the teacher.
+            metrics: the metrics to update.
+
+        Returns:
+            The number of labels in the batch, which is the weight of its mean loss.
+        """
         inputs, target = batch
         count = count_samples(inputs, target)
+        if not count:
+            return 0
+        output = self.infer(network, inputs)
+        metrics.collection.update(output, target)
+        count = self.count_labels(target, count)
         if count:
-            output = self.infer(network, inputs)
-            metrics.collection.update(output, target)
             metrics.mean_loss.update(self.eval_loss(output, target), weight=count)
+        return count
+
+    def count_labels(self, target: Any, samples: int) -> int:
+        """Return the number of labels over which ``eval_loss`` takes its mean.
+
+        Override it if that is not the number of samples: the loss of a split is then the mean over
+        all its labels, however they are divided into batches.
+
+        Args:
+            target: the target of a batch.
+            samples: the number of samples in the batch.
+        """
+        return samples
+
+    def _log_metrics_of_batch(self, metrics: EvaluationMetrics) -> None:
         metrics.log(self)
+
+    def teacher_network(self) -> nn.Module:
+        """Return the teacher as a network with the student's inputs and kind of output.
+
+        Raises:
+            MisconfigurationException: if there is no teacher, or it has no such output.
+        """
+        if self.teacher is None:
+            raise MisconfigurationException("the module has no teacher: give it one")
+        return self.teacher.as_network()
 
     def configure_terms(self) -> Mapping[str, Term]:
         """Return a dict from names to distillation terms; override it to distil other parts."""
@@ -276,8 +348,31 @@ class DistillModule(LightningModule):
         return []
 
     def on_fit_start(self) -> None:
-        """Refuse to train a student whose average nothing would update."""
+        """Refuse a student whose average nothing would update, and data with other classes."""
         refuse_stale_average(self)
+        refuse_other_number(self.num_classes, card_of_data(self.trainer), type(self).__name__)
+
+    def on_train_start(self) -> None:
+        """Log how good the teacher is on the validation set, beside what its card says."""
+        trainer = self.trainer
+        quick = trainer.fast_dev_run or trainer.barebones  # type: ignore[attr-defined]
+        if self.teacher is None or not self.measure_teacher or quick:
+            return
+        if not trainer.is_global_zero or self.shard_teacher:
+            return
+        line, is_bad = measure_teacher(trainer, self, self.teacher.card)
+        (rank_zero_warn if is_bad else rank_zero_info)(line)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save the card of the student; a subclass that overrides this calls it too."""
+        card = card_of_run(self.trainer, self.task, self.num_classes)
+        checkpoint[CARD_KEY] = card.to_plain()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to go on with data whose classes differ from those in the checkpoint."""
+        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
+            card = card_in(checkpoint, "the checkpoint")
+            refuse_other_classes(card, card_of_data(self.trainer), "the checkpoint")
 
     def configure_model(self) -> None:
         """Shard the student, and with ``shard_teacher`` also the teacher, if FSDP2 is used.

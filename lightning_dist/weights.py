@@ -28,6 +28,8 @@ _WRAPPERS = (
     *("state_dict_ema", "model_ema", "ema_model", "params_ema"),
     *("state_dict", "model_state_dict", "model", "net", "network", "module", "weights", "params"),
 )
+_AVERAGED = _WRAPPERS[:4]
+_OF_AVERAGE = "student_ema."
 _PREFIXES = ("", "student_ema.module.", "module.", "student.", "model.", "net.", "_orig_mod.")
 
 _COUNTER = "num_batches_tracked"
@@ -60,6 +62,9 @@ def load_weights(
     network: nn.Module,
     path: str | Path,
     convert: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None,
+    *,
+    averaged: bool | None = None,
+    contents: Mapping[str, Any] | None = None,
 ) -> None:
     """Load a weight file into a network: all entries, or no entry if one of them does not fit.
 
@@ -70,18 +75,21 @@ def load_weights(
             such as ``state_dict``, ``model``, ``model_state_dict``, ``net`` or ``model_ema``, and
             their names may start with ``student.``, ``model.`` and the like, with any prefix that
             all names share, or with the one prefix under which the whole network is in the file.
-            If the file also contains averaged (EMA) weights, the averaged weights are loaded.
             ``num_batches_tracked`` of batch norms may be missing.
         convert: a function that renames the entries of another program to the network's names; by
             default the network's own method ``convert_state_dict``, if it has this method.
+        averaged: load the averaged (EMA) weights if true, the others if false. By default the
+            averaged weights are loaded if the file contains both.
+        contents: the contents of the file, if :func:`read_checkpoint` has read it already.
 
     Raises:
         FileNotFoundError: if the file does not exist.
         ValueError: if the file is damaged, contains code, or does not fit the network; the message
-            lists the entries that are missing, unexpected or of another shape.
+            lists the entries that are missing, unexpected or of another shape. If ``averaged`` is
+            true but the file has no averaged weights.
     """
     expected = network.state_dict()
-    state = _unwrap(read_checkpoint(path), path)
+    state = _unwrap(read_checkpoint(path) if contents is None else contents, path, averaged)
     if convert is None:
         convert = getattr(network, "convert_state_dict", None)
     state = _strip(dict(convert(state)) if convert is not None else state, expected, path)
@@ -127,7 +135,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         ValueError: if the file is damaged, or contains other objects than tensors, numbers, strings
             and plain containers.
     """
-    file = _resolve(path)
+    file = resolve_path(path)
     if not file.is_file():
         raise FileNotFoundError(f"there is no weight file {path}")
     try:
@@ -170,7 +178,7 @@ def weights_only_loads() -> Iterator[None]:
             os.environ[name] = before
 
 
-def _resolve(path: str | Path) -> Path:
+def resolve_path(path: str | Path) -> Path:
     """Return the path of the file; the given path may be ``pkg://...`` or start with ``~``.
 
     The package is not imported: that would run its code.
@@ -195,10 +203,14 @@ def _resolve(path: str | Path) -> Path:
     return next((x / name for x in folders if (x / name).is_file()), folders[0] / name)
 
 
-def _unwrap(contents: Mapping[str, Any], path: str | Path) -> dict[str, Tensor]:
+def _unwrap(
+    contents: Mapping[str, Any], path: str | Path, averaged: bool | None
+) -> dict[str, Tensor]:
     """Return the weights in a checkpoint's contents; raise a ValueError if it has no weights."""
-    for _ in _WRAPPERS:
-        inner = (contents.get(key) for key in _WRAPPERS)
+    wrappers = [key for key in _WRAPPERS if averaged is not False or key not in _AVERAGED]
+    has_average = any(key in contents for key in _AVERAGED)
+    for _ in wrappers:
+        inner = (contents.get(key) for key in wrappers)
         contents = next((x for x in inner if isinstance(x, Mapping) and x), contents)
     others = [
         name
@@ -213,7 +225,12 @@ def _unwrap(contents: Mapping[str, Any], path: str | Path) -> dict[str, Tensor]:
             f"{path} has {entries if others else 'no entries'}: "
             f"expected a state_dict, alone or under one of {', '.join(_WRAPPERS)}"
         )
-    return dict(contents)
+    own = {name for name in contents if name.startswith(_OF_AVERAGE)}
+    if averaged and not (own or has_average):
+        raise ValueError(f"{path} has no averaged weights: leave out ema=true")
+    if averaged is None or not own:
+        return dict(contents)
+    return {name: value for name, value in contents.items() if (name in own) == averaged}
 
 
 def _strip(

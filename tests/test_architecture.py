@@ -14,7 +14,7 @@ import lightning_dist
 PACKAGE = Path(lightning_dist.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-GROUND = {"checks", "taps", "text", "weight_files", "weights"}
+GROUND = {"card", "checks", "taps", "text", "weight_files", "weights"}
 LEAVES = {"data", "models"}
 CORE = {"callback", "functional", "losses", "module", "tasks", "teacher", "terms", "training"}
 WINGS = {"cache", "export", "report", "resume"}
@@ -27,6 +27,7 @@ FLOORS = (
         "text",
         "weight_files",
         "weights",
+        "card",
         "losses",
         "functional",
         "data",

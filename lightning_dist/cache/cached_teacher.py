@@ -24,6 +24,7 @@ from lightning_dist.cache.refusals import (
     refuse_other_inputs,
 )
 from lightning_dist.cache.samples import check_answers
+from lightning_dist.card import Card
 from lightning_dist.data.views import VIEW_SEED, KeyedBatch
 from lightning_dist.taps import check_part, refuse_shared_tensors, tap
 from lightning_dist.teacher import Teacher
@@ -127,6 +128,19 @@ class CachedTeacher(TeacherBase):
     def to_student_classes(self, logits: Tensor, part: str = "") -> Tensor:
         """Map the teacher's logits to the student's classes, as the wrapped teacher does."""
         return self.teacher.to_student_classes(logits, part)
+
+    @property
+    def card(self) -> Card | None:  # type: ignore[override]
+        """The card of the wrapped teacher."""
+        return self.teacher.card
+
+    def adapt(self, data: Card | None) -> None:
+        """Convert the images and classes of the data, as the wrapped teacher does."""
+        self.teacher.adapt(data)
+
+    def describe(self) -> str:
+        """Return the line of the wrapped teacher."""
+        return f"{self.teacher.describe()}, stored in {self.root}"
 
     def fingerprint(self) -> str:
         """Return the fingerprint of the wrapped teacher, which does not depend on the cache."""

@@ -12,6 +12,7 @@ VERBS = {
     "eval": "test the student of a checkpoint",
     "predict": "label the images of a folder with the student of a checkpoint",
     "export": "write the student of a checkpoint as safetensors, timm folder, torch.export or ONNX",
+    "card": "print the images, classes and weights that the network of a file expects",
     "report": "write a table, plots and a page of the runs in one or more folders",
     "completion": "print a bash, zsh or fish script that completes verbs, groups and keys on TAB",
 }

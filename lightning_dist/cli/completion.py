@@ -111,7 +111,7 @@ def complete(line: str) -> list[str]:
     verb, *overrides = words
     if verb == "completion":
         return sorted(shell for shell in _SCRIPTS if _fits(shell, word) and not overrides)
-    if verb == "report" or verb not in VERBS:
+    if verb in ("card", "report") or verb not in VERBS:
         return []
     return _Candidates(verb, overrides).of(word)
 

@@ -5,6 +5,7 @@ from lightning.pytorch import seed_everything
 from omegaconf import DictConfig
 
 from lightning_dist.cli.hydra_app import hydra_app
+from lightning_dist.cli.run.checkpoint_card import MatchData, card_of_checkpoint, use_weights
 from lightning_dist.cli.run.saved_config import build_data, build_module, read_saved
 
 
@@ -16,7 +17,16 @@ def main() -> None:
 def _job(config: DictConfig) -> None:
     checkpoint, saved = read_saved(config.ckpt, config.trust)
     seed_everything(saved["seed"], workers=True)
+    card = card_of_checkpoint(checkpoint, saved, config.ckpt)
     datamodule = build_data(saved, config.data, config.ckpt, config.trust, reads=True)
-    trainer = instantiate(config.trainer, logger=False)
     module = build_module(checkpoint, saved, config.ckpt, config.trust)
+    if config.ema is not None:  # otherwise both sets are tested
+        card = use_weights(module, card, config.ema, config.ckpt)
+        module.evaluate_only(module.student)
+    trainer = instantiate(
+        config.trainer,
+        logger=False,
+        callbacks=[MatchData(card)],
+        precision=config.trainer.precision or card.precision,
+    )
     trainer.test(module, datamodule=datamodule)

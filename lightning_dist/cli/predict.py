@@ -16,14 +16,16 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_dist.card import Card, write_card
 from lightning_dist.cli.errors import UserError
 from lightning_dist.cli.hydra_app import hydra_app
+from lightning_dist.cli.run.checkpoint_card import MatchData, card_of_checkpoint, use_weights
 from lightning_dist.cli.run.saved_config import build_data, build_module, read_saved
 from lightning_dist.data.image_files import SUFFIXES, abbreviate, find_images, load_image
 from lightning_dist.tasks.classification import ClassificationModule
 from lightning_dist.tasks.detection import DetectionModule
 from lightning_dist.tasks.drawing import box_image, class_palette, mask_image
-from lightning_dist.tasks.segmentation import SegmentationModule
+from lightning_dist.tasks.segmentation import SegmentationModule, resize
 from lightning_dist.text import csv_cell
 
 
@@ -33,7 +35,9 @@ def main() -> None:
 
 
 class Files(Dataset):
-    """A data set that returns ``(tensor, index)`` for each image file.
+    """A data set that returns ``(tensor, index, (height, width))`` for each image file.
+
+    The height and width are those of the file in pixels, before ``prepare`` may resize it.
 
     For a file that cannot be read it returns a black image and ``~index``, which is below 0, so
     that one file does not end the prediction of all others.
@@ -50,11 +54,12 @@ class Files(Dataset):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[Tensor, int, tuple[int, int]]:
         try:
-            return self.prepare(load_image(str(self.paths[index]))), index
+            image = load_image(str(self.paths[index]))
+            return self.prepare(image), index, (image.height, image.width)
         except (OSError, ValueError):
-            return self.prepare(Image.new("RGB", (256, 256))), ~index
+            return self.prepare(Image.new("RGB", (256, 256))), ~index, (256, 256)
 
 
 class Writer(BasePredictionWriter):
@@ -63,35 +68,41 @@ class Writer(BasePredictionWriter):
     Args:
         names: the name of the prediction for each image.
         out: the folder to write to.
-        saved: the config of the checkpoint, with the names and colours of its classes.
+        card: the card of the network, which is written to the folder too.
+        colors: the colours of the classes, or None for default colours.
     """
 
     when: Literal["batch", "batch_and_epoch"] = "batch"
 
-    def __init__(self, names: Sequence[str], out: Path, saved: dict[str, Any]) -> None:
+    def __init__(self, names: Sequence[str], out: Path, card: Card, colors: Any) -> None:
         super().__init__(self.when)
         self.names, self.out = names, out
-        self.classes = saved.get("class_names")
-        self.colors = saved.get("class_colors")
+        self.card, self.colors = card, colors
         self.unreadable: list[int] = []
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the card, which names the classes and their ids."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_card(self.card, self.out / "card.json")
 
     def write_on_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, prediction: Any, *args: Any
     ) -> None:
         """Write the prediction of a batch of one image, unless its file could not be read."""
-        _, (images, indices), *_ = args
+        _, (images, indices, (height, width)), *_ = args
         if int(indices[0]) < 0:
             self.unreadable.append(~int(indices[0]))
         else:
-            self.write(prediction, images, indices)
+            self.write(prediction, images, indices, (int(height[0]), int(width[0])))
 
-    def write(self, prediction: Any, images: Any, indices: Tensor) -> None:
+    def write(self, prediction: Any, images: Any, indices: Tensor, size: tuple[int, int]) -> None:
         """Write the prediction of a batch.
 
         Args:
             prediction: the output of the module's ``infer``.
             images: the images of the batch.
             indices: the indices of the images.
+            size: the height and width of the image file.
         """
         raise NotImplementedError
 
@@ -101,7 +112,7 @@ class Writer(BasePredictionWriter):
         Args:
             labels: the class numbers, with shape (n,).
         """
-        names = self.classes or ()
+        names = self.card.class_names or ()
         return [names[i] if i < len(names) else str(i) for i in labels.tolist()]
 
     def png(self, index: int) -> Path:
@@ -116,12 +127,26 @@ class Writer(BasePredictionWriter):
 
 
 class MaskWriter(Writer):
-    """Write a palette PNG for each image; its pixels are class numbers, drawn in class colours."""
+    """Write a palette PNG for each image, of its own size and drawn in class colours.
 
-    def write(self, prediction: Any, images: Any, indices: Tensor) -> None:
-        palette = class_palette(prediction.shape[1], self.colors)
-        for labels, index in zip(prediction.argmax(1), indices.tolist(), strict=True):
-            mask_image(labels, palette).save(self.png(index))
+    The pixels are the ids that the masks of the data set have for the classes: with
+    ``reduce_zero_label`` class 0 has id 1, and Cityscapes has its own ids.
+    """
+
+    def on_predict_start(self, trainer: Trainer, pl_module: Any) -> None:
+        super().on_predict_start(trainer, pl_module)
+        self.align_corners = pl_module.align_corners
+
+    def write(self, prediction: Any, images: Any, indices: Tensor, size: tuple[int, int]) -> None:
+        count = prediction.shape[1]
+        ids = torch.tensor(self.card.mask_ids or range(count))
+        colors = class_palette(count, self.colors)
+        palette = [colors[255]] * 256
+        for label, id in enumerate(ids.tolist()):
+            palette[id] = colors[label]
+        logits = resize(prediction, size, self.align_corners)
+        for labels, index in zip(logits.argmax(1).cpu(), indices.tolist(), strict=True):
+            mask_image(ids[labels], palette).save(self.png(index))
 
 
 class ClassWriter(Writer):
@@ -129,10 +154,10 @@ class ClassWriter(Writer):
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write a file with only the header, which replaces the file of an earlier command."""
-        self.out.mkdir(parents=True, exist_ok=True)
+        super().on_predict_start(trainer, pl_module)
         self._write("w", [("image", "class", "probability")])
 
-    def write(self, prediction: Any, images: Any, indices: Tensor) -> None:
+    def write(self, prediction: Any, images: Any, indices: Tensor, size: tuple[int, int]) -> None:
         best = prediction.softmax(1).max(1)
         names = [self.names[i] for i in indices.tolist()]
         numbers = [f"{p:.4f}" for p in best.values.tolist()]
@@ -148,11 +173,11 @@ class BoxWriter(Writer):
 
     when = "batch_and_epoch"
 
-    def __init__(self, names: Sequence[str], out: Path, saved: dict[str, Any]) -> None:
-        super().__init__(names, out, saved)
+    def __init__(self, names: Sequence[str], out: Path, card: Card, colors: Any) -> None:
+        super().__init__(names, out, card, colors)
         self.found: list[dict[str, Any]] = []
 
-    def write(self, prediction: Any, images: Any, indices: Tensor) -> None:
+    def write(self, prediction: Any, images: Any, indices: Tensor, size: tuple[int, int]) -> None:
         for image, one, index in zip(images, prediction, indices.tolist(), strict=True):
             labels = self.class_names(one["labels"])
             box_image((255 * image).round().to(torch.uint8), one, labels).save(self.png(index))
@@ -169,6 +194,7 @@ class BoxWriter(Writer):
 
 def _job(config: DictConfig) -> None:
     checkpoint, saved = read_saved(config.ckpt, config.trust)
+    card = card_of_checkpoint(checkpoint, saved, config.ckpt)
     module = build_module(checkpoint, saved, config.ckpt, config.trust)
     writers: list[tuple[type, type[Writer]]] = [
         (SegmentationModule, MaskWriter),
@@ -181,12 +207,21 @@ def _job(config: DictConfig) -> None:
             f"{config.ckpt} contains a {type(module).__name__}, but predict writes only the "
             "predictions of modules from lightning_dist.tasks: call predict_step from Python"
         )
+    card = use_weights(module, card, config.ema, config.ckpt)
     paths = image_files(Path(config.images))
     datamodule = build_data(saved, config.data, config.ckpt, config.trust)
     out = Path(config.out)
     names = _names(paths, Path(config.images), with_suffix=writer is ClassWriter)
-    written = writer(names, out, saved)
-    trainer = instantiate(config.trainer, logger=False, callbacks=[written])
+    if hasattr(datamodule, "image_facts"):  # config.data may have changed the images
+        seen = Card(**datamodule.image_facts())
+        module.convert_evaluated(lambda network: MatchData(card).matched(network, seen))
+    written = writer(names, out, card, saved.get("class_colors"))
+    trainer = instantiate(
+        config.trainer,
+        logger=False,
+        callbacks=[written],
+        precision=config.trainer.precision or card.precision,
+    )
     loader = DataLoader(Files(paths, datamodule.prepare), num_workers=config.num_workers)
     trainer.predict(module, loader, return_predictions=False)
     rich.print(f"[bold]{len(paths) - len(written.unreadable)} predictions[/bold] {out}")

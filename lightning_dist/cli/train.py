@@ -3,13 +3,14 @@
 import logging
 import math
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import rich
 import rich.syntax
+import rich.table
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
@@ -23,6 +24,10 @@ from hydra_plugins.lightning_dist_optuna.sweeper import OptunaSweeper
 from lightning_dist.cli.errors import UserError, is_users
 from lightning_dist.cli.hydra_app import hydra_app
 from lightning_dist.cli.run.callbacks import CheckMonitor, RecordError, SaveConfig, logged_metrics
+from lightning_dist.cli.run.initial_weights import (
+    without_initial_weights,
+    without_torchvision_weights,
+)
 from lightning_dist.cli.run.logger_hooks import LogConfig, closed_loggers, without_loggers
 from lightning_dist.cli.run.restoring import restoring_errors
 from lightning_dist.cli.run.run import Run
@@ -97,7 +102,8 @@ def train(run: Run) -> dict[str, Any]:
     Returns:
         A dict with ``metrics``, the last value of every ``val/`` and ``test/`` metric, and of every
         ``teacher/`` metric if ``test_teacher`` is true; ``checkpoint``, the path of the tested
-        checkpoint or ``None``; and the teacher's name and the sizes of both networks.
+        checkpoint or ``None``; ``test_set``, which is ``"validation"`` if the data has no other
+        test set; and the teacher's name and the sizes of both networks.
 
     Raises:
         UserError: if settings, data and checkpoint do not fit together.
@@ -108,7 +114,7 @@ def train(run: Run) -> dict[str, Any]:
     torch.set_float32_matmul_precision(config.matmul_precision)
     seed_everything(config.seed, workers=True)
     with weights_only_loads():  # torchvision would unpickle a file in the cache of its downloads
-        module = instantiate(config.module)
+        module = _build_module(config, is_resumed=run.checkpoint is not None)
     datamodule = instantiate(config.data)
     saver = SaveConfig(to_save(config))
     trainer = _build_trainer(run, saver)
@@ -123,13 +129,29 @@ def train(run: Run) -> dict[str, Any]:
                 trainer.validate(module, datamodule=datamodule, verbose=False)
             metrics = logged_metrics(trainer, "val/")
         tested = _checkpoint_to_test(trainer.checkpoint_callback, config.test_checkpoint)
-        trainer.test(module, datamodule=datamodule, ckpt_path=tested, weights_only=True)
+        trainer.test(module, datamodule, ckpt_path=tested, weights_only=True, verbose=False)
         metrics |= logged_metrics(trainer, "test/")
-        if config.test_teacher and config.distill.teacher is not None:
-            metrics |= _test_teacher(config, trainer, datamodule)
+        if config.test_teacher and getattr(module, "teacher", None) is not None:
+            metrics |= _test_teacher(trainer, module, datamodule)
         if trainer.is_global_zero:
+            _print_metrics(metrics, datamodule)
             rich.print(f"[bold]checkpoint[/bold] {tested or 'none was saved'}")
-    return {"metrics": metrics, "checkpoint": tested, **_networks(module, config)}
+    tests_on_validation = getattr(datamodule, "tests_on_validation", False)
+    return {
+        "metrics": metrics,
+        "checkpoint": tested,
+        "test_set": "validation" if tests_on_validation else "test",
+        **_networks(module, config),
+    }
+
+
+def _build_module(config: DictConfig, is_resumed: bool) -> LightningModule:
+    """Return the module; a resumed run needs no initial weights, because it loads its own."""
+    if not is_resumed:
+        return instantiate(config.module)
+    student = OmegaConf.to_container(config.module.student, resolve=True)
+    with without_torchvision_weights():
+        return instantiate(config.module, student=without_initial_weights(student))
 
 
 def _build_trainer(run: Run, saver: SaveConfig) -> Trainer:
@@ -182,19 +204,37 @@ def _as_user_errors(checkpoint: str | None) -> Iterator[None]:
 
 
 def _test_teacher(
-    config: DictConfig, trainer: Trainer, datamodule: LightningDataModule
+    trainer: Trainer, module: DistillModule, datamodule: LightningDataModule
 ) -> dict[str, float]:
-    """Test the teacher like a student, then log and return its metrics as ``teacher/``."""
-    with weights_only_loads():
-        teacher = instantiate(config.distill.teacher).as_network()
-    with without_loggers(trainer) as metrics:  # they contain the student's metrics as test/
-        changes = {"student": teacher, "teacher": None}
-        with weights_only_loads():
-            module = instantiate(config.module, **changes)
-        trainer.test(module, datamodule)
-        found = logged_metrics(trainer, "test/").items()
-        metrics |= {name.replace("test/", "teacher/", 1): value for name, value in found}
-    return metrics
+    """Test the teacher as the module distils it, then log and return its metrics as ``teacher/``.
+
+    What fails here is logged, because the student's results are complete.
+    """
+    student, evaluated = module.student, module.evaluated
+    try:
+        with without_loggers(trainer) as metrics:  # they contain the student's metrics as test/
+            module.evaluate_only(module.teacher_network())
+            trainer.test(module, datamodule, verbose=False)
+            found = logged_metrics(trainer, "test/").items()
+            metrics |= {name.replace("test/", "teacher/", 1): value for name, value in found}
+        return metrics
+    except Exception as error:
+        log.error("the teacher cannot be tested (%s: %s)", type(error).__name__, error)
+        return {}
+    finally:
+        module.student, module.evaluated = student, evaluated
+
+
+def _print_metrics(metrics: Mapping[str, float], datamodule: Any) -> None:
+    """Print one table with the student's and the teacher's metrics."""
+    columns = {"student": "test/", "teacher": "teacher/"}
+    columns = {k: v for k, v in columns.items() if any(x.startswith(v) for x in metrics)}
+    same = getattr(datamodule, "tests_on_validation", False)
+    table = rich.table.Table("metric", *columns, title="test on the validation set" * same or None)
+    for name in (name for name in metrics if name.startswith("test/")):
+        values = [metrics.get(name.replace("test/", prefix, 1)) for prefix in columns.values()]
+        table.add_row(name, *("" if value is None else repr(value) for value in values))
+    rich.print(table)
 
 
 def _networks(module: LightningModule, config: DictConfig) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
+from lightning_dist.card import Card
 from lightning_dist.checks import check_labels, check_number
 from lightning_dist.data.image_files import to_rgb
 from lightning_dist.data.seeding import EpochSampler, ResumableLoader, SeededDataset
@@ -122,6 +123,7 @@ class ImageDataModule(LightningDataModule):
             colours.
         image_size: the height and width in pixels, if all images are squares of one size.
         in_channels: the number of channels of an image.
+        tests_on_validation: whether validation and test use the same images.
         views: the number of fixed augmentations of each sample, which are the same in every run.
             Each epoch uses the next one, and training batches are KeyedBatches. If it is None, each
             epoch draws a new augmentation.
@@ -134,6 +136,7 @@ class ImageDataModule(LightningDataModule):
     std: tuple[float, ...]
     image_size: int
     in_channels: int = 3
+    tests_on_validation: bool = False
     views: int | None = None  # set by a cached teacher, which needs the same images again
     random_transforms: bool = True  # False skips the seeding; set it if no transform is random
     location: str  # the folder or the name of the data set, for error messages
@@ -250,6 +253,31 @@ class ImageDataModule(LightningDataModule):
         """Convert an image of any size as the evaluation loaders do, to a tensor (C, H, W)."""
         size = (self.image_size, self.image_size)
         return self._to_tensor(to_rgb(image).resize(size, Image.Resampling.BILINEAR))
+
+    def card(self) -> Card:
+        """Return the card of these data: their images and classes.
+
+        The names of the classes can come from files: call this after `setup`.
+        """
+        names = getattr(self, "class_names", None)
+        return Card(
+            **self.image_facts(),
+            num_classes=getattr(self, "num_classes", None),
+            class_names=None if names is None else tuple(names),
+        )
+
+    def image_facts(self) -> dict[str, Any]:
+        """Return the fields of a Card that describe what `prepare` returns, without any file."""
+        size = getattr(self, "image_size", None)
+        facts: dict[str, Any] = {"size": None if size is None else (size, size)}
+        if size is not None:
+            facts |= {"crop_mode": "squash", "crop_pct": 1.0, "interpolation": "bilinear"}
+        channels = self.in_channels
+        mean, std = (
+            tuple(float(x) for x in (values if len(values) == channels else values * channels))
+            for values in (self.mean, self.std)
+        )
+        return facts | {"mean": mean, "std": std, "channels": "gray" if channels == 1 else "rgb"}
 
     def _to_tensor(self, image: Image.Image) -> Tensor:
         """Convert an image to a normalised tensor (C, H, W) without resizing it."""

@@ -48,6 +48,7 @@ class CIFAR10DataModule(ImageDataModule):
         self.root = Path(root)
         self.download = download
         self.val_fraction = val_fraction
+        self.tests_on_validation = not val_fraction
         self.location = str(self.root / self.source.base_folder)
 
     @cached_property

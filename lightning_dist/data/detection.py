@@ -41,6 +41,8 @@ class CocoDataModule(DetectionDataModule):
             bbox or an id; the message names the file and the annotation.
     """
 
+    tests_on_validation = True
+
     def __init__(
         self,
         *,
@@ -168,6 +170,7 @@ class VOCDetectionDataModule(DetectionDataModule):
     """
 
     num_classes = 20
+    tests_on_validation = True
 
     def __init__(
         self,
@@ -276,6 +279,7 @@ class YoloDataModule(DetectionDataModule):
         self.class_names = list(class_names)
         self.num_classes = len(self.class_names)
         self.splits = {"train": train, "val": val, "test": test or val}
+        self.tests_on_validation = self.splits["test"] == val
 
     def entries(self, split: str) -> list[Annotated]:
         """Return all images of the split's folder and their boxes, sorted by path.

@@ -61,6 +61,7 @@ class DigitsDataModule(ImageDataModule):
         if train_size is not None:
             check_number("train_size", train_size, int, least=1)
         self.val_fraction = val_fraction
+        self.tests_on_validation = not val_fraction
         self.train_size = train_size
         self.augment = augment
         self.class_names = [str(digit) for digit in range(10)]

@@ -44,6 +44,7 @@ class ImageFolderDataModule(TimmTransformDataModule):
         self.train_dir = train_dir
         self.val_dir = val_dir
         self.test_dir = test_dir or val_dir
+        self.tests_on_validation = self.test_dir == val_dir
         self.location = str(self.root)
 
     @cached_property

@@ -127,6 +127,11 @@ class ScenesDataModule(ImageDataModule):
         image = (canvas * 255).round().to(torch.uint8)
         return Scene(image, mask, boxes, torch.tensor([labels[i] for i in visible]))
 
+    def image_facts(self) -> dict[str, Any]:
+        """Return the fields of a Card that describe the images, which `prepare` does not resize."""
+        unsized = {"crop_mode": None, "crop_pct": None, "interpolation": None}
+        return super().image_facts() | unsized
+
     def prepare(self, image: Image.Image) -> Tensor:
         """Convert an image to a normalised tensor (3, H, W) without resizing it."""
         return self._to_tensor(image)

@@ -32,6 +32,7 @@ class CityscapesDataModule(SegmentationDataModule):
     _trained = sorted((c for c in Cityscapes.classes if 0 <= c.train_id < 255), key=lambda c: c[2])
 
     num_classes = len(_trained)
+    tests_on_validation = True
 
     def __init__(self, *, root: str | Path = "data/cityscapes", **settings: Any) -> None:
         super().__init__(**settings)
@@ -88,6 +89,7 @@ class VOC2012DataModule(SegmentationDataModule):
     """
 
     num_classes = 21
+    tests_on_validation = True
 
     def __init__(
         self, *, root: str | Path = "data/voc", download: bool = False, **settings: Any
@@ -180,6 +182,7 @@ class MaskFolderDataModule(SegmentationDataModule):
         self.reduce_zero_label = reduce_zero_label
         self.folders = images, masks
         self.splits = {"train": train, "val": val, "test": test or val}
+        self.tests_on_validation = self.splits["test"] == val
 
     @property
     def class_ids(self) -> Sequence[int]:

@@ -1,5 +1,6 @@
 """`SegmentationDataModule`, the base class that reads, checks and augments images and masks."""
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
+from lightning_dist.card import Card
 from lightning_dist.data.base import IGNORED, ImageDataModule
 from lightning_dist.data.image_files import (
     abbreviate,
@@ -213,9 +215,24 @@ class SegmentationDataModule(ImageDataModule):
         steps = [] if self.eval_size is None else [v2.Resize(self.eval_size)]
         return v2.Compose([*steps, self._to_tensors])
 
+    def card(self) -> Card:
+        """Return the card of these data, with the mask ids of the classes."""
+        return dataclasses.replace(super().card(), mask_ids=tuple(self.class_ids))
+
+    def image_facts(self) -> dict[str, Any]:
+        """Return the fields of a Card that describe the images in evaluation."""
+        facts = super().image_facts() | {"channels": "bgr" if self.bgr else "rgb"}
+        if self.eval_size is None:
+            return facts
+        how = {"crop_mode": "squash", "crop_pct": 1.0, "interpolation": "bilinear"}
+        return facts | {"size": tuple(self.eval_size), **how}
+
     def prepare(self, image: Image.Image) -> Tensor:
-        """Convert an image to a normalised tensor (3, H, W) without resizing it."""
-        return self._to_tensor(image)
+        """Convert an image as the evaluation loaders do, to a normalised tensor (3, H, W)."""
+        pixels = tvf.pil_to_tensor(image.convert("RGB"))
+        if self.eval_size is not None:
+            pixels = tvf.resize(pixels, self.eval_size)
+        return self._normalise(pixels)
 
     def to_pixels(self, images: Tensor) -> Tensor:
         """Undo the normalisation of a batch (N, 3, H, W), and return its RGB pixels in 0..255."""

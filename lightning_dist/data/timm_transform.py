@@ -72,6 +72,14 @@ class TimmTransformDataModule(ImageDataModule):
             std=self.std,
         )
 
+    def image_facts(self) -> dict[str, Any]:
+        """Return the fields of a Card that describe the images of the evaluation transform."""
+        return super().image_facts() | {
+            "crop_mode": "center",
+            "crop_pct": self.crop_pct,
+            "interpolation": self._eval_interpolation,
+        }
+
     def prepare(self, image: Image.Image) -> Tensor:
         """Convert an image of any size as the evaluation loaders do, to a tensor (3, H, W)."""
         return self.eval_transform()(to_rgb(image))
@@ -80,9 +88,13 @@ class TimmTransformDataModule(ImageDataModule):
         """Return the evaluation transform of a PIL image to a normalised tensor (3, H, W)."""
         return create_transform(
             self.image_size,
-            # timm accepts "random" only for the training transform.
-            interpolation="bilinear" if self.interpolation == "random" else self.interpolation,
+            interpolation=self._eval_interpolation,
             crop_pct=self.crop_pct,
             mean=self.mean,
             std=self.std,
         )
+
+    @property
+    def _eval_interpolation(self) -> str:
+        # timm accepts "random" only for the training transform.
+        return "bilinear" if self.interpolation == "random" else self.interpolation

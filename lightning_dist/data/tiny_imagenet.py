@@ -39,6 +39,7 @@ class TinyImageNetDataModule(ImageDataModule):
     mean = (0.4802, 0.4481, 0.3975)
     std = (0.2770, 0.2691, 0.2821)
     image_size = 64
+    tests_on_validation = True
 
     def __init__(self, *, root: str | Path = "data/tiny-imagenet-200", **settings: Any) -> None:
         super().__init__(**settings)

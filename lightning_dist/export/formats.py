@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
+from lightning_dist.card import CARD_KEY, Card
 from lightning_dist.export.graphs import (
     Shape,
     as_refusal,
@@ -51,6 +53,7 @@ def export_student(
     path: str | Path | None = None,
     format: str = "safetensors",
     *,
+    card: Card | None = None,
     input_size: Sequence[int] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
@@ -63,7 +66,7 @@ def export_student(
     """Write a network in evaluation mode to a file that can be used without this package.
 
     The exported network takes normalised images, as the student does. The facts about the network
-    (``mean``, ``std``, ``class_names`` and so on) are stored as JSON: in the header of
+    (``card``, ``mean``, ``std``, ``class_names`` and so on) are stored as JSON: in the header of
     ``safetensors``, in ``metadata_props`` of ``onnx``, in the extra file ``metadata.json`` of
     ``torch_export``. For ``timm``, only facts for which ``config.json`` has an entry are stored.
 
@@ -75,7 +78,7 @@ def export_student(
     - ``safetensors``: the weights of any network. To load them, build the network with its own
       code.
     - ``timm``: a folder for ``timm.create_model("local-dir:FOLDER", pretrained=True)``, if the
-      student is a network of timm.
+      student is a network of timm. Its ``predict.py`` labels image files with timm alone.
     - ``torch_export``: the network's graph, for ``torch.export.load(path).module()``. It takes
       float32 images (N, C, H, W) and returns logits. If the network does not return a tensor,
       the graph returns the entry ``logits`` or ``out`` or the first item.
@@ -87,6 +90,8 @@ def export_student(
         path: the file to write, or the folder for ``timm``; an existing file is replaced. By
             default ``student.safetensors``, ``student_timm``, ``student.pt2`` or ``student.onnx``.
         format: one of the four formats above.
+        card: the card of the network; it gives the facts below that are not given. The format
+            ``timm`` also takes its resizing and crop from the card.
         input_size: (C, H, W), the number of channels and the height and width in pixels of the
             network's images.
         mean: the mean of each channel, subtracted from pixels scaled to 0..1.
@@ -128,17 +133,12 @@ def export_student(
     network = copy.deepcopy(student).cpu().eval().requires_grad_(False)
     network.to(memory_format=torch.contiguous_format)
     _refuse_nonfinite(network)
-    shape = None if input_size is None else _image_shape(input_size)
+    given = {"input_size": input_size, "mean": mean, "std": std, "class_names": class_names}
+    facts = _facts_of(card) | {k: v for k, v in given.items() if v is not None} | dict(extra or {})
+    shape = _image_shape(facts["input_size"]) if "input_size" in facts else None
     if shape is not None:
-        _check_channels(shape[0], mean=mean, std=std)
-    facts = {
-        "architecture": architecture,
-        "input_size": shape,
-        "mean": mean,
-        "std": std,
-        "class_names": class_names,
-        **(extra or {}),
-    }
+        _check_channels(shape[0], mean=facts.get("mean"), std=facts.get("std"))
+    facts |= {"architecture": architecture, "input_size": shape}
     path = Path(FORMATS[format] if path is None else path)
     save = _saver(format, network, shape, label_offset, dynamic_size)
     with _staged(path) as temporary, torch.no_grad():
@@ -207,7 +207,7 @@ def _save_timm(network: Any, path: Path, facts: Mapping[str, Any], advice: str) 
             ends with the advice.
     """
     preset = {k: v for k, v in network.pretrained_cfg.items() if k not in _OF_OTHER_WEIGHTS}
-    for name in ("input_size", "mean", "std", "interpolation", "crop_pct"):
+    for name in ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode"):
         if name in facts:
             preset[name] = facts[name]
     config = {
@@ -223,7 +223,10 @@ def _save_timm(network: Any, path: Path, facts: Mapping[str, Any], advice: str) 
     }
     if "class_names" in facts:
         config["label_names"] = facts["class_names"]
+    if CARD_KEY in facts:
+        config[CARD_KEY] = facts[CARD_KEY]
     path.mkdir()
+    shutil.copyfile(Path(__file__).with_name("predict_timm.py"), path / "predict.py")
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     safetensors.torch.save_model(network, str(path / "model.safetensors"))
     shape = facts.get("input_size") or timm.data.resolve_model_data_config(network)["input_size"]
@@ -231,6 +234,18 @@ def _save_timm(network: Any, path: Path, facts: Mapping[str, Any], advice: str) 
     with as_refusal("timm", advice), torch.random.fork_rng(devices=[]):
         rebuilt = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
         assert_same_outputs(rebuilt, network, [torch.randn(2, *shape)])
+
+
+def _facts_of(card: Card | None) -> dict[str, Any]:
+    """Return the facts of a card under the names in the files, and the card itself."""
+    if card is None:
+        return {}
+    facts = card.to_plain()
+    names = ("mean", "std", "class_names", "channels", "interpolation", "crop_pct", "crop_mode")
+    found = {name: facts[name] for name in names if name in facts}
+    if card.size is not None:
+        found["input_size"] = [1 if card.channels == "gray" else 3, *card.size]
+    return found | {CARD_KEY: facts}
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from lightning_dist.report.runs import (
     Run,
     all_keys,
     group_runs,
+    note_on_test,
     optimized_metric,
     table_metrics,
 )
@@ -82,6 +83,7 @@ def write_page(runs: Sequence[Run], path: PathLike, metric: str | None = None) -
         alone=alone,
         tested=tested,
         without_curves=without_curves,
+        note=note_on_test(runs),
         group_table=_group_table(groups, runs, metric),
         test_table=_test_table(tested),
         run_table=_run_table(groups, runs, metric),

@@ -23,7 +23,7 @@ _NOT_SETTINGS = ("seed", "print_config", "own_process")
 # The types of the fields that can be None, also where they are missing in an earlier version.
 _OPTIONAL_FIELDS: dict[str, type] = {
     **{"metric": str, "checkpoint": str, "error": str, "teacher": str},
-    **{"student_parameters": int, "teacher_parameters": int},
+    **{"student_parameters": int, "teacher_parameters": int, "test_set": str},
 }
 _MOST_BYTES = 64 * 2**20  # of a result.json
 
@@ -49,6 +49,7 @@ class Run:
     student_parameters: int | None = None
     teacher: str | None = None
     teacher_parameters: int | None = None
+    test_set: str | None = None  # "validation" if the test used the validation set
 
     @property
     def completed(self) -> bool:
@@ -188,6 +189,15 @@ def optimized_metric(runs: Sequence[Run], metric: str | None = None) -> str:
     if metric is None or (logged and metric not in logged):
         raise ValueError(f"no completed run has the metric {metric}; {choose}")
     return metric
+
+
+def note_on_test(runs: Sequence[Run]) -> str | None:
+    """Return a sentence if the test of runs is on their validation set, otherwise None."""
+    count = sum(run.test_set == "validation" for run in runs)
+    if not count:
+        return None
+    which = "all runs" if count == len(runs) else f"{count} of {len(runs)} runs"
+    return f"test/ of {which} is on the validation set: their data has no other test set"
 
 
 def table_metrics(runs: Sequence[Run], metric: str) -> list[str]:

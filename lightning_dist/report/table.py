@@ -11,6 +11,7 @@ from lightning_dist.report.runs import (
     Run,
     all_keys,
     group_runs,
+    note_on_test,
     optimized_metric,
     table_metrics,
 )
@@ -36,10 +37,12 @@ def report_table(runs: Sequence[Run], metric: str | None = None) -> Table:
     """
     groups, metric = group_runs(runs), optimized_metric(runs, metric)
     metrics = table_metrics(runs, metric)
-    reasons = [printable(f"failed: {x.folder}: {x.reason}") for x in runs if not x.completed]
+    notes = [printable(f"failed: {x.folder}: {x.reason}") for x in runs if not x.completed]
+    if note := note_on_test(runs):
+        notes.append(note)
     # rich parses [brackets] in a str as markup, but not in a Text. It wraps a caption to the width
-    # of the table, so a table with reasons gets a minimum width.
-    caption, width = Text("\n".join(reasons)), 79 if reasons else 0
+    # of the table, so a table with notes gets a minimum width.
+    caption, width = Text("\n".join(notes)), 79 if notes else 0
     table = Table(caption=caption, caption_justify="left", min_width=width)
     for name in [*groups[0].values, "runs", *metrics]:
         table.add_column(Text(printable(name)), overflow="fold")

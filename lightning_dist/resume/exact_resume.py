@@ -20,7 +20,7 @@ from lightning_dist.checks import check_number
 from lightning_dist.data.seeding import derive_seeds
 from lightning_dist.resume.checkpoint_io import AtomicCheckpointIO, refuse_unwritable
 from lightning_dist.resume.csv_logger import ResumableCSVLogger
-from lightning_dist.resume.foreign_paths import drop_foreign_paths
+from lightning_dist.resume.foreign_paths import drop_foreign_paths, follow_moved_folder
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # This entry of a checkpoint is True if a callback, such as EarlyStopping, has ended the training.
@@ -106,13 +106,14 @@ class ExactResume(Callback):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Forget paths of other runs, and rewind the CSV files.
+        """Follow a moved folder, forget paths of other runs, and rewind the CSV files.
 
         Lightning calls this hook before it loads the states of all callbacks, and even if nothing
         is left to train.
         """
         if trainer.state.fn != TrainerFn.FITTING:
             return
+        follow_moved_folder(trainer, checkpoint)
         drop_foreign_paths(trainer, checkpoint)
         self._resumes = True
         for logger in _csv_loggers(trainer):

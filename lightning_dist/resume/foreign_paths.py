@@ -1,4 +1,4 @@
-"""``drop_foreign_paths``: forget the paths in a checkpoint that are not in the run's own folder."""
+"""Correct or forget the paths in a checkpoint that are not in the folder of the run."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +16,34 @@ from lightning_dist.text import printable
 # dirpath, best_model_path, kth_best_model_path, last_model_path and best_k_models.
 _PATH_KEY = re.compile("(.+_)?(path|dir|dirpath|file|filename|filepath|folder|url)s?")
 _PATHS_AS_KEYS = "best_k_models"
+
+
+def follow_moved_folder(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Correct the paths in a checkpoint of the run's own folder, if the folder was moved.
+
+    ModelCheckpoint of Lightning 2.6 would forget its best checkpoint, and overwrite it with a worse
+    one.
+
+    Args:
+        trainer: the trainer, which loads the checkpoint.
+        checkpoint: the loaded checkpoint, which is changed in place.
+    """
+    loaded = Path(str(trainer.ckpt_path)).parent.resolve()
+    for saver in trainer.checkpoint_callbacks:
+        state = (checkpoint.get("callbacks") or {}).get(saver.state_key)
+        folder = getattr(saver, "dirpath", None)
+        if not isinstance(state, dict) or not folder or loaded != Path(folder).resolve():
+            continue
+
+        def own(path: Any, folder: Any = folder) -> Any:
+            return str(Path(folder) / Path(path).name) if isinstance(path, str) and path else path
+
+        for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
+            if key in state:
+                state[key] = own(state[key])
+        if isinstance(state.get(_PATHS_AS_KEYS), dict):
+            state[_PATHS_AS_KEYS] = {own(k): v for k, v in state[_PATHS_AS_KEYS].items()}
+        state["dirpath"] = folder
 
 
 def drop_foreign_paths(trainer: Trainer, checkpoint: dict[str, Any]) -> None:

@@ -38,6 +38,9 @@ class ClassificationModule(DistillModule):
         ['val/accuracy']
     """
 
+    task = "classification"
+    num_classes: int
+
     def __init__(
         self,
         student: nn.Module,
@@ -85,6 +88,12 @@ class ClassificationModule(DistillModule):
     def infer(self, network: nn.Module, inputs: Any) -> Tensor:
         """Return the logits ``(N, C)`` of a network; see :func:`lightning_dist.taps.logits_of`."""
         return logits_of(network(inputs))
+
+    def count_labels(self, target: Any, samples: int) -> int:
+        """Return the number of labels that the cross-entropy does not ignore."""
+        if not isinstance(target, Tensor) or target.dtype != torch.int64:
+            return samples
+        return int((target != getattr(self.eval_loss, "ignore_index", -100)).sum())
 
     def _check_labels(self, labels: Tensor, batch_idx: int) -> None:
         """Refuse labels that are not classes; on a GPU once per epoch, because a check is slow."""

@@ -14,7 +14,11 @@ from lightning_dist.checks import check_labels
 from lightning_dist.losses import DISTLoss, FeatureMimic, KDLoss
 from lightning_dist.module import DistillModule
 from lightning_dist.taps import find_submodule
-from lightning_dist.tasks.detection_heads import OneStageClassifier, TwoStageClassifier
+from lightning_dist.tasks.detection_heads import (
+    OneStageClassifier,
+    TeacherDetector,
+    TwoStageClassifier,
+)
 from lightning_dist.teacher import InputBridge, TeacherBase, as_teacher
 from lightning_dist.terms import Term
 from lightning_dist.training.evaluation import EvaluationMetrics
@@ -72,6 +76,8 @@ class DetectionModule(DistillModule):
         Huang et al., Knowledge Distillation from A Stronger Teacher, NeurIPS 2022, section 4.2.
     """
 
+    task = "detection"
+
     def __init__(
         self,
         student: nn.Module,
@@ -88,16 +94,23 @@ class DetectionModule(DistillModule):
         two_stage = hasattr(student, "roi_heads")
         needed = "roi_heads.box_predictor" if two_stage else _MAPS
         find_submodule(student, needed, "the student", "a detector's head")
+        detector = None
         if teacher is not None:
+            teacher = as_teacher(teacher)
+            if not isinstance(teacher.network, (OneStageClassifier, TwoStageClassifier)):
+                detector = teacher.network
             teacher = _adapt(teacher, student, class_map)
         kwargs.setdefault("metrics", MeanAveragePrecision(backend="faster_coco_eval"))
         kwargs.setdefault("distill_weight", 1.0)
         super().__init__(student, teacher, **kwargs)
         self.two_stage = two_stage
+        self.__dict__["_detector_of_teacher"] = detector  # not a part of the module
         self.teacher_inputs = {"backbone": ""}
         if two_stage:
             self.teacher_inputs["roi_heads.box_roi_pool"] = "roi"
         self.label_offset = int(two_stage) if label_offset is None else label_offset
+        classes = count_classes(student)
+        self.num_classes = None if classes is None else classes - self.label_offset
         self.mimic = list(mimic)
         self.mimic_weight = mimic_weight
         self.norm_eval = norm_eval
@@ -161,12 +174,37 @@ class DetectionModule(DistillModule):
         found = network(list(inputs))
         return [{**one, "labels": one["labels"] - self.label_offset} for one in found]
 
-    def _update(self, batch: Batch, network: nn.Module, metrics: EvaluationMetrics) -> None:
+    def update_metrics(self, batch: Batch, network: nn.Module, metrics: EvaluationMetrics) -> int:
+        """Update the metrics of one network, and return the number of images in the batch."""
         images, targets = batch
         found = self.infer(network, images) if len(images) else []
         blank = len(targets) - len(found)
         found = [*found, *[_nothing(self.device) for _ in range(blank)]]
         metrics.collection.update(found, list(targets))
+        return len(images)
+
+    def _log_metrics_of_batch(self, metrics: EvaluationMetrics) -> None:
+        """Log nothing: the metrics are computed and logged at the end of an epoch."""
+
+    def teacher_network(self) -> nn.Module:
+        """Return the teacher's detector on the images that it is distilled on.
+
+        Raises:
+            MisconfigurationException: if the teacher computes class logits, but no boxes.
+        """
+        teacher: nn.Module | None = self.__dict__["_detector_of_teacher"]
+        if teacher is None:
+            raise MisconfigurationException(
+                "the teacher has no boxes, because it is only the part of a detector that is "
+                "distilled: it cannot be tested (test_teacher=false)"
+            )
+        assert self.teacher is not None
+        return TeacherDetector(
+            teacher,
+            self.student.get_submodule("transform"),
+            inputs=getattr(self.teacher, "inputs", None),
+            class_map=self.teacher.network.class_map,  # type: ignore[arg-type]
+        )
 
     def _without_repeats(self, batch: Batch, batch_idx: int, loaders: Any) -> Batch:
         """Return the batch without repeated images, but with an empty target for each of them.

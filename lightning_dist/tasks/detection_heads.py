@@ -1,6 +1,7 @@
 """Teachers for detection: a detector's backbone and class logits, without its boxes."""
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,15 @@ class OneStageClassifier(nn.Module):
         self.backbone = detector.get_submodule("backbone")
         self.classifier = head
         self.logits = _Columns(class_map, int(head.num_classes))  # type: ignore[arg-type]
+
+    @property
+    def class_map(self) -> Tensor | None:
+        """For each class of the student, the index of the detector's class."""
+        return self.logits.class_map
+
+    def map_classes(self, class_map: Sequence[int] | None) -> None:
+        """Select classes, by indices without the background, unless a map was given."""
+        self.logits.map_classes(class_map)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Compute the class logits of each level, and return the backbone's maps by level."""
@@ -60,11 +70,83 @@ class TwoStageClassifier(nn.Module):
         self.backbone = detector.get_submodule("backbone")
         self.roi = BoxClassifier(detector.get_submodule("roi_heads"), class_map)
 
+    @property
+    def class_map(self) -> Tensor | None:
+        """For each class of the student, background included, the index of the detector's class."""
+        return self.roi.columns.class_map
+
+    def map_classes(self, class_map: Sequence[int] | None) -> None:
+        """Select classes, by indices without the background, unless a map was given."""
+        self.roi.columns.map_classes(class_map, background=1)
+
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Store the backbone's maps for ``roi``, and return them by level."""
         maps = _by_level(self.backbone(images))
         self.roi.maps = maps
         return maps
+
+
+class TeacherDetector(nn.Module):
+    """A teacher's whole detector, on the images that the student's backbone gets.
+
+    Args:
+        detector: the detector; it is not changed. Half precision is converted to float32, because
+            the selection of boxes does not run in it everywhere.
+        transform: the student's transform, which resizes and normalises images.
+        inputs: the conversion from these images to the teacher's, or ``None``.
+        class_map: for each class of the student, background included, the index of the detector's
+            class, or ``None``. Detections of other classes are left out.
+
+    Shape:
+        Input: a list of images ``(3, H, W)`` in 0..1. Output: for each image a dict of ``boxes``,
+        ``labels`` and ``scores``.
+    """
+
+    def __init__(
+        self,
+        detector: nn.Module,
+        transform: nn.Module,
+        inputs: Callable[[Tensor], Tensor] | None,
+        class_map: Tensor | None,
+    ) -> None:
+        super().__init__()
+        parameter = next(detector.parameters())
+        if parameter.dtype != torch.float32:
+            detector = copy.deepcopy(detector).float()
+        self.detector = copy.copy(detector)
+        self.detector._modules = dict(detector._modules)
+        self.detector._modules["transform"] = copy.copy(transform)
+        if inputs is not None:
+            self.detector._modules["backbone"] = _Converted(
+                detector.get_submodule("backbone"), inputs
+            )
+        self.class_map = None if class_map is None else class_map.tolist()
+        self.eval()
+
+    def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+        found = self.detector(images)
+        if self.class_map is None:
+            return found
+        label_of = {index: label for label, index in enumerate(self.class_map)}
+        return [self._mapped(one, label_of) for one in found]
+
+    @staticmethod
+    def _mapped(one: dict[str, Tensor], label_of: dict[int, int]) -> dict[str, Tensor]:
+        labels = torch.tensor([label_of.get(i, -1) for i in one["labels"].tolist()])
+        labels = labels.to(one["labels"])
+        return {name: x[labels >= 0] for name, x in (one | {"labels": labels}).items()}
+
+
+class _Converted(nn.Module):
+    """A backbone that gets converted images."""
+
+    def __init__(self, backbone: nn.Module, inputs: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.inputs = inputs
+
+    def forward(self, images: Tensor) -> Tensor | dict[str, Tensor]:
+        return self.backbone(self.inputs(images))
 
 
 class BoxClassifier(nn.Module):
@@ -113,6 +195,8 @@ class BoxClassifier(nn.Module):
 class _Columns(nn.Module):
     """A selection of classes along dimension 1, for each anchor if there are several."""
 
+    class_map: Tensor | None
+
     def __init__(self, class_map: Sequence[int] | None, num_classes: int) -> None:
         super().__init__()
         self.num_classes = num_classes
@@ -123,6 +207,17 @@ class _Columns(nn.Module):
                 f"teacher has {num_classes} classes: give indices into the teacher's classes"
             )
         self.register_buffer("class_map", chosen, persistent=False)
+        self.is_given = chosen is not None
+
+    def map_classes(self, class_map: Sequence[int] | None, background: int = 0) -> None:
+        """Select classes, unless a map was given; the first ``background`` classes stay."""
+        if self.is_given:
+            return
+        if class_map is None:
+            self.class_map = None
+            return
+        chosen = [*range(background), *(background + index for index in class_map)]
+        self.class_map = torch.tensor(chosen)
 
     def forward(self, logits: Tensor) -> Tensor:
         if self.class_map is None:

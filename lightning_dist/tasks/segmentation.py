@@ -57,6 +57,8 @@ class SegmentationModule(DistillModule):
         Huang et al., Knowledge Distillation from A Stronger Teacher, NeurIPS 2022, section 4.3.
     """
 
+    task = "segmentation"
+
     def __init__(
         self,
         student: nn.Module,
@@ -149,6 +151,10 @@ class SegmentationModule(DistillModule):
         # The nearest pixel decides. F.interpolate takes no bool.
         resized = F.interpolate(labelled.byte(), logits.shape[2:], mode="nearest")
         return {"mask": resized.squeeze(1).bool()}
+
+    def count_labels(self, target: Any, samples: int) -> int:
+        """Return the number of pixels that the cross-entropy does not ignore."""
+        return int((target != self.ignore_index).sum())
 
     def configure_terms(self) -> dict[str, Term]:
         """Return the term ``main``, and ``aux`` if both networks have an auxiliary head."""

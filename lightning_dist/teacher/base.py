@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
+from lightning_dist.card import Card
 from lightning_dist.taps import Entry
 
 Tap = tuple[str, Entry | None]  # the path of a part of the teacher, and the entry of its output
@@ -33,6 +34,7 @@ class TeacherBase(ABC):
 
     network: nn.Module
     class_map: list[int] | None = None
+    card: Card | None = None  # the card of the network, if it is known
 
     def class_map_of(self, part: str) -> list[int] | None:
         """Return the ``class_map`` that applies to a part of the network, or ``None``.
@@ -90,6 +92,24 @@ class TeacherBase(ABC):
             A context manager that returns a dict from paths to lists. When the context ends, each
             list contains the outputs of that part in the order of its calls.
         """
+
+    def adapt(self, data: Card | None) -> None:
+        """Convert the images and classes of some data to those that the teacher's card names.
+
+        What was given explicitly, such as a class map, stays. The callback calls this before
+        :meth:`attach`.
+
+        Args:
+            data: the card of the data module, or ``None`` if it has none.
+
+        Raises:
+            ValueError: if the data has classes that the teacher does not have.
+        """
+        return None
+
+    def describe(self) -> str:
+        """Return one line with the name of the network and what it is given."""
+        return type(self.network).__name__
 
     @abstractmethod
     def detach(self) -> None:

@@ -209,6 +209,11 @@ def match_classes(
     return [places[_normalise_name(name)][0] for name in students]
 
 
+def is_same_name(one: str, other: str) -> bool:
+    """Return whether two names of classes are equal, compared as in :func:`match_classes`."""
+    return _normalise_name(one) == _normalise_name(other)
+
+
 def _read_names(names: Sequence[str] | str | Path) -> list[str]:
     """Return the names of a list, or of the lines of a text file."""
     if isinstance(names, (str, Path)):

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_dist.card import Card
 from lightning_dist.checks import class_axis
 from lightning_dist.taps import logits_of
 from lightning_dist.teacher.base import Tap
@@ -60,6 +61,15 @@ class EnsembleTeacher(Teacher):
         self._averages = True  # False in a run whose terms name parts only
         networks = nn.ModuleList([teacher.network for teacher in self.teachers])
         super().__init__(networks, class_dim=class_dim)
+
+    def adapt(self, data: Card | None) -> None:
+        """Convert the images and classes of the data for each teacher."""
+        for teacher in self.teachers:
+            teacher.adapt(data)
+
+    def describe(self) -> str:
+        """Return the lines of all teachers in one line."""
+        return "; ".join(teacher.describe() for teacher in self.teachers)
 
     def release(self) -> None:
         """Restore ``requires_grad`` and the training mode of every network as they were before."""

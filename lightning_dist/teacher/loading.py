@@ -13,7 +13,7 @@ import timm.models
 import torchvision.models
 from torch import nn
 
-from lightning_dist.teacher.bridge import InputBridge
+from lightning_dist.card import Card, card_of_timm, card_of_torchvision
 from lightning_dist.teacher.teacher import Teacher
 from lightning_dist.weights import weights_only_loads
 
@@ -36,7 +36,8 @@ def load_teacher(
             ``"torchvision/resnet50"``; a function that returns the network, or its path
             ``"package.module:function"``; the network itself.
         weights: a weight file, see :func:`lightning_dist.weights.load_weights`. With it, nothing is
-            downloaded.
+            downloaded. If the file has a card, as every file of this package, the teacher expects
+            the images and classes that the card names, instead of the library's.
         pretrained: load the weights that timm or torchvision has for the name. If torchvision has
             several weights for a network, give the name of one, such as ``"IMAGENET1K_V2"``; in
             timm that is a part of the network's name. ``False`` leaves the weights random.
@@ -44,11 +45,12 @@ def load_teacher(
             or the function's own default.
         student_mean: the mean of each channel in the student's normalisation. With ``student_std``,
             the teacher gets an :class:`lightning_dist.teacher.InputBridge` to the normalisation and
-            image size that timm or torchvision documents for the network.
+            image size that its card names: that of the file, or what timm or torchvision documents.
+            The data modules of this package have a card, and need neither.
         student_std: the standard deviation of each channel in the student's normalisation.
         arguments: further arguments of the function that builds the network.
         options: options of :class:`lightning_dist.Teacher`: ``inputs``, ``class_map``, ``dtype``,
-            ``compile``, ``channels_last``.
+            ``compile``, ``channels_last``, ``ema``.
 
     Returns:
         The teacher, which is frozen and in evaluation mode.
@@ -70,18 +72,19 @@ def load_teacher(
     given = dict(arguments or {})
     if num_classes is not None:
         given["num_classes"] = num_classes
-    network, pixels = _build(source, pretrained, weights is None, given)
-    if student_mean is not None and options.get("inputs") is None:
-        if pixels is None:
+    network, card = _build(source, pretrained, weights is None, given)
+    if student_mean is None and not (pretrained and weights is None):
+        card = None  # The weights are not the library's: they may be from other images.
+    teacher = Teacher(network, weights, card=card, **options)
+    if student_mean is not None and teacher.inputs is None:
+        if teacher.card is None or teacher.card.mean is None:
             raise ValueError(
                 f"the normalisation of {source} is unknown: leave out student_mean and student_std "
                 "and give inputs=InputBridge(mean, std, student_mean, student_std)"
             )
         assert student_std is not None
-        options["inputs"] = InputBridge(
-            student_mean=student_mean, student_std=student_std, **pixels
-        )
-    return Teacher(network, weights, **options)
+        teacher.adapt(Card(mean=tuple(student_mean), std=tuple(student_std)))
+    return teacher
 
 
 def _build(
@@ -89,8 +92,8 @@ def _build(
     pretrained: bool | str,
     may_load: bool,
     given: dict[str, Any],
-) -> tuple[nn.Module, dict[str, Any] | None]:
-    """Return the network of a source, and the arguments of its InputBridge, or ``None`` if unknown.
+) -> tuple[nn.Module, Card | None]:
+    """Return the network of a source, and its card, or ``None`` if no library has one.
 
     Raises:
         ValueError: if the source is unknown or does not take the arguments.
@@ -117,9 +120,7 @@ def _build(
     return factory(**given), None
 
 
-def _from_timm(
-    name: str, load: bool, arguments: dict[str, Any]
-) -> tuple[nn.Module, dict[str, Any]]:
+def _from_timm(name: str, load: bool, arguments: dict[str, Any]) -> tuple[nn.Module, Card]:
     architecture = name.split(".")[0]
     if ":" not in name:  # A name with a colon is an address such as hf-hub:owner/name.
         if not timm.is_model(architecture):
@@ -130,16 +131,14 @@ def _from_timm(
         if load:
             config = timm.models.get_pretrained_cfg(name)
             _check_head(f"timm's {name}", config.num_classes if config else None, arguments)
-    network = timm.create_model(name, pretrained=load, **arguments)
+    network: Any = timm.create_model(name, pretrained=load, **arguments)
     config = timm.data.resolve_model_data_config(network)
-    return network, _pixels(
-        config["mean"], config["std"], config["input_size"][-2:], config["interpolation"]
-    )
+    return network, card_of_timm(config, name, network.num_classes)
 
 
 def _from_torchvision(
     name: str, entry: str, load: bool, arguments: dict[str, Any]
-) -> tuple[nn.Module, dict[str, Any] | None]:
+) -> tuple[nn.Module, Card]:
     if name not in torchvision.models.list_models():
         _refuse_name("torchvision network", name, torchvision.models.list_models())
     choices = torchvision.models.get_model_weights(name)
@@ -153,27 +152,8 @@ def _from_torchvision(
         arguments = {"weights_backbone": None, **arguments}
     with weights_only_loads():
         network = torchvision.models.get_model(name, weights=chosen if load else None, **arguments)
-    preset = chosen.transforms()
-    if not hasattr(preset, "mean"):  # Detectors normalise their images themselves.
-        return network, None
-    return network, _pixels(
-        preset.mean, preset.std, getattr(preset, "crop_size", None), preset.interpolation.value
-    )
-
-
-def _pixels(
-    mean: Sequence[float],
-    std: Sequence[float],
-    size: Sequence[int] | None,
-    interpolation: str,
-) -> dict[str, Any]:
-    """Return arguments of InputBridge; a crop size of one number is the side of a square."""
-    return {
-        "mean": mean,
-        "std": std,
-        "size": size[0] if size is not None and len(size) == 1 else size,
-        "interpolation": interpolation if interpolation == "bilinear" else "bicubic",
-    }
+    categories = chosen.meta.get("categories") if load else None
+    return network, card_of_torchvision(chosen.transforms(), name, categories)
 
 
 def _import(path: str) -> Any:

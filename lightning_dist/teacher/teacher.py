@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from lightning_dist.card import Card, load_with_card
 from lightning_dist.checks import class_axis
 from lightning_dist.taps import (
     Snapshot,
@@ -30,8 +31,8 @@ from lightning_dist.teacher.base import Inputs, Tap, TeacherBase
 from lightning_dist.teacher.bridge import InputBridge
 from lightning_dist.teacher.calls import explain_refused_call, freeze
 from lightning_dist.teacher.isolation import generators_of, own_inputs, own_numbers
+from lightning_dist.teacher.matching import bridge_between, class_map_between
 from lightning_dist.teacher.sharding import gathered, is_sharded
-from lightning_dist.weights import load_weights
 
 
 class Teacher(TeacherBase):
@@ -46,6 +47,7 @@ class Teacher(TeacherBase):
         network: the trained network, which may also be a module of TorchScript or
             ``torch.export.load(...).module()``. It is frozen in place.
         weights: a file to load into the network, see :func:`lightning_dist.weights.load_weights`.
+            If the file has a card, it replaces ``card``.
         dtype: the dtype of the network's weights and inputs, such as ``torch.bfloat16`` or
             ``"bfloat16"``. By default, the network keeps its dtype, and the Trainer's autocast
             applies to it too.
@@ -67,6 +69,10 @@ class Teacher(TeacherBase):
             and the step only. With ``"student"`` they are those that the student draws next: a copy
             of a student that draws the same numbers has the same output. It has no effect in a
             compiled ``training_step``, where teacher and student draw from the same generators.
+        ema: load the averaged weights (true) or the others (false) of a file with both; by default
+            those that the card of the file names, and without a card the averaged ones.
+        card: the images and classes that the network expects. Where those of the Trainer's data
+            module differ, the teacher converts them, unless ``inputs`` or ``class_map`` is given.
 
     Raises:
         TypeError: if ``network`` is not a module.
@@ -91,6 +97,8 @@ class Teacher(TeacherBase):
         compile: bool = False,
         channels_last: bool = False,
         random_numbers: Literal["own", "student"] = "own",
+        ema: bool | None = None,
+        card: Card | None = None,
     ) -> None:
         if random_numbers not in ("own", "student"):
             raise ValueError(f"random_numbers is {random_numbers!r}: use 'own' or 'student'")
@@ -106,8 +114,9 @@ class Teacher(TeacherBase):
                 f"class_map is {list(class_map)}: give the teacher's class, counted from 0, for "
                 "each class of the student"
             )
+        self.card = card
         if weights is not None:
-            load_weights(network, weights)
+            self.card = load_with_card(network, weights, ema) or card
         if dtype is not None:
             network.to(dtype)
         self._format = torch.channels_last if channels_last else torch.preserve_format
@@ -116,11 +125,11 @@ class Teacher(TeacherBase):
         self.network = network
         self.dtype = dtype
         self.inputs = inputs
+        self._own_inputs, self._own_map = inputs is not None, class_map is not None
         self.compile = compile
         self._compiled: Callable[..., Any] | None = None
-        self.class_map = None if class_map is None else list(class_map)
         self.class_dim = class_dim
-        self._columns = None if class_map is None else torch.tensor(self.class_map)
+        self._map_classes(class_map)
         self._listed: list[nn.Module] | None = None
         self._writes: dict[str, bool] = {}  # of each part: whether its calls change their inputs
         self.random_numbers = random_numbers
@@ -130,6 +139,42 @@ class Teacher(TeacherBase):
         self._found = [(m, m.training) for m in network.modules() if hasattr(m, "training")]
         self._trained = [p for p in network.parameters() if p.requires_grad]
         self.freeze()
+
+    def adapt(self, data: Card | None) -> None:
+        """Convert the images and classes of the data; see :class:`TeacherBase`."""
+        if self.card is None or data is None:
+            return
+        if not self._own_inputs:
+            self.inputs = bridge_between(self.card, data)
+        if self._own_map:
+            return
+        class_map = class_map_between(self.card, data)
+        map_of_detector: Any = getattr(self.network, "map_classes", None)
+        if map_of_detector is not None:  # a detector's heads, which return no logits of images
+            map_of_detector(class_map)
+        elif class_map is not None and self.card.task == "detection":
+            raise ValueError(
+                f"the detector from {self.card.source} has the classes {self.card.class_names} and "
+                f"the data {data.class_names}: give both in one order"
+            )
+        else:
+            self._map_classes(class_map)
+
+    def _map_classes(self, class_map: Sequence[int] | None) -> None:
+        self.class_map = None if class_map is None else list(class_map)
+        self._columns = None if class_map is None else torch.tensor(self.class_map)
+
+    def describe(self) -> str:
+        """Return one line with the name of the network and what it is given."""
+        config = getattr(self.network, "pretrained_cfg", None) or {}
+        name = config.get("architecture") or type(self.network).__name__
+        facts = self.card.describe() if self.card is not None else ""
+        facts = facts or "no card: it gets the student's images as they are"
+        if self.inputs is not None and (self.card is None or self._own_inputs):
+            facts += ", converted by the given inputs"
+        if self.class_map is not None:
+            facts += f", {len(self.class_map)} of its classes by the class_map"
+        return f"{name}, {facts}"
 
     def release(self) -> None:
         """Restore ``requires_grad`` and the training mode of the network as they were before."""
@@ -353,7 +398,8 @@ class Teacher(TeacherBase):
         """Return a teacher with the same settings and another network; see :class:`TeacherBase`."""
         teacher = copy.copy(self)
         teacher.network, teacher._listed, teacher._generators = network, None, None
-        teacher.inputs = self.inputs if inputs is None else inputs
+        if inputs is not None:
+            teacher.inputs, teacher._own_inputs = inputs, True
         teacher._found, teacher._trained = self._found, self._trained  # release() restores these
         teacher.freeze()
         return teacher

@@ -3,7 +3,7 @@
 import logging
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,11 @@ from lightning_dist.cli.run.resuming import checkpoint_to_begin_with
 from lightning_dist.text import error_line
 
 log = logging.getLogger(__name__)
+
+_DISPLAY = (
+    *("print_config", "own_process", "trust", "callbacks.progress"),
+    *("trainer.enable_progress_bar", "trainer.enable_model_summary"),
+)
 
 
 class Run:
@@ -63,7 +68,7 @@ class Run:
         found = read_result(self.folder) if self.config.resume else None
         if found is None:
             return False
-        if found["overrides"] != self.result["overrides"]:
+        if _settings(found["overrides"]) != _settings(self.result["overrides"]):
             raise UserError(
                 f"{self.folder} holds another run ({' '.join(map(str, found['overrides']))}): "
                 "resume with the overrides that it was started with, or choose another folder (two "
@@ -130,6 +135,11 @@ def _unfinished_result(config: DictConfig) -> dict[str, Any]:
         "metric": str(config.monitor).replace("val/", "test/", 1),
         "seconds": 0.0,
     }
+
+
+def _settings(overrides: Sequence[Any]) -> list[str]:
+    """Return the overrides that change the run, without those that change its output only."""
+    return [x for x in map(str, overrides) if x.partition("=")[0].lstrip("+~") not in _DISPLAY]
 
 
 def _is_completed(folder: Path) -> bool:

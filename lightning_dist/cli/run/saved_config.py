@@ -1,17 +1,19 @@
 """Prepare a config for a checkpoint, read it back, and build the module that it describes."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
-from unittest import mock
 
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor, nn
-from torchvision.models import WeightsEnum
+from torch import Tensor
 
 from lightning_dist.checks import check_flag
 from lightning_dist.cli.errors import UserError
+from lightning_dist.cli.run.initial_weights import (
+    without_initial_weights,
+    without_torchvision_weights,
+)
 from lightning_dist.module import DistillModule
 from lightning_dist.text import error_line, has_controls
 from lightning_dist.weights import read_checkpoint, weights_only_loads
@@ -27,6 +29,10 @@ _MOVED = {
 }
 
 
+# The options of a module that describe the distillation or the output, not the student.
+_NOT_SAVED = ("teacher", "distill_loss", "measure_teacher")
+
+
 def to_save(config: DictConfig) -> dict[str, Any]:
     """Return the parts of a config to save: data, module and seed, but not the teacher.
 
@@ -35,7 +41,7 @@ def to_save(config: DictConfig) -> dict[str, Any]:
     """
     plain = OmegaConf.to_container(config, resolve=True)
     assert isinstance(plain, dict)
-    module = {k: v for k, v in plain["module"].items() if k not in ("teacher", "distill_loss")}
+    module = {k: v for k, v in plain["module"].items() if k not in _NOT_SAVED}
     return {"module": module, "data": plain["data"], "seed": plain["seed"]}
 
 
@@ -113,9 +119,10 @@ def build_module(
     Raises:
         UserError: if the config describes no network, or the weights do not fit the network.
     """
-    loads = weights_only_loads() if trust else _without_torchvision_weights()
-    with _rebuilding(path, "network and weights"), loads:
-        module = instantiate(config["module"], teacher=None)
+    loads = weights_only_loads() if trust else nullcontext()
+    config = without_initial_weights(config["module"])
+    with _rebuilding(path, "network and weights"), loads, without_torchvision_weights():
+        module = instantiate(config, teacher=None)
         module.on_load_checkpoint(dict(checkpoint))  # A subclass may prepare itself here.
         module.load_state_dict(checkpoint["state_dict"])
     return module
@@ -167,26 +174,6 @@ def _rebuilding(path: str, part: str) -> Iterator[None]:
             f"{path} is damaged, or its {part} do not fit together or not this version of "
             f"lightning-dist: {error_line(error)} (HYDRA_FULL_ERROR=1 shows where)"
         ) from error
-
-
-@contextmanager
-def _without_torchvision_weights() -> Iterator[None]:
-    """Make torchvision build its networks as with pretrained weights, but not load the weights.
-
-    The checkpoint contains the weights. The layers depend on whether there are weights: for its
-    detectors, torchvision freezes the batch norms.
-    """
-    nothing: dict[str, Tensor] = {}
-    load = nn.Module.load_state_dict
-
-    def load_unless_nothing(self: nn.Module, state: Any, *args: Any, **kwargs: Any) -> Any:
-        return None if state is nothing else load(self, state, *args, **kwargs)
-
-    with (
-        mock.patch.object(WeightsEnum, "get_state_dict", return_value=nothing),
-        mock.patch.object(nn.Module, "load_state_dict", load_unless_nothing),
-    ):
-        yield
 
 
 def _check_structure(checkpoint: Mapping[str, Any], config: Any, path: str) -> None:

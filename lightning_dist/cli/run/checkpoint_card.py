@@ -1,0 +1,128 @@
+"""The card of a checkpoint, the weights that it means, and the conversion of other data."""
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import rich
+from hydra.utils import instantiate
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+
+from lightning_dist.card import Card, card_in
+from lightning_dist.checks import check_flag
+from lightning_dist.cli.errors import UserError
+from lightning_dist.module import DistillModule
+from lightning_dist.teacher import Teacher
+from lightning_dist.training.cards import card_of_data, refuse_other_number
+
+log = logging.getLogger(__name__)
+
+
+def card_of_checkpoint(checkpoint: Mapping[str, Any], config: Mapping[str, Any], path: str) -> Card:
+    """Return the card of a checkpoint, or what its config says if it has no card.
+
+    Args:
+        checkpoint: the checkpoint.
+        config: its config, as :func:`lightning_dist.cli.run.saved_config.read_saved` returns it.
+        path: its path, for messages.
+
+    Raises:
+        UserError: if the card is damaged.
+    """
+    try:
+        card = card_in(checkpoint, path)
+        if card is not None:
+            return card
+        data = instantiate(config["data"])
+        facts = data.image_facts() if hasattr(data, "image_facts") else {}
+        names = config.get("class_names")
+        facts |= {"class_names": names, "averaged": False, "origin": "run", "source": path}
+        card = Card.from_plain(facts, path)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    log.warning(
+        "%s has no card, because an earlier version wrote it. Assumed from its config: %s",
+        path,
+        card.describe(),
+    )
+    return card
+
+
+def use_weights(module: DistillModule, card: Card, ema: bool | None, path: str) -> Card:
+    """Make the averaged or the own weights the student of a module, and print the choice.
+
+    Args:
+        module: the module with the weights of a checkpoint; its student is replaced.
+        card: the card of the checkpoint.
+        ema: use the averaged weights (true) or the student's own (false); ``None``: those that the
+            card names.
+        path: the path of the checkpoint, for messages.
+
+    Returns:
+        The card of the chosen weights.
+
+    Raises:
+        UserError: if ``ema`` is true and the checkpoint has no averaged weights.
+        ValueError: if ``ema`` is neither true, false nor ``None``.
+    """
+    if ema is not None:
+        check_flag("ema", ema)
+    average = module.student_ema
+    if ema and average is None:
+        raise UserError(
+            f"{path} holds no averaged weights: train with callbacks=[default,ema], or leave out "
+            "ema=true"
+        )
+    averaged = average is not None and bool(card.averaged if ema is None else ema)
+    if average is not None:
+        why = "ema" if ema is not None else f"monitor={card.metric}"
+        rich.print(f"[bold]weights[/bold] {'averaged' if averaged else 'not averaged'} ({why})")
+    if averaged and average is not None:
+        module.student = average.module
+    return dataclasses.replace(card, averaged=averaged)
+
+
+class MatchData(Callback):
+    """Convert the images and classes of the data of a test to those of the card, or refuse them.
+
+    The size of the images stays: a test in another size is a wish of the user.
+
+    Args:
+        card: the card of the student.
+    """
+
+    def __init__(self, card: Card) -> None:
+        self.card = dataclasses.replace(card, crop_mode=None)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Wrap the student and its average; the data module has been set up before.
+
+        Raises:
+            UserError: if the data has other classes.
+        """
+        data = card_of_data(trainer)
+        if isinstance(pl_module, DistillModule) and data is not None:
+            pl_module.convert_evaluated(lambda network: self.matched(network, data))
+
+    def matched(self, network: nn.Module, data: Card) -> nn.Module:
+        """Return the network, with conversions where the data differs from the card.
+
+        Args:
+            network: the network.
+            data: the card of the data.
+
+        Raises:
+            UserError: if the data has other classes.
+        """
+        teacher = Teacher(network, card=self.card)
+        try:
+            teacher.adapt(data)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        if teacher.class_map is None:
+            refuse_other_number(self.card.num_classes, data, "the network")
+        if teacher.inputs is not None or teacher.class_map is not None:
+            log.warning("the data differs from what the network was trained on, and is converted")
+        return teacher.as_network()

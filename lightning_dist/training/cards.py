@@ -1,0 +1,105 @@
+"""Functions that make the card of a run, and compare its classes with those of the data."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_dist.card import Card
+
+
+def card_of_data(trainer: Trainer) -> Card | None:
+    """Return the card of the Trainer's data module, or ``None`` if it has no card.
+
+    Args:
+        trainer: a Trainer that has set up its data module.
+    """
+    data: Any = getattr(trainer, "datamodule", None)
+    return data.card() if hasattr(data, "card") else None
+
+
+def card_of_run(trainer: Trainer, task: str | None, num_classes: int | None) -> Card:
+    """Return the card of the student that a Trainer trains.
+
+    Args:
+        trainer: the Trainer.
+        task: the task, as in :class:`lightning_dist.card.Card`.
+        num_classes: the number of the student's classes, if the data module has no card.
+    """
+    data: Any = getattr(trainer, "datamodule", None)
+    names = getattr(data, "class_names", None)
+    card = card_of_data(trainer) or Card(
+        num_classes=num_classes, class_names=None if names is None else tuple(map(str, names))
+    )
+    saver: Any = trainer.checkpoint_callback
+    metric = getattr(saver, "monitor", None)
+    value = trainer.callback_metrics.get(metric) if metric else None
+    folder = Path(getattr(saver, "dirpath", None) or trainer.default_root_dir)
+    folder = folder.parent if folder.name == "checkpoints" else folder
+    return dataclasses.replace(
+        card,
+        task=task,
+        averaged=is_of_average(metric),
+        precision=str(trainer.precision),
+        metric=metric,
+        value=None if value is None else float(value),
+        origin="run",
+        source=_short_path(folder),
+    )
+
+
+def is_of_average(metric: str | None) -> bool:
+    """Return whether a metric is one of the averaged weights, such as ``val/ema_accuracy``."""
+    return metric is not None and metric.rpartition("/")[2].startswith("ema_")
+
+
+def refuse_other_classes(network: Card | None, data: Card | None, place: str) -> None:
+    """Refuse data with other classes than a network.
+
+    Args:
+        network: the card of the network.
+        data: the card of the data.
+        place: what the network is, for the message.
+
+    Raises:
+        MisconfigurationException: if the names or numbers of the classes differ.
+    """
+    if network is None or data is None:
+        return
+    ours, own = network.class_names, data.class_names
+    if ours is not None and own is not None and ours != own:
+        raise MisconfigurationException(
+            f"{place} has the classes {', '.join(ours[:20])} and the data has "
+            f"{', '.join(own[:20])}: use the data that it was trained on, with its classes in the "
+            "same order"
+        )
+    refuse_other_number(network.num_classes, data, place)
+
+
+def refuse_other_number(num_classes: int | None, data: Card | None, place: str) -> None:
+    """Refuse data with another number of classes than a network.
+
+    Args:
+        num_classes: the number of classes of the network, or ``None`` if it is unknown.
+        data: the card of the data, or ``None`` if it has none.
+        place: what the network is, for the message.
+
+    Raises:
+        MisconfigurationException: if both numbers are known and differ.
+    """
+    if data is None or None in (num_classes, data.num_classes) or num_classes == data.num_classes:
+        return
+    raise MisconfigurationException(
+        f"{place} has num_classes={num_classes} and the data has {data.num_classes} classes: set "
+        f"num_classes={data.num_classes}"
+    )
+
+
+def _short_path(folder: Path) -> str:
+    """Return the path below the current folder, or the name of a folder elsewhere."""
+    try:
+        return str(folder.resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return folder.name

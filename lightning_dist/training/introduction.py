@@ -1,0 +1,109 @@
+"""`measure_teacher`: how good a teacher is on a sample of the validation set, before training."""
+
+import random
+import time
+from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import move_data_to_device
+from torch.utils.data import DataLoader, IterableDataset, Subset
+
+from lightning_dist.card import Card
+from lightning_dist.training.evaluation import EvaluationMetrics
+
+SAMPLES = 256
+SECONDS = 5.0
+_BATCH = 16
+_NOT_MEASURED = "how good the teacher is on the validation set: not measured"
+
+
+def measure_teacher(trainer: Trainer, module: Any, card: Card | None) -> tuple[str, bool]:
+    """Measure a teacher on some validation samples, evenly spaced over the whole set.
+
+    The samples are loaded apart from the Trainer's loaders, and no random generator moves.
+
+    Args:
+        trainer: the Trainer, whose validation loaders exist.
+        module: the :class:`lightning_dist.DistillModule` with the teacher on its device.
+        card: the card of the teacher.
+
+    Returns:
+        A line of text, and whether the teacher is far below the value in its card.
+    """
+    loader = trainer.val_dataloaders
+    loader = loader[0] if isinstance(loader, (list, tuple)) and loader else loader
+    dataset: Any = getattr(loader, "dataset", None)
+    if dataset is None or isinstance(dataset, IterableDataset) or not isinstance(dataset, Sized):
+        return f"{_NOT_MEASURED} (no validation data, or data without an order)", False
+    try:
+        with _nothing_moved():
+            values, count = _measure(trainer, module, loader, len(dataset))
+    except Exception as error:  # a line at the start must not end a run
+        return f"{_NOT_MEASURED} ({type(error).__name__}: {error})", False
+    name = card.metric if card is not None else None
+    plain = name and name.replace("/ema_", "/", 1)
+    if card is None or card.value is None or plain not in values:
+        shown = [f"{name} {value:.4g}" for name, value in values.items()]
+        return f"teacher on {count} validation samples: {', '.join(shown[:2])}", False
+    assert plain is not None
+    line = (
+        f"teacher on {count} validation samples: {plain} {values[plain]:.4g}; in its own run "
+        f"{card.value:.4g}"
+    )
+    return line, "loss" not in plain and _is_far_below(values[plain], card.value, count)
+
+
+def _is_far_below(value: float, own: float, count: int) -> bool:
+    """Return whether a value is lower than chance and other data explain."""
+    chance = 2 * (max(own * (1 - own), 0.0) / count) ** 0.5
+    return value < own - max(0.05, 0.2 * own, chance)
+
+
+def _measure(trainer: Trainer, module: Any, loader: Any, size: int) -> tuple[dict[str, float], int]:
+    """Return the teacher's metrics, and the number of samples that the time was enough for."""
+    network = module.teacher_network()
+    before = next((p.device for p in network.parameters()), module.device)
+    network.to(module.device)
+    metrics = EvaluationMetrics(module.val_metrics, "val/").to(module.device)
+    for metric in metrics.collection.values():
+        metric.sync_on_compute = False  # only the first process measures
+    begin, count = time.monotonic(), 0
+    for batch in _batches(loader, size):
+        batch = move_data_to_device(batch, module.device)
+        with trainer.precision_plugin.forward_context():
+            count += module.update_metrics(batch, network, metrics)
+        if time.monotonic() - begin > SECONDS:
+            break
+    network.to(before)
+    if not count:
+        raise ValueError("no sample has a label")
+    values = metrics.collection.compute()
+    found = {name: float(x) for name, x in values.items() if x.numel() == 1}
+    return {name: value for name, value in found.items() if value >= 0}, count
+
+
+def _batches(loader: DataLoader, size: int) -> Iterable[Any]:
+    """Return batches of evenly spaced samples; batches of different images have one image each."""
+    chosen = np.linspace(0, size - 1, min(SAMPLES, size)).round().astype(int).tolist()
+    return DataLoader(
+        Subset(loader.dataset, chosen),
+        batch_size=min(_BATCH, loader.batch_size or 1),
+        collate_fn=loader.collate_fn,
+        generator=torch.Generator().manual_seed(0),
+    )
+
+
+@contextmanager
+def _nothing_moved() -> Iterator[None]:
+    """Restore the random generators at the end of the block, which computes no gradients."""
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    try:
+        with torch.random.fork_rng(), torch.no_grad():
+            yield
+    finally:
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)

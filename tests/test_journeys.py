@@ -1,0 +1,210 @@
+"""Tests of whole journeys: what a run learns about its network reaches every later command.
+
+Settings differ from the defaults everywhere, and the compared numbers are losses or logits, which
+change with the smallest difference in the images.
+"""
+
+import csv
+import json
+import runpy
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lightning_dist import cli
+from lightning_dist.card import read_card
+from lightning_dist.data.image_folder import ImageFolderDataModule
+from lightning_dist.teacher.loading import load_teacher
+
+QUIET = ["trainer=cpu", "print_config=false", "callbacks.progress=null", "logger=none"]
+NAMES = ["cat", "dog", "elk"]
+# Nothing here is a default: 48 pixels, a crop of 0.8, bicubic, own mean and std, averaged weights
+# that are monitored, bfloat16 and channels_last.
+IMAGES = {"image_size": 48, "crop_pct": 0.8, "interpolation": "bicubic"}
+PIXELS = {"mean": [0.3, 0.4, 0.6], "std": [0.4, 0.2, 0.3]}
+OWN = [
+    *("data=image_folder", "data.root=images", "data.num_workers=0", "data.global_batch_size=6"),
+    *("num_classes=3", "student=timm", "student.model_name=test_resnet"),
+    *("trainer.max_epochs=2", "optimizer.lr=0.1", *QUIET),
+    *(f"data.{name}={value}" for name, value in IMAGES.items()),
+]
+TEACHER = [
+    *(*OWN, "distill=none", "callbacks=[default,ema]", "callbacks.ema.decay=0.9"),
+    *("monitor=val/ema_loss", "monitor_mode=min"),
+    *("trainer.precision=bf16-mixed", "module.channels_last=true"),
+    *(f"data.{name}={value}".replace(" ", "") for name, value in PIXELS.items()),
+]
+CKPT = "ckpt=teacher/checkpoints/last.ckpt"
+
+
+def write_images(root, names=NAMES, counts=(4, 2), turned=None) -> None:
+    """Write oblong images of each class; ``turned`` stores them turned, with an EXIF mark."""
+    rng = np.random.default_rng(0)
+    for split, count in zip(("train", "val"), counts, strict=True):
+        for label, name in enumerate(names):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 60, (50, 81, 3))
+                pixels[:, 20 * label : 20 * label + 25, label] += 150
+                image, exif = Image.fromarray(pixels.astype("uint8")), Image.Exif()
+                if turned:
+                    exif[0x0112] = 6  # "turn by 90 degrees clockwise to view"
+                    image = image.transpose(Image.Transpose.ROTATE_90)
+                image.save(folder / f"{i}.png", exif=exif)
+
+
+def run_in(folder, monkeypatch, *arguments: str) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["lightning-dist", *arguments])
+    cli.main()
+
+
+@pytest.fixture(scope="module")
+def journey(tmp_path_factory):
+    """Train a teacher of a folder of images, and return the folder with both."""
+    folder = tmp_path_factory.mktemp("journey")
+    write_images(folder / "images")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        run_in(folder, monkeypatch, "train", *TEACHER, "hydra.run.dir=teacher")
+    return folder
+
+
+@pytest.fixture
+def run(journey, tmp_path, monkeypatch):
+    """Return a function that runs a command in a copy of the journey's folder."""
+    shutil.copytree(journey, tmp_path, dirs_exist_ok=True)
+
+    def run(*arguments: str) -> None:
+        run_in(tmp_path, monkeypatch, *arguments)
+
+    return run
+
+
+@pytest.fixture
+def own(journey):
+    """Return the metrics of the teacher's own run."""
+    return json.loads((journey / "teacher" / "result.json").read_text())["metrics"]
+
+
+def metrics(folder) -> dict[str, float]:
+    return json.loads((folder / "result.json").read_text())["metrics"]
+
+
+def test_the_card_of_a_run_names_images_classes_and_weights(journey):
+    card = read_card(journey / "teacher/checkpoints/last.ckpt")
+    assert (card.task, card.size, card.crop_mode, card.crop_pct, card.interpolation) == (
+        *("classification", (48, 48), "center", 0.8, "bicubic"),
+    )
+    assert (list(card.mean), list(card.std), card.channels) == (*PIXELS.values(), "rgb")
+    assert (list(card.class_names), card.num_classes) == (NAMES, 3)
+    assert (card.averaged, card.precision, card.metric) == (True, "bf16-mixed", "val/ema_loss")
+    assert card.source == "teacher"
+
+
+def test_an_own_teacher_does_in_its_place_what_it_did_in_its_run(run, own, tmp_path, caplog):
+    """Its student has other normalisation: the teacher gets its own, and its averaged weights."""
+    teacher = ["teacher=timm", "teacher.source=test_resnet"]
+    weights = "teacher.weights=teacher/checkpoints/last.ckpt"
+    with caplog.at_level("INFO"):
+        run("train", *OWN, *teacher, weights, "test_teacher=true", "hydra.run.dir=student")
+    found = metrics(tmp_path / "student")
+    assert found["teacher/loss"] == pytest.approx(own["test/ema_loss"], rel=5e-3)
+    assert found["teacher/loss"] != pytest.approx(own["test/loss"], rel=2e-2)
+    said = "teacher test_resnet, 3 classes, 48 x 48 pixels, mean 0.3 0.4 0.6, std 0.4 0.2 0.3, rgb"
+    assert f"{said}, from run teacher, averaged weights" in caplog.text
+    assert f"val/loss {found['teacher/loss']:.4g}; in its own run" in caplog.text
+    saved = torch.load(tmp_path / "student/checkpoints/last.ckpt", weights_only=True)
+    assert not any("teacher" in name for name in saved["state_dict"])
+
+
+@pytest.mark.parametrize("ema", [True, False])
+def test_ema_chooses_the_weights_of_a_teacher(journey, ema):
+    checkpoint = journey / "teacher/checkpoints/last.ckpt"
+    teacher = load_teacher("test_resnet", weights=checkpoint, num_classes=3, ema=ema)
+    saved = torch.load(checkpoint, weights_only=True)["state_dict"]
+    prefix = "student_ema.module." if ema else "student."
+    assert torch.equal(teacher.network.fc.bias, saved[f"{prefix}fc.bias"])
+
+
+def test_a_teacher_gives_the_logits_of_its_run_for_the_students_images(journey):
+    """The student's images have another size, and its classes another order."""
+    data = ImageFolderDataModule(root=journey / "images", **IMAGES, mean=(0.5,) * 3, std=(0.2,) * 3)
+    plain = ImageFolderDataModule(root=journey / "images", **IMAGES, **PIXELS)
+    checkpoint = journey / "teacher/checkpoints/last.ckpt"
+    teacher = load_teacher("test_resnet", weights=checkpoint, num_classes=3)
+    (images, _), (own_images, _) = (next(iter(x.val_dataloader())) for x in (data, plain))
+    own = teacher(own_images)
+    data.class_names = ["elk", "cat", "dog"]
+    teacher.adapt(data.card())
+    assert teacher.class_map == [2, 0, 1]
+    torch.testing.assert_close(teacher(images), own[:, [2, 0, 1]], rtol=1e-4, atol=1e-4)
+    small = ImageFolderDataModule(root=journey / "images", image_size=24)
+    teacher.adapt(small.card())
+    assert teacher.inputs.size == (48, 48)
+
+
+def test_a_teacher_of_other_classes_is_refused_with_both_sides(journey):
+    checkpoint = journey / "teacher/checkpoints/last.ckpt"
+    teacher = load_teacher("test_resnet", weights=checkpoint, num_classes=3)
+    data = ImageFolderDataModule(root=journey / "images", **IMAGES)
+    data.class_names = ["cat", "dog", "fox"]
+    with pytest.raises(
+        ValueError, match="'cat', 'dog', 'elk' and the data has 'cat', 'dog', 'fox'"
+    ):
+        teacher.adapt(data.card())
+
+
+def test_eval_gives_the_test_of_the_run(run, own, capsys):
+    """In bfloat16, as the run; eval's own default is float32."""
+    run("eval", CKPT, "trainer=cpu")
+    printed = capsys.readouterr().out
+    assert all(str(own[name]) in printed for name in own if name.startswith("test/"))
+
+
+def test_eval_refuses_a_renamed_class_and_follows_a_changed_order(run, own, tmp_path, capsys):
+    for split in ("train", "val"):
+        (tmp_path / "images" / split / "cat").rename(tmp_path / "images" / split / "zebra")
+    with pytest.raises(SystemExit):
+        run("eval", CKPT, "trainer=cpu")
+    assert "'cat', 'dog', 'elk' and the data has 'dog', 'elk', 'zebra'" in capsys.readouterr().err
+
+
+def test_predict_export_and_the_exported_script_agree(run, tmp_path, capsys, monkeypatch):
+    """All use the averaged weights, which the run's monitor names."""
+    run("predict", CKPT, "images=images/val", "out=labels", "trainer=cpu", "trainer.precision=32")
+    assert "weights averaged (monitor=val/ema_loss)" in capsys.readouterr().out
+    with (tmp_path / "labels/predictions.csv").open() as file:
+        rows = {row["image"]: (row["class"], row["probability"]) for row in csv.DictReader(file)}
+    run("export", CKPT, "format=timm", "file=exported")
+    capsys.readouterr()
+    files = [f"images/val/{name}" for name in rows]
+    monkeypatch.setattr(sys, "argv", ["predict.py", *files])
+    runpy.run_path(str(tmp_path / "exported/predict.py"), run_name="__main__")
+    lines = [line.split(",") for line in capsys.readouterr().out.splitlines()]
+    assert [line[0] for line in lines] == files
+    assert [line[1] for line in lines] == [name for name, _ in rows.values()]
+    probabilities = [float(p) for _, p in rows.values()]
+    np.testing.assert_allclose([float(line[2]) for line in lines], probabilities, atol=2e-4)
+    for file in ("labels", "exported"):
+        assert read_card(tmp_path / file) == read_card(tmp_path / CKPT.removeprefix("ckpt="))
+
+
+def test_num_classes_unlike_the_datas_is_refused_before_training(run, capsys):
+    with pytest.raises(SystemExit):
+        run("train", *TEACHER, "num_classes=5", "hydra.run.dir=other")
+    assert "num_classes=5 and the data has 3 classes" in capsys.readouterr().err
+
+
+def test_files_that_a_camera_has_turned_are_upright_everywhere(tmp_path):
+    write_images(tmp_path / "upright")
+    write_images(tmp_path / "turned", turned=True)
+    upright, turned = (
+        ImageFolderDataModule(root=tmp_path / name, image_size=24) for name in ("upright", "turned")
+    )
+    for ours, others in zip(upright.val_dataset(), turned.val_dataset(), strict=True):
+        assert torch.equal(ours[0], others[0])
