@@ -6,6 +6,7 @@ change with the smallest difference in the images.
 
 import csv
 import json
+import logging
 import runpy
 import shutil
 import sys
@@ -18,6 +19,8 @@ from PIL import Image
 from lightning_dist import cli
 from lightning_dist.card import read_card
 from lightning_dist.data.image_folder import ImageFolderDataModule
+from lightning_dist.data.segmentation import MaskFolderDataModule
+from lightning_dist.models.small import SmallUNet
 from lightning_dist.teacher.loading import load_teacher
 
 QUIET = ["trainer=cpu", "print_config=false", "callbacks.progress=null", "logger=none"]
@@ -110,8 +113,10 @@ def test_an_own_teacher_does_in_its_place_what_it_did_in_its_run(run, own, tmp_p
     """Its student has other normalisation: the teacher gets its own, and its averaged weights."""
     teacher = ["teacher=timm", "teacher.source=test_resnet"]
     weights = "teacher.weights=teacher/checkpoints/last.ckpt"
-    with caplog.at_level("INFO"):
-        run("train", *OWN, *teacher, weights, "test_teacher=true", "hydra.run.dir=student")
+    lightning = logging.getLogger("lightning.pytorch")  # Hydra removes the handlers of the root
+    lightning.addHandler(caplog.handler)
+    run("train", *OWN, *teacher, weights, "test_teacher=true", "hydra.run.dir=student")
+    lightning.removeHandler(caplog.handler)
     found = metrics(tmp_path / "student")
     assert found["teacher/loss"] == pytest.approx(own["test/ema_loss"], rel=5e-3)
     assert found["teacher/loss"] != pytest.approx(own["test/loss"], rel=2e-2)
@@ -208,3 +213,58 @@ def test_files_that_a_camera_has_turned_are_upright_everywhere(tmp_path):
     )
     for ours, others in zip(upright.val_dataset(), turned.val_dataset(), strict=True):
         assert torch.equal(ours[0], others[0])
+
+
+MASKS = [
+    *("data=mask_folder", "data.root=masks", "num_classes=3", "data.num_workers=0"),
+    *("module=segmentation", "module.head=head", "student=small_unet", "student.channels=[4,8]"),
+    *("distill=none", "data.crop_size=null", "data.scales=null", "data.eval_size=[24,40]"),
+    *("data.global_batch_size=1", "data.bgr=true", "trainer.max_epochs=3", "optimizer.lr=0.5"),
+    *QUIET,
+]
+
+
+def write_masks(root) -> None:
+    """Write images of 37 x 61 pixels in ADE20K's form: ids from 1 on, and 0 is ignored."""
+    rng = np.random.default_rng(0)
+    for split in ("training", "validation"):
+        for kind in ("images", "annotations"):
+            (root / kind / split).mkdir(parents=True)
+        for i in range(2):
+            mask = np.zeros((37, 61), dtype="uint8")
+            for label in range(3):
+                mask[2:, 20 * label : 20 * label + 19] = label + 1
+            pixels = rng.integers(0, 40, (37, 61, 3)).astype("uint8")
+            for label in range(3):
+                pixels[mask == label + 1, label] += 200
+            Image.fromarray(pixels).save(root / "images" / split / f"{i}.png")
+            Image.fromarray(mask).save(root / "annotations" / split / f"{i}.png")
+
+
+def test_predicted_masks_are_those_of_the_test_with_the_ids_of_the_data(tmp_path, monkeypatch):
+    """The network sees the size of the evaluation, and the pictures keep their size and ids."""
+    write_masks(tmp_path / "masks")
+    run_in(tmp_path, monkeypatch, "train", *MASKS, "hydra.run.dir=run")
+    ckpt = "ckpt=run/checkpoints/last.ckpt"
+    source = "images=masks/images/validation"
+    run_in(tmp_path, monkeypatch, "predict", ckpt, source, "out=found", "trainer=cpu")
+    checkpoint = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
+    student = SmallUNet([4, 8], num_classes=3).eval()
+    state = {k.removeprefix("student."): v for k, v in checkpoint["state_dict"].items()}
+    student.load_state_dict(state)
+    data = MaskFolderDataModule(
+        root=tmp_path / "masks", num_classes=3, reduce_zero_label=True, eval_size=(24, 40), bgr=True
+    )
+    for i, (image, _) in enumerate(data.test_dataset()):
+        with torch.no_grad():
+            logits = student(image[None])
+        whole = torch.nn.functional.interpolate(
+            logits, (24, 40), mode="bilinear", align_corners=True
+        )
+        whole = torch.nn.functional.interpolate(
+            whole, (37, 61), mode="bilinear", align_corners=True
+        )
+        found = np.array(Image.open(tmp_path / f"found/{i}.png"))
+        np.testing.assert_array_equal(found, whole[0].argmax(0) + 1)
+    card = read_card(tmp_path / "found")
+    assert (card.mask_ids, card.channels, card.size) == ((1, 2, 3), "bgr", (24, 40))

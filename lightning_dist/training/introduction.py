@@ -69,7 +69,7 @@ def _measure(trainer: Trainer, module: Any, loader: Any, size: int) -> tuple[dic
     before = next((p.device for p in network.parameters()), module.device)
     network.to(module.device)
     metrics = EvaluationMetrics(module.val_metrics, "val/").to(module.device)
-    for metric in metrics.collection.values():
+    for metric in (*metrics.collection.values(), metrics.mean_loss):
         metric.sync_on_compute = False  # only the first process measures
     begin, count = time.monotonic(), 0
     for batch in _batches(loader, size):
@@ -81,7 +81,9 @@ def _measure(trainer: Trainer, module: Any, loader: Any, size: int) -> tuple[dic
     network.to(before)
     if not count:
         raise ValueError("no sample has a label")
-    values = metrics.collection.compute()
+    values = dict(metrics.collection.compute())
+    if metrics.mean_loss.update_called:  # a detector has no loss in eval mode
+        values["val/loss"] = metrics.mean_loss.compute()
     found = {name: float(x) for name, x in values.items() if x.numel() == 1}
     return {name: value for name, value in found.items() if value >= 0}, count
 

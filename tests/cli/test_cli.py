@@ -14,6 +14,7 @@ import torch
 
 from lightning_dist import cli
 from lightning_dist.cli.run.saved_config import CONFIG_KEY
+from lightning_dist.tasks.classification import ClassificationModule
 
 QUICK = ["trainer=cpu", "experiment=digits", "trainer.max_epochs=1"]
 QUICK += ["print_config=false", "callbacks.progress=null"]
@@ -356,3 +357,34 @@ def test_a_checkpoint_with_code_inside_is_refused(refused, tmp_path):
     torch.save({CONFIG_KEY: Runs()}, tmp_path / "hostile.ckpt")
     assert "hostile.ckpt is damaged, or contains" in refused("eval", "ckpt=hostile.ckpt")
     assert not (tmp_path / "trace").exists()
+
+
+def test_a_teacher_that_cannot_be_tested_takes_no_results_away(
+    command, tmp_path, monkeypatch, capsys
+):
+    def fail(module):
+        raise RuntimeError("no such part")
+
+    monkeypatch.setattr(ClassificationModule, "teacher_network", fail)
+    command("train", *QUICK, "test_teacher=true")
+    (result,) = results(tmp_path / "outputs")
+    assert result["status"] == "completed"
+    assert "test/accuracy" in result["metrics"]
+    assert not any(name.startswith("teacher/") for name in result["metrics"])
+    assert "the teacher cannot be tested (RuntimeError: no such part)" in capsys.readouterr().out
+
+
+def test_a_complete_run_is_the_same_run_whatever_it_displays(command, tmp_path, capsys):
+    own = [x for x in QUICK if not x.startswith(("print_config", "callbacks.progress"))]
+    command("train", *QUICK, "hydra.run.dir=run")
+    command("train", *own, "hydra.run.dir=run", "resume=true")
+    assert "is complete: nothing to do" in capsys.readouterr().out
+
+
+def test_a_test_on_the_validation_set_is_called_so(command, tmp_path, capsys):
+    command("train", *QUICK, "data.val_fraction=0")
+    (result,) = results(tmp_path / "outputs")
+    assert result["test_set"] == "validation"
+    assert "test on the validation set" in capsys.readouterr().out
+    command("report", "outputs")
+    assert "test/ of all runs is on the validation set" in capsys.readouterr().out

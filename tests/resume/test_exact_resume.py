@@ -300,3 +300,27 @@ def test_a_sweep_that_a_signal_stops_lets_its_processes_save(start_sweep, proces
     assert (run / "checkpoints" / "last.ckpt").exists()
     assert "stopped by SIGTERM" in (run / "result.json").read_text()
     assert not (tmp_path / "sweep" / "1").exists()
+
+
+def test_a_run_in_a_renamed_folder_keeps_its_best_checkpoint(make_trainer, tmp_path):
+    def fit(folder: Path, epochs: int) -> ModelCheckpoint:
+        options = {"monitor": "val/loss", "mode": "max", "enable_version_counter": False}
+        best = ModelCheckpoint(folder, filename="best", **options)
+        last = ModelCheckpoint(folder, filename="last", enable_version_counter=False)
+        callbacks = [best, last, ExactResume()]
+        trainer = make_trainer(
+            enable_checkpointing=True, max_epochs=epochs, limit_train_batches=2, callbacks=callbacks
+        )
+        known = folder / "last.ckpt" if folder.exists() else None
+        data = DigitsDataModule()
+        trainer.fit(dropout_module(), data, ckpt_path=known, weights_only=True)
+        return best
+
+    before = fit(tmp_path / "run", 1)  # with mode="max", the loss of the first epoch is the best
+    saved = torch.load(tmp_path / "run" / "best.ckpt", weights_only=True)
+    (tmp_path / "run").rename(tmp_path / "renamed")
+    after = fit(tmp_path / "renamed", 3)
+    assert after.best_model_path == str(tmp_path / "renamed" / "best.ckpt")
+    assert after.best_model_score == before.best_model_score
+    kept = torch.load(after.best_model_path, weights_only=True)
+    assert kept["global_step"] == saved["global_step"]

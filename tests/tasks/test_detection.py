@@ -267,7 +267,7 @@ def test_a_teacher_of_another_normalisation_sees_its_own(data, make_trainer):
     seen = Inputs("backbone")
     make_trainer(max_steps=1, callbacks=[seen]).fit(make_module("one", teacher), data)
     ((images,),) = seen.inputs["backbone"]
-    torch.testing.assert_close(asked[0], (images * 0.25 + 0.5 - 0.3) / 0.1)
+    torch.testing.assert_close(asked[-1], (images * 0.25 + 0.5 - 0.3) / 0.1)
 
 
 @both
@@ -469,3 +469,32 @@ def test_training_teaches_the_student(kind, make_trainer):
     make_trainer(max_epochs=25, callbacks=[Keep()], check_val_every_n_epoch=25).fit(module, data)
     assert np.mean(losses[-3:]) < 0.7 * np.mean(losses[:3])
     assert isinstance(module.configure_distillation().terms["class"].loss, DISTLoss)
+
+
+@both
+def test_a_teacher_is_tested_with_its_class_map_and_in_half_precision(kind, data):
+    """It is the detector that is distilled from: what it finds has the student's labels."""
+    detector = BUILD[kind](8, 16, 16).eval()
+    images, _ = next(iter(data.test_dataloader()))
+    with torch.no_grad():
+        plain = detector(images)
+    background = int(kind == "two")
+    chosen = [*range(background), *(background + c for c in (3, 1, 4))]  # four classes are left
+    teacher = Teacher(copy.deepcopy(detector), dtype="bfloat16")
+    module = make_module(kind, teacher, class_map=chosen)
+    with torch.no_grad():
+        found = module.teacher_network()(images)
+    assert sum(len(one["boxes"]) for one in found) > 0
+    for one, before in zip(found, plain, strict=True):
+        assert one["boxes"].dtype == torch.float32
+        assert set(one["labels"].tolist()) <= set(range(background, len(chosen)))
+        assert len(one["labels"]) <= len(before["labels"])
+    module = make_module(kind, detector, class_map=chosen)
+    with torch.no_grad():
+        found = module.teacher_network()(images)
+    for one, before in zip(found, plain, strict=True):
+        kept = [i for i, label in enumerate(before["labels"].tolist()) if label in chosen]
+        assert [chosen[label] for label in one["labels"].tolist()] == before["labels"][
+            kept
+        ].tolist()
+        torch.testing.assert_close(one["boxes"], before["boxes"][kept])

@@ -238,3 +238,17 @@ def test_an_unknown_head_is_an_error_that_lists_near_ones():
 def test_a_network_without_logits_is_an_error():
     with pytest.raises(ValueError, match=r"segmentation needs \(N, C, h, w\)"):
         PixelLoss(0.4, 255, True)({"logits": torch.zeros(1)}, torch.zeros(1, 2, 2).long())
+
+
+def test_the_mean_loss_of_a_set_does_not_depend_on_its_batches(make_trainer):
+    """Every pixel counts the same, although the images have different numbers of ignored ones."""
+    masks = torch.randint(0, CLASSES, (6, 16, 24))
+    for index, mask in enumerate(masks):
+        mask[: 3 * index] = 255
+    data, module = TensorDataset(torch.randn(6, 3, 16, 24), masks), make_module()
+    with torch.no_grad():
+        logits = upsampled(module.student.eval()(data.tensors[0])["out"])
+    expected = F.cross_entropy(logits, masks, ignore_index=255)
+    for batch_size in (1, 4, 6):
+        (found,) = make_trainer().validate(module, DataLoader(data, batch_size), verbose=False)
+        assert found["val/loss"] == pytest.approx(float(expected), rel=1e-5)
