@@ -219,6 +219,7 @@ MASKS = [
     *("data=mask_folder", "data.root=masks", "num_classes=3", "data.num_workers=0"),
     *("module=segmentation", "module.head=head", "student=small_unet", "student.channels=[4,8]"),
     *("distill=none", "data.crop_size=null", "data.scales=null", "data.eval_size=[24,40]"),
+    "data.reduce_zero_label=true",
     *("data.global_batch_size=1", "data.bgr=true", "trainer.max_epochs=3", "optimizer.lr=0.5"),
     *QUIET,
 ]

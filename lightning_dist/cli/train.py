@@ -131,7 +131,7 @@ def train(run: Run) -> dict[str, Any]:
         tested = _checkpoint_to_test(trainer.checkpoint_callback, config.test_checkpoint)
         trainer.test(module, datamodule, ckpt_path=tested, weights_only=True, verbose=False)
         metrics |= logged_metrics(trainer, "test/")
-        if config.test_teacher and getattr(module, "teacher", None) is not None:
+        if config.test_teacher and isinstance(module, DistillModule) and module.teacher:
             metrics |= _test_teacher(trainer, module, datamodule)
         if trainer.is_global_zero:
             _print_metrics(metrics, datamodule)

@@ -58,6 +58,7 @@ class SegmentationModule(DistillModule):
     """
 
     task = "segmentation"
+    num_classes: int
 
     def __init__(
         self,

@@ -75,6 +75,7 @@ def _measure(trainer: Trainer, module: Any, loader: Any, size: int) -> tuple[dic
     for batch in _batches(loader, size):
         batch = move_data_to_device(batch, module.device)
         with trainer.precision_plugin.forward_context():
+            batch = module.split_batch(batch)
             count += module.update_metrics(batch, network, metrics)
         if time.monotonic() - begin > SECONDS:
             break

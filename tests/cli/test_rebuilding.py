@@ -6,8 +6,8 @@ import torchvision
 from torch import nn
 
 from lightning_dist.cli.run.initial_weights import (
-    no_downloads_of_torchvision,
     without_initial_weights,
+    without_torchvision_weights,
 )
 from lightning_dist.cli.run.saved_config import build_module
 from lightning_dist.models.segmentation import deeplabv3
@@ -38,7 +38,7 @@ def test_a_network_is_rebuilt_where_its_initial_weights_are_gone():
 
 
 def test_a_backbone_of_torchvision_keeps_its_kind_of_norms_without_a_download(offline):
-    with no_downloads_of_torchvision():
+    with without_torchvision_weights():
         network = torchvision.models.detection.retinanet_resnet50_fpn(
             weights_backbone="IMAGENET1K_V1", num_classes=3
         )
