@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_dist.checks import check_number
@@ -27,15 +27,14 @@ from lightning_dist.terms import (
     refuse_untrained,
     states_of,
 )
-from lightning_dist.training.cards import card_of_data
 from lightning_dist.training.explaining import explain
 from lightning_dist.training.fitting import (
     check_paths,
     checked_terms,
+    introduce_teacher,
     refuse_earlier_averaging,
     refuse_pruned_terms,
     refuse_second_callback,
-    refuse_unpickled,
 )
 from lightning_dist.training.joining import Step, WrappedStep, add_to_loss, refuse_frozen_step
 from lightning_dist.training.manual import StepCalls, check_backward, joined_backward
@@ -169,8 +168,7 @@ class DistillationCallback(Callback):
         if stage != "fit" or self.owner not in (None, pl_module):
             return
         refuse_second_callback(trainer, DistillationCallback)
-        refuse_unpickled(self.teacher)
-        self.teacher.adapt(card_of_data(trainer))
+        introduce_teacher(self.teacher, trainer)
         refuse_unmapped(self.terms, self.teacher.class_map_of)
         taps = [(term.teacher, term.output) for term in self.terms.values()]
         self._attached, self._fingerprint, self._usage = True, None, TermsUsage()
@@ -192,7 +190,6 @@ class DistillationCallback(Callback):
         check_paths(pl_module, self.student, self.teacher.network, self.terms, self.inputs)
         refuse_untrained(self.terms, trainer.optimizers)
         refuse_pruned_terms(self.terms, trainer)
-        rank_zero_info(f"teacher {self.teacher.describe()}")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse to train on if no step of an epoch has used a term."""

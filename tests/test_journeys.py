@@ -166,7 +166,7 @@ def test_a_teacher_of_other_classes_is_refused_with_both_sides(journey):
 
 def test_eval_gives_the_test_of_the_run(run, own, capsys):
     """In bfloat16, as the run; eval's own default is float32."""
-    run("eval", CKPT, "trainer=cpu")
+    run("eval", CKPT, "+data.root=images", "trainer=cpu")
     printed = capsys.readouterr().out
     assert all(str(own[name]) in printed for name in own if name.startswith("test/"))
 
@@ -175,7 +175,7 @@ def test_eval_refuses_a_renamed_class_and_follows_a_changed_order(run, own, tmp_
     for split in ("train", "val"):
         (tmp_path / "images" / split / "cat").rename(tmp_path / "images" / split / "zebra")
     with pytest.raises(SystemExit):
-        run("eval", CKPT, "trainer=cpu")
+        run("eval", CKPT, "+data.root=images", "trainer=cpu")
     assert "'cat', 'dog', 'elk' and the data has 'dog', 'elk', 'zebra'" in capsys.readouterr().err
 
 

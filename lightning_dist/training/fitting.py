@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
@@ -11,6 +11,7 @@ from lightning_dist.taps import check_part, find_submodule
 from lightning_dist.teacher.base import Inputs, TeacherBase
 from lightning_dist.terms import Term
 from lightning_dist.training.averaging import earlier_averaging
+from lightning_dist.training.cards import card_of_data
 
 
 def check_paths(
@@ -141,17 +142,21 @@ def refuse_pruned_terms(terms: Mapping[str, Term], trainer: Trainer) -> None:
                 )
 
 
-def refuse_unpickled(teacher: TeacherBase | None) -> None:
-    """Refuse a callback without a teacher.
+def introduce_teacher(teacher: TeacherBase | None, trainer: Trainer) -> None:
+    """Convert the data's images and classes to those of a teacher, and log what it is given.
 
     Args:
         teacher: the callback's teacher, which pickles and checkpoints do not contain.
+        trainer: a Trainer that has set up its data module.
 
     Raises:
-        MisconfigurationException: if it is None.
+        MisconfigurationException: if there is no teacher.
+        ValueError: if the data has classes that the teacher does not have.
     """
     if teacher is None:
         raise MisconfigurationException(
             "this DistillationCallback comes from a pickle or a checkpoint, which does not contain "
             "its teacher: create a new one with the teacher"
         )
+    teacher.adapt(card_of_data(trainer))
+    rank_zero_info(f"teacher {teacher.describe()}")
