@@ -139,7 +139,8 @@ class MaskWriter(Writer):
 
     def write(self, prediction: Any, images: Any, indices: Tensor, size: tuple[int, int]) -> None:
         count = prediction.shape[1]
-        ids = torch.tensor(self.card.mask_ids or range(count))
+        known = self.card.mask_ids or ()
+        ids = torch.tensor(known if len(known) == count else range(count))
         colors = class_palette(count, self.colors)
         palette = [colors[255]] * 256
         for label, id in enumerate(ids.tolist()):
