@@ -34,9 +34,13 @@ def follow_moved_folder(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         folder = getattr(saver, "dirpath", None)
         if not isinstance(state, dict) or not folder or loaded != Path(folder).resolve():
             continue
+        before = state.get("dirpath")
+        if not isinstance(before, str) or before == folder:
+            continue
 
-        def own(path: Any, folder: Any = folder) -> Any:
-            return str(Path(folder) / Path(path).name) if isinstance(path, str) and path else path
+        def own(path: Any, before: str = before, folder: Any = folder) -> Any:
+            moved = isinstance(path, str) and str(Path(path).parent) == before
+            return str(Path(folder) / Path(path).name) if moved else path
 
         for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
             if key in state:
