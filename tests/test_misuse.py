@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -308,6 +309,11 @@ COMMANDS = {
     "weight": ("train distill.weight=abc", "distill_weight is 'abc': give a number"),
     "too few classes": ("train num_classes=5", "num_classes=5 and the data has 10 classes"),
     "too many classes": ("train num_classes=12", "num_classes=12 and the data has 10 classes"),
+    "teacher of other images": (
+        "train experiment=digits data=image_folder data.root=pictures num_classes=2 "
+        "data.image_size=8 data.num_workers=0",
+        "another number of channels than student= or teacher= takes",
+    ),
     "teacher's weights": ("train teacher.weights=w.pth", "there is no weight file w.pth"),
     "teacher's name": ("train teacher=timm", "Missing mandatory value: module.teacher.*source"),
     "train_size": ("train data.train_size=5000", "digits leave 1293 images"),
@@ -367,6 +373,9 @@ def test_a_misused_command_prints_one_line(refused, tmp_path, name):
     (tmp_path / "text").write_text("no weights")
     torch.save({"a": torch.zeros(1)}, tmp_path / "weights.pth")
     save_file({"a": torch.zeros(1)}, tmp_path / "w.safetensors")
+    for path in ("train/a", "train/b", "val/a", "val/b"):
+        (tmp_path / "pictures" / path).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / path / "one.png")
     verb, *options = arguments.split()
     if verb == "train":
         options = ["trainer=auto", "print_config=false", "callbacks.progress=null", *options]

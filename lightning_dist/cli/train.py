@@ -3,6 +3,7 @@
 import logging
 import math
 import multiprocessing
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -112,10 +113,11 @@ def train(run: Run) -> dict[str, Any]:
     if config.print_config:
         _print_config(config)
     torch.set_float32_matmul_precision(config.matmul_precision)
+    datamodule = instantiate(config.data)
+    _refuse_other_classes(config, datamodule)
     seed_everything(config.seed, workers=True)
     with weights_only_loads():  # torchvision would unpickle a file in the cache of its downloads
         module = _build_module(config, is_resumed=run.checkpoint is not None)
-    datamodule = instantiate(config.data)
     saver = SaveConfig(to_save(config))
     trainer = _build_trainer(run, saver)
     # Seed again, because the teacher may have drawn random numbers: a student must train with the
@@ -152,6 +154,16 @@ def _build_module(config: DictConfig, is_resumed: bool) -> LightningModule:
     student = OmegaConf.to_container(config.module.student, resolve=True)
     with without_torchvision_weights():
         return instantiate(config.module, student=without_initial_weights(student))
+
+
+def _refuse_other_classes(config: DictConfig, datamodule: LightningDataModule) -> None:
+    """Refuse data with another number of classes, before the networks are built and loaded."""
+    own = getattr(datamodule, "num_classes", None)
+    if own is not None and own != config.num_classes:
+        raise UserError(
+            f"num_classes={config.num_classes} and the data has {own} classes: set "
+            f"num_classes={own}, or choose other data"
+        )
 
 
 def _build_trainer(run: Run, saver: SaveConfig) -> Trainer:
@@ -200,6 +212,11 @@ def _as_user_errors(checkpoint: str | None) -> Iterator[None]:
     except (RuntimeError, ValueError) as error:
         if "val_check_interval" in str(error):
             raise UserError(f"trainer.val_check_interval does not fit the data: {error}") from error
+        if re.search(r"to have \d+ channels, but got \d+ channels", str(error)):
+            raise UserError(
+                "the images of data= have another number of channels than student= or teacher= "
+                f"takes, which an experiment= may have chosen for other data: {error}"
+            ) from error
         raise
 
 

@@ -71,7 +71,7 @@ class ClassificationModule(DistillModule):
         self._check_labels(target, batch_idx)
         if self.mixup:
             inputs, target = self.mixup(inputs, target)
-        loss = self.task_loss(logits_of(self.student(inputs)), target)
+        loss = self.task_loss(self._logits(self.student, inputs), target)
         self.log("train/task", loss.detach())
         return loss
 
@@ -87,7 +87,18 @@ class ClassificationModule(DistillModule):
 
     def infer(self, network: nn.Module, inputs: Any) -> Tensor:
         """Return the logits ``(N, C)`` of a network; see :func:`lightning_dist.taps.logits_of`."""
-        return logits_of(network(inputs))
+        return self._logits(network, inputs)
+
+    def _logits(self, network: nn.Module, inputs: Any) -> Tensor:
+        """Return the logits ``(N, C)`` of a network, and refuse another number of classes."""
+        logits = logits_of(network(inputs))
+        if logits.dim() != 2 or logits.shape[1] != self.num_classes:
+            raise ValueError(
+                f"{type(network).__name__} returns logits of shape {tuple(logits.shape)} and "
+                f"num_classes is {self.num_classes}: give a network that returns "
+                f"(N, {self.num_classes})"
+            )
+        return logits
 
     def count_labels(self, target: Any, samples: int) -> int:
         """Return the number of labels that the cross-entropy does not ignore."""

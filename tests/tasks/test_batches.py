@@ -166,3 +166,11 @@ def test_a_detector_with_other_classes_than_its_data_is_refused(make_trainer, ki
     module = DetectionModule(detector(kind, 10))
     module.trainer = SimpleNamespace(datamodule=data)
     module.setup("fit")
+
+
+@pytest.mark.parametrize("stage", ["fit", "test"])
+def test_a_network_with_other_classes_than_the_module_is_refused(make_trainer, stage):
+    module = ClassificationModule(nn.Sequential(nn.Flatten(), nn.Linear(192, 5)), num_classes=3)
+    message = r"Sequential returns logits of shape \(4, 5\) and num_classes is 3"
+    with pytest.raises(ValueError, match=message):
+        getattr(make_trainer(), stage)(module, DataLoader([(images(), LABELS)], batch_size=None))
