@@ -6,7 +6,7 @@ ROUNDS ?= 30
 WORKERS ?= 2
 LOWEST := lightning\|torchmetrics\|timm\|hydra-core\|omegaconf
 
-.PHONY: demo test test-fast test-lowest soak format lint typecheck clean
+.PHONY: demo test test-fast test-lowest test-foreign soak format lint typecheck clean
 
 demo: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/lightning-dist train -m experiment=digits \
@@ -21,6 +21,10 @@ test-fast: .venv/installed-test
 # The suite with the lowest versions that setup.cfg declares of what it builds on, but for torch.
 test-lowest: .venv-lowest/installed
 	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n $(WORKERS) --dist worksteal
+
+# The callback on modules of other packages, in an environment of its own.
+test-foreign: .venv-foreign/installed
+	OMP_NUM_THREADS=1 .venv-foreign/bin/python -m pytest tests/foreign/packages.py
 
 # Interrupts runs at random and resumes them: the end must be the same to the last bit.
 soak: .venv/installed-test
@@ -44,8 +48,14 @@ typecheck: .venv/installed-test
 	.venv-lowest/bin/pip install --quiet --editable ".[test]" --constraint .venv-lowest/lowest.txt
 	touch $@
 
+.venv-foreign/installed: setup.cfg pyproject.toml
+	$(PYTHON) -m venv .venv-foreign
+	.venv-foreign/bin/pip install --quiet --upgrade pip
+	.venv-foreign/bin/pip install --quiet --editable ".[test]" chemprop pytorch-forecasting
+	touch $@
+
 clean:
-	rm -rf .venv .venv-lowest build dist *.egg-info
+	rm -rf .venv .venv-lowest .venv-foreign build dist *.egg-info
 
 .venv/installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv .venv

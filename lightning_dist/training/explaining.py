@@ -151,6 +151,7 @@ def _settings(callback: Any, calls: list[PartCall]) -> list[str]:
     lines, fitting, apart = [], [], []
     parts = [x for x in calls if x.counts and x.path != "manual_backward"]
     first = {part.path: part for part in reversed(parts)}
+    outer = [path for path, part in reversed(first.items()) if part.depth == 0]
     for path, part in reversed(first.items()):
         try:
             output = callback.teacher(*part.args, **part.kwargs)
@@ -158,32 +159,30 @@ def _settings(callback: Any, calls: list[PartCall]) -> list[str]:
         except Exception:  # the inputs of most parts are no inputs of the teacher
             continue
         lines.append(f"with the inputs of {path!r}, the teacher returns {_shape(output)}")
-        for other, call in first.items():
-            if _logits_shape(call.output) == shape:
-                if other == path:
-                    fitting.append(f"student={path!r}")
-                else:
-                    inputs = {path: ""}
-                    apart.append(f"inputs={inputs}, terms=dict(a=Term(loss, student={other!r}))")
+        if _logits_shape(part.output) == shape:
+            fitting.append(f"  student={path!r}")
+        elif path in outer:
+            same = [other for other in outer if _logits_shape(first[other].output) == shape]
+            inputs = {path: ""}
+            apart += [
+                f"  student='', inputs={inputs}, terms=dict(a=Term(loss, student={x!r}))"
+                for x in same
+            ]
     if not lines:
         lines = [
             "the teacher takes the inputs of none of these parts: give inputs=FUNCTION, a function "
             "of the batch that returns the teacher's input"
         ]
-    fitting += [] if fitting else [f"student='', {setting}" for setting in apart]
-    lines.append("settings that fit: " + ("; ".join(fitting) or "none with equal shapes"))
+    if fitting or apart:
+        lines += ["settings that fit:", *(fitting or apart)]
+    else:
+        lines.append("settings that fit: none with equal shapes")
     own = callback.student
-    lines.append(f"this callback has student={own!r}, which " + _judged(own, first))
-    return lines
-
-
-def _judged(student: str, calls: Mapping[str, PartCall]) -> str:
-    if student in calls:
-        return "the step calls"
-    inner = [path for path in calls if path.startswith(f"{student}." if student else "")]
-    if inner:
-        return f"the step does not call as a whole, but its parts {', '.join(map(repr, inner))}"
-    return "the step does not call"
+    inner = [path for path in outer if path.startswith(f"{own}." if own else "")]
+    judged = "the step calls" if own in first else "the step does not call as a whole"
+    if own not in first and inner:
+        judged += f", but its parts {', '.join(map(repr, inner))}"
+    return [*lines, f"this callback has student={own!r}, which {judged}"]
 
 
 def _logits_shape(output: Any) -> torch.Size | None:
