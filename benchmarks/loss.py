@@ -8,6 +8,8 @@ limit that a result should meet.
   losses are torchdistill's DISTLoss and a KL divergence (log_softmax and kl_div). All run
   interleaved in this process, and the ratio is the median over the rounds. torchdistill takes
   matrices, so dense logits are permuted for it.
+- Three dimensions are the logits (B, T, V) of a language model: ours takes them with class_dim=-1,
+  the other losses take them as a matrix.
 - Memory is the peak in addition to the two inputs, including the gradient, in units of one logits
   tensor. It is computed from PyTorch's allocation events. The bar is for the loss that is not
   compiled, which works block by block; the compiled loss stores about two more tensors.
@@ -59,8 +61,9 @@ SHAPES: list[tuple[int, ...]] = [
     (2, 720, 100, 152),
     (200000, 100),
     (65536, 2),
+    (8, 512, 32000),
 ]
-QUICK: list[tuple[int, ...]] = [(256, 100), (2, 19, 16, 32)]
+QUICK: list[tuple[int, ...]] = [(256, 100), (2, 19, 16, 32), (2, 16, 100)]
 MEMORY_BAR_SHAPES = {(200000, 100), (2, 720, 100, 152)}  # large enough to compare with the bar
 SECONDS = 6.0  # the duration of the timing per shape
 OURS, COMPILED, PLAIN = "ours", "ours compiled", "plain"
@@ -96,6 +99,17 @@ def kl(student: Tensor, teacher: Tensor) -> Tensor:
     return F.kl_div(log_student, target, reduction="sum") * (student.shape[1] / student.numel())
 
 
+def of_rows(loss: Loss) -> Loss:
+    """Return a loss that takes the logits (B, T, V) of a language model as a matrix."""
+
+    def of_matrices(student: Tensor, teacher: Tensor) -> Tensor:
+        if student.dim() == 3:
+            student, teacher = student.flatten(0, 1), teacher.flatten(0, 1)
+        return loss(student, teacher)
+
+    return of_matrices
+
+
 def gradient(loss: Loss, student: Tensor, teacher: Tensor) -> Tensor:
     """Run a loss forward and backward, and return the gradient of the student's logits."""
     return torch.autograd.grad(loss(student, teacher), student)[0]
@@ -119,12 +133,13 @@ def measure(
         scale * torch.randn(shape, generator=generator).to(device) for _ in range(2)
     )
     student.requires_grad_()
+    class_dim = -1 if len(shape) == 3 else 1
     losses: dict[str, Loss] = {
-        OURS: DISTLoss(),
-        COMPILED: torch.compile(DISTLoss(), fullgraph=True),
-        TORCHDISTILL: torchdistill,
-        TORCHDISTILL_COMPILED: torch.compile(torchdistill),
-        KL: kl,
+        OURS: DISTLoss(class_dim=class_dim),
+        COMPILED: torch.compile(DISTLoss(class_dim=class_dim), fullgraph=True),
+        TORCHDISTILL: of_rows(torchdistill),
+        TORCHDISTILL_COMPILED: torch.compile(of_rows(torchdistill)),
+        KL: of_rows(kl),
     }
     try:
         gradient(losses[TORCHDISTILL_COMPILED], student, teacher)
@@ -135,7 +150,7 @@ def measure(
         name: lambda loss=loss: gradient(loss, student, teacher) for name, loss in losses.items()
     }
     memory = {name: peak_bytes(call) / (4 * student.numel()) for name, call in calls.items()}
-    error = errors(losses | {PLAIN: plain_dist}, student, teacher)
+    error = errors(losses | {PLAIN: of_rows(plain_dist)}, student, teacher)
     return Row(shape, scale, interleave(calls, seconds), memory, error)
 
 
@@ -150,7 +165,7 @@ def errors(losses: Mapping[str, Loss], student: Tensor, teacher: Tensor) -> dict
             for name in names
         }
 
-    return off([OURS, COMPILED, PLAIN], plain_dist) | off([TORCHDISTILL], losses[TORCHDISTILL])
+    return off([OURS, COMPILED, PLAIN], losses[PLAIN]) | off([TORCHDISTILL], losses[TORCHDISTILL])
 
 
 def table_of(results: list[Row]) -> Table:

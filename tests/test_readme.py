@@ -18,12 +18,18 @@ from lightning_dist import DistillationCallback, DistillModule, DISTLoss, Term
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def examples_of(page: Path) -> list[str]:
+    """Return the Python examples of a page; those on Transformers continue each other."""
+    codes = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S)
+    return ["".join(codes)] if page.stem == "transformers" else codes
+
+
 EXAMPLES = [
     pytest.param(code, id=f"{page.name}-{number}")
     for page in PAGES
-    for number, code in enumerate(
-        re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S)
-    )
+    for number, code in enumerate(examples_of(page))
 ]
 
 
@@ -79,6 +85,8 @@ def _tiny_coco(tmp_path):
 @pytest.mark.parametrize("code", EXAMPLES)
 def test_an_example_runs(tmp_path, monkeypatch, code):
     monkeypatch.chdir(tmp_path)
+    if "transformers" in code:
+        pytest.importorskip("transformers", reason="transformers is in the extra test")
     batches = DataLoader(TensorDataset(torch.randn(16, 6), torch.arange(16) % 4), batch_size=8)
     names = {
         "student": nn.Linear(6, 4),

@@ -276,10 +276,16 @@ def _as_rows_and_classes(tensors: Sequence[Tensor | None], axis: int) -> list[Te
     """
     *logits, mask = [None if x is None else x.movedim(axis, -1) for x in tensors]
     # In this memory format, as of language models or channels_last, the rows already are a matrix.
-    if all(x is not None and x.is_contiguous() for x in logits):
+    if all(x is not None and _is_matrix(x) for x in logits):
         return [None if x is None else x.flatten(0, -2) for x in (*logits, mask)]
     moved = [None if x is None else x.movedim(-1, 1) for x in (*logits, mask)]
     return [x.flatten(2) if x is not None and x.dim() > 2 else x for x in moved]
+
+
+def _is_matrix(x: Tensor) -> bool:
+    """Return whether all dimensions but the last can be flattened without a copy."""
+    rows = range(x.dim() - 2)
+    return x.stride(-1) == 1 and all(x.stride(i) == x.stride(i + 1) * x.shape[i + 1] for i in rows)
 
 
 def _mask_for(logits: Tensor, mask: Tensor | None, axis: int) -> Tensor | None:

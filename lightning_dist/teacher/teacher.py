@@ -163,6 +163,9 @@ class Teacher(TeacherBase):
     def _map_classes(self, class_map: Sequence[int] | None) -> None:
         self.class_map = None if class_map is None else list(class_map)
         self._columns = None if class_map is None else torch.tensor(self.class_map)
+        # A vocabulary has 100,000 classes, so these are not computed at each call.
+        self._largest = max(self.class_map or [0])
+        self._takes_the_first = self.class_map == list(range(self._largest + 1))
 
     def describe(self) -> str:
         """Return one line with the name of the network and what it is given."""
@@ -433,11 +436,13 @@ class Teacher(TeacherBase):
         if self._columns is None or self.class_map is None:
             return logits
         axis = class_axis(logits.shape, self.class_dim)
-        if max(self.class_map) >= logits.shape[axis]:
+        if self._largest >= logits.shape[axis]:
             raise ValueError(
-                f"class_map has the index {max(self.class_map)} and {type(self.network).__name__} "
+                f"class_map has the index {self._largest} and {type(self.network).__name__} "
                 f"{logits.shape[axis]} classes: give indices into the teacher's classes"
             )
+        if self._takes_the_first:
+            return logits.narrow(axis, 0, len(self.class_map))  # a view
         if self._columns.device != logits.device:
             self._columns = self._columns.to(logits.device)
         return logits.index_select(axis, self._columns)

@@ -165,3 +165,18 @@ def test_a_part_is_asked_frozen_and_with_its_inputs_as_they_are():
     torch.testing.assert_close(output, x / (1 + 1e-5) ** 0.5)
     images = torch.randn(2, 3, 4, 4)
     torch.testing.assert_close(teacher.ask("", (images,), {}), teacher(images))
+
+
+def test_a_class_map_applies_to_class_dim():
+    logits = torch.randn(2, 5, 6)
+    for class_dim, size in ((-1, 6), (1, 5), (0, 2)):
+        teacher = Teacher(nn.Identity(), class_map=[size - 1, 0, 0], class_dim=class_dim)
+        expected = logits.movedim(class_dim, 0)[[size - 1, 0, 0]].movedim(0, class_dim)
+        assert torch.equal(teacher(logits), expected)
+    first = Teacher(nn.Identity(), class_map=range(4), class_dim=-1)(logits)
+    assert torch.equal(first, logits[..., :4])
+    assert first.data_ptr() == logits.data_ptr(), "a view"
+    with pytest.raises(ValueError, match="class_dim=1 for"):
+        Teacher(nn.Identity(), class_map=[0, 1])(logits)
+    with pytest.raises(ValueError, match="has the index 9 and Identity 6 classes"):
+        Teacher(nn.Identity(), class_map=[0, 9], class_dim=-1)(logits)
