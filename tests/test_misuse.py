@@ -383,6 +383,17 @@ def test_a_misused_command_prints_one_line(refused, tmp_path, name):
     assert re.search(message, line), line
 
 
+def test_an_error_in_a_worker_of_a_loader_is_one_line_too(refused, tmp_path):
+    for split in ("train", "val"):
+        for name in ("a", "b"):
+            (tmp_path / "pictures" / split / name).mkdir(parents=True)
+            (tmp_path / "pictures" / split / name / "one.png").write_bytes(b"no image")
+    data = ["data=image_folder", "data.root=pictures", "num_classes=2", "data.num_workers=1"]
+    options = ["distill=none", "student.in_channels=3", "trainer=cpu", "print_config=false"]
+    line = refused("train", *data, *options, "callbacks.progress=null")
+    assert re.search(r"error: pictures/val/a/one\.png cannot be read as an image", line), line
+
+
 @pytest.mark.parametrize(
     ("arguments", "package"),
     [("train data=huggingface data.path=foo num_classes=2 distill=none", "datasets")],

@@ -3,6 +3,7 @@
 import errno
 import importlib.util
 import os
+import re
 import shlex
 import sys
 from collections.abc import Iterator
@@ -33,7 +34,8 @@ def one_line_errors() -> Iterator[None]:
     except Exception as error:
         if os.environ.get(FULL_ERROR) == "1" or not is_users(error):
             raise
-        message = with_new_name(str(error).partition("Config search path")[0])
+        text = error_of_worker(error) or str(error)
+        message = with_new_name(text.partition("Config search path")[0])
         fail(with_quotes(message, getattr(error, "override", None)))
 
 
@@ -58,7 +60,25 @@ def is_users(error: Exception) -> bool:
     ):  # these packages parse the command line
         return True
     kinds = (ValueError, OSError, FloatingPointError, ImportError)
-    return isinstance(error, kinds) and raiser.startswith("lightning_dist.")
+    of_package = raiser.startswith("lightning_dist.") or error_of_worker(error) is not None
+    return isinstance(error, kinds) and of_package
+
+
+def error_of_worker(error: Exception) -> str | None:
+    """Return the message of an error that this package raised in a worker of a data loader.
+
+    torch raises such an error again in the main process, with the worker's traceback as its
+    message. The result is ``None`` for every other error.
+
+    Args:
+        error: an error that the code of a verb raised.
+    """
+    text = str(error)
+    files = re.findall(r'File "([^"]+)", line', text)
+    if "in DataLoader worker process" not in text or not files:
+        return None
+    own = os.path.join("lightning_dist", "") in files[-1]
+    return text.rpartition(f"\n{type(error).__name__}: ")[2].strip() if own else None
 
 
 def fail(message: str, status: int = 1) -> NoReturn:
