@@ -67,7 +67,7 @@ def drop_foreign_paths(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     folders = [str(saver.dirpath) for saver in savers if saver.dirpath is not None]
     states = checkpoint.get("callbacks") or {}
     for key, state in list(states.items()):
-        _refuse_other_scores(state)
+        _refuse_other_types(state)
         foreign = [
             path for path, is_folder in _paths(state) if not _within(path, folders, is_folder)
         ]
@@ -80,12 +80,15 @@ def drop_foreign_paths(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
             )
 
 
-def _refuse_other_scores(state: Mapping[str, Any]) -> None:
-    """Raise an error if the scores of ModelCheckpoint, which it compares later, are no scores.
+def _refuse_other_types(state: Mapping[str, Any]) -> None:
+    """Raise an error if scores or paths of ModelCheckpoint, which it uses later, are none.
 
     Raises:
-        ValueError: if a score has another type.
+        ValueError: if a score or a path has another type.
     """
+    for name in ("best_model_path", "kth_best_model_path", "last_model_path", "dirpath"):
+        if not isinstance(state.get(name), (str, bytes, type(None))):
+            raise ValueError(f"{name} of ModelCheckpoint is a {type(state[name]).__name__}")
     best = state.get(_PATHS_AS_KEYS, {})
     scores = [state.get(name) for name in ("best_model_score", "current_score", "kth_value")]
     scores += best.values() if isinstance(best, Mapping) else [best]

@@ -104,6 +104,20 @@ BROKEN: dict[str, Callable[[dict], object]] = {
         param_groups=7
     ),
     "an optimizer has a word for its state": lambda c: c["optimizer_states"][0].update(state="x"),
+    "an optimizer has a list for a state": lambda c: c["optimizer_states"][0]["state"].update(
+        {0: [1]}
+    ),
+    "an optimizer has other shapes": lambda c: c["optimizer_states"][0]["state"][0].update(
+        momentum_buffer=torch.ones(7)
+    ),
+    "an optimizer lacks a setting": lambda c: c["optimizer_states"][0]["param_groups"][0].pop(
+        "dampening"
+    ),
+    "a path is a list": lambda c: state_of(c, "ModelCheckpoint")[1].update(best_model_path=[1]),
+    "a number of steps is a list": lambda c: c["loops"]["fit_loop"]["epoch_loop.state_dict"].update(
+        _batches_that_stepped=[1]
+    ),
+    "the loop is a tensor": lambda c: c["loops"].update(fit_loop=torch.ones(3)),
     "schedulers are words": lambda c: c.update(lr_schedulers=["x"]),
     "a scheduler has a word for its epoch": lambda c: c["lr_schedulers"][0].update(last_epoch="x"),
     "a scheduler has a number for a method": lambda c: c["lr_schedulers"][0].update(step=1),

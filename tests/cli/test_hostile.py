@@ -304,6 +304,11 @@ BROKEN: dict[str, tuple[Callable[[dict], object], str]] = {
     "escapes in names": (lambda c: c[CONFIG_KEY].update(class_names=["\x1b[2J"]), "no names of"),
     "words for colours": (lambda c: c[CONFIG_KEY].update(class_colors=["red"]), "no colours of"),
     "other data": (lambda c: c[CONFIG_KEY]["data"].update(foo=1), "fit together"),
+    "data of another kind": (
+        lambda c: c[CONFIG_KEY].update(data={"_target_": "torch.nn.Identity"}),
+        "no data module",
+    ),
+    "data for later": (lambda c: c[CONFIG_KEY]["data"].update(_partial_=True), "no data module"),
     "text for a number": (
         lambda c: c[CONFIG_KEY]["data"].update(global_batch_size="x"),
         "fit together",

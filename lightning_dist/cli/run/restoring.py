@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from numbers import Number
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.connectors import checkpoint_connector
 from torch import Tensor
@@ -15,21 +16,24 @@ from lightning_dist.text import error_line
 
 @contextmanager
 def restoring_errors(checkpoint: str | None) -> Iterator[None]:
-    """Convert every error while Lightning restores a checkpoint to one that names the file.
+    """Convert errors that a checkpoint of another form causes to one that names the file.
 
-    Lightning, torch and the callbacks raise errors of any kind for states of another form.
+    Lightning, torch and the callbacks raise errors of any kind while they restore states of another
+    form, and optimizers in the first step.
 
     Args:
         checkpoint: the path of the checkpoint, or None if the run starts anew.
 
     Raises:
-        UserError: if the block raises an error while the checkpoint is restored.
+        UserError: if the block raises an error while the checkpoint is restored, or in the code of
+            an optimizer or a scheduler.
     """
     try:
         yield
     except Exception as error:
         part = _restored_part(error)
-        if checkpoint is None or part is None or isinstance(error, UserError):
+        memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if checkpoint is None or part is None or isinstance(error, UserError) or memory:
             raise
         raise UserError(
             f"{checkpoint} does not fit this run's networks and optimizer, or is damaged: resume "
@@ -39,14 +43,19 @@ def restoring_errors(checkpoint: str | None) -> Iterator[None]:
 
 
 def _restored_part(error: BaseException) -> str | None:
-    """Return the part of a checkpoint that Lightning was restoring at an error, or None."""
-    parts = []
+    """Return the part of a checkpoint to which an error belongs, or None."""
+    parts, module = [], ""
     traceback = error.__traceback__
     while traceback is not None:
         frame = traceback.tb_frame
-        if frame.f_globals.get("__name__") == checkpoint_connector.__name__:
+        module = frame.f_globals.get("__name__", "")
+        if module == checkpoint_connector.__name__:
             parts.append(frame.f_code.co_name)
         traceback = traceback.tb_next
+    if module.startswith(
+        ("torch.optim", "timm.optim", "timm.scheduler")
+    ):  # the error is raised there
+        return "optimizers and schedulers"
     found = [part for part in parts if part.startswith(("restore_", "resume_"))]
     return found[-1].replace("restore_", "").replace("_", " ") if found else None
 

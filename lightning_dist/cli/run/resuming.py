@@ -103,7 +103,8 @@ def _check_entries(checkpoint: Mapping[str, Any], path: str) -> None:
         UserError: if an entry is missing or has another form; the message names it.
     """
     missing = [key for key, kind in _ENTRIES.items() if not isinstance(checkpoint.get(key), kind)]
-    if not missing and not checkpoint["loops"].get("fit_loop"):
+    fit_loop = None if missing else checkpoint["loops"].get("fit_loop")
+    if not missing and not (isinstance(fit_loop, Mapping) and fit_loop):
         missing = ["loops"]
     if missing:
         raise UserError(
@@ -144,6 +145,8 @@ def _are_numbers(metrics: Any) -> bool:
 
 def _are_counters(state: Any, key: Any = None) -> bool:
     """Return whether all counters in the state of Lightning's loops are whole numbers."""
+    if key == "_batches_that_stepped":
+        return type(state) is int and state >= 0
     if not isinstance(state, Mapping):
         return key not in ("total", "current")
     if key in ("total", "current"):

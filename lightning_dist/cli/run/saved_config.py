@@ -5,6 +5,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from hydra.utils import instantiate
+from lightning.pytorch import LightningDataModule
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
@@ -155,7 +156,10 @@ def build_data(
                     f"+data.{key}=... with it, or trust=true if you trust the file"
                 )
     with _rebuilding(path, "data settings"):
-        return instantiate(OmegaConf.merge(config["data"], changes))
+        data = instantiate(OmegaConf.merge(config["data"], changes))
+        if not isinstance(data, LightningDataModule):
+            raise TypeError(f"data is a {type(data).__name__}, no data module")
+    return data
 
 
 @contextmanager
