@@ -12,6 +12,7 @@ from typing import Any
 import safetensors
 from torch import nn
 
+from lightning_dist.text import printable
 from lightning_dist.weights import load_weights, read_checkpoint, resolve_path
 
 CARD_KEY = "lightning_dist_card"  # the name of the card in every kind of file
@@ -122,7 +123,7 @@ class Card:
         ]
         if self.averaged is not None:
             facts.append("averaged weights" if self.averaged else "weights that are not averaged")
-        return ", ".join(fact for fact in facts if fact)
+        return printable(", ".join(fact for fact in facts if fact), 500)
 
 
 def card_of_timm(config: Mapping[str, Any], name: str, num_classes: int) -> Card:

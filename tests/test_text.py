@@ -4,6 +4,7 @@ import time
 
 import pytest
 
+from lightning_dist.card import Card
 from lightning_dist.text import MOST_IN_A_LINE, csv_cell, error_line, printable
 
 
@@ -45,3 +46,9 @@ def test_a_formula_is_text_in_a_spreadsheet(start):
 @pytest.mark.parametrize("value", [-1.5, "-1.5", "+3", "1e-3", "-inf", None, 7, "a=b", ""])
 def test_numbers_and_plain_text_are_not_changed(value):
     assert csv_cell(value) == value
+
+
+def test_a_card_from_a_file_is_described_in_printable_text():
+    line = Card(source="\x1b[2J" * 10_000, origin="run").describe()
+    assert line.isprintable()
+    assert len(line) < 3000

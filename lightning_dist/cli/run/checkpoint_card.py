@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import rich
-from hydra.utils import instantiate
 from lightning.pytorch import Callback, LightningModule, Trainer
+from omegaconf import OmegaConf
 from torch import nn
 
 from lightning_dist.card import Card, card_in
 from lightning_dist.checks import check_flag
 from lightning_dist.cli.errors import UserError
+from lightning_dist.cli.run.saved_config import build_data
 from lightning_dist.module import DistillModule
 from lightning_dist.teacher import Teacher
 from lightning_dist.training.cards import card_of_data, refuse_other_number
@@ -35,7 +36,7 @@ def card_of_checkpoint(checkpoint: Mapping[str, Any], config: Mapping[str, Any],
         card = card_in(checkpoint, path)
         if card is not None:
             return card
-        data = instantiate(config["data"])
+        data = build_data(config, OmegaConf.create(), path, trust=False)
         facts = data.image_facts() if hasattr(data, "image_facts") else {}
         names = config.get("class_names")
         facts |= {"class_names": names, "averaged": False, "origin": "run", "source": path}

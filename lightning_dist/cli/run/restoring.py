@@ -52,9 +52,8 @@ def _restored_part(error: BaseException) -> str | None:
         if module == checkpoint_connector.__name__:
             parts.append(frame.f_code.co_name)
         traceback = traceback.tb_next
-    if module.startswith(
-        ("torch.optim", "timm.optim", "timm.scheduler")
-    ):  # the error is raised there
+    # Here, `module` is the one that raised the error.
+    if module.startswith(("torch.optim", "timm.optim", "timm.scheduler")):
         return "optimizers and schedulers"
     found = [part for part in parts if part.startswith(("restore_", "resume_"))]
     return found[-1].replace("restore_", "").replace("_", " ") if found else None
