@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 
 from lightning_dist import cli
-from lightning_dist.card import read_card
+from lightning_dist.card import Card, read_card
+from lightning_dist.cli.run.checkpoint_card import MatchData
 from lightning_dist.data.image_folder import ImageFolderDataModule
 from lightning_dist.data.segmentation import MaskFolderDataModule
 from lightning_dist.models.small import SmallUNet
@@ -171,12 +172,36 @@ def test_eval_gives_the_test_of_the_run(run, own, capsys):
     assert all(str(own[name]) in printed for name in own if name.startswith("test/"))
 
 
-def test_eval_refuses_a_renamed_class_and_follows_a_changed_order(run, own, tmp_path, capsys):
+@pytest.fixture
+def renamed(run, tmp_path):
+    """Rename a class, so that the order of all classes changes."""
     for split in ("train", "val"):
         (tmp_path / "images" / split / "cat").rename(tmp_path / "images" / split / "zebra")
+
+
+def test_eval_refuses_a_renamed_class(renamed, run, capsys):
     with pytest.raises(SystemExit):
         run("eval", CKPT, "+data.root=images", "trainer=cpu")
     assert "'cat', 'dog', 'elk' and the data has 'dog', 'elk', 'zebra'" in capsys.readouterr().err
+
+
+def test_a_run_does_not_go_on_with_a_renamed_class(renamed, run, capsys):
+    more = ["trainer.max_epochs=3", "ckpt_path=teacher/checkpoints/last.ckpt"]
+    with pytest.raises(SystemExit):
+        run("train", *TEACHER, *more, "hydra.run.dir=again")
+    assert "has the classes cat, dog, elk and the data has dog, elk, zebra" in (
+        capsys.readouterr().err
+    )
+
+
+def test_eval_follows_classes_of_another_order_and_another_normalisation():
+    own = Card(class_names=("cat", "dog"), mean=(0.5,), std=(0.5,), channels="gray", origin="run")
+    data = Card(class_names=("dog", "cat"), mean=(0.0,), std=(1.0,), channels="gray")
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 2))
+    images = torch.rand(3, 1, 4, 4)
+    with torch.no_grad():
+        found = MatchData(own).matched(network, data)(images)
+        torch.testing.assert_close(found, network((images - 0.5) / 0.5)[:, [1, 0]])
 
 
 def test_predict_export_and_the_exported_script_agree(run, tmp_path, capsys, monkeypatch):

@@ -10,6 +10,7 @@ import torchvision
 from torch import nn
 from torchvision.transforms import v2
 
+from lightning_dist.card import CARD_KEY, Card
 from lightning_dist.teacher.loading import load_teacher
 from normalisation import MEAN, OURS, STD, as_student, raw_images
 
@@ -115,6 +116,20 @@ def test_weights_from_a_file_replace_the_librarys(tmp_path, monkeypatch):
     assert torch.equal(teacher.network.fc.weight, trained.fc.weight)
     with pytest.raises(ValueError, match="set num_classes=7"):
         load_teacher("test_resnet", weights=tmp_path / "own.safetensors")
+
+
+@pytest.mark.parametrize("source", ["test_resnet", "torchvision/squeezenet1_1"])
+def test_a_file_with_a_card_expects_its_own_images_and_not_the_librarys(tmp_path, source):
+    network = load_teacher(source, pretrained=False, num_classes=3).network
+    card = Card(size=(48, 48), crop_mode="center", mean=(0.1,) * 3, std=(0.2,) * 3, origin="run")
+    contents = {"state_dict": network.state_dict(), CARD_KEY: card.to_plain()}
+    torch.save(contents, tmp_path / "last.ckpt")
+    teacher = load_teacher(source, weights=tmp_path / "last.ckpt", num_classes=3, **OURS)
+    assert teacher.inputs.size == (48, 48)
+    raw, seen = raw_images(48, 48), []
+    teacher.network.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    teacher(as_student(raw))
+    torch.testing.assert_close(seen[0], (raw - 0.1) / 0.2, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_dist.cache import CachedTeacher
 from lightning_dist.card import Card
 from lightning_dist.data.digits import DigitsDataModule
 from lightning_dist.models.detection import small_faster_rcnn
@@ -80,6 +81,13 @@ def test_an_ensemble_adapts_each_of_its_teachers():
     ensemble = EnsembleTeacher(teachers, mean="logits")
     ensemble.adapt(Card(mean=(0.0,), std=(1.0,), channels="gray"))
     assert (teachers[0].inputs is None, teachers[1].inputs is None) == (False, True)
+
+
+def test_a_cached_teacher_adapts_the_teacher_whose_outputs_it_stores(tmp_path):
+    teacher = CachedTeacher(Teacher(nn.Identity(), card=named(OWN, "cat", "dog")), tmp_path)
+    teacher.adapt(named(dataclasses.replace(RGB, mean=(0.0,) * 3), "dog"))
+    assert teacher.class_map == [1]
+    assert teacher.teacher.inputs is not None
 
 
 def test_a_two_stage_detector_keeps_its_background_where_its_classes_are_matched():
