@@ -177,5 +177,7 @@ def test_a_checkpointed_part_that_backward_repeats_counts_once(make_trainer):
             return checkpoint(self.net, x, use_reentrant=False)
 
     expected = fitted(make_trainer, Manual(), DistillationCallback(teacher_net()))
-    callback = DistillationCallback(teacher_net())
+    callback, calls = DistillationCallback(teacher_net()), []
+    callback.teacher.network.register_forward_hook(lambda *_: calls.append(1))
     assert_same_bits(fitted(make_trainer, Checkpointed(), callback), expected)
+    assert len(calls) == STEPS
