@@ -92,7 +92,10 @@ def test_a_sweep_in_a_folder_with_runs_is_refused_before_its_first_job(refused, 
 def test_a_sweep_whose_report_cannot_be_written_fails_and_counts_its_failures(
     ends_badly, put_run, tmp_path
 ):
-    """The folder has an older run, which optimises another metric. It is counted as a job too."""
+    """The folder has an older run, which optimises another metric. It is counted as a job too.
+
+    An older run whose file is broken is left out of the report, but it is counted as failed.
+    """
     other = put_run(tmp_path / "sweep" / "9", "seed=9", metric="test/miou")
     monitors = "monitor=val/accuracy,val/nothing"
     options = [*TINY, "resume=true", "hydra.sweep.dir=sweep"]
@@ -101,7 +104,6 @@ def test_a_sweep_whose_report_cannot_be_written_fails_and_counts_its_failures(
     assert line.endswith("; 1 of 3 jobs failed")
     (other / "result.json").write_text("{")
     line = ends_badly("train", "-m", monitors, *options)
-    assert "result.json is broken" in line
     assert line.endswith("; 2 of 3 jobs failed")
 
 
