@@ -21,7 +21,7 @@ from lightning_dist.callback import ONLY, DistillationCallback
 from lightning_dist.card import CARD_KEY, card_in
 from lightning_dist.checks import check_number
 from lightning_dist.losses import DISTLoss
-from lightning_dist.teacher import TeacherBase, as_teacher, shard_once, shard_teacher
+from lightning_dist.teacher import TeacherBase, as_teacher, is_sharded, shard_once, shard_teacher
 from lightning_dist.terms import Nonfinite, Term, Weight
 from lightning_dist.training.averaging import make_room_for_average, refuse_stale_average
 from lightning_dist.training.batches import INPUT_KEYS, find_key, split_batch
@@ -358,7 +358,8 @@ class DistillModule(LightningModule):
         quick = trainer.fast_dev_run or trainer.barebones  # type: ignore[attr-defined]
         if self.teacher is None or not self.measure_teacher or quick:
             return
-        if not trainer.is_global_zero or self.shard_teacher:
+        # One process cannot call a sharded network alone.
+        if not trainer.is_global_zero or is_sharded(self.teacher.network):
             return
         line, is_bad = measure_teacher(trainer, self, self.teacher.card)
         (rank_zero_warn if is_bad else rank_zero_info)(line)

@@ -6,7 +6,7 @@ Import ``lightning_dist.teacher.loading`` by its full name, because it imports t
 from lightning_dist.teacher.base import TeacherBase
 from lightning_dist.teacher.bridge import InputBridge, match_classes
 from lightning_dist.teacher.ensemble import EnsembleTeacher
-from lightning_dist.teacher.sharding import shard_once, shard_teacher
+from lightning_dist.teacher.sharding import is_sharded, shard_once, shard_teacher
 from lightning_dist.teacher.teacher import Teacher, as_teacher, is_other_teacher
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "TeacherBase",
     "as_teacher",
     "is_other_teacher",
+    "is_sharded",
     "match_classes",
     "shard_once",
     "shard_teacher",

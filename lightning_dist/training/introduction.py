@@ -70,7 +70,7 @@ def _measure(trainer: Trainer, module: Any, loader: Any, size: int) -> tuple[dic
     network.to(module.device)
     metrics = EvaluationMetrics(module.val_metrics, "val/").to(module.device)
     for metric in (*metrics.collection.values(), metrics.mean_loss):
-        metric.sync_on_compute = False  # only the first process measures
+        metric.distributed_available_fn = lambda: False  # only the first process measures
     begin, count = time.monotonic(), 0
     for batch in _batches(loader, size):
         batch = move_data_to_device(batch, module.device)
