@@ -10,17 +10,25 @@ import logging
 import runpy
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
+from safetensors.torch import load_file
+from torchvision.datasets import CIFAR10
 
+from formats import write_cifar
 from lightning_dist import cli
 from lightning_dist.card import Card, read_card
 from lightning_dist.cli.run.checkpoint_card import MatchData
+from lightning_dist.data.cifar import CIFAR10DataModule
+from lightning_dist.data.huggingface import HuggingFaceDataModule
 from lightning_dist.data.image_folder import ImageFolderDataModule
 from lightning_dist.data.segmentation import MaskFolderDataModule
+from lightning_dist.models.cifar import resnet8
 from lightning_dist.models.small import SmallUNet
 from lightning_dist.teacher.loading import load_teacher
 
@@ -294,3 +302,164 @@ def test_predicted_masks_are_those_of_the_test_with_the_ids_of_the_data(tmp_path
         np.testing.assert_array_equal(found, whole[0].argmax(0) + 1)
     card = read_card(tmp_path / "found")
     assert (card.mask_ids, card.channels, card.size) == ((1, 2, 3), "bgr", (24, 40))
+
+
+def read_predictions(folder) -> dict[str, tuple[str, float]]:
+    """Return the class and the probability that ``predict`` wrote for each image."""
+    with (folder / "predictions.csv").open() as file:
+        return {r["image"]: (r["class"], float(r["probability"])) for r in csv.DictReader(file)}
+
+
+def assert_predicted(predictions, logits, class_names) -> None:
+    """Compare predictions, in the order of their images, with logits."""
+    best = logits.softmax(1).max(1)
+    assert [name for name, _ in predictions.values()] == [class_names[i] for i in best.indices]
+    found = [probability for _, probability in predictions.values()]
+    np.testing.assert_allclose(found, best.values, atol=2e-4)
+
+
+def student_state(run) -> dict[str, torch.Tensor]:
+    """Return the student's weights in the last checkpoint of a run."""
+    state = torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    return {k.removeprefix("student."): v for k, v in state.items() if k.startswith("student.")}
+
+
+def assert_same(run, other) -> None:
+    """Compare all metrics and the student's weights of two runs; they are the same to the bit."""
+    assert metrics(run) == metrics(other)
+    torch.testing.assert_close(student_state(run), student_state(other), rtol=0, atol=0)
+
+
+CIFAR = [
+    *("data=cifar10", "data.root=data", "data.num_workers=0", "data.global_batch_size=32"),
+    *("data.val_fraction=0.2", "student=cifar/resnet8", "trainer.max_epochs=2", *QUIET),
+]
+CIFAR_TEACHER = [
+    *(*CIFAR, "distill=none", "callbacks=[default,ema]", "callbacks.ema.decay=0.8"),
+    *("monitor=val/ema_accuracy", "data.mean=[0.1,0.2,0.3]", "data.std=[0.5,0.4,0.3]"),
+    *("module.channels_last=true", "optimizer.lr=0.5"),
+]
+
+
+@pytest.fixture(scope="module")
+def cifar(tmp_path_factory):
+    """Train a teacher on CIFAR-10's files, then students in a sweep, and return the folder."""
+    folder = tmp_path_factory.mktemp("cifar")
+    with pytest.MonkeyPatch.context() as patch:
+        write_cifar(folder / "data", CIFAR10, patch)
+        run_in(folder, patch, "train", *CIFAR_TEACHER, "hydra.run.dir=teacher")
+        run_in(folder, patch, "train", "-m", *FROM_CIFAR, *SWEPT, "hydra.sweep.dir=sweep")
+        yield folder
+
+
+FROM_CIFAR = [
+    *(*CIFAR, "teacher=cifar/resnet56", "test_teacher=true"),
+    "teacher.network._target_=lightning_dist.models.cifar.resnet8",
+    "teacher.weights=teacher/checkpoints/last.ckpt",
+]
+SWEPT = ["distill=none,dist", "distill.weight=0,3"]  # jobs 0 to 3: none, none, dist and 0, dist
+
+
+def test_a_teacher_of_cifar_does_in_its_place_what_it_did_in_its_run(cifar):
+    own, found = metrics(cifar / "teacher"), metrics(cifar / "sweep/3")
+    for name in ("loss", "accuracy"):
+        assert found[f"teacher/{name}"] == pytest.approx(own[f"test/ema_{name}"], rel=1e-5)
+    assert found["teacher/loss"] != pytest.approx(own["test/loss"], rel=1e-2)
+
+
+def test_weight_0_trains_as_without_distillation(cifar):
+    for job in (1, 2):
+        found = metrics(cifar / f"sweep/{job}")
+        found = {k: v for k, v in found.items() if not k.startswith("teacher/")}
+        assert found == metrics(cifar / "sweep/0")
+    none, zero, full = (student_state(cifar / f"sweep/{job}") for job in (0, 2, 3))
+    torch.testing.assert_close(zero, none, rtol=0, atol=0)
+    assert any(not torch.equal(full[name], none[name]) for name in none)
+
+
+def test_a_job_of_a_sweep_is_the_single_run(cifar, monkeypatch):
+    single = ["distill=dist", "distill.weight=3", "hydra.run.dir=single"]
+    run_in(cifar, monkeypatch, "train", *FROM_CIFAR, *single)
+    assert_same(cifar / "single", cifar / "sweep/3")
+
+
+def test_the_report_has_the_results_of_the_runs(cifar):
+    with (cifar / "sweep/report.csv").open() as file:
+        rows = {Path(row["folder"]).name: row for row in csv.DictReader(file)}
+    for job in range(4):
+        found = metrics(cifar / f"sweep/{job}")
+        assert {name: float(rows[str(job)][name]) for name in found} == found
+
+
+def test_eval_gives_the_test_of_a_swept_run(cifar, monkeypatch, capsys):
+    run_in(cifar, monkeypatch, "eval", "ckpt=sweep/3/checkpoints/last.ckpt", "+data.root=data")
+    printed, own = capsys.readouterr().out, metrics(cifar / "sweep/3")
+    assert all(str(own[name]) in printed for name in own if name.startswith("test/"))
+
+
+def test_a_network_for_cifar_predicts_files_as_the_exported_and_as_python(cifar, monkeypatch):
+    data = CIFAR10DataModule(root=cifar / "data", mean=(0.1, 0.2, 0.3), std=(0.5, 0.4, 0.3))
+    (cifar / "files").mkdir()
+    for i, pixels in enumerate(CIFAR10(cifar / "data", train=False).data):
+        Image.fromarray(pixels).save(cifar / f"files/{i:02}.png")
+    run_in(cifar, monkeypatch, "predict", CKPT, "images=files", "out=labels", "trainer=cpu")
+    run_in(cifar, monkeypatch, "export", CKPT, "format=torch_export", "file=student.pt2")
+    exported = torch.export.load(cifar / "student.pt2").module()
+    network = load_teacher(resnet8, weights=cifar / CKPT.removeprefix("ckpt="), num_classes=10)
+    images, _ = next(iter(data.test_dataloader()))
+    logits = network(images)
+    torch.testing.assert_close(exported(images), logits, rtol=1e-4, atol=1e-4)
+    assert_predicted(read_predictions(cifar / "labels"), logits, data.class_names)
+    card = read_card(cifar / "teacher/checkpoints/last.ckpt")
+    assert list(card.class_names) == data.class_names
+    assert card == read_card(cifar / "labels") == read_card(cifar / "student.pt2")
+
+
+HUGGING_FACE = [
+    *("data=huggingface", "data.path=pets", "data.num_workers=0", "data.global_batch_size=6"),
+    *("num_classes=3", "student=cifar/resnet8", "trainer.max_epochs=2"),
+    "student._target_=torchvision.models.shufflenet_v2_x0_5",
+    *("teacher=timm", "teacher.source=test_resnet", "test_teacher=true"),
+    *("teacher.weights=teacher/checkpoints/last.ckpt", "distill=kd", "optimizer.lr=0.1"),
+    *(f"data.{name}={value}" for name, value in IMAGES.items()),
+    *QUIET,
+]
+OTHER_ORDER = ["elk", "dog", "cat"]
+
+
+@pytest.fixture
+def pets(run, tmp_path, monkeypatch):
+    """Write the folder's files as a Hugging Face data set, with its classes in another order."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    datasets = pytest.importorskip("datasets", reason="needs lightning-dist[datasets]")
+    label = datasets.ClassLabel(names=OTHER_ORDER)
+    features = datasets.Features({"image": datasets.Image(), "label": label})
+    splits = {}
+    for split, folder in (("train", "train"), ("validation", "val")):
+        files = sorted((tmp_path / "images" / folder).rglob("*.png"))
+        rows = {"image": list(map(str, files)), "label": [file.parent.name for file in files]}
+        splits[split] = datasets.Dataset.from_dict(rows, features=features)
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "pets")
+    return run
+
+
+def test_a_torchvision_student_of_a_hugging_face_set(pets, own, tmp_path, capsys):
+    """Its teacher has learned a folder's classes, whose order is another one."""
+    pets("train", *HUGGING_FACE, "hydra.run.dir=run")
+    found = metrics(tmp_path / "run")
+    assert found["teacher/loss"] == pytest.approx(own["test/ema_loss"], rel=5e-3)
+    capsys.readouterr()
+    ckpt = "ckpt=run/checkpoints/last.ckpt"
+    pets("eval", ckpt, "+data.path=pets", "trainer=cpu")
+    printed = capsys.readouterr().out
+    assert all(str(found[name]) in printed for name in found if name.startswith("test/"))
+    pets("predict", ckpt, "images=images/val", "out=labels", "trainer=cpu")
+    pets("export", ckpt, "file=student.safetensors")
+    student = torchvision.models.shufflenet_v2_x0_5(num_classes=3).eval()
+    student.load_state_dict(load_file(tmp_path / "student.safetensors"))
+    data = HuggingFaceDataModule(path=str(tmp_path / "pets"), **IMAGES)
+    images = torch.stack([image for image, _ in data.val_dataset()])
+    with torch.no_grad():
+        assert_predicted(read_predictions(tmp_path / "labels"), student(images), OTHER_ORDER)
+    for file in ("run/checkpoints/last.ckpt", "labels", "student.safetensors"):
+        assert list(read_card(tmp_path / file).class_names) == OTHER_ORDER

@@ -1,6 +1,5 @@
 """Tests that CIFAR is read from its original files and augmented as torchvision does it."""
 
-import hashlib
 import pickle
 from pathlib import Path
 
@@ -11,43 +10,10 @@ from torch import Tensor
 from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100
 
+from formats import FINE_LABELS, write_cifar
 from lightning_dist.data.cifar import CIFAR10DataModule, CIFAR100DataModule
 
-FINE_LABELS = [f"class {label}" for label in range(100)]
-COARSE_LABELS = [f"kind {label}" for label in range(20)]
 both = pytest.mark.parametrize("module", [CIFAR10DataModule, CIFAR100DataModule])
-
-
-def write(path: Path, content: dict[str, object]) -> str:
-    """Pickle a file of the data set and return its md5 sum."""
-    path.write_bytes(pickle.dumps(content, protocol=2))
-    return hashlib.md5(path.read_bytes()).hexdigest()
-
-
-def batch(count: int, classes: int, key: str, rng: np.random.Generator) -> dict[str, object]:
-    pixels = rng.integers(0, 256, (count, 3072), dtype=np.uint8)
-    return {"data": pixels, key: [index % classes for index in range(count)]}
-
-
-def write_cifar(root: Path, source: type[CIFAR10], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Write the files of a small data set, and make torchvision accept their md5 sums."""
-    folder = root / source.base_folder
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    many, key = (100, "fine_labels") if source is CIFAR100 else (10, "labels")
-    for files in ("train_list", "test_list"):
-        sums = [
-            [name, write(folder / name, batch(2 * many, many, key, rng))]
-            for name, _ in getattr(source, files)
-        ]
-        monkeypatch.setattr(source, files, sums)
-    names = (
-        {"fine_label_names": FINE_LABELS, "coarse_label_names": COARSE_LABELS}
-        if source is CIFAR100
-        else {"label_names": FINE_LABELS[:10]}
-    )
-    meta = source.meta | {"md5": write(folder / source.meta["filename"], names)}
-    monkeypatch.setattr(source, "meta", meta)
 
 
 @pytest.fixture

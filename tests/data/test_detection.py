@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from formats import write_yolo
 from lightning_dist.data.detection import CocoDataModule, VOCDetectionDataModule, YoloDataModule
 from lightning_dist.data.image_files import warn_once
 from lightning_dist.data.scenes import SceneDetectionDataModule
@@ -187,11 +188,10 @@ def test_broken_voc_files_are_errors_that_name_them(tmp_path: Path, objects: str
 
 
 def yolo(root: Path, text: str = "1 0.5 0.25 0.5 0.5\n\n0 0.25 0.5 0.25 1\n") -> YoloDataModule:
+    pixels = np.random.default_rng(0).integers(0, 256, (*SIZE, 3), dtype=np.uint8)
     for split in ("train", "val"):
-        for name in ("a/one", "two"):
-            write_image(root / "images" / split / f"{name}.png")
-        (root / "labels" / split / "a").mkdir(parents=True, exist_ok=True)
-        (root / "labels" / split / "a" / "one.txt").write_text(text)
+        write_yolo(root, split, "a/one", pixels, text)
+        write_yolo(root, split, "two", pixels, "")
     return YoloDataModule(root=root, class_names=["cat", "dog"], flip=0.0)
 
 

@@ -3,10 +3,8 @@
 import copy
 import functools
 import gzip
-import hashlib
 import json
 import math
-import pickle
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -31,6 +29,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compr
 from torchvision.datasets import CIFAR100
 
 import composition
+from formats import write_cifar
 
 PAPER = yaml.safe_load((Path(__file__).parent / "paper.yaml").read_text())
 RECIPES = list(PAPER["recipes"])
@@ -86,27 +85,6 @@ def alone(recipe: str) -> Any:
 # Small data sets in the formats of the real ones
 
 
-def write_cifar(root: Path, patch: pytest.MonkeyPatch) -> None:
-    """Write small CIFAR-100 files, and make torchvision accept their md5 checksums."""
-    folder, rng = root / CIFAR100.base_folder, np.random.default_rng(0)
-    folder.mkdir(parents=True)
-
-    def write(name: str, content: dict[str, object]) -> str:
-        (folder / name).write_bytes(pickle.dumps(content, protocol=2))
-        return hashlib.md5((folder / name).read_bytes()).hexdigest()
-
-    for files in ("train_list", "test_list"):
-        content = {
-            "data": rng.integers(0, 256, (200, 3072), dtype=np.uint8),
-            "fine_labels": [index % 100 for index in range(200)],
-        }
-        sums = [[name, write(name, content)] for name, _ in getattr(CIFAR100, files)]
-        patch.setattr(CIFAR100, files, sums)
-    names = {"fine_label_names": [f"class {label}" for label in range(100)]}
-    md5 = write(CIFAR100.meta["filename"], names)
-    patch.setattr(CIFAR100, "meta", CIFAR100.meta | {"md5": md5})
-
-
 def write_image(path: Path, size: int, rng: np.random.Generator) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(path)
@@ -138,7 +116,7 @@ def roots(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]
     folder = tmp_path_factory.mktemp("data")
     roots = {kind: folder / kind for kind in ("cifar", "imagenet", "tiny")}
     with pytest.MonkeyPatch.context() as patch:
-        write_cifar(roots["cifar"], patch)
+        write_cifar(roots["cifar"], CIFAR100, patch)
         write_imagenet(roots["imagenet"])
         write_tiny_imagenet(roots["tiny"])
         yield roots
