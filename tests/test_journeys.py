@@ -25,11 +25,13 @@ from lightning_dist import cli
 from lightning_dist.card import Card, read_card
 from lightning_dist.cli.run.checkpoint_card import MatchData
 from lightning_dist.data.cifar import CIFAR10DataModule
+from lightning_dist.data.digits import DigitsDataModule
 from lightning_dist.data.huggingface import HuggingFaceDataModule
 from lightning_dist.data.image_folder import ImageFolderDataModule
 from lightning_dist.data.segmentation import MaskFolderDataModule
 from lightning_dist.models.cifar import resnet8
-from lightning_dist.models.small import SmallUNet
+from lightning_dist.models.segmentation import deeplabv3
+from lightning_dist.models.small import SmallCNN, SmallUNet
 from lightning_dist.teacher.loading import load_teacher
 
 QUIET = ["trainer=cpu", "print_config=false", "callbacks.progress=null", "logger=none"]
@@ -50,7 +52,8 @@ TEACHER = [
     *("trainer.precision=bf16-mixed", "module.channels_last=true"),
     *(f"data.{name}={value}".replace(" ", "") for name, value in PIXELS.items()),
 ]
-CKPT = "ckpt=teacher/checkpoints/last.ckpt"
+LAST = "teacher/checkpoints/last.ckpt"
+CKPT = f"ckpt={LAST}"
 
 
 def write_images(root, names=NAMES, counts=(4, 2), turned=None) -> None:
@@ -229,7 +232,7 @@ def test_predict_export_and_the_exported_script_agree(run, tmp_path, capsys, mon
     probabilities = [float(p) for _, p in rows.values()]
     np.testing.assert_allclose([float(line[2]) for line in lines], probabilities, atol=2e-4)
     for file in ("labels", "exported"):
-        assert read_card(tmp_path / file) == read_card(tmp_path / CKPT.removeprefix("ckpt="))
+        assert read_card(tmp_path / file) == read_card(tmp_path / LAST)
 
 
 def test_num_classes_unlike_the_datas_is_refused_before_training(run, capsys):
@@ -250,8 +253,8 @@ def test_files_that_a_camera_has_turned_are_upright_everywhere(tmp_path):
 
 MASKS = [
     *("data=mask_folder", "data.root=masks", "num_classes=3", "data.num_workers=0"),
-    *("module=segmentation", "module.head=head", "student=small_unet", "student.channels=[4,8]"),
-    *("distill=none", "data.crop_size=null", "data.scales=null", "data.eval_size=[24,40]"),
+    *("module=segmentation", "distill=none"),
+    *("data.crop_size=null", "data.scales=null", "data.eval_size=[24,40]"),
     "data.reduce_zero_label=true",
     *("data.global_batch_size=1", "data.bgr=true", "trainer.max_epochs=3", "optimizer.lr=0.5"),
     *QUIET,
@@ -278,7 +281,8 @@ def write_masks(root) -> None:
 def test_predicted_masks_are_those_of_the_test_with_the_ids_of_the_data(tmp_path, monkeypatch):
     """The network sees the size of the evaluation, and the pictures keep their size and ids."""
     write_masks(tmp_path / "masks")
-    run_in(tmp_path, monkeypatch, "train", *MASKS, "hydra.run.dir=run")
+    student = ["student=small_unet", "student.channels=[4,8]", "module.head=head"]
+    run_in(tmp_path, monkeypatch, "train", *MASKS, *student, "hydra.run.dir=run")
     ckpt = "ckpt=run/checkpoints/last.ckpt"
     source = "images=masks/images/validation"
     run_in(tmp_path, monkeypatch, "predict", ckpt, source, "out=found", "trainer=cpu")
@@ -405,7 +409,7 @@ def test_a_network_for_cifar_predicts_files_as_the_exported_and_as_python(cifar,
     run_in(cifar, monkeypatch, "predict", CKPT, "images=files", "out=labels", "trainer=cpu")
     run_in(cifar, monkeypatch, "export", CKPT, "format=torch_export", "file=student.pt2")
     exported = torch.export.load(cifar / "student.pt2").module()
-    network = load_teacher(resnet8, weights=cifar / CKPT.removeprefix("ckpt="), num_classes=10)
+    network = load_teacher(resnet8, weights=cifar / LAST, num_classes=10)
     images, _ = next(iter(data.test_dataloader()))
     logits = network(images)
     torch.testing.assert_close(exported(images), logits, rtol=1e-4, atol=1e-4)
@@ -463,3 +467,87 @@ def test_a_torchvision_student_of_a_hugging_face_set(pets, own, tmp_path, capsys
         assert_predicted(read_predictions(tmp_path / "labels"), student(images), OTHER_ORDER)
     for file in ("run/checkpoints/last.ckpt", "labels", "student.safetensors"):
         assert list(read_card(tmp_path / file).class_names) == OTHER_ORDER
+
+
+DIGITS = [
+    *("data.train_size=256", "data.global_batch_size=64", "data.augment=true", "optimizer.lr=0.3"),
+    *("trainer.max_epochs=3", *QUIET),
+]
+DIGITS_TEACHER = [
+    *(*DIGITS, "distill=none", "student.channels=[8,16]", "data.mean=[0.1]", "data.std=[0.6]"),
+    *("callbacks=[default,ema]", "callbacks.ema.decay=0.9", "monitor=val/ema_accuracy"),
+]
+ENSEMBLE = """
+_target_: lightning_dist.teacher.EnsembleTeacher
+teachers:
+  - _target_: lightning_dist.teacher.Teacher
+    weights: pkg://lightning_dist/assets/digits_teacher.safetensors
+    network: {_target_: lightning_dist.models.small.SmallCNN, channels: [32, 64, 128]}
+  - _target_: lightning_dist.teacher.Teacher
+    weights: teacher/checkpoints/last.ckpt
+    network: {_target_: lightning_dist.models.small.SmallCNN, channels: [8, 16]}
+"""
+FROM_ENSEMBLE = [
+    *(*DIGITS, "teacher=ensemble", "distill=kd", "test_teacher=true"),
+    *("data.mean=[0.4]", "data.std=[0.2]", "distill.cache_dtype=float32", "--config-dir=conf"),
+]
+CACHED = ["distill.cache=cache", *FROM_ENSEMBLE]
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """Train a teacher of digits, and a student of two teachers whose outputs are cached."""
+    folder = tmp_path_factory.mktemp("digits")
+    (folder / "conf/teacher").mkdir(parents=True)
+    (folder / "conf/teacher/ensemble.yaml").write_text(ENSEMBLE)
+    with pytest.MonkeyPatch.context() as patch:
+        run_in(folder, patch, "train", *DIGITS_TEACHER, "hydra.run.dir=teacher")
+        run_in(folder, patch, "train", "hydra.run.dir=whole", *CACHED)
+    return folder
+
+
+def test_each_member_of_an_ensemble_gets_the_images_of_its_own_run(digits):
+    """The members and the student have three normalisations."""
+    files = ("pkg://lightning_dist/assets/digits_teacher.safetensors", digits / LAST)
+    networks = (SmallCNN([32, 64, 128]), SmallCNN([8, 16]))
+    facts = ({}, {"mean": (0.1,), "std": (0.6,)})
+    probabilities = []
+    for file, network, own in zip(files, networks, facts, strict=True):
+        images, labels = next(iter(DigitsDataModule(**own, eval_batch_size=512).test_dataloader()))
+        probabilities.append(load_teacher(network, weights=file)(images).softmax(1))
+    mean = sum(probabilities) / 2
+    found = metrics(digits / "whole")
+    expected = torch.nn.functional.nll_loss(mean.log(), labels)
+    assert found["teacher/loss"] == pytest.approx(float(expected), rel=1e-4)
+    alone = torch.nn.functional.nll_loss(probabilities[1].log(), labels)
+    assert float(alone) == pytest.approx(metrics(digits / "teacher")["test/ema_loss"], rel=1e-4)
+
+
+def test_a_cached_ensemble_teaches_as_the_ensemble_itself(digits, monkeypatch):
+    run_in(digits, monkeypatch, "train", "hydra.run.dir=live", *FROM_ENSEMBLE)
+    cached, live = (student_state(digits / name) for name in ("whole", "live"))
+    torch.testing.assert_close(cached, live, rtol=1e-4, atol=1e-4)
+
+
+def test_a_run_from_a_cached_ensemble_goes_on_as_the_whole_run(digits, monkeypatch):
+    begin = ["hydra.run.dir=continued", *CACHED]
+    run_in(digits, monkeypatch, "train", "trainer.max_steps=4", *begin)
+    run_in(digits, monkeypatch, "train", "ckpt_path=last", *begin)
+    assert_same(digits / "continued", digits / "whole")
+
+
+def test_a_run_goes_on_without_the_file_of_its_initial_weights(tmp_path, monkeypatch):
+    """The checkpoint has the weights, for eval and export too."""
+    write_masks(tmp_path / "masks")
+    backbone = deeplabv3("test_resnet", num_classes=3).backbone
+    torch.save(backbone.state_dict(), tmp_path / "backbone.pth")
+    student = ["student=segmentation/deeplabv3_resnet18", "student.backbone=test_resnet"]
+    student += ["student.backbone_weights=backbone.pth", "data.global_batch_size=2"]
+    begin = ["train", *MASKS, *student, "hydra.run.dir=run"]
+    run_in(tmp_path, monkeypatch, *begin, "trainer.max_epochs=1")
+    (tmp_path / "backbone.pth").unlink()
+    run_in(tmp_path, monkeypatch, *begin, "trainer.max_epochs=2", "ckpt_path=last")
+    assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["epoch"] == 1
+    ckpt = "ckpt=run/checkpoints/last.ckpt"
+    run_in(tmp_path, monkeypatch, "eval", ckpt, "+data.root=masks", "trainer=cpu")
+    run_in(tmp_path, monkeypatch, "export", ckpt)
