@@ -14,13 +14,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torchvision
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 from safetensors.torch import load_file
 from torchvision.datasets import CIFAR10
 
-from formats import write_cifar
+from formats import write_cifar, write_yolo
 from lightning_dist import cli
 from lightning_dist.card import Card, read_card
 from lightning_dist.cli.run.checkpoint_card import MatchData
@@ -30,8 +33,11 @@ from lightning_dist.data.huggingface import HuggingFaceDataModule
 from lightning_dist.data.image_folder import ImageFolderDataModule
 from lightning_dist.data.segmentation import MaskFolderDataModule
 from lightning_dist.models.cifar import resnet8
+from lightning_dist.models.detection import small_retinanet
 from lightning_dist.models.segmentation import deeplabv3
 from lightning_dist.models.small import SmallCNN, SmallUNet
+from lightning_dist.module import DistillModule
+from lightning_dist.resume import ExactResume
 from lightning_dist.teacher.loading import load_teacher
 
 QUIET = ["trainer=cpu", "print_config=false", "callbacks.progress=null", "logger=none"]
@@ -551,3 +557,160 @@ def test_a_run_goes_on_without_the_file_of_its_initial_weights(tmp_path, monkeyp
     ckpt = "ckpt=run/checkpoints/last.ckpt"
     run_in(tmp_path, monkeypatch, "eval", ckpt, "+data.root=masks", "trainer=cpu")
     run_in(tmp_path, monkeypatch, "export", ckpt)
+
+
+RETINANET = {"channels": [8, 16, 24], "out_channels": 16, "image_size": 37}
+YOLO = [
+    *("module=detection", "data=yolo", "data.root=boxes", "data.class_names=[left,right]"),
+    *("num_classes=2", "data.num_workers=0", "data.global_batch_size=8"),
+    *("student=small_retinanet", "optimizer=adamw", "optimizer.lr=0.02", *QUIET),
+    *(f"student.{name}={value}" for name, value in RETINANET.items()),
+]
+YOLO_TEACHER = [
+    *(*YOLO, "distill=none", "callbacks=[default,ema]", "callbacks.ema.decay=0.5"),
+    *("monitor=val/ema_map", "trainer.max_epochs=5", "trainer.check_val_every_n_epoch=5"),
+]
+
+
+def write_boxes(root, numbers) -> None:
+    """Write images of 37 x 61 pixels; each has one bright box, in its left or its right half.
+
+    ``numbers`` are the class numbers of a left and of a right box.
+    """
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 64), ("val", 4)):
+        for i in range(count):
+            pixels = rng.integers(0, 60, (37, 61, 3)).astype("uint8")
+            left, top = 30 * (i % 2) + int(rng.integers(0, 8)), int(rng.integers(0, 16))
+            pixels[top : top + 20, left : left + 20] += 180
+            place = (left + 10) / 61, (top + 10) / 37, 20 / 61, 20 / 37
+            text = " ".join(map(str, (numbers[i % 2], *place)))
+            write_yolo(root, split, f"{i:02}", pixels, text)
+
+
+@pytest.fixture(scope="module")
+def boxes(tmp_path_factory):
+    """Train a detector on files in YOLO's format, and return the folder with both."""
+    folder = tmp_path_factory.mktemp("boxes")
+    write_boxes(folder / "boxes", (0, 1))
+    with pytest.MonkeyPatch.context() as patch:
+        run_in(folder, patch, "train", *YOLO_TEACHER, "hydra.run.dir=teacher")
+    return folder
+
+
+def test_a_teacher_of_yolos_files_detects_in_its_place_as_in_its_run(boxes, monkeypatch):
+    """Its student's data has the same images, and numbers its classes in another order."""
+    write_boxes(boxes / "others", (1, 0))
+    teacher = [f"teacher.network.{name}={x}" for name, x in RETINANET.items()]
+    teacher += ["teacher=scenes_retinanet", f"teacher.weights={LAST}", "test_teacher=true"]
+    data = ["data.root=others", "data.class_names=[right,left]", "trainer.max_epochs=1"]
+    run_in(boxes, monkeypatch, "train", *YOLO, *teacher, *data, "hydra.run.dir=student")
+    own, found = metrics(boxes / "teacher"), metrics(boxes / "student")
+    assert own["test/ema_map"] > 0.02
+    assert found["teacher/map"] == pytest.approx(own["test/ema_map"], rel=1e-3)
+    assert found["teacher/map"] != pytest.approx(own["test/map"], rel=1e-2)
+
+
+def test_eval_gives_the_test_of_a_detector(boxes, monkeypatch, capsys):
+    run_in(boxes, monkeypatch, "eval", CKPT, "+data.root=boxes", "trainer=cpu")
+    printed, own = capsys.readouterr().out, metrics(boxes / "teacher")
+    assert all(str(own[name]) in printed for name in own if name.startswith("test/"))
+
+
+def test_predicted_boxes_are_those_of_the_exported_weights_in_python(boxes, monkeypatch):
+    files = "images=boxes/images/val"
+    run_in(boxes, monkeypatch, "predict", CKPT, files, "out=found", "trainer=cpu")
+    run_in(boxes, monkeypatch, "export", CKPT, "file=student.safetensors")
+    network = small_retinanet(num_classes=2, **RETINANET).eval()
+    network.load_state_dict(load_file(boxes / "student.safetensors"))
+    predicted = json.loads((boxes / "found/predictions.json").read_text())
+    for name in ("00", "01", "02", "03"):
+        image = Image.open(boxes / f"boxes/images/val/{name}.png")
+        with torch.no_grad():
+            (expected,) = network([torchvision.transforms.functional.to_tensor(image)])
+        found = [row for row in predicted if row["image"] == name]
+        assert found
+        assert [x["class"] for x in found] == [("left", "right")[i] for i in expected["labels"]]
+        np.testing.assert_allclose([x["box"] for x in found], expected["boxes"], atol=1e-2)
+        np.testing.assert_allclose([x["score"] for x in found], expected["scores"], atol=2e-4)
+    card = read_card(boxes / LAST)
+    assert card.class_names == ("left", "right")
+    assert card == read_card(boxes / "found") == read_card(boxes / "student.safetensors")
+
+
+class OwnModule(DistillModule):
+    """A module of a user's own: its step mirrors the images, and its loss is another one."""
+
+    def training_step(self, batch, batch_idx):
+        images, labels = batch
+        return torch.nn.functional.multi_margin_loss(self.student(images.flip(3)), labels)
+
+
+def fit_own(folder, images, epochs=2, ckpt_path=None, teacher=None, pixels=PIXELS, **settings):
+    """Train a module of the user's own on a folder of images; return the module and its test."""
+    data = ImageFolderDataModule(
+        root=images, global_batch_size=6, num_workers=0, **IMAGES, **pixels
+    )
+    torch.manual_seed(0)
+    module = OwnModule(timm.create_model("test_resnet", num_classes=3), teacher, **settings)
+    saver = ModelCheckpoint(folder / "checkpoints", filename="last", enable_version_counter=False)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=epochs,
+        logger=False,
+        callbacks=[saver, ExactResume(seed=3)],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
+    trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=True)
+    return module, trainer.test(module, data, verbose=False)[0]
+
+
+@pytest.fixture
+def folder_teacher(journey):
+    """Load the teacher that was trained on the folder."""
+    return load_teacher("test_resnet", weights=journey / LAST, num_classes=3)
+
+
+@pytest.fixture
+def own_test(journey, folder_teacher, tmp_path):
+    """Distil a module of the user's own to the folder "own", and return its test."""
+    return fit_own(tmp_path / "own", journey / "images", teacher=folder_teacher)[1]
+
+
+def test_a_module_of_the_users_own_goes_on_as_the_whole_run(
+    own_test, journey, folder_teacher, tmp_path
+):
+    settings = {"images": journey / "images", "teacher": folder_teacher}
+    fit_own(tmp_path / "begun", epochs=1, **settings)
+    checkpoint = tmp_path / "begun/checkpoints/last.ckpt"
+    _, test = fit_own(tmp_path / "begun", ckpt_path=checkpoint, **settings)
+    whole, more = (student_state(tmp_path / name) for name in ("own", "begun"))
+    torch.testing.assert_close(more, whole, rtol=0, atol=0)
+    assert test == own_test
+
+
+def test_weight_0_trains_a_module_of_the_users_own_as_without_a_teacher(
+    own_test, journey, folder_teacher, tmp_path
+):
+    fit_own(tmp_path / "none", journey / "images")
+    fit_own(tmp_path / "zero", journey / "images", teacher=folder_teacher, distill_weight=0.0)
+    none, zero, full = (student_state(tmp_path / name) for name in ("none", "zero", "own"))
+    torch.testing.assert_close(zero, none, rtol=0, atol=0)
+    assert any(not torch.equal(full[name], none[name]) for name in none)
+
+
+def test_a_module_of_the_users_own_teaches_the_next(own_test, journey, tmp_path):
+    """Its checkpoint has the card; the next student has another normalisation."""
+    checkpoint = tmp_path / "own/checkpoints/last.ckpt"
+    card = read_card(checkpoint)
+    assert (list(card.class_names), list(card.mean), card.size) == (NAMES, PIXELS["mean"], (48, 48))
+    teacher = load_teacher("test_resnet", weights=checkpoint, num_classes=3)
+    pixels = {"mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)}
+    module, _ = fit_own(tmp_path / "next", journey / "images", teacher=teacher, pixels=pixels)
+    data = ImageFolderDataModule(root=journey / "images", **IMAGES, **pixels)
+    images, labels = next(iter(data.test_dataloader()))
+    with torch.no_grad():
+        loss = torch.nn.functional.cross_entropy(module.teacher_network()(images), labels)
+    assert float(loss) == pytest.approx(own_test["test/loss"], rel=1e-4)
