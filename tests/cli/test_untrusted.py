@@ -15,10 +15,12 @@ from PIL import Image
 
 import lightning_dist.data
 from hostile import Runs, contacts, hostile_config, saved, touched, watched
+from lightning_dist.card import CARD_KEY
 from lightning_dist.cli.errors import UserError
 from lightning_dist.cli.run.allowlist import FOLDERS, without_downloads
 from lightning_dist.cli.run.saved_config import CONFIG_KEY, build_module, read_saved
 from lightning_dist.models.small import SmallCNN
+from lightning_dist.text import printable
 from lightning_dist.weights import read_checkpoint
 
 CPU = "trainer=cpu"
@@ -85,6 +87,46 @@ def test_only_a_network_of_timm_is_a_name(tmp_path, student):
     line = rebuilt(hostile_config(**student), tmp_path)
     assert "x.ckpt would" in line
     assert "trust=true" in line
+
+
+LATER = {
+    "timm's network": {"_target_": "timm.models.resnet18"},
+    "timm by name": {"_target_": "timm.create_model", "model_name": "resnet18"},
+    "a pyramid": {"_target_": "lightning_dist.models.detection.TimmPyramid", "name": "resnet18"},
+    "torchvision's network": {"_target_": "torchvision.models.resnet18", "weights": "DEFAULT"},
+    "torchvision by name": {
+        "_target_": "torchvision.models.get_model",
+        "name": "resnet18",
+        "weights": "DEFAULT",
+    },
+}
+
+
+@pytest.mark.parametrize("name", LATER)
+@pytest.mark.parametrize("place", ["a layer", "a metric"])
+def test_no_network_is_prepared_for_a_later_call(tmp_path, monkeypatch, place, name):
+    """A layer's number of channels would be timm's `pretrained`; a metric calls in the test."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    later = LATER[name] | {"_partial_": True}
+    contents = hostile_config()
+    if place == "a layer":
+        student = {"_target_": "torchvision.models.resnet18", "norm_layer": later}
+        contents[CONFIG_KEY]["module"]["student"] = student
+    else:
+        metric = {"_target_": "torchmetrics.aggregation.MeanMetric"}
+        metric["distributed_available_fn"] = later
+        contents[CONFIG_KEY]["module"]["metrics"] = {"mean": metric}
+    with watched() as record:
+        line = rebuilt(contents, tmp_path)
+    assert f"x.ckpt would run {LATER[name]['_target_']!r} later" in line
+    assert not contacts(record)
+
+
+def test_an_attribute_that_fails_ends_in_one_line(tmp_path):
+    contents = hostile_config()
+    contents[CONFIG_KEY]["module"]["student"] = {"_target_": "torch.classes.no_such.thing"}
+    assert "x.ckpt names 'torch.classes.no_such.thing'" in rebuilt(contents, tmp_path)
 
 
 def test_a_file_in_a_package_is_found_without_importing_it(tmp_path, monkeypatch):
@@ -320,6 +362,19 @@ def test_control_characters_of_a_config_are_refused(refused, tmp_path):
     line = refused("eval", "ckpt=x.ckpt", CPU)
     assert "control characters" in line
     assert "\x1b" not in line
+
+
+@pytest.mark.parametrize("metric", ["a\x1b]0;owned\x07", "[/bold]", "[link=http://x]"])
+def test_the_metric_of_a_card_is_printed_as_text(command, tmp_path, capsys, metric):
+    folder_checkpoint(tmp_path / "x.ckpt", root="x")
+    contents = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    state = contents["state_dict"]
+    average = {k.replace("student.", "student_ema.module."): v for k, v in state.items()}
+    state |= average | {"student_ema.n_averaged": torch.tensor(1)}
+    contents[CARD_KEY] = {"num_classes": 2, "metric": metric}
+    torch.save(contents, tmp_path / "x.ckpt")
+    command("export", "ckpt=x.ckpt", "file=x.safetensors")
+    assert f"monitor={printable(metric)}" in capsys.readouterr().out
 
 
 def test_a_checkpoint_of_train_is_instantiated_as_it_was_saved():

@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from lightning_dist.cli.errors import UserError
 from lightning_dist.models.detection import TimmPyramid
 from lightning_dist.models.segmentation import deeplabv3, pspnet
-from lightning_dist.text import has_controls
+from lightning_dist.text import error_line, has_controls
 from lightning_dist.training import warmup_multistep
 
 # A subclass of a base class is allowed in the packages next to it, because the constructors there
@@ -58,6 +58,13 @@ _FUNCTIONS = (
     timm.optim.create_optimizer_v2,
     timm.scheduler.create_scheduler_v2,
     torchvision.models.get_model,
+    warmup_multistep,
+)
+# The only functions that a config may prepare for a later call, as training does: the others build
+# networks, and one that is called later can load weights, because its caller gives the arguments.
+_FOR_LATER = (
+    timm.optim.create_optimizer_v2,
+    timm.scheduler.create_scheduler_v2,
     warmup_multistep,
 )
 _PACKAGES = ("lightning_dist", "timm", "torch", "torchmetrics", "torchvision")
@@ -176,7 +183,10 @@ def _check_call(node: Mapping[str, Any], path: str) -> None:
     )
     if node.get("_args_") and named_only:
         raise _refusal(path, f"would run {target!r:.100} with arguments that it does not name")
-    if found in _TIMM_NAMES:
+    if node.get("_partial_") and (found in _TIMM_NAMES or not isinstance(found, type)):
+        if found not in _FOR_LATER:
+            raise _refusal(path, f"would run {target!r:.100} later, with arguments of others")
+    elif found in _TIMM_NAMES:
         _check_timm_name(found, node, path)
     if isinstance(found, type) and issubclass(found, LightningDataModule):
         _check_inside(node, path)
@@ -186,8 +196,7 @@ def _check_timm_name(found: Any, node: Mapping[str, Any], path: str) -> None:
     """Refuse a name that is no network of timm, which timm would load from a file or a hub."""
     argument = _TIMM_NAMES[found]
     default = inspect.signature(found).parameters[argument].default
-    # A partial gets its name later, from a caller that is not checked.
-    name = node.get(argument, None if node.get("_partial_") else default)
+    name = node.get(argument, default)
     is_name = isinstance(name, str) and re.fullmatch(r"[\w.-]+", name) and timm.is_model(name)
     if not is_name:
         raise _refusal(path, f"would load {name!r:.100}, no network of timm")
@@ -225,25 +234,25 @@ def _locate(target: str, path: str) -> Any:
     """Return the object that Hydra would call, or None; import only packages that are allowed.
 
     Raises:
-        UserError: if an allowed module exists but cannot be imported.
+        UserError: if an allowed module or object exists but cannot be imported.
     """
     parts = target.split(".")
     if parts[0] not in _PACKAGES or any(part.startswith("_") or not part for part in parts):
         return None
     found: Any = importlib.import_module(parts[0])
     for i, part in enumerate(parts[1:], start=2):
-        if not hasattr(found, part):
-            module = ".".join(parts[:i])
-            try:
+        module = ".".join(parts[:i])
+        try:
+            if not hasattr(found, part):
                 importlib.import_module(module)
-            except ModuleNotFoundError:  # Hydra could not import it either
-                return None
-            except Exception as error:  # an import can raise anything
-                raise UserError(
-                    f"{path} names {target!r:.100}, and the import of {module!r:.100} failed: "
-                    f"{type(error).__name__}: {error}"
-                ) from error
-        found = getattr(found, part, None)
+            found = getattr(found, part, None)
+        except ModuleNotFoundError:  # Hydra could not import it either
+            return None
+        except Exception as error:  # an import, and an attribute such as torch.classes.a.b
+            raise UserError(
+                f"{path} names {target!r:.100}, and the import of {module!r:.100} failed: "
+                f"{error_line(error)}"
+            ) from error
     return found
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import rich
+import rich.markup
 from lightning.pytorch import Callback, LightningModule, Trainer
 from omegaconf import OmegaConf
 from torch import nn
@@ -16,6 +17,7 @@ from lightning_dist.cli.errors import UserError
 from lightning_dist.cli.run.saved_config import build_data
 from lightning_dist.module import DistillModule
 from lightning_dist.teacher import Teacher
+from lightning_dist.text import printable
 from lightning_dist.training.cards import card_of_data, refuse_other_number
 
 log = logging.getLogger(__name__)
@@ -78,7 +80,8 @@ def use_weights(module: DistillModule, card: Card, ema: bool | None, path: str) 
         )
     averaged = average is not None and bool(card.averaged if ema is None else ema)
     if average is not None:
-        why = "ema" if ema is not None else f"monitor={card.metric}"
+        metric = rich.markup.escape(printable(str(card.metric), 200))
+        why = "ema" if ema is not None else f"monitor={metric}"
         rich.print(f"[bold]weights[/bold] {'averaged' if averaged else 'not averaged'} ({why})")
     if averaged and average is not None:
         module.student = average.module
