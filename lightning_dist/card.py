@@ -12,7 +12,7 @@ from typing import Any
 import safetensors
 from torch import nn
 
-from lightning_dist.text import printable
+from lightning_dist.text import error_line, printable
 from lightning_dist.weights import load_weights, read_checkpoint, resolve_path
 
 CARD_KEY = "lightning_dist_card"  # the name of the card in every kind of file
@@ -210,8 +210,10 @@ def read_card(path: str | Path) -> Card | None:
     read = _READERS.get(file.suffix, read_checkpoint)
     try:
         contents = read(file)
-    except (ValueError, OSError, safetensors.SafetensorError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+    except (ImportError, PermissionError):
+        raise
+    except Exception as error:  # the readers raise errors of many kinds for damaged files
+        raise ValueError(f"{path} cannot be read: {error_line(str(error))}") from error
     return card_in(contents, path) if isinstance(contents, Mapping) else None
 
 
@@ -292,7 +294,8 @@ def _short(values: Sequence[float]) -> str:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float)
+    """Return whether a value is a number that float can hold; JSON has integers of any size."""
+    return type(value) is float or (type(value) is int and abs(value) < 2**63)
 
 
 def _one_of(*choices: str) -> Callable[[Any], bool]:

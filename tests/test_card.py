@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import zipfile
 
 import pytest
 import safetensors.torch
@@ -126,6 +127,7 @@ def test_cards_of_the_libraries_have_the_same_form():
     [
         *(("size", [8]), ("size", [8, -1]), ("mean", "0.5"), ("std", [0.0]), ("channels", "cmyk")),
         *(("class_names", [1, 2]), ("averaged", 1), ("num_classes", 1e9), ("mean", [float("nan")])),
+        *(("mean", [10**400]), ("crop_pct", 10**400), ("value", -(10**400))),
     ],
 )
 def test_a_damaged_card_is_refused_by_name(tmp_path, field, value):
@@ -133,6 +135,28 @@ def test_a_damaged_card_is_refused_by_name(tmp_path, field, value):
     (tmp_path / "card.json").write_text(json.dumps({CARD_KEY: facts}))
     with pytest.raises(ValueError, match=rf"card\.json is damaged: {field} of its card"):
         read_card(tmp_path / "card.json")
+
+
+@pytest.mark.parametrize("name", ["deep.json", "deep.safetensors", "x.onnx", "x.pt2"])
+def test_a_damaged_file_is_refused_by_name(tmp_path, name):
+    """The readers of the formats raise errors of other kinds than ValueError."""
+    deep = 100_000 * "["
+    path = tmp_path / name
+    if path.suffix == ".onnx":
+        pytest.importorskip("onnx")
+        path.write_bytes(50 * b"\xff")
+    elif path.suffix == ".pt2":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("x/extra/metadata.json", "{}")
+        contents = bytearray(path.read_bytes())
+        contents[contents.index(b"PK\x01\x02") + 10] = 77  # an unknown compression
+        path.write_bytes(contents)
+    elif path.suffix == ".safetensors":
+        safetensors.torch.save_file({"a": torch.zeros(1)}, path, metadata={CARD_KEY: deep})
+    else:
+        path.write_text(deep)
+    with pytest.raises(ValueError, match=rf"{name} cannot be read"):
+        read_card(path)
 
 
 def test_the_command_prints_a_card_on_plain_lines(command, refused, tmp_path, capsys):

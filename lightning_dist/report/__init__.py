@@ -53,13 +53,22 @@ def write_report(folders: Folders, out: PathLike | None = None, metric: str | No
 
     Raises:
         ValueError: if a folder contains no run or a broken result.json; if `metric` is None and the
-            runs do not all optimise one metric; or if only other metrics were logged.
+            runs do not all optimise one metric; if only other metrics were logged; or if a link is
+            in the place of one of the three files.
     """
     runs = read_runs(folders)
     table, figure = report_table(runs, metric), plot_runs(runs, metric)
     target = as_paths(folders)[0] if out is None else Path(out)
     target.mkdir(parents=True, exist_ok=True)
-    write_csv(runs, target / "report.csv")
-    figure.savefig(target / "report.png", bbox_inches="tight")
-    write_page(runs, target / "report.html", metric)
+    csv, png, page = (target / f"report.{suffix}" for suffix in ("csv", "png", "html"))
+    for path in (csv, png, page):
+        # In a folder from elsewhere, a link would let the report replace a file outside.
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise ValueError(
+                f"{path} is a link or no regular file: remove it, or choose another folder for the "
+                "report with --out"
+            )
+    write_csv(runs, csv)
+    figure.savefig(png, bbox_inches="tight")
+    write_page(runs, page, metric)
     return table

@@ -454,3 +454,16 @@ def test_a_long_error_of_a_run_is_cut(tmp_path: Path, put_run: PutRun) -> None:
     assert len(str(table.caption)) < 200_000
     assert "\x1b" not in str(table.caption)
     assert (tmp_path / "report.html").stat().st_size < 1_000_000
+
+
+@pytest.mark.parametrize("name", ["report.csv", "report.png", "report.html"])
+def test_a_report_replaces_no_file_through_a_link(
+    tmp_path: Path, put_run: PutRun, name: str
+) -> None:
+    """An archive of runs from elsewhere can contain links."""
+    (tmp_path / "mine").write_text("mine")
+    put_run(tmp_path / "runs" / "0")
+    (tmp_path / "runs" / name).symlink_to(tmp_path / "mine")
+    with pytest.raises(ValueError, match=rf"{name} is a link"):
+        write_report(tmp_path / "runs")
+    assert (tmp_path / "mine").read_text() == "mine"
