@@ -269,6 +269,25 @@ def test_eval_reads_only_the_folder_that_the_command_names(refused, command, tmp
     command("eval", "ckpt=x.ckpt", "trust=true", *small)
 
 
+def test_eval_reads_no_default_folder_of_a_data_module(refused, tmp_path, images):
+    images.rename(tmp_path / "imagenet")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "imagenet").rename(tmp_path / "data" / "imagenet")
+    folder_checkpoint(tmp_path / "x.ckpt", image_size=8)
+    with watched() as record:
+        line = refused("eval", "ckpt=x.ckpt", CPU)
+    assert "root='data/imagenet'" in line
+    assert not touched(record, "data/imagenet")
+
+
+def test_a_function_of_the_networks_that_builds_none_is_refused(tmp_path):
+    """Renaming with a pattern from the file could take forever."""
+    rename = {"_target_": "lightning_dist.models.renaming.rename_entries", "network": "x"}
+    contents = hostile_config()
+    contents[CONFIG_KEY]["module"]["student"] = rename | {"names": ["a"], "table": [["a", "b"]]}
+    assert "x.ckpt would run 'lightning_dist.models.renaming" in rebuilt(contents, tmp_path)
+
+
 @pytest.mark.parametrize("verb", ["predict", "export"])
 def test_a_verb_that_needs_no_data_reads_no_folder(command, tmp_path, images, verb):
     secret = tmp_path / "secret"

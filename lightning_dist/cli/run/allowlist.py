@@ -221,8 +221,12 @@ def _is_known_class(found: Any) -> bool:
 def _is_known_function(found: Any) -> bool:
     if not isinstance(found, FunctionType):
         return False
-    if found in _FUNCTIONS or _within(found.__module__, ("lightning_dist.models",)):
+    if found in _FUNCTIONS:
         return True
+    if _within(found.__module__, ("lightning_dist.models",)):
+        # The other functions there rename weights, by patterns that may take forever.
+        built = found.__annotations__.get("return")
+        return isinstance(built, type) and issubclass(built, nn.Module)
     name = found.__name__
     if timm.is_model(name) and timm.models.model_entrypoint(name) is found:
         return True

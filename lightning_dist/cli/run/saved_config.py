@@ -145,20 +145,20 @@ def build_data(
         UserError: if the config describes no data module; or, without ``trust``, if images are read
             from a folder that the command line does not name.
     """
-    if reads and not trust:
-        from lightning_dist.cli.run.allowlist import FOLDERS
-
-        for key in FOLDERS:
-            if key in config["data"] and key not in changes:
-                raise UserError(
-                    f"{path} names the folder or data set to read, "
-                    f"{key}={config['data'][key]!r:.200}: if that is where you have the data, add "
-                    f"+data.{key}=... with it, or trust=true if you trust the file"
-                )
     with _rebuilding(path, "data settings"):
         data = instantiate(OmegaConf.merge(config["data"], changes))
         if not isinstance(data, LightningDataModule):
             raise TypeError(f"data is a {type(data).__name__}, no data module")
+    if reads and not trust:
+        from lightning_dist.cli.run.allowlist import FOLDERS
+
+        for key in FOLDERS:
+            if hasattr(data, key) and key not in changes:  # the config's value or the default
+                raise UserError(
+                    f"{path} names the folder or data set to read, "
+                    f"{key}={str(getattr(data, key))!r:.200}: if that is where you have the data, "
+                    f"add +data.{key}=... with it, or trust=true if you trust the file"
+                )
     return data
 
 
