@@ -91,23 +91,26 @@ def write_image(path: Path, size: int, rng: np.random.Generator) -> None:
 
 
 def write_imagenet(root: Path) -> None:
-    rng = np.random.default_rng(0)
-    for wnid in ("n01440764", "n01443537"):
-        for number in range(4):
-            write_image(root / "train" / wnid / f"{wnid}_{number}.JPEG", 240, rng)
-        write_image(root / "val" / wnid / f"ILSVRC2012_val_{wnid}.JPEG", 240, rng)
+    """Write the folders of the 1,000 classes, each with a link to the same image."""
+    write_image(root / "image.JPEG", 240, np.random.default_rng(0))
+    for number in range(1000):
+        for split in ("train", "val"):
+            folder = root / split / f"n{number:08}"
+            folder.mkdir(parents=True)
+            (folder / f"{split}_{number}.JPEG").hardlink_to(root / "image.JPEG")
 
 
 def write_tiny_imagenet(root: Path) -> None:
-    rng, lines = np.random.default_rng(0), []
-    for label, wnid in enumerate(("n01443537", "n02124075")):
-        for number in range(4):
-            write_image(root / "train" / wnid / "images" / f"{wnid}_{number}.JPEG", 64, rng)
-        write_image(root / "val" / "images" / f"val_{label}.JPEG", 64, rng)
-        lines.append(f"val_{label}.JPEG\t{wnid}\t0\t0\t63\t63\n")
-    (root / "val" / "val_annotations.txt").write_text("".join(lines))
-    (root / "wnids.txt").write_text("n01443537\nn02124075\n")
-    (root / "words.txt").write_text("n01443537\tgoldfish\n")
+    """Write the folders of the 200 classes, each with a link to the same image."""
+    write_image(root / "val" / "images" / "val_0.JPEG", 64, np.random.default_rng(0))
+    wnids = [f"n{number:08}" for number in range(200)]
+    for wnid in wnids:
+        folder = root / "train" / wnid / "images"
+        folder.mkdir(parents=True)
+        (folder / f"{wnid}_0.JPEG").hardlink_to(root / "val" / "images" / "val_0.JPEG")
+    (root / "val" / "val_annotations.txt").write_text(f"val_0.JPEG\t{wnids[0]}\t0\t0\t63\t63\n")
+    (root / "wnids.txt").write_text("\n".join(wnids))
+    (root / "words.txt").write_text(f"{wnids[0]}\tgoldfish\n")
 
 
 @pytest.fixture(scope="module")
