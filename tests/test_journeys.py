@@ -401,6 +401,12 @@ def test_the_report_has_the_results_of_the_runs(cifar):
         assert {name: float(rows[str(job)][name]) for name in found} == found
 
 
+def test_the_result_names_the_run_of_the_teacher(cifar):
+    """The files of all runs have the same name."""
+    result = json.loads((cifar / "sweep/3/result.json").read_text())
+    assert result["teacher"] == "cifar/resnet56 (run teacher)"
+
+
 def test_eval_gives_the_test_of_a_swept_run(cifar, monkeypatch, capsys):
     run_in(cifar, monkeypatch, "eval", "ckpt=sweep/3/checkpoints/last.ckpt", "+data.root=data")
     printed, own = capsys.readouterr().out, metrics(cifar / "sweep/3")
@@ -473,6 +479,14 @@ def test_a_torchvision_student_of_a_hugging_face_set(pets, own, tmp_path, capsys
         assert_predicted(read_predictions(tmp_path / "labels"), student(images), OTHER_ORDER)
     for file in ("run/checkpoints/last.ckpt", "labels", "student.safetensors"):
         assert list(read_card(tmp_path / file).class_names) == OTHER_ORDER
+    name = "torchvision/shufflenet_v2_x0_5"  # whose own images have 224 pixels
+    checkpoint = tmp_path / "run/checkpoints/last.ckpt"
+    teacher = load_teacher(name, weights=checkpoint, num_classes=3)
+    others = HuggingFaceDataModule(path=str(tmp_path / "pets"), **IMAGES, **PIXELS)
+    teacher.adapt(others.card())
+    with torch.no_grad():
+        found = teacher(torch.stack([image for image, _ in others.val_dataset()]))
+        torch.testing.assert_close(found, student(images), rtol=1e-4, atol=1e-4)
 
 
 DIGITS = [

@@ -267,7 +267,12 @@ def _networks(module: LightningModule, config: DictConfig) -> dict[str, Any]:
     name = settings.get("source") or HydraConfig.get().runtime.choices.get("teacher", "teacher")
     weights = settings.get("weights")
     size = sum(x.numel() for x in module.teacher.network.parameters())
-    name = f"{name} ({Path(weights).name})" if isinstance(weights, str) else name
+    if isinstance(weights, str):
+        card, file = module.teacher.card, Path(weights)
+        if card is not None and file.suffix == ".ckpt":  # all runs name their files last.ckpt
+            name = f"{name} (run {card.source})"
+        else:
+            name = f"{name} ({file.name})"
     return networks | {"teacher": name, "teacher_parameters": size}
 
 
