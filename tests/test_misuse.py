@@ -312,7 +312,7 @@ COMMANDS = {
     "teacher of other images": (
         "train experiment=digits data=image_folder data.root=pictures num_classes=2 "
         "data.image_size=8 data.num_workers=0",
-        "another number of channels than student= or teacher= takes",
+        "the teacher has 1 channels and the student 3: give both the same number",
     ),
     "teacher's weights": ("train teacher.weights=w.pth", "there is no weight file w.pth"),
     "teacher's name": ("train teacher=timm", "Missing mandatory value: module.teacher.*source"),
