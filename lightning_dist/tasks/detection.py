@@ -124,43 +124,41 @@ class DetectionModule(DistillModule):
             MisconfigurationException: if the numbers are known and differ.
         """
         data: Any = getattr(self.trainer, "datamodule", None)
-        classes, own = count_classes(self.student), getattr(data, "num_classes", None)
-        if classes is None or own is None or classes - self.label_offset == own:
+        classes, own = self.num_classes, getattr(data, "num_classes", None)
+        if classes is None or own is None or classes == own:
             return
         raise MisconfigurationException(
-            f"the student has {classes - self.label_offset} classes (without the background) and "
+            f"the student has {classes} classes (without the background) and "
             f"{type(data).__name__} {own}, so that label 0 of the data would be another class: "
             f"build the student with num_classes={own + self.label_offset}, and map a teacher's "
             "classes by name: class_map=match_classes(data.class_names, weights.meta['categories'])"
         )
 
+    def split_batch(self, batch: Any) -> tuple[Any, Any]:
+        """Return the images and the targets of a batch, whose labels are checked.
+
+        Args:
+            batch: a pair, or a mapping with the keys of ``batch_keys``.
+
+        Raises:
+            TypeError: if the batch is neither; the message describes it.
+            ValueError: if a label is not a class of the student.
+        """
+        images, targets = super().split_batch(batch)
+        labels = [target["labels"].flatten() for target in targets]
+        if labels and self.num_classes is not None:
+            check_labels(torch.cat(labels), self.num_classes, "a target")
+        return images, targets
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the sum of the detector's losses, and log each loss as ``train/NAME``."""
         images, targets = self.split_batch(batch)
-        self._check_targets(targets)
         shifted = [{**t, "labels": t["labels"] + self.label_offset} for t in targets]
         losses = self.student(list(images), shifted)
         loss = torch.stack(list(losses.values())).sum()
         self.log("train/task", loss.detach())
         self.log_dict({f"train/{name}": value.detach() for name, value in losses.items()})
         return loss
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Update ``val/*``; Lightning's sanity check before training finds wrong labels early."""
-        self._check_targets(self.split_batch(batch)[1])
-        super().validation_step(batch, batch_idx)
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Update ``test/*``, after a check of the labels."""
-        self._check_targets(self.split_batch(batch)[1])
-        super().test_step(batch, batch_idx)
-
-    def _check_targets(self, targets: Sequence[dict[str, Tensor]]) -> None:
-        """Refuse labels that are not classes of the student; they are few, so this is fast."""
-        labels = [target["labels"].flatten() for target in targets]
-        classes = count_classes(self.student)
-        if labels and classes is not None:
-            check_labels(torch.cat(labels), classes - self.label_offset, "a target")
 
     def on_train_epoch_start(self) -> None:
         """Put the batch norms in eval mode, if ``norm_eval`` is set."""

@@ -1,15 +1,14 @@
 """`measure_teacher`: how good a teacher is on a sample of the validation set, before training."""
 
-import random
 import time
-from collections.abc import Iterable, Iterator, Sized
-from contextlib import contextmanager
+from collections.abc import Iterable, Sized
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import move_data_to_device
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from lightning_dist.card import Card
@@ -40,7 +39,7 @@ def measure_teacher(trainer: Trainer, module: Any, card: Card | None) -> tuple[s
     if dataset is None or isinstance(dataset, IterableDataset) or not isinstance(dataset, Sized):
         return f"{_NOT_MEASURED} (no validation data, or data without an order)", False
     try:
-        with _nothing_moved():
+        with isolate_rng(), torch.no_grad():
             values, count = _measure(trainer, module, loader, len(dataset))
     except Exception as error:  # a line at the start must not end a run
         return f"{_NOT_MEASURED} ({type(error).__name__}: {error})", False
@@ -98,15 +97,3 @@ def _batches(loader: DataLoader, size: int) -> Iterable[Any]:
         collate_fn=loader.collate_fn,
         generator=torch.Generator().manual_seed(0),
     )
-
-
-@contextmanager
-def _nothing_moved() -> Iterator[None]:
-    """Restore the random generators at the end of the block, which computes no gradients."""
-    numpy_state, python_state = np.random.get_state(), random.getstate()
-    try:
-        with torch.random.fork_rng(), torch.no_grad():
-            yield
-    finally:
-        np.random.set_state(numpy_state)
-        random.setstate(python_state)
