@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves
 from torchmetrics import MetricCollection
 
 from lightning_dist.callback import ONLY, DistillationCallback
-from lightning_dist.card import CARD_KEY, card_in
 from lightning_dist.checks import check_number
+from lightning_dist.files.card import CARD_KEY, card_in
 from lightning_dist.losses import DISTLoss
 from lightning_dist.teacher import TeacherBase, as_teacher, is_sharded, shard_once, shard_teacher
 from lightning_dist.terms import Nonfinite, Term, Weight

@@ -14,27 +14,14 @@ import lightning_dist
 PACKAGE = Path(lightning_dist.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-GROUND = {"card", "checks", "taps", "text", "weight_files", "weights"}
+GROUND = {"checks", "files", "taps"}
 LEAVES = {"data", "models"}
 CORE = {"callback", "functional", "losses", "module", "tasks", "teacher", "terms", "training"}
 WINGS = {"cache", "export", "report", "resume"}
 
 # The rooms from the lowest to the highest: a room imports only from rooms that come before it.
 FLOORS = (
-    *(
-        "checks",
-        "taps",
-        "text",
-        "weight_files",
-        "weights",
-        "card",
-        "losses",
-        "functional",
-        "data",
-        "models",
-        "teacher",
-        "terms",
-    ),
+    *("checks", "taps", "files", "losses", "functional", "data", "models", "teacher", "terms"),
     *("training", "callback", "module", "tasks", "cache", "resume", "export", "report"),
     *("cli", "__main__", "__init__"),
 )

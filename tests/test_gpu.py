@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from interruption import Send
 from lightning_dist import DistillModule, DISTLoss
 from lightning_dist.data.digits import DigitsDataModule
+from lightning_dist.files.weights import load_weights
 from lightning_dist.functional import dist_loss
 from lightning_dist.models.small import SmallCNN
 from lightning_dist.resume import ExactResume, Interrupted
-from lightning_dist.weights import load_weights
 from processes import Processes
 
 TRAINED = "pkg://lightning_dist/assets/digits_teacher.safetensors"

@@ -25,13 +25,13 @@ from torchvision.datasets import CIFAR10
 
 from formats import write_cifar, write_yolo
 from lightning_dist import cli
-from lightning_dist.card import Card, read_card
 from lightning_dist.cli.run.checkpoint_card import MatchData
 from lightning_dist.data.cifar import CIFAR10DataModule
 from lightning_dist.data.digits import DigitsDataModule
 from lightning_dist.data.huggingface import HuggingFaceDataModule
 from lightning_dist.data.image_folder import ImageFolderDataModule
 from lightning_dist.data.segmentation import MaskFolderDataModule
+from lightning_dist.files.card import Card, read_card
 from lightning_dist.models.cifar import resnet8
 from lightning_dist.models.detection import small_retinanet
 from lightning_dist.models.segmentation import deeplabv3

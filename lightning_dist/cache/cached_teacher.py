@@ -24,8 +24,8 @@ from lightning_dist.cache.refusals import (
     refuse_other_inputs,
 )
 from lightning_dist.cache.samples import check_answers
-from lightning_dist.card import Card
 from lightning_dist.data.views import VIEW_SEED, KeyedBatch
+from lightning_dist.files.card import Card
 from lightning_dist.taps import check_part, refuse_shared_tensors, tap
 from lightning_dist.teacher import Teacher
 from lightning_dist.teacher.base import Inputs, Tap, TeacherBase

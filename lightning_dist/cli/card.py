@@ -4,8 +4,8 @@ import argparse
 import json
 import sys
 
-from lightning_dist.card import read_card
 from lightning_dist.cli.errors import UserError
+from lightning_dist.files.card import read_card
 
 
 def main() -> None:

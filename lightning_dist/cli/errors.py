@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 from lightning_dist.cli.renamed_keys import with_new_name
-from lightning_dist.text import error_line
+from lightning_dist.files.text import error_line
 
 FULL_ERROR = "HYDRA_FULL_ERROR"  # set to 1 by a user who wants tracebacks
 

@@ -16,17 +16,17 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_dist.card import Card, write_card
 from lightning_dist.cli.errors import UserError
 from lightning_dist.cli.hydra_app import hydra_app
 from lightning_dist.cli.run.checkpoint_card import MatchData, card_of_checkpoint, use_weights
 from lightning_dist.cli.run.saved_config import build_data, build_module, read_saved
 from lightning_dist.data.image_files import SUFFIXES, abbreviate, find_images, load_image
+from lightning_dist.files.card import Card, write_card
+from lightning_dist.files.text import csv_cell
 from lightning_dist.tasks.classification import ClassificationModule
 from lightning_dist.tasks.detection import DetectionModule
 from lightning_dist.tasks.drawing import box_image, class_palette, mask_image
 from lightning_dist.tasks.segmentation import SegmentationModule, resize
-from lightning_dist.text import csv_cell
 
 
 def main() -> None:

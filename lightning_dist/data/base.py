@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
-from lightning_dist.card import Card
 from lightning_dist.checks import check_labels, check_number
 from lightning_dist.data.image_files import to_rgb
 from lightning_dist.data.seeding import EpochSampler, ResumableLoader, SeededDataset
 from lightning_dist.data.tensor_images import TensorImages, per_channel
 from lightning_dist.data.views import Views
+from lightning_dist.files.card import Card
 
 IGNORED = 255  # the label of the pixels that the loss and the metrics ignore
 SPLIT_SEED = 0  # constant, so that runs with different seeds hold out the same images

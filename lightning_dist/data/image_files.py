@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from lightning_dist.text import printable
+from lightning_dist.files.text import printable
 
 log = logging.getLogger(__name__)
 

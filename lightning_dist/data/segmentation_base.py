@@ -15,7 +15,6 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
-from lightning_dist.card import Card
 from lightning_dist.data.base import IGNORED, ImageDataModule
 from lightning_dist.data.image_files import (
     abbreviate,
@@ -25,6 +24,7 @@ from lightning_dist.data.image_files import (
     upright,
     warn_once,
 )
+from lightning_dist.files.card import Card
 
 MASKS_TO_CHECK = 100  # the number of masks of a split that are read before training starts
 MOSTLY = 0.95  # the fraction of ignored pixels from which a split is warned about

@@ -18,7 +18,6 @@ import torch
 from torch import nn
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
-from lightning_dist.card import CARD_KEY, Card
 from lightning_dist.export.graphs import (
     Shape,
     as_refusal,
@@ -28,6 +27,7 @@ from lightning_dist.export.graphs import (
     save_onnx,
     save_pt2,
 )
+from lightning_dist.files.card import CARD_KEY, Card
 
 # The formats, and the file or folder to which each format is written if no path is given.
 FORMATS = {

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torchvision.models.segmentation.deeplabv3 import ASPP
 from torchvision.models.segmentation.fcn import FCNHead
 
+from lightning_dist.files.weights import load_weights
 from lightning_dist.models.renaming import Replacement, rename_entries
-from lightning_dist.weights import load_weights
 
 _DEEP_STEM = {"stem_type": "deep", "stem_width": 64}  # three 3x3 convolutions: 64, 64, 128 channels
 

@@ -8,6 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lightning_dist.files.text import printable
 from lightning_dist.report.curves import Curve, read_curves
 from lightning_dist.report.plots import (
     group_colors,
@@ -28,7 +29,6 @@ from lightning_dist.report.runs import (
     table_metrics,
 )
 from lightning_dist.report.significance import Comparison, compare_groups, numbers_by_seed
-from lightning_dist.text import printable
 
 if TYPE_CHECKING:
     from jinja2 import Template

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lightning_dist.files.text import printable
 from lightning_dist.report.curves import Curve
 from lightning_dist.report.runs import (
     Group,
@@ -20,7 +21,6 @@ from lightning_dist.report.runs import (
     summarize,
     teacher_metric,
 )
-from lightning_dist.text import printable
 
 if TYPE_CHECKING:
     # Matplotlib is slow to import, so functions import it when they run. This file never imports

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_dist.text import printable
+from lightning_dist.files.text import printable
 
 log = logging.getLogger(__name__)
 

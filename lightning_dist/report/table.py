@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from rich.table import Table
 from rich.text import Text
 
+from lightning_dist.files.text import csv_cell, printable
 from lightning_dist.report.runs import (
     PathLike,
     Run,
@@ -15,7 +16,6 @@ from lightning_dist.report.runs import (
     optimized_metric,
     table_metrics,
 )
-from lightning_dist.text import csv_cell, printable
 
 
 def report_table(runs: Sequence[Run], metric: str | None = None) -> Table:

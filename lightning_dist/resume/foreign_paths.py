@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_dist.text import printable
+from lightning_dist.files.text import printable
 
 # Keys of a callback's state under which there are paths. ModelCheckpoint of Lightning 2.6 has
 # dirpath, best_model_path, kth_best_model_path, last_model_path and best_k_models.

@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_dist.card import Card
+from lightning_dist.files.card import Card
 from lightning_dist.taps import Entry
 
 Tap = tuple[str, Entry | None]  # the path of a part of the teacher, and the entry of its output

@@ -7,8 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_dist.card import Card
 from lightning_dist.checks import class_axis
+from lightning_dist.files.card import Card
 from lightning_dist.taps import logits_of
 from lightning_dist.teacher.base import Tap
 from lightning_dist.teacher.teacher import Teacher, TeacherNetwork

@@ -13,9 +13,9 @@ import timm.models
 import torchvision.models
 from torch import nn
 
-from lightning_dist.card import Card, card_of_timm, card_of_torchvision
+from lightning_dist.files.card import Card, card_of_timm, card_of_torchvision
+from lightning_dist.files.weights import weights_only_loads
 from lightning_dist.teacher.teacher import Teacher
-from lightning_dist.weights import weights_only_loads
 
 
 def load_teacher(
@@ -35,9 +35,9 @@ def load_teacher(
         source: one of: ``"timm/resnet34.tv_in1k"``, with or without ``timm/``;
             ``"torchvision/resnet50"``; a function that returns the network, or its path
             ``"package.module:function"``; the network itself.
-        weights: a weight file, see :func:`lightning_dist.weights.load_weights`. With it, nothing is
-            downloaded. If the file has a card, as every file of this package, the teacher expects
-            the images and classes that the card names, instead of the library's.
+        weights: a weight file, see :func:`lightning_dist.files.weights.load_weights`. With it,
+            nothing is downloaded. If the file has a card, as every file of this package, the
+            teacher expects the images and classes that the card names, instead of the library's.
         pretrained: load the weights that timm or torchvision has for the name. If torchvision has
             several weights for a network, give the name of one, such as ``"IMAGENET1K_V2"``; in
             timm that is a part of the network's name. ``False`` leaves the weights random.

@@ -1,6 +1,6 @@
 """Functions that compare a teacher's card with that of the data, and convert what differs."""
 
-from lightning_dist.card import Card
+from lightning_dist.files.card import Card
 from lightning_dist.teacher.bridge import InputBridge, is_same_name, match_classes
 
 

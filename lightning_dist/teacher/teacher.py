@@ -14,8 +14,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from lightning_dist.card import Card, load_with_card
 from lightning_dist.checks import class_axis
+from lightning_dist.files.card import Card, load_with_card
 from lightning_dist.taps import (
     Snapshot,
     counts,
@@ -46,8 +46,9 @@ class Teacher(TeacherBase):
     Args:
         network: the trained network, which may also be a module of TorchScript or
             ``torch.export.load(...).module()``. It is frozen in place.
-        weights: a file to load into the network, see :func:`lightning_dist.weights.load_weights`.
-            If the file has a card, it replaces ``card``.
+        weights: a file to load into the network, see
+            :func:`lightning_dist.files.weights.load_weights`. If the file has a card, it replaces
+            ``card``.
         dtype: the dtype of the network's weights and inputs, such as ``torch.bfloat16`` or
             ``"bfloat16"``. By default, the network keeps its dtype, and the Trainer's autocast
             applies to it too.

@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_dist.card import Card
+from lightning_dist.files.card import Card
 
 
 def card_of_data(trainer: Trainer) -> Card | None:
@@ -25,7 +25,7 @@ def card_of_run(trainer: Trainer, task: str | None, num_classes: int | None) -> 
 
     Args:
         trainer: the Trainer.
-        task: the task, as in :class:`lightning_dist.card.Card`.
+        task: the task, as in :class:`lightning_dist.files.card.Card`.
         num_classes: the number of the student's classes, if the data module has no card.
     """
     data: Any = getattr(trainer, "datamodule", None)

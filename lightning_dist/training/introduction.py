@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import move_data_to_device
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
-from lightning_dist.card import Card
+from lightning_dist.files.card import Card
 from lightning_dist.training.evaluation import EvaluationMetrics
 
 SAMPLES = 256

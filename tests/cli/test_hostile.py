@@ -14,8 +14,8 @@ import torch
 from hostile import Runs, hostile_config, saved
 from lightning_dist.cache.files import ViewFiles
 from lightning_dist.cli.run.saved_config import CONFIG_KEY
+from lightning_dist.files.weights import load_weights, read_checkpoint
 from lightning_dist.models.small import SmallCNN
-from lightning_dist.weights import load_weights, read_checkpoint
 
 QUICK = ("trainer=cpu", "experiment=digits", "trainer.max_epochs=1")
 QUICK += ("print_config=false", "callbacks.progress=null")

@@ -11,11 +11,11 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from PIL import Image
 
 from lightning_dist.data.scenes import ScenesDataModule
+from lightning_dist.files.weights import load_weights
 from lightning_dist.models.detection import small_retinanet
 from lightning_dist.models.small import SmallUNet
 from lightning_dist.tasks.drawing import LogSegmentations, box_image, class_palette, mask_image
 from lightning_dist.tasks.segmentation import SegmentationModule
-from lightning_dist.weights import load_weights
 
 QUICK = ["trainer=cpu", "trainer.max_epochs=1", "print_config=false", "callbacks.progress=null"]
 SCENES = [

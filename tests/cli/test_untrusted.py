@@ -15,13 +15,13 @@ from PIL import Image
 
 import lightning_dist.data
 from hostile import Runs, contacts, hostile_config, saved, touched, watched
-from lightning_dist.card import CARD_KEY
 from lightning_dist.cli.errors import UserError
 from lightning_dist.cli.run.allowlist import FOLDERS, without_downloads
 from lightning_dist.cli.run.saved_config import CONFIG_KEY, build_module, read_saved
+from lightning_dist.files.card import CARD_KEY
+from lightning_dist.files.text import printable
+from lightning_dist.files.weights import read_checkpoint
 from lightning_dist.models.small import SmallCNN
-from lightning_dist.text import printable
-from lightning_dist.weights import read_checkpoint
 
 CPU = "trainer=cpu"
 NAMED_BY = {

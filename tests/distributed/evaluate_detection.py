@@ -9,9 +9,9 @@ from pathlib import Path
 import lightning as L
 
 from lightning_dist.data.scenes import SceneDetectionDataModule
+from lightning_dist.files.weights import load_weights
 from lightning_dist.models.detection import small_faster_rcnn
 from lightning_dist.tasks.detection import DetectionModule
-from lightning_dist.weights import load_weights
 
 
 def main(out: str, devices: int) -> None:

@@ -20,11 +20,11 @@ from lightning_dist import DistillModule
 from lightning_dist.cli.run.saved_config import CONFIG_KEY
 from lightning_dist.export import FORMATS, export_student
 from lightning_dist.export.graphs import METADATA
+from lightning_dist.files.weights import load_weights, read_checkpoint
 from lightning_dist.models.cifar import resnet8
 from lightning_dist.models.detection import small_faster_rcnn, small_retinanet
 from lightning_dist.models.segmentation import deeplabv3
 from lightning_dist.models.small import SmallCNN, SmallUNet
-from lightning_dist.weights import load_weights, read_checkpoint
 
 QUICK = [
     "trainer=cpu",

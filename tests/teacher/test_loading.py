@@ -10,7 +10,7 @@ import torchvision
 from torch import nn
 from torchvision.transforms import v2
 
-from lightning_dist.card import CARD_KEY, Card
+from lightning_dist.files.card import CARD_KEY, Card
 from lightning_dist.teacher.loading import load_teacher
 from normalisation import MEAN, OURS, STD, as_student, raw_images
 

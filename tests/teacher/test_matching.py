@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from lightning_dist.cache import CachedTeacher
-from lightning_dist.card import Card
 from lightning_dist.data.digits import DigitsDataModule
+from lightning_dist.files.card import Card
 from lightning_dist.models.detection import small_faster_rcnn
 from lightning_dist.models.small import SmallCNN
 from lightning_dist.tasks.detection_heads import TwoStageClassifier

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_dist import DistillationCallback
-from lightning_dist.card import Card
+from lightning_dist.files.card import Card
 from lightning_dist.tasks.classification import ClassificationModule
 from lightning_dist.teacher import Teacher
 from lightning_dist.training import introduction

@@ -19,9 +19,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_dist.cli.errors import UserError
+from lightning_dist.files.text import error_line, has_controls
 from lightning_dist.models.detection import TimmPyramid
 from lightning_dist.models.segmentation import deeplabv3, pspnet
-from lightning_dist.text import error_line, has_controls
 from lightning_dist.training import warmup_multistep
 
 # A subclass of a base class is allowed in the packages next to it, because the constructors there

@@ -11,13 +11,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from omegaconf import OmegaConf
 from torch import nn
 
-from lightning_dist.card import Card, card_in
 from lightning_dist.checks import check_flag
 from lightning_dist.cli.errors import UserError
 from lightning_dist.cli.run.saved_config import build_data
+from lightning_dist.files.card import Card, card_in
+from lightning_dist.files.text import printable
 from lightning_dist.module import DistillModule
 from lightning_dist.teacher import Teacher
-from lightning_dist.text import printable
 from lightning_dist.training.cards import card_of_data, refuse_other_number
 
 log = logging.getLogger(__name__)

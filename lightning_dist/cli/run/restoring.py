@@ -11,7 +11,7 @@ from lightning.pytorch.trainer.connectors import checkpoint_connector
 from torch import Tensor
 
 from lightning_dist.cli.errors import UserError
-from lightning_dist.text import error_line
+from lightning_dist.files.text import error_line
 
 
 @contextmanager

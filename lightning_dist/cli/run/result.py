@@ -8,8 +8,8 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
 
+from lightning_dist.files.text import error_line
 from lightning_dist.report.runs import RESULT_FILE
-from lightning_dist.text import error_line
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from lightning_dist.cli.errors import UserError
 from lightning_dist.cli.run.callbacks import VALIDATION_KEY
 from lightning_dist.cli.run.saved_config import config_in, to_save
-from lightning_dist.weights import read_checkpoint
+from lightning_dist.files.weights import read_checkpoint
 
 log = logging.getLogger(__name__)
 

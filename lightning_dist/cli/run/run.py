@@ -21,7 +21,7 @@ from lightning_dist.cli.run.result import (
     write_result,
 )
 from lightning_dist.cli.run.resuming import checkpoint_to_begin_with
-from lightning_dist.text import error_line
+from lightning_dist.files.text import error_line
 
 log = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from lightning_dist.cli.run.initial_weights import (
     without_initial_weights,
     without_torchvision_weights,
 )
+from lightning_dist.files.text import error_line, has_controls
+from lightning_dist.files.weights import read_checkpoint, weights_only_loads
 from lightning_dist.module import DistillModule
-from lightning_dist.text import error_line, has_controls
-from lightning_dist.weights import read_checkpoint, weights_only_loads
 
 CONFIG_KEY = "lightning_dist_config"
 

@@ -14,12 +14,12 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from lightning_dist.text import error_line, printable
-from lightning_dist.weight_files import (
+from lightning_dist.files.limits import (
     refuse_strange_safetensors,
     refuse_strange_torch_file,
     refuse_too_much,
 )
+from lightning_dist.files.text import error_line, printable
 
 # Training programs store weights under these entries of a checkpoint, and put these prefixes before
 # the names. Averaged weights come first, because a program that averages weights evaluates and

@@ -16,8 +16,8 @@ from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from lightning_dist import Teacher
+from lightning_dist.files.weights import load_weights, read_checkpoint
 from lightning_dist.models.small import SmallCNN
-from lightning_dist.weights import load_weights, read_checkpoint
 
 
 @pytest.fixture

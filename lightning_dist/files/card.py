@@ -12,8 +12,8 @@ from typing import Any
 import safetensors
 from torch import nn
 
-from lightning_dist.text import error_line, printable
-from lightning_dist.weights import load_weights, read_checkpoint, resolve_path
+from lightning_dist.files.text import error_line, printable
+from lightning_dist.files.weights import load_weights, read_checkpoint, resolve_path
 
 CARD_KEY = "lightning_dist_card"  # the name of the card in every kind of file
 _TASKS = ("classification", "segmentation", "detection")
@@ -181,7 +181,8 @@ def card_in(contents: Mapping[str, Any], path: str | Path) -> Card | None:
     """Return the card in the contents of a checkpoint, or ``None`` if it has none.
 
     Args:
-        contents: the contents, as :func:`lightning_dist.weights.read_checkpoint` returns them.
+        contents: the contents, as
+            :func:`lightning_dist.files.weights.read_checkpoint` returns them.
         path: the file that they come from, for the message.
 
     Raises:
@@ -227,7 +228,7 @@ def load_with_card(network: nn.Module, path: str | Path, ema: bool | None = None
 
     Args:
         network: the network.
-        path: the file, as in :func:`lightning_dist.weights.load_weights`.
+        path: the file, as in :func:`lightning_dist.files.weights.load_weights`.
         ema: load the averaged weights (true) or the others (false) of a file with both; by default
             those that the card names, and without a card the averaged ones.
 
@@ -235,7 +236,7 @@ def load_with_card(network: nn.Module, path: str | Path, ema: bool | None = None
         The card, or ``None`` if the file has none.
 
     Raises:
-        FileNotFoundError, ValueError: as in :func:`lightning_dist.weights.load_weights`.
+        FileNotFoundError, ValueError: as in :func:`lightning_dist.files.weights.load_weights`.
     """
     contents = read_checkpoint(path)
     if resolve_path(path).suffix == ".safetensors":  # one set of weights, and the card is apart

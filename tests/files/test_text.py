@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from lightning_dist.card import Card
-from lightning_dist.text import MOST_IN_A_LINE, csv_cell, error_line, printable
+from lightning_dist.files.card import Card
+from lightning_dist.files.text import MOST_IN_A_LINE, csv_cell, error_line, printable
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,9 @@ import torchvision
 from torch import nn
 
 from lightning_dist import StudentEMA
-from lightning_dist.card import (
+from lightning_dist.data.digits import DigitsDataModule
+from lightning_dist.export import export_student
+from lightning_dist.files.card import (
     CARD_KEY,
     Card,
     card_of_timm,
@@ -21,8 +23,6 @@ from lightning_dist.card import (
     read_card,
     write_card,
 )
-from lightning_dist.data.digits import DigitsDataModule
-from lightning_dist.export import export_student
 from lightning_dist.models.small import SmallCNN
 from lightning_dist.tasks.classification import ClassificationModule
 
