@@ -2,47 +2,39 @@
 
 from argparse import Namespace
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 from torch.utils._pytree import tree_leaves
-from torchmetrics import MetricCollection
 
 from lightning_dist.callback import ONLY, DistillationCallback
 from lightning_dist.checks import check_number
-from lightning_dist.files.card import CARD_KEY, card_in
 from lightning_dist.losses import DISTLoss
-from lightning_dist.teacher import TeacherBase, as_teacher, is_sharded, shard_once, shard_teacher
+from lightning_dist.teacher import TeacherBase, as_teacher, shard_once, shard_teacher
 from lightning_dist.terms import Nonfinite, Term, Weight
 from lightning_dist.training.averaging import make_room_for_average, refuse_stale_average
-from lightning_dist.training.batches import INPUT_KEYS, find_key, split_batch
 from lightning_dist.training.cards import (
     card_of_data,
-    card_of_run,
-    refuse_other_classes,
+    refuse_checkpoint_of_other_classes,
     refuse_other_number,
+    save_card,
 )
-from lightning_dist.training.evaluation import (
-    EvaluationMetrics,
-    Metrics,
-    count_samples,
-    without_repeats,
-)
+from lightning_dist.training.evaluation import Metrics
+from lightning_dist.training.evaluation_module import EvaluationModule
 from lightning_dist.training.fitting import attached_callbacks
-from lightning_dist.training.introduction import measure_teacher
+from lightning_dist.training.introduction import log_measured_teacher
 from lightning_dist.training.optimization import build_optimizer, build_scheduler, step_scheduler
 
 
-class DistillModule(LightningModule):
+class DistillModule(EvaluationModule):
     """A LightningModule that trains a student on ``(inputs, target)`` batches.
 
     If a teacher is given, the student is distilled from it. The teacher is stored in
@@ -124,15 +116,13 @@ class DistillModule(LightningModule):
         shard_teacher: bool = False,
         measure_teacher: bool = True,
     ) -> None:
-        super().__init__()
-        if not isinstance(student, nn.Module):
-            raise TypeError(f"the student is a {type(student).__name__}: give a torch.nn.Module")
+        task_loss = nn.CrossEntropyLoss() if task_loss is None else task_loss
+        super().__init__(student, task_loss, metrics, batch_keys)
         if scheduler_interval not in ("epoch", "step"):
             raise ValueError(f"scheduler_interval is {scheduler_interval!r}: use 'epoch' or 'step'")
         check_number("task_weight", task_weight)
         if not callable(distill_weight):
             check_number("distill_weight", distill_weight)
-        self.student = student
         if channels_last:
             student.to(memory_format=torch.channels_last)
         self.student_ema: AveragedModel | None = None  # StudentEMA or a checkpoint sets it
@@ -141,8 +131,7 @@ class DistillModule(LightningModule):
         self.teacher_inputs: Mapping[str, str] = {"": ""}  # the callback's option "inputs"
         self.shard_teacher = shard_teacher
         self.measure_teacher = measure_teacher
-        self.task_loss = nn.CrossEntropyLoss() if task_loss is None else task_loss
-        self.eval_loss = self.task_loss
+        self.task_loss = task_loss
         self.optimizer: Callable[..., Optimizer] = optimizer or torch.optim.AdamW
         self.scheduler = scheduler
         self.scheduler_interval = scheduler_interval
@@ -152,10 +141,6 @@ class DistillModule(LightningModule):
         self.distill_weight = distill_weight
         self.task_weight = task_weight
         self.nonfinite = nonfinite
-        self.batch_keys = batch_keys
-        self.evaluated: dict[str, nn.Module] = {}  # further networks, by the name of their metrics
-        splits = ("val/", "test/")
-        self.metrics = nn.ModuleDict({split: EvaluationMetrics(metrics, split) for split in splits})
 
     def _set_hparams(self, hp: Any) -> None:
         """Leave networks, losses and functions out of what ``save_hyperparameters`` saves.
@@ -169,55 +154,6 @@ class DistillModule(LightningModule):
             hp = {name: value for name, value in hp.items() if not _holds_objects(value)}
         super()._set_hparams(hp)
 
-    def evaluate_too(self, name: str, network: nn.Module) -> None:
-        """Evaluate another network beside the student in validation and test.
-
-        Args:
-            name: the first part of the names of its metrics: ``"ema_"`` gives ``val/ema_METRIC``.
-            network: a network with the student's inputs and the student's kind of output.
-        """
-        self.evaluated[name] = network
-        for prefix in (f"val/{name}", f"test/{name}"):
-            self.metrics[prefix] = EvaluationMetrics(self.val_metrics, prefix)
-        self.metrics.to(self.device)
-
-    def evaluate_only(self, network: nn.Module) -> None:
-        """Evaluate a network in the place of the student, and no other network beside it.
-
-        Args:
-            network: a network with the student's inputs and the student's kind of output.
-        """
-        self.student, self.evaluated = network, {}
-
-    def convert_evaluated(self, convert: Callable[[nn.Module], nn.Module]) -> None:
-        """Replace every network that validation and test evaluate.
-
-        Args:
-            convert: a function that returns the new network for a network.
-        """
-        self.student = convert(self.student)
-        self.evaluated = {name: convert(other) for name, other in self.evaluated.items()}
-
-    @property
-    def val_metrics(self) -> MetricCollection:
-        """The student's validation metrics."""
-        return cast(EvaluationMetrics, self.metrics["val/"]).collection
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the student's output."""
-        return self.student(*args, **kwargs)
-
-    def split_batch(self, batch: Any) -> tuple[Any, Any]:
-        """Return the inputs and the target of a batch; override it for batches of another form.
-
-        Args:
-            batch: a pair, or a mapping with the keys of ``batch_keys``.
-
-        Raises:
-            TypeError: if the batch is neither; the message describes it.
-        """
-        return split_batch(batch, self.batch_keys, f"{type(self).__name__}.split_batch")
-
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the task loss of a batch; the callback adds the distillation loss to it."""
         inputs, target = self.split_batch(batch)
@@ -230,77 +166,6 @@ class DistillModule(LightningModule):
         if outputs is not None:  # Lightning divides the loss by the number of accumulated batches
             loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
             self.log("train/loss", loss * self.trainer.accumulate_grad_batches, prog_bar=True)
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Update and log the metrics ``val/*``."""
-        self._evaluate(batch, batch_idx, self.trainer.val_dataloaders, "val/")
-
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Update and log the metrics ``test/*``."""
-        self._evaluate(batch, batch_idx, self.trainer.test_dataloaders, "test/")
-
-    def predict_step(self, batch: Any, batch_idx: int) -> Any:
-        """Return the student's output for a batch of inputs, or of ``(inputs, target)``."""
-        if isinstance(batch, Mapping):
-            key = self.batch_keys[0] if self.batch_keys else find_key(batch, INPUT_KEYS)
-            batch = batch.get(key, batch)
-        return self.infer(self.student, batch[0] if isinstance(batch, (tuple, list)) else batch)
-
-    def infer(self, network: nn.Module, inputs: Any) -> Any:
-        """Return the output of a network in the form that validation, test and prediction use.
-
-        Args:
-            network: the student, or an average of it.
-            inputs: the inputs of a batch.
-        """
-        return network(inputs)
-
-    def _evaluate(self, batch: Any, batch_idx: int, loaders: Any, split: str) -> None:
-        batch = self._without_repeats(self.split_batch(batch), batch_idx, loaders)
-        for name, network in {"": self.student, **self.evaluated}.items():
-            metrics = cast(EvaluationMetrics, self.metrics[f"{split}{name}"])
-            self.update_metrics(batch, network, metrics)
-            self._log_metrics_of_batch(metrics)
-
-    def _without_repeats(self, batch: Any, batch_idx: int, loaders: Any) -> Any:
-        return without_repeats(batch, batch_idx, loaders)
-
-    def update_metrics(self, batch: Any, network: nn.Module, metrics: EvaluationMetrics) -> int:
-        """Update the metrics of one network with a batch.
-
-        Args:
-            batch: the inputs and the target.
-            network: the student, its average or the teacher.
-            metrics: the metrics to update.
-
-        Returns:
-            The number of labels in the batch, which is the weight of its mean loss.
-        """
-        inputs, target = batch
-        count = count_samples(inputs, target)
-        if not count:
-            return 0
-        output = self.infer(network, inputs)
-        metrics.collection.update(output, target)
-        count = self.count_labels(target, count)
-        if count:
-            metrics.mean_loss.update(self.eval_loss(output, target), weight=count)
-        return count
-
-    def count_labels(self, target: Any, samples: int) -> int:
-        """Return the number of labels over which ``eval_loss`` takes its mean.
-
-        Override it if that is not the number of samples: the loss of a split is then the mean over
-        all its labels, however they are divided into batches.
-
-        Args:
-            target: the target of a batch.
-            samples: the number of samples in the batch.
-        """
-        return samples
-
-    def _log_metrics_of_batch(self, metrics: EvaluationMetrics) -> None:
-        metrics.log(self)
 
     def teacher_network(self) -> nn.Module:
         """Return the teacher as a network with the student's inputs and kind of output.
@@ -354,26 +219,17 @@ class DistillModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Log how good the teacher is on the validation set, beside what its card says."""
-        trainer = self.trainer
-        quick = trainer.fast_dev_run or trainer.barebones  # type: ignore[attr-defined]
-        if self.teacher is None or not self.measure_teacher or quick:
-            return
-        # One process cannot call a sharded network alone.
-        if not trainer.is_global_zero or is_sharded(self.teacher.network):
-            return
-        line, is_bad = measure_teacher(trainer, self, self.teacher.card)
-        (rank_zero_warn if is_bad else rank_zero_info)(line)
+        if self.measure_teacher:
+            log_measured_teacher(self.trainer, self)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the card of the student; a subclass that overrides this calls it too."""
-        card = card_of_run(self.trainer, self.task, self.num_classes)
-        checkpoint[CARD_KEY] = card.to_plain()
+        save_card(self.trainer, self.task, self.num_classes, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to go on with data whose classes differ from those in the checkpoint."""
         if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
-            card = card_in(checkpoint, "the checkpoint")
-            refuse_other_classes(card, card_of_data(self.trainer), "the checkpoint")
+            refuse_checkpoint_of_other_classes(checkpoint, self.trainer)
 
     def configure_model(self) -> None:
         """Shard the student, and with ``shard_teacher`` also the teacher, if FSDP2 is used.

@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_dist.files.card import Card
+from lightning_dist.files.card import CARD_KEY, Card, card_in
 
 
 def card_of_data(trainer: Trainer) -> Card | None:
@@ -50,6 +50,13 @@ def card_of_run(trainer: Trainer, task: str | None, num_classes: int | None) -> 
     )
 
 
+def save_card(
+    trainer: Trainer, task: str | None, num_classes: int | None, checkpoint: dict[str, Any]
+) -> None:
+    """Put the card of the student into a checkpoint; the arguments are those of `card_of_run`."""
+    checkpoint[CARD_KEY] = card_of_run(trainer, task, num_classes).to_plain()
+
+
 def is_of_average(metric: str | None) -> bool:
     """Return whether a metric is one of the averaged weights, such as ``val/ema_accuracy``."""
     return metric is not None and metric.rpartition("/")[2].startswith("ema_")
@@ -76,6 +83,20 @@ def refuse_other_classes(network: Card | None, data: Card | None, place: str) ->
             "same order"
         )
     refuse_other_number(network.num_classes, data, place)
+
+
+def refuse_checkpoint_of_other_classes(checkpoint: dict[str, Any], trainer: Trainer) -> None:
+    """Refuse to go on from a checkpoint of a run on data with other classes.
+
+    Args:
+        checkpoint: the checkpoint.
+        trainer: the Trainer that goes on.
+
+    Raises:
+        MisconfigurationException: if the names or numbers of the classes differ.
+    """
+    place = "the checkpoint"
+    refuse_other_classes(card_in(checkpoint, place), card_of_data(trainer), place)
 
 
 def refuse_other_number(num_classes: int | None, data: Card | None, place: str) -> None:

@@ -7,17 +7,36 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import move_data_to_device
+from lightning.pytorch.utilities import move_data_to_device, rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from lightning_dist.files.card import Card
+from lightning_dist.teacher import is_sharded
 from lightning_dist.training.evaluation import EvaluationMetrics
 
 SAMPLES = 256
 SECONDS = 5.0
 _BATCH = 16
 _NOT_MEASURED = "how good the teacher is on the validation set: not measured"
+
+
+def log_measured_teacher(trainer: Any, module: Any) -> None:
+    """Log how good a module's teacher is, and warn if it is far below the value in its card.
+
+    Only the first process measures. Nothing is measured in a ``fast_dev_run`` or a barebones run,
+    or if the teacher is sharded, because one process cannot call such a network alone.
+
+    Args:
+        trainer: the Trainer, whose validation loaders exist.
+        module: the :class:`lightning_dist.DistillModule`, with its teacher on its device.
+    """
+    teacher = module.teacher
+    quick = trainer.fast_dev_run or trainer.barebones
+    if teacher is None or quick or not trainer.is_global_zero or is_sharded(teacher.network):
+        return
+    line, is_bad = measure_teacher(trainer, module, teacher.card)
+    (rank_zero_warn if is_bad else rank_zero_info)(line)
 
 
 def measure_teacher(trainer: Trainer, module: Any, card: Card | None) -> tuple[str, bool]:
