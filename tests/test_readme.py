@@ -104,5 +104,14 @@ def test_an_example_runs(tmp_path, monkeypatch, code):
     exec(compile(code, "example", "exec"), names)
 
 
+def test_the_examples_of_transformers_are_short():
+    """The first block makes data; each other one distils a model."""
+    page = (ROOT / "docs/transformers.md").read_text()
+    _, *models = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    lines = [sum(1 for line in code.splitlines() if line.strip()) for code in models]
+    assert len(lines) == 2
+    assert max(lines) <= 15
+
+
 def test_there_are_examples():
     assert len(EXAMPLES) >= 5

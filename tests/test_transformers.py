@@ -8,9 +8,12 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dist import DistillationCallback, DISTLoss, KDLoss, Teacher, Term
+from lightning_dist.cache import CachedTeacher
+from lightning_dist.data.base import ImageDataModule
+from lightning_dist.teacher import EnsembleTeacher
 
 transformers = pytest.importorskip("transformers", reason="transformers is in the extra test")
 
@@ -107,6 +110,64 @@ def test_a_causal_model_is_distilled_from_one_with_more_columns(
     else:
         expected = reference_dist_loss(rows, targets)
     assert found == pytest.approx(expected.item(), rel=1e-3)
+
+
+class Tokens(ImageDataModule):
+    """Sentences of one length; a cached teacher needs the indices of samples, not images."""
+
+    location = "sentences"
+    random_transforms = False
+
+    def train_dataset(self):
+        ids = torch.randint(1, VOCABULARY, (8, LENGTH), generator=torch.manual_seed(0))
+        return TensorDataset(ids, ids.masked_fill(torch.arange(LENGTH) >= 5, -100))
+
+    val_dataset = test_dataset = train_dataset
+
+
+class TrainedOnTokens(Trained):
+    def training_step(self, batch, batch_idx):
+        ids, labels = batch
+        logits = self.net(ids).logits[:, :-1]
+        return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+
+
+def next_of_pairs(batch, logits: Tensor) -> dict[str, Tensor]:
+    return {"mask": F.pad(batch[1][:, 1:] != -100, (0, 1))}
+
+
+@pytest.mark.parametrize("kind", ["live", "ensemble", "cached", "cached ensemble"])
+def test_teachers_of_every_kind_leave_out_columns_that_the_student_lacks(
+    make_trainer, tmp_path, kind
+):
+    """The teachers' vocabularies have 24 and 27 columns, and the student's has 20."""
+    networks = [decoder(16, PADDED_VOCABULARY), decoder(8, PADDED_VOCABULARY + 3)]
+    networks = networks if "ensemble" in kind else networks[:1]
+    teachers = [Teacher(x, class_map=range(VOCABULARY), class_dim=-1) for x in networks]
+    teacher = EnsembleTeacher(teachers, class_dim=-1) if "ensemble" in kind else teachers[0]
+    teacher = CachedTeacher(teacher, tmp_path, dtype="float32") if "cached" in kind else teacher
+    student, data = TrainedOnTokens(decoder(8).eval()), Tokens(global_batch_size=8)
+    ids, labels = data.train_dataset().tensors
+    kept = labels[:, 1:] != -100
+    rows = logits_in(student.net, {"input_ids": ids})[:, :-1][kept]
+    own = [logits_in(x, {"input_ids": ids})[:, :-1][kept][:, :VOCABULARY] for x in networks]
+    mean = sum(x.softmax(1) for x in own) / len(own)
+    expected = F.kl_div(rows.log_softmax(1), mean, reduction="batchmean")
+
+    term = Term(KDLoss(tau=1.0, class_dim=-1), from_batch=next_of_pairs)
+    callback = DistillationCallback(teacher, terms={"tokens": term})
+    trainer = make_trainer(max_steps=1, callbacks=[callback], limit_val_batches=0)
+    trainer.fit(student, data)
+    found = trainer.callback_metrics["train/distill"].item()
+    assert found == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_a_cached_teacher_refuses_batches_that_are_dicts(make_trainer, tmp_path):
+    data = Tokens(global_batch_size=8)
+    data.train_dataset = lambda: samples(lambda index, ids, mask: ids)
+    callback = DistillationCallback(CachedTeacher(decoder(16), tmp_path), loss=KDLoss(class_dim=-1))
+    with pytest.raises(TypeError, match=r"a dict of input_ids, .* one tensor .*distill.cache=off"):
+        make_trainer(callbacks=[callback]).fit(Trained(decoder(8)), data)
 
 
 def test_logits_of_tokens_without_class_dim_are_refused_in_the_first_step(make_trainer):

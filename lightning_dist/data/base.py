@@ -272,6 +272,8 @@ class ImageDataModule(LightningDataModule):
         facts: dict[str, Any] = {"size": None if size is None else (size, size)}
         if size is not None:
             facts |= {"crop_mode": "squash", "crop_pct": 1.0, "interpolation": "bilinear"}
+        if not hasattr(self, "mean"):  # a subclass of a user with other inputs, such as tokens
+            return facts
         channels = self.in_channels
         mean, std = (
             tuple(float(x) for x in (values if len(values) == channels else values * channels))

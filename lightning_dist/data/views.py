@@ -1,7 +1,7 @@
 """`Views`, a training set with a fixed number of augmentations, the same in every run."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,7 +85,8 @@ class Views(Dataset):
         """Return the batch of some Keys, which must all have the same epoch.
 
         Raises:
-            TypeError: if the images differ in size, because they are then a list.
+            TypeError: if a batch is a dict, or if the images differ in size, because they are then
+                a list.
         """
         pairs = [key if isinstance(key, tuple) else (key, 0) for key in keys]
         view = pairs[0][1] % self.count
@@ -93,7 +94,14 @@ class Views(Dataset):
         if isinstance(self.samples, TensorImages):
             inputs, target = self.samples.__getitems__(chosen)
         else:
-            inputs, target = self.collate_samples([self.samples[key] for key in chosen])
+            batch = self.collate_samples([self.samples[key] for key in chosen])
+            if isinstance(batch, Mapping):
+                raise TypeError(
+                    f"the training batch is a dict of {', '.join(map(str, batch))}: for a cached "
+                    "teacher, a sample must be (input, target) with one tensor as input "
+                    "(distill.cache=off runs the teacher itself)"
+                )
+            inputs, target = batch
         if not isinstance(inputs, Tensor):
             raise TypeError(
                 f"the batch's images are a {type(inputs).__name__}, no tensor: a cached teacher "
