@@ -70,9 +70,10 @@ def tap(
     """
     owner, name = find_part(root, path)
     method, kept = getattr(owner, name), owner.__dict__.get(name)
+    compiled = owner.__dict__.get("_compiled_call_impl") if name == "forward" else None
     through_call: list[bool] = []  # an item while part(x) runs, and not in part.forward(x)
     handles = []
-    if after is not None and name == "forward" and owner._forward_hooks:
+    if after is not None and name == "forward" and owner._forward_hooks and compiled is None:
         handles = [
             owner.register_forward_pre_hook(lambda *_: through_call.append(True)),
             owner.register_forward_hook(lambda _, args, output: after(output)),
@@ -80,25 +81,68 @@ def tap(
 
     @functools.wraps(method)
     def tapped(*args: Any, **kwargs: Any) -> Any:
-        hooked = bool(through_call) and through_call.pop()
-        if before is not None:
-            before(args, kwargs)
-        output = method(*args, **kwargs)
-        if after is not None and not hooked:
-            after(output)
-        return output
+        return _call_between(before, after, through_call, method, args, kwargs)
 
-    def remove() -> None:
-        for handle in handles:
-            handle.remove()
+    def call_compiled(*args: Any, **kwargs: Any) -> Any:
+        return _call_between(before, after, [], compiled, args, kwargs, put_back, put)
+
+    def put() -> None:
+        owner.__dict__[name] = tapped  # not setattr: a compiled module hands it to the original
+
+    def put_back() -> None:
         if kept is None:
             del owner.__dict__[name]
         else:  # torch.compile and DDP in Lightning set forward on the instance too
             owner.__dict__[name] = kept
 
+    def remove() -> None:
+        for handle in handles:
+            handle.remove()
+        put_back()
+        if compiled is not None:
+            owner.__dict__["_compiled_call_impl"] = compiled
+
     tapped.__dict__["is_tap"] = True
-    owner.__dict__[name] = tapped  # not setattr: a compiled module hands it to the original
+    put()
+    if compiled is not None:
+        owner.__dict__["_compiled_call_impl"] = call_compiled
     return remove
+
+
+@functools.partial(torch.compiler.disable, recursive=False)
+def _call_between(
+    before: Callable[[tuple[Any, ...], dict[str, Any]], None] | None,
+    after: Callable[[Any], None] | None,
+    through_call: list[bool],
+    method: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    enter: Callable[[], None] | None = None,
+    leave: Callable[[], None] | None = None,
+) -> Any:
+    """Call a tapped method, with functions before and after it that torch.compile does not trace.
+
+    Within compiled code, a graph ends here, and the method is compiled by itself. The arguments are
+    plain data to torch.compile, so that new functions in each step do not cause a recompilation.
+    """
+    hooked = bool(through_call) and through_call.pop()
+    if before is not None:
+        _untraced(before, args, kwargs)
+    if enter is not None:
+        _untraced(enter)
+    try:
+        output = method(*args, **kwargs)
+    finally:
+        if leave is not None:
+            _untraced(leave)
+    if after is not None and not hooked:
+        _untraced(after, output)
+    return output
+
+
+@torch.compiler.disable
+def _untraced(function: Callable[..., None], *args: Any) -> None:
+    function(*args)
 
 
 def is_tapped(module: nn.Module) -> bool:
@@ -126,9 +170,7 @@ def counts() -> bool:
     A call without a gradient trains nothing. A call within a backward pass only repeats an earlier
     one, whose activations were not kept (``torch.utils.checkpoint``).
     """
-    if not torch.is_grad_enabled():
-        return False
-    return torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1
+    return torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1
 
 
 @dataclass
@@ -395,7 +437,6 @@ def _is_item(output: Any, entry: str | int) -> bool:
 def version_of(tensor: Tensor) -> int:
     """Return how often a tensor has been written to in place, or 0 if that is unknown.
 
-    Inference tensors and the tensors that torch.compile traces have no version counter.
+    Inference tensors have no version counter.
     """
-    unknown = torch.compiler.is_compiling() or tensor.is_inference()
-    return 0 if unknown else tensor._version
+    return 0 if tensor.is_inference() else tensor._version

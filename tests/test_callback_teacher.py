@@ -382,18 +382,6 @@ class Projected(nn.Module):
         return F.mse_loss(self.projection(student), teacher)
 
 
-def test_a_term_on_a_part_of_a_compiled_student_causes_a_warning(make_trainer):
-    class Compiled(Plain):
-        def __init__(self):
-            super().__init__()
-            self.net = torch.compile(self.net, backend="eager")
-
-    terms = {"hidden": Term(F.mse_loss, student="_orig_mod.0", teacher="0")}
-    callback = DistillationCallback(teacher_net(), terms=terms)
-    with pytest.warns(UserWarning, match=r"term 'hidden' compares a part within.*is compiled"):
-        fitted(make_trainer, callback, module=Compiled, max_steps=1)
-
-
 def test_a_resume_with_another_teacher_causes_a_warning_that_names_both(make_trainer, tmp_path):
     _, trainer = fitted(make_trainer, DistillationCallback(teacher_net()), max_epochs=1)
     trainer.save_checkpoint(tmp_path / "one.ckpt")

@@ -68,8 +68,7 @@ class Teacher(TeacherBase):
         random_numbers: the numbers that a network draws in ``fit``, if it draws any in eval mode,
             such as noise or stochastic depth. With ``"own"`` they depend on torch's initial seed
             and the step only. With ``"student"`` they are those that the student draws next: a copy
-            of a student that draws the same numbers has the same output. It has no effect in a
-            compiled ``training_step``, where teacher and student draw from the same generators.
+            of a student that draws the same numbers has the same output.
         ema: load the averaged weights (true) or the others (false) of a file with both; by default
             those that the card of the file names, and without a card the averaged ones.
         card: the images and classes that the network expects. Where those of the Trainer's data
@@ -256,8 +255,6 @@ class Teacher(TeacherBase):
         Args:
             call: the number of the call in this step, so that its numbers differ.
         """
-        if torch.compiler.is_compiling():  # the state of a generator would break the graph
-            return nullcontext()
         if self._generators is None:
             tensors = (*self.network.parameters(), *self.network.buffers())
             roots = [] if self._trainer is None else [self._trainer.strategy.root_device]
@@ -276,11 +273,9 @@ class Teacher(TeacherBase):
         copies too. Otherwise, later calls get the student's own tensors, and a change of their
         version counters reveals a write. Containers and other objects are always copies.
         """
-        compiling, writes = torch.compiler.is_compiling(), self._writes.get(part)
-        inputs, tensors = own_inputs((args, kwargs), clone=compiling or writes is not False)
-        if compiling:  # a write could not be noticed
-            return self.ask(part, *inputs)
-        if any(x.is_inference() for x in tensors):  # nor could it here
+        writes = self._writes.get(part)
+        inputs, tensors = own_inputs((args, kwargs), clone=writes is not False)
+        if any(x.is_inference() for x in tensors):  # a write could not be noticed
             return self.ask(part, *own_inputs(inputs, clone=True)[0])
         before = [x._version for x in tensors]
         output = self.ask(part, *inputs)

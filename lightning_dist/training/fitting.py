@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
@@ -42,7 +42,6 @@ def check_paths(
         of = f"path of term {name!r}"
         check_part(student, term.student, "the student", f"the student {of}")
         check_part(network, term.teacher, "the teacher", f"the teacher {of}")
-    _warn_of_compiled_taps(student, terms)
 
 
 def refuse_earlier_averaging(trainer: Trainer, callback: Callback) -> None:
@@ -60,19 +59,6 @@ def refuse_earlier_averaging(trainer: Trainer, callback: Callback) -> None:
         raise MisconfigurationException(
             f"{type(averaging).__name__} comes before a DistillationCallback whose terms "
             "have parameters, and would not average them: list DistillationCallback first"
-        )
-
-
-def _warn_of_compiled_taps(student: nn.Module, terms: Mapping[str, Term]) -> None:
-    compiled = any(
-        hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in student.modules()
-    )
-    inner = [name for name, term in terms.items() if term.student]
-    if compiled and inner:
-        rank_zero_warn(
-            f"term {inner[0]!r} compares a part within the student, which is compiled: to record "
-            "the part, torch compiles the student again in each step, and after some steps runs it "
-            "uncompiled. Compare the student's own output (student=''), or leave out torch.compile"
         )
 
 
