@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # for editors and mypy, which do not follow __getattr__
     from lightning_dist.cache import CachedTeacher
     from lightning_dist.callback import DistillationCallback
+    from lightning_dist.files.card import load_initial_weights
     from lightning_dist.losses import DISTLoss, KDLoss
     from lightning_dist.module import DistillModule
     from lightning_dist.teacher import Teacher
@@ -24,6 +25,7 @@ __all__ = [
     "Teacher",
     "Term",
     "WeightSchedule",
+    "load_initial_weights",
 ]
 
 _HOMES = {
@@ -36,6 +38,7 @@ _HOMES = {
     "Teacher": "teacher",
     "Term": "terms",
     "WeightSchedule": "training",
+    "load_initial_weights": "files.card",
 }
 
 

@@ -28,6 +28,7 @@ from lightning_dist.cli.run.callbacks import CheckMonitor, RecordError, SaveConf
 from lightning_dist.cli.run.initial_weights import (
     without_initial_weights,
     without_torchvision_weights,
+    without_weights_of_student,
 )
 from lightning_dist.cli.run.logger_hooks import LogConfig, closed_loggers, without_loggers
 from lightning_dist.cli.run.restoring import restoring_errors
@@ -35,6 +36,7 @@ from lightning_dist.cli.run.run import Run
 from lightning_dist.cli.run.saved_config import to_save
 from lightning_dist.cli.run.settings import check_settings
 from lightning_dist.cli.sweep.own_process import end_with_parent, needs_own_process, run_apart
+from lightning_dist.files.card import load_initial_weights
 from lightning_dist.files.text import error_line
 from lightning_dist.files.weights import weights_only_loads
 from lightning_dist.module import DistillModule
@@ -149,11 +151,18 @@ def train(run: Run) -> dict[str, Any]:
 
 def _build_module(config: DictConfig, is_resumed: bool) -> LightningModule:
     """Return the module; a resumed run needs no initial weights, because it loads its own."""
-    if not is_resumed:
+    settings = OmegaConf.select(config, "module.student")
+    if not isinstance(settings, DictConfig):  # a config may name any LightningModule
         return instantiate(config.module)
-    student = OmegaConf.to_container(config.module.student, resolve=True)
+    student, file = without_weights_of_student(OmegaConf.to_container(settings, resolve=True))
+    if not (is_resumed or file):
+        return instantiate(config.module, student=instantiate(student))
+    # The teacher is built outside of this context, because it needs its weights.
     with without_torchvision_weights():
-        return instantiate(config.module, student=without_initial_weights(student))
+        network = instantiate(without_initial_weights(student))
+    if file and not is_resumed:
+        load_initial_weights(network, file)
+    return instantiate(config.module, student=network)
 
 
 def _refuse_other_classes(config: DictConfig, datamodule: LightningDataModule) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from lightning_dist.files.text import error_line, printable
@@ -203,9 +204,9 @@ def read_card(path: str | Path) -> Card | None:
         ValueError: if the file or its card is damaged.
         ImportError: if it is an ``.onnx`` file and the package onnx is not installed.
     """
-    file = resolve_path(path)
-    if file.is_dir():
-        file = next((file / x for x in ("card.json", "config.json") if (file / x).is_file()), file)
+    folder = Path(path).expanduser()
+    described = (folder / name for name in ("card.json", "config.json"))
+    file = next((file for file in described if file.is_file()), resolve_path(path))
     if not file.is_file():
         raise FileNotFoundError(f"there is no file {path}, or the folder has no card.json")
     read = _READERS.get(file.suffix, read_checkpoint)
@@ -238,20 +239,62 @@ def load_with_card(network: nn.Module, path: str | Path, ema: bool | None = None
     Raises:
         FileNotFoundError, ValueError: as in :func:`lightning_dist.files.weights.load_weights`.
     """
+    return _load(network, path, ema, keep_heads=False)[0]
+
+
+def load_initial_weights(
+    network: nn.Module, path: str | Path, *, ema: bool | None = None
+) -> list[str]:
+    """Load the weights from which a network starts to train, such as those of a pretrained student.
+
+    An output layer that has another number of classes in the file stays as it is, and is logged.
+
+    Args:
+        network: the network.
+        path: the file, or the folder of a run, as in
+            :func:`lightning_dist.files.weights.load_weights`.
+        ema: load the averaged weights (true) or the others (false) of a file with both; by default
+            those that the card names, and without a card the averaged ones.
+
+    Returns:
+        The names of the layers that stay as they are, and have to be trained.
+
+    Raises:
+        FileNotFoundError, ValueError: as in :func:`lightning_dist.files.weights.load_weights`.
+
+    Example:
+        >>> import tempfile, torch
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     torch.save(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 10)).state_dict(),
+        ...         f"{folder}/pretrained.pth")
+        ...     load_initial_weights(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3)),
+        ...         f"{folder}/pretrained.pth")
+        ['1']
+    """
+    _, kept = _load(network, path, ema, keep_heads=True)
+    new = f", except the new {'layers' if len(kept) > 1 else 'layer'} {', '.join(kept)}"
+    file = printable(str(resolve_path(path)))
+    rank_zero_info(f"{type(network).__name__} starts from {file}{new if kept else ''}")
+    return kept
+
+
+def _load(
+    network: nn.Module, path: str | Path, ema: bool | None, keep_heads: bool
+) -> tuple[Card | None, list[str]]:
+    """Load a weight file; return the card of the weights, and the layers that stay as they are."""
     contents = read_checkpoint(path)
     if resolve_path(path).suffix == ".safetensors":  # one set of weights, and the card is apart
         card = read_card(path)
         if ema is not None and card is not None and card.averaged is not ema:
             has = card.describe() or "other weights"
             raise ValueError(f"{path} has {has} only: leave out ema={str(ema).lower()}")
-        load_weights(network, path, contents=contents)
-        return card
+        return card, load_weights(network, path, contents=contents, keep_heads=keep_heads)
     card = card_in(contents, path)
     averaged = card.averaged if ema is None and card is not None else ema
-    load_weights(network, path, averaged=averaged, contents=contents)
-    if card is None or averaged is None:
-        return card
-    return dataclasses.replace(card, averaged=averaged)
+    kept = load_weights(network, path, averaged=averaged, contents=contents, keep_heads=keep_heads)
+    if card is not None and averaged is not None:
+        card = dataclasses.replace(card, averaged=averaged)
+    return card, kept
 
 
 def _read_header(path: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Functions that load weight files and checkpoints without running code that a file may contain."""
 
 import importlib.util
+import json
 import os
 import pickle
 import re
@@ -65,22 +66,29 @@ def load_weights(
     *,
     averaged: bool | None = None,
     contents: Mapping[str, Any] | None = None,
-) -> None:
+    keep_heads: bool = False,
+) -> list[str]:
     """Load a weight file into a network: all entries, or no entry if one of them does not fit.
 
     Args:
         network: the network to load the weights into.
         path: a ``.safetensors`` file, or a torch file such as ``.pth`` or a Lightning ``.ckpt``.
-            ``pkg://PACKAGE/FILE`` is a file inside a Python package. The weights may be in an entry
-            such as ``state_dict``, ``model``, ``model_state_dict``, ``net`` or ``model_ema``, and
-            their names may start with ``student.``, ``model.`` and the like, with any prefix that
-            all names share, or with the one prefix under which the whole network is in the file.
-            ``num_batches_tracked`` of batch norms may be missing.
+            ``pkg://PACKAGE/FILE`` is a file inside a Python package. For the folder of a run, it is
+            the checkpoint that was tested; for a folder of ``format=timm``, the weights. The
+            weights may be in an entry such as ``state_dict``, ``model``, ``model_state_dict``,
+            ``net`` or ``model_ema``, and their names may start with ``student.``, ``model.`` and
+            the like, with any prefix that all names share, or with the one prefix under which the
+            whole network is in the file. ``num_batches_tracked`` of batch norms may be missing.
         convert: a function that renames the entries of another program to the network's names; by
             default the network's own method ``convert_state_dict``, if it has this method.
         averaged: load the averaged (EMA) weights if true, the others if false. By default the
             averaged weights are loaded if the file contains both.
         contents: the contents of the file, if :func:`read_checkpoint` has read it already.
+        keep_heads: accept a file whose output layers have another number of outputs, or that has
+            no last layer; these layers of the network stay as they are.
+
+    Returns:
+        The names of the layers that stay as they are.
 
     Raises:
         FileNotFoundError: if the file does not exist.
@@ -94,6 +102,8 @@ def load_weights(
         convert = getattr(network, "convert_state_dict", None)
     state = _strip(dict(convert(state)) if convert is not None else state, expected, path)
     _match_counters(state, expected)
+    kept = _kept_heads(state, expected) if keep_heads else {}
+    state |= {name: expected[name] for names in kept.values() for name in names}
     problems = [
         *_listed("missing", expected.keys() - state.keys()),
         *_listed("unexpected", state.keys() - expected.keys()),
@@ -116,6 +126,7 @@ def load_weights(
             f"{_advice(state, expected)}"
         )
     network.load_state_dict(state)
+    return list(kept)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -181,14 +192,16 @@ def weights_only_loads() -> Iterator[None]:
 def resolve_path(path: str | Path) -> Path:
     """Return the path of the file; the given path may be ``pkg://...`` or start with ``~``.
 
-    The package is not imported: that would run its code.
+    The folder of a run becomes its tested checkpoint, and an exported folder its weights. The
+    package of a ``pkg://`` path is not imported: that would run its code.
 
     Raises:
         FileNotFoundError: if there is no such package.
     """
     text = str(path)
     if not text.startswith("pkg://"):
-        return Path(text).expanduser()
+        file = Path(text).expanduser()
+        return _weights_in(file) if file.is_dir() else file
     package, _, name = text.removeprefix("pkg://").partition("/")
     top, *inner = package.split(".")
     try:
@@ -201,6 +214,26 @@ def resolve_path(path: str | Path) -> Path:
     if not folders:
         raise FileNotFoundError(f"there is no package {printable(package, 100)!r} for {path}")
     return next((x / name for x in folders if (x / name).is_file()), folders[0] / name)
+
+
+def _weights_in(folder: Path) -> Path:
+    """Return the file with the weights in the folder of a run or of an export.
+
+    A folder of another kind is returned as it is.
+
+    Raises:
+        ValueError: if the result of the run is damaged.
+    """
+    names, result = ["last.ckpt"], folder / "result.json"
+    if result.is_file():
+        try:
+            tested = json.loads(result.read_text())["checkpoint"]
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise ValueError(f"{result} is damaged: name a file in {folder}/checkpoints") from error
+        # The name alone: the folder of the run may have been moved.
+        names.insert(0, Path(str(tested)).name)
+    files = [*(folder / "checkpoints" / name for name in names), folder / "model.safetensors"]
+    return next((file for file in files if file.is_file()), folder)
 
 
 def _unwrap(
@@ -277,6 +310,35 @@ def _match_counters(state: dict[str, Tensor], expected: Mapping[str, Tensor]) ->
     for name, value in expected.items():
         if name.endswith(_COUNTER):
             state.setdefault(name, value)
+
+
+def _kept_heads(
+    state: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> dict[str, list[str]]:
+    """Return a dict from the output layers that a file cannot fill to the names of their entries.
+
+    An output layer has another number of outputs in the file, and the same inputs; or it is the
+    last layer of the network, and the file does not have it.
+    """
+    layers: dict[str, list[str]] = {}
+    for name in expected:
+        layers.setdefault(name.rpartition(".")[0], []).append(name)
+    matrices = [name for name, value in expected.items() if value.dim() > 1]
+    last = matrices[-1].rpartition(".")[0] if matrices else None
+    kept = {}
+    for layer, names in layers.items():
+        found = [name for name in names if name in state]
+        resized = [name for name in found if state[name].shape != expected[name].shape]
+        same_inputs = all(
+            state[name].dim() == expected[name].dim() > 0
+            and state[name].shape[1:] == expected[name].shape[1:]
+            for name in resized
+        )
+        has_matrix = any(expected[name].dim() > 1 for name in resized)
+        is_resized = has_matrix and same_inputs and len(found) == len(names)
+        if is_resized or (not found and layer == last):
+            kept[layer] = names
+    return kept
 
 
 def _listed(what: str, names: set[str]) -> list[str]:

@@ -1,5 +1,6 @@
-"""Rebuild the network of a checkpoint without the files and downloads that began its run."""
+"""The weights that a student starts from: from a file, or left out to rebuild a saved run."""
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,26 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "segmentation_models_pytorch": {"encoder_weights": None},
     "timm": {"pretrained": False},
 }
+
+
+def without_weights_of_student(student: Any) -> tuple[Any, str | None]:
+    """Return the config of a student without its key ``weights``, and the file that it names.
+
+    Args:
+        student: the config of a student as plain data. A network of torchvision may have the name
+            of torchvision's weights under the same key, such as ``DEFAULT``, which stays.
+    """
+    if not isinstance(student, Mapping) or "weights" not in student:
+        return student, None
+    weights = student["weights"]
+    if str(student.get("_target_", "")).startswith("torchvision.") and (
+        weights is None or re.fullmatch(r"(\w+_Weights\.)?[A-Z0-9_]+", str(weights))
+    ):
+        return student, None
+    rest = {key: value for key, value in student.items() if key != "weights"}
+    if str(student.get("_target_", "")).startswith("torchvision."):
+        rest["weights"] = None
+    return (rest, None) if weights is None else (without_initial_weights(rest), str(weights))
 
 
 def without_initial_weights(config: Any) -> Any:

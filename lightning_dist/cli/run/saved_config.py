@@ -14,6 +14,7 @@ from lightning_dist.cli.errors import UserError
 from lightning_dist.cli.run.initial_weights import (
     without_initial_weights,
     without_torchvision_weights,
+    without_weights_of_student,
 )
 from lightning_dist.files.text import error_line, has_controls
 from lightning_dist.files.weights import read_checkpoint, weights_only_loads
@@ -43,6 +44,8 @@ def to_save(config: DictConfig) -> dict[str, Any]:
     plain = OmegaConf.to_container(config, resolve=True)
     assert isinstance(plain, dict)
     module = {k: v for k, v in plain["module"].items() if k not in _NOT_SAVED}
+    if "student" in module:  # a config may name any LightningModule
+        module["student"], _ = without_weights_of_student(module["student"])
     return {"module": module, "data": plain["data"], "seed": plain["seed"]}
 
 
