@@ -52,7 +52,7 @@ typecheck: .venv/installed-test
 .venv-foreign/installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv .venv-foreign
 	.venv-foreign/bin/pip install --quiet --upgrade pip
-	.venv-foreign/bin/pip install --quiet --editable . pytest hypothesis $(FOREIGN)
+	.venv-foreign/bin/pip install --quiet --editable . hypothesis psutil pytest $(FOREIGN)
 	touch $@
 
 clean:
