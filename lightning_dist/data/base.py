@@ -16,7 +16,12 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from lightning_dist.checks import check_labels, check_number
 from lightning_dist.data.image_files import to_rgb
-from lightning_dist.data.seeding import EpochSampler, ResumableLoader, SeededDataset
+from lightning_dist.data.seeding import (
+    EpochSampler,
+    RepeatingSampler,
+    ResumableLoader,
+    SeededDataset,
+)
 from lightning_dist.data.tensor_images import TensorImages, per_channel
 from lightning_dist.data.views import Views
 from lightning_dist.files.card import Card
@@ -304,7 +309,8 @@ class ImageDataModule(LightningDataModule):
             ValueError: if the training set is empty, or if `drop_last` would drop all its images.
         """
         dataset = self._dataset("train")
-        sampler = EpochSampler(dataset, self.seed, drop_last=self.drop_last, **self._replica())
+        kind = RepeatingSampler if getattr(self.trainer, "overfit_batches", 0) else EpochSampler
+        sampler = kind(dataset, self.seed, drop_last=self.drop_last, **self._replica())
         if self.drop_last and len(sampler) < self.batch_size:
             raise ValueError(
                 f"the training set of {self.location} has {len(cast(Sized, dataset))} images, and "

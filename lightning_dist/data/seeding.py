@@ -7,7 +7,8 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, SequentialSampler
 
 from lightning_dist.checks import check_number
 
@@ -80,6 +81,22 @@ class EpochSampler(DistributedSampler):
             yield index, self.epoch
 
 
+class RepeatingSampler(EpochSampler, SequentialSampler):
+    """An EpochSampler that yields the same Keys in the same order in every epoch.
+
+    It is for Lightning's `overfit_batches`, and it is a SequentialSampler, because Lightning
+    replaces any other sampler then, also by one that no loader can continue within an epoch.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.shuffle = False
+
+    def __iter__(self) -> Iterator[Key]:  # type: ignore[override]
+        for index, _ in super().__iter__():
+            yield index, 0
+
+
 class ResumableLoader(DataLoader):
     """A loader that continues at the next batch after a checkpoint from the middle of an epoch.
 
@@ -94,7 +111,12 @@ class ResumableLoader(DataLoader):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         sampler = self.sampler
-        if not isinstance(sampler, EpochSampler):  # Lightning replaces it for overfit_batches
+        if not isinstance(sampler, EpochSampler):
+            rank_zero_warn(
+                f"Lightning replaced the sampler of the training loader by a "
+                f"{type(sampler).__name__}, with which an interrupted run cannot continue within "
+                "an epoch: give Trainer.fit the data module instead of its loader"
+            )
             yield from super().__iter__()
             return
         resume_at, self._resume_at = self._resume_at, None

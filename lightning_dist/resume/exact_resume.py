@@ -12,7 +12,6 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
@@ -21,6 +20,13 @@ from lightning_dist.data.seeding import derive_seeds
 from lightning_dist.resume.checkpoint_io import AtomicCheckpointIO, refuse_unwritable
 from lightning_dist.resume.csv_logger import ResumableCSVLogger
 from lightning_dist.resume.foreign_paths import drop_foreign_paths, follow_moved_folder
+from lightning_dist.resume.loops import (
+    count_last_batch_and_epoch,
+    is_of_a_finder,
+    refuse_finders,
+    resume_at_the_right_batch,
+    start_epoch_again,
+)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # This entry of a checkpoint is True if a callback, such as EarlyStopping, has ended the training.
@@ -88,6 +94,7 @@ class ExactResume(Callback):
         self._batches = 0  # The number of completed batches of this epoch.
         self._resumes = False
         self._trains = False
+        self._started_epoch = False
 
     # Hooks, in the order in which Lightning calls them
 
@@ -96,7 +103,7 @@ class ExactResume(Callback):
         if stage != "fit":
             return
         self._received, self._saved_step, self._must_end = None, None, False
-        self._batches, self._resumes, self._trains = 0, False, False
+        self._batches, self._resumes, self._trains, self._started_epoch = 0, False, False, False
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         folder = _checkpoint_folder(trainer)
@@ -111,8 +118,9 @@ class ExactResume(Callback):
         Lightning calls this hook before it loads the states of all callbacks, and even if nothing
         is left to train.
         """
-        if trainer.state.fn != TrainerFn.FITTING:
+        if trainer.state.fn != TrainerFn.FITTING or is_of_a_finder(trainer):
             return
+        refuse_finders(trainer)
         follow_moved_folder(trainer, checkpoint)
         drop_foreign_paths(trainer, checkpoint)
         self._resumes = True
@@ -120,6 +128,7 @@ class ExactResume(Callback):
             logger.rewind(checkpoint["global_step"])
         if checkpoint.get(_STOPPED):
             trainer.should_stop = True
+        resume_at_the_right_batch(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the number of completed batches of the epoch, which the checkpoint stores."""
@@ -131,14 +140,12 @@ class ExactResume(Callback):
         self._batches = state_dict["batches"]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn of ReduceLROnPlateau, and make a run resume in the right epoch."""
+        """Warn of ReduceLROnPlateau."""
         if any(config.reduce_on_plateau for config in trainer.lr_scheduler_configs):
             rank_zero_warn(
                 "Lightning skips one step of ReduceLROnPlateau at each resume: the result of a "
                 "resumed run then differs from that of a run without an interruption"
             )
-        if self._resumes:
-            _do_not_repeat_a_complete_epoch(trainer)
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Install the signal handlers."""
@@ -158,6 +165,7 @@ class ExactResume(Callback):
         """End the run if it was saved because of a signal; otherwise seed the first batch."""
         if self._must_end:
             self._end_run(trainer)
+        self._started_epoch = True
         self._batches = 0
         self._reseed(trainer, 0)
 
@@ -168,6 +176,9 @@ class ExactResume(Callback):
         # Do not end the run in on_train_batch_end: Lightning logs the batch's metrics after it.
         if self._must_end:
             self._end_run(trainer)
+        if self._resumes and not self._started_epoch:
+            self._started_epoch = True
+            start_epoch_again(trainer, pl_module)
         self._reseed(trainer, 1)
 
     def on_train_batch_end(
@@ -214,7 +225,7 @@ class ExactResume(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Correct the counters, so that a later test is logged at the right step and epoch."""
         if self._resumes and not self._trains:
-            _count_last_batch_and_epoch(trainer)
+            count_last_batch_and_epoch(trainer)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Install the signal handlers for a test as well."""
@@ -295,42 +306,3 @@ def _checkpoint_folder(trainer: Trainer) -> str | None:
     if not isinstance(saver, ModelCheckpoint) or quick:
         return None
     return str(saver.dirpath or trainer.default_root_dir)
-
-
-# The functions below use private parts of Lightning 2.6.6: FitLoop.reset, the setter of
-# FitLoop.restarting, FitLoop.epoch_progress and _TrainingEpochLoop._batches_that_stepped. Check
-# these parts in every new release.
-
-
-def _do_not_repeat_a_complete_epoch(trainer: Trainer) -> None:
-    """Make a run with ``max_steps`` that resumes at the end of an epoch begin the next epoch.
-
-    Lightning 2.6.6 would repeat the epoch: with ``max_steps``, the setter of
-    ``FitLoop.restarting`` always stores True, as if the checkpoint were from the middle of an
-    epoch. Lightning calls the setter when it loads the state of the loops, and then calls
-    ``FitLoop.reset``. It calls no hook between them, so ``reset`` is replaced for one call.
-    """
-    loop = trainer.fit_loop
-    reset = loop.reset
-
-    def reset_once() -> None:
-        del loop.__dict__["reset"]
-        progress: Any = loop.epoch_progress.current
-        if progress.ready == progress.started == progress.processed:
-            # Call the setter of the base class, because FitLoop's own setter stores True.
-            _Loop.restarting.fset(loop, False)  # type: ignore[attr-defined]
-        reset()
-
-    loop.__dict__["reset"] = reset_once
-
-
-def _count_last_batch_and_epoch(trainer: Trainer) -> None:
-    """Complete the counters of a run that resumed with nothing left to train.
-
-    Lightning 2.6.6 saves a checkpoint before it counts the last batch and epoch, and counts them
-    after a resume only if the training continues. It logs a test at the step
-    ``_batches_that_stepped``.
-    """
-    trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
-    if trainer.should_stop or trainer.global_step == trainer.max_steps:
-        trainer.fit_loop.epoch_progress.increment_completed()

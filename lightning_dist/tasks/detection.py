@@ -160,6 +160,11 @@ class DetectionModule(DistillModule):
         self.log_dict({f"train/{name}": value.detach() for name, value in losses.items()})
         return loss
 
+    def on_train_start(self) -> None:
+        """Put the batch norms in eval mode, also in a run that resumes within an epoch."""
+        super().on_train_start()
+        self.on_train_epoch_start()
+
     def on_train_epoch_start(self) -> None:
         """Put the batch norms in eval mode, if ``norm_eval`` is set."""
         if self.norm_eval:

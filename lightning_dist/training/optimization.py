@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.optim import Optimizer
@@ -77,19 +78,11 @@ def build_scheduler(
     Raises:
         MisconfigurationException: if the metric is a loss and the scheduler waits for it to rise,
             which is the default of timm's plateau scheduler; or if the number of updates in an
-            epoch is needed but the data have no length.
+            epoch is needed but the data have no length, or the number changes between epochs.
     """
     options = {}
     if "updates_per_epoch" in inspect.signature(factory).parameters:
-        trainer.fit_loop.setup_data()  # This counts the batches of an epoch.
-        if math.isinf(trainer.num_training_batches):
-            raise MisconfigurationException(
-                "the scheduler counts the updates of an epoch, but the training data have no "
-                "length (an IterableDataset): set the Trainer's limit_train_batches to the number "
-                "of batches in an epoch"
-            )
-        updates = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
-        options["updates_per_epoch"] = updates
+        options["updates_per_epoch"] = _count_updates(trainer)
     scheduler = factory(optimizer, **options)
     if isinstance(scheduler, tuple):  # create_scheduler_v2 also returns the number of epochs
         scheduler = scheduler[0]
@@ -104,6 +97,31 @@ def build_scheduler(
             "scheduler mode='min', or set scheduler_monitor to a metric that should rise"
         )
     return settings | {"reduce_on_plateau": True, "monitor": monitor}
+
+
+def _count_updates(trainer: Trainer) -> int:
+    """Return the number of optimizer updates in an epoch.
+
+    Raises:
+        MisconfigurationException: if the data have no length, or the number changes.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, GradientAccumulationScheduler) and len(callback.scheduling) > 1:
+            raise MisconfigurationException(
+                "the scheduler counts the updates of an epoch, but GradientAccumulationScheduler "
+                "changes their number between epochs: set the Trainer's accumulate_grad_batches "
+                "instead of this callback"
+            )
+    # This counts the batches of an epoch. Lightning loads the states of the loaders in this call,
+    # but only after this function; ExactResume makes up for that.
+    trainer.fit_loop.setup_data()
+    if math.isinf(trainer.num_training_batches):
+        raise MisconfigurationException(
+            "the scheduler counts the updates of an epoch, but the training data have no "
+            "length (an IterableDataset): set the Trainer's limit_train_batches to the number "
+            "of batches in an epoch"
+        )
+    return math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
 
 
 def step_scheduler(scheduler: Any, trainer: Trainer, interval: str, metric: Any | None) -> None:

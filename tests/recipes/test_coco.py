@@ -102,6 +102,7 @@ def test_learning_rate_is_the_papers_at_every_update_of_the_run(recipe):
     assert config.trainer.max_epochs == 24
     module = built(config)
     trainer = SimpleNamespace(
+        callbacks=[],
         fit_loop=SimpleNamespace(setup_data=lambda: None),
         num_training_batches=UPDATES,
         accumulate_grad_batches=1,

@@ -206,6 +206,7 @@ def paper_lr(lr: dict[str, Any], epochs: int, update: int) -> float:
 def on_a_stub(module: Any) -> SimpleNamespace:
     """Give a module a placeholder Trainer that has the attributes for building a schedule."""
     trainer = SimpleNamespace(
+        callbacks=[],
         fit_loop=SimpleNamespace(setup_data=lambda: None),
         num_training_batches=UPDATES_PER_EPOCH,
         accumulate_grad_batches=1,

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import functools
 import io
+import signal
 
 import numpy as np
 import pytest
@@ -11,14 +12,17 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader
 
+from interruption import Send
 from lightning_dist import DISTLoss, KDLoss
 from lightning_dist.data.base import collate_as_lists
 from lightning_dist.data.scenes import SceneDetectionDataModule
 from lightning_dist.losses import FeatureMimic
 from lightning_dist.models.detection import TimmPyramid, small_faster_rcnn, small_retinanet
+from lightning_dist.resume import ExactResume, Interrupted
 from lightning_dist.tasks.detection import DetectionModule
 from lightning_dist.teacher import Teacher
 
@@ -381,6 +385,26 @@ def test_batch_norms_and_frozen_parts_stay_as_they_are(data, make_trainer):
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert not any("running" in name or "backbone.stem" in name for name in moved)
     assert "backbone.stage1.0.0.weight" in moved
+
+
+def test_batch_norms_stay_as_they_are_in_a_run_that_resumes_within_an_epoch(
+    data, make_trainer, tmp_path
+):
+    def fit(*callbacks, **options):
+        module = make_module("two", norm_eval=True)
+        saver = ModelCheckpoint(tmp_path, save_last=True)
+        settings = {"enable_checkpointing": True, "limit_train_batches": 2, "limit_val_batches": 0}
+        trainer = make_trainer(callbacks=[saver, ExactResume(), *callbacks], **settings)
+        trainer.fit(module, data, **options)
+        return module.student.state_dict()
+
+    with pytest.raises(Interrupted):
+        fit(Send(signal.SIGTERM, 0))
+    before = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    after = fit(ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    norms = [name for name in after if "running" in name]
+    assert norms
+    assert all(torch.equal(before[f"student.{name}"], after[name]) for name in norms)
 
 
 def test_fcos_is_a_one_stage_student(data, make_trainer):
