@@ -28,7 +28,7 @@ TRAININGS = {
     "fsdp2 uneven": {"sync": True, "strategy": "fsdp2", "uneven": True},
     "averaged": {"sync": True, "strategy": "ddp", "ema": True},
     "without sync": {"strategy": "ddp"},
-    # This case must be the last one: here torch may warn of "unused parameters", and the fixture
+    # This case must be the last one here: torch may warn of "unused parameters", and the fixture
     # `launched` checks that no earlier case caused this warning.
     "find unused": {"strategy": "ddp_find_unused_parameters_true"},
 }
@@ -96,6 +96,8 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cases += [{"script": "skip", "out": str(folder / "skip")}]
     for name, options in TRAININGS.items():
         cases.append({"script": "train", "out": str(folder / name), **options})
+    strategy = "ddp_find_unused_parameters_true"  # each backward leaves out a network
+    cases += [{"script": "manual", "out": str(folder / "manual"), "strategy": strategy}]
     stderr = launch(cases).stderr
     assert "unused parameters" not in stderr.partition("find_unused_parameters=True")[0]
     return folder
@@ -164,6 +166,15 @@ def test_without_sync_each_rank_correlates_over_its_own_batch(launched, joined, 
     assert ranks[0]["distill"] != pytest.approx(joined()["distill"], rel=1e-3)
     assert all(rank["teacher_unchanged"] for rank in ranks)
     torch.testing.assert_close(ranks[0]["weights"], ranks[1]["weights"], rtol=0, atol=0)
+
+
+def test_several_optimizers_of_two_processes_train_as_in_one(launched, tmp_path):
+    script("manual").main(tmp_path / "alone", devices=1)
+    (alone,), ranks = saved(tmp_path / "alone"), saved(launched / "manual")
+    assert [rank["teacher_unchanged"] for rank in ranks] == [True, True]
+    for rank in ranks:
+        for part in ("net", "projection"):
+            torch.testing.assert_close(rank[part], alone[part], rtol=1e-10, atol=1e-12)
 
 
 def test_the_other_rank_does_not_wait_for_a_rank_that_skips_a_term(launched):
