@@ -215,7 +215,9 @@ class DistillModule(EvaluationModule):
     def on_fit_start(self) -> None:
         """Refuse a student whose average nothing would update, and data with other classes."""
         refuse_stale_average(self)
-        refuse_other_number(self.num_classes, card_of_data(self.trainer), type(self).__name__)
+        data = card_of_data(self.trainer)
+        if data is not None:
+            refuse_other_number(self.num_classes, data.num_classes, type(self).__name__)
 
     def on_train_start(self) -> None:
         """Log how good the teacher is on the validation set, beside what its card says."""

@@ -314,6 +314,11 @@ COMMANDS = {
         "data.image_size=8 data.num_workers=0",
         "the teacher has 1 channels and the student 3: give both the same number",
     ),
+    "student of other images": (
+        "train data=image_folder data.root=pictures num_classes=2 data.image_size=8 "
+        "data.num_workers=0 distill=none",
+        "the images have 3 channels and the student, a SmallCNN, takes 1",
+    ),
     "teacher's weights": ("train teacher.weights=w.pth", "there is no weight file w.pth"),
     "teacher's name": ("train teacher=timm", "Missing mandatory value: module.teacher.*source"),
     "train_size": ("train data.train_size=5000", "digits leave 1293 images"),

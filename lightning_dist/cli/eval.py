@@ -5,6 +5,7 @@ from lightning.pytorch import seed_everything
 from omegaconf import DictConfig
 
 from lightning_dist.cli.hydra_app import hydra_app
+from lightning_dist.cli.run.channels import channel_errors
 from lightning_dist.cli.run.checkpoint_card import MatchData, card_of_checkpoint, use_weights
 from lightning_dist.cli.run.saved_config import build_data, build_module, read_saved
 
@@ -29,4 +30,5 @@ def _job(config: DictConfig) -> None:
         callbacks=[MatchData(card)],
         precision=config.trainer.precision or card.precision,
     )
-    trainer.test(module, datamodule=datamodule)
+    with channel_errors(module, len(card.mean) if card.mean else None):
+        trainer.test(module, datamodule=datamodule)

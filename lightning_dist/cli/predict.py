@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_dist.cli.errors import UserError
 from lightning_dist.cli.hydra_app import hydra_app
+from lightning_dist.cli.run.channels import channel_errors
 from lightning_dist.cli.run.checkpoint_card import MatchData, card_of_checkpoint, use_weights
 from lightning_dist.cli.run.saved_config import build_data, build_module, read_saved
 from lightning_dist.data.image_files import SUFFIXES, abbreviate, find_images, load_image
@@ -224,7 +225,8 @@ def _job(config: DictConfig) -> None:
         precision=config.trainer.precision or card.precision,
     )
     loader = DataLoader(Files(paths, datamodule.prepare), num_workers=config.num_workers)
-    trainer.predict(module, loader, return_predictions=False)
+    with channel_errors(module, len(card.mean) if card.mean else None):
+        trainer.predict(module, loader, return_predictions=False)
     rich.print(f"[bold]{len(paths) - len(written.unreadable)} predictions[/bold] {out}")
     if written.unreadable:
         files = {str(paths[index]) for index in written.unreadable}

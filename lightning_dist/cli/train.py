@@ -3,7 +3,6 @@
 import logging
 import math
 import multiprocessing
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +24,7 @@ from hydra_plugins.lightning_dist_optuna.sweeper import OptunaSweeper
 from lightning_dist.cli.errors import UserError, is_users
 from lightning_dist.cli.hydra_app import hydra_app
 from lightning_dist.cli.run.callbacks import CheckMonitor, RecordError, SaveConfig, logged_metrics
+from lightning_dist.cli.run.channels import channel_errors
 from lightning_dist.cli.run.initial_weights import (
     without_initial_weights,
     without_torchvision_weights,
@@ -40,6 +40,7 @@ from lightning_dist.files.card import load_initial_weights
 from lightning_dist.files.text import error_line
 from lightning_dist.files.weights import weights_only_loads
 from lightning_dist.module import DistillModule
+from lightning_dist.training.cards import refuse_other_number
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +117,9 @@ def train(run: Run) -> dict[str, Any]:
         _print_config(config)
     torch.set_float32_matmul_precision(config.matmul_precision)
     datamodule = instantiate(config.data)
-    _refuse_other_classes(config, datamodule)
+    # Before the networks are built and loaded, which may take long or fail for this reason.
+    of_data = getattr(datamodule, "num_classes", None)
+    refuse_other_number(config.num_classes, of_data, "the config")
     seed_everything(config.seed, workers=True)
     with weights_only_loads():  # torchvision would unpickle a file in the cache of its downloads
         module = _build_module(config, is_resumed=run.checkpoint is not None)
@@ -126,7 +129,8 @@ def train(run: Run) -> dict[str, Any]:
     # same random numbers with and without a teacher.
     seed_everything(config.seed, workers=True)
     with closed_loggers(trainer):
-        _fit(trainer, module, datamodule, run.checkpoint)
+        with channel_errors(module, getattr(datamodule, "in_channels", None)):
+            _fit(trainer, module, datamodule, run.checkpoint)
         metrics = saver.validation | logged_metrics(trainer, "val/")
         if not metrics:  # another program's checkpoint, with no epoch left to train
             with without_loggers(trainer):
@@ -163,16 +167,6 @@ def _build_module(config: DictConfig, is_resumed: bool) -> LightningModule:
     if file and not is_resumed:
         load_initial_weights(network, file)
     return instantiate(config.module, student=network)
-
-
-def _refuse_other_classes(config: DictConfig, datamodule: LightningDataModule) -> None:
-    """Refuse data with another number of classes, before the networks are built and loaded."""
-    own = getattr(datamodule, "num_classes", None)
-    if own is not None and own != config.num_classes:
-        raise UserError(
-            f"num_classes={config.num_classes} and the data has {own} classes: set "
-            f"num_classes={own}, or choose other data"
-        )
 
 
 def _build_trainer(run: Run, saver: SaveConfig) -> Trainer:
@@ -221,11 +215,6 @@ def _as_user_errors(checkpoint: str | None) -> Iterator[None]:
     except (RuntimeError, ValueError) as error:
         if "val_check_interval" in str(error):
             raise UserError(f"trainer.val_check_interval does not fit the data: {error}") from error
-        if re.search(r"to have \d+ channels, but got \d+ channels", str(error)):
-            raise UserError(
-                "the images of data= have another number of channels than student= or teacher= "
-                f"takes, which an experiment= may have chosen for other data: {error}"
-            ) from error
         raise
 
 

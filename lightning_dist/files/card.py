@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import math
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,8 @@ from torch import nn
 
 from lightning_dist.files.text import error_line, printable
 from lightning_dist.files.weights import load_weights, read_checkpoint, resolve_path
+
+log = logging.getLogger(__name__)
 
 CARD_KEY = "lightning_dist_card"  # the name of the card in every kind of file
 _TASKS = ("classification", "segmentation", "detection")
@@ -294,7 +297,27 @@ def _load(
     kept = load_weights(network, path, averaged=averaged, contents=contents, keep_heads=keep_heads)
     if card is not None and averaged is not None:
         card = dataclasses.replace(card, averaged=averaged)
+    if card is None and not keep_heads:
+        _warn_of_old_run(contents, path, averaged)
     return card, kept
+
+
+def _warn_of_old_run(contents: Mapping[str, Any], path: str | Path, averaged: bool | None) -> None:
+    """Log what is assumed of a checkpoint of this package without a card."""
+    names = contents.get("state_dict")
+    if "pytorch-lightning_version" not in contents or not isinstance(names, Mapping):
+        return  # a file of another program, whose images and classes the user states
+    if not any(str(name).startswith("student.") for name in names):
+        return
+    has_average = any(str(name).startswith("student_ema.") for name in names)
+    used = "averaged" if has_average and averaged is not False else "student's own"
+    log.warning(
+        "%s has no card, because an earlier version wrote it. Assumed: the %s weights; images as "
+        "the student gets them, unless inputs or student_mean convert them; the student's classes "
+        "in their order, unless class_map selects others",
+        path,
+        used,
+    )
 
 
 def _read_header(path: Path) -> dict[str, Any]:

@@ -16,11 +16,13 @@ from lightning_dist.module import DistillModule
 from lightning_dist.taps import find_submodule
 from lightning_dist.tasks.detection_heads import (
     OneStageClassifier,
+    Relabelled,
     TeacherDetector,
     TwoStageClassifier,
 )
 from lightning_dist.teacher import InputBridge, TeacherBase, as_teacher
 from lightning_dist.terms import Term
+from lightning_dist.training.cards import refuse_other_number
 from lightning_dist.training.evaluation import EvaluationMetrics
 
 _MAPS = "head.classification_head.cls_logits"
@@ -123,16 +125,12 @@ class DetectionModule(DistillModule):
         Raises:
             MisconfigurationException: if the numbers are known and differ.
         """
-        data: Any = getattr(self.trainer, "datamodule", None)
-        classes, own = self.num_classes, getattr(data, "num_classes", None)
-        if classes is None or own is None or classes == own:
-            return
-        raise MisconfigurationException(
-            f"the student has {classes} classes (without the background) and "
-            f"{type(data).__name__} {own}, so that label 0 of the data would be another class: "
-            f"build the student with num_classes={own + self.label_offset}, and map a teacher's "
-            "classes by name: class_map=match_classes(data.class_names, weights.meta['categories'])"
+        own = getattr(getattr(self.trainer, "datamodule", None), "num_classes", None)
+        advice = (
+            f"not counting a background, build it for {own} classes, and map a teacher's classes "
+            "by name: class_map=match_classes(data.class_names, weights.meta['categories'])"
         )
+        refuse_other_number(self.num_classes, own, "the student", advice)
 
     def split_batch(self, batch: Any) -> tuple[Any, Any]:
         """Return the images and the targets of a batch, whose labels are checked.
@@ -208,6 +206,16 @@ class DetectionModule(DistillModule):
             inputs=getattr(self.teacher, "inputs", None),
             class_map=self.teacher.network.class_map,  # type: ignore[arg-type]
         )
+
+    def relabel(self, network: nn.Module, class_map: Sequence[int]) -> nn.Module:
+        """Return a detector whose labels are those of other data than it was trained on.
+
+        Args:
+            network: a detector with the student's classes.
+            class_map: for each class of the data, without a background, the detector's class.
+        """
+        offset = self.label_offset
+        return Relabelled(network, [*range(offset), *(offset + index for index in class_map)])
 
     def _without_repeats(self, batch: Batch, batch_idx: int, loaders: Any) -> Batch:
         """Return the batch without repeated images, but with an empty target for each of them.

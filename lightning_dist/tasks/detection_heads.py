@@ -120,19 +120,36 @@ class TeacherDetector(nn.Module):
             self.detector._modules["backbone"] = _Converted(
                 detector.get_submodule("backbone"), inputs
             )
-        self.class_map = None if class_map is None else class_map.tolist()
+        if class_map is not None:
+            self.detector = Relabelled(self.detector, class_map.tolist())
         self.eval()
 
     def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
-        found = self.detector(images)
-        if self.class_map is None:
-            return found
-        label_of = {index: label for label, index in enumerate(self.class_map)}
-        return [self._mapped(one, label_of) for one in found]
+        return self.detector(images)
 
-    @staticmethod
-    def _mapped(one: dict[str, Tensor], label_of: dict[int, int]) -> dict[str, Tensor]:
-        labels = torch.tensor([label_of.get(i, -1) for i in one["labels"].tolist()])
+
+class Relabelled(nn.Module):
+    """A detector in eval mode whose labels are changed to those of other data.
+
+    Args:
+        detector: the detector.
+        class_map: for each class of the data, background included if there is one, the index of the
+            detector's class. Detections of other classes are left out.
+
+    Shape:
+        The same as that of the detector.
+    """
+
+    def __init__(self, detector: nn.Module, class_map: Sequence[int]) -> None:
+        super().__init__()
+        self.detector = detector
+        self.label_of = {index: label for label, index in enumerate(class_map)}
+
+    def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+        return [self._relabelled(one) for one in self.detector(images)]
+
+    def _relabelled(self, one: dict[str, Tensor]) -> dict[str, Tensor]:
+        labels = torch.tensor([self.label_of.get(i, -1) for i in one["labels"].tolist()])
         labels = labels.to(one["labels"])
         return {name: x[labels >= 0] for name, x in (one | {"labels": labels}).items()}
 

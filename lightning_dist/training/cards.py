@@ -82,7 +82,7 @@ def refuse_other_classes(network: Card | None, data: Card | None, place: str) ->
             f"{', '.join(own[:20])}: use the data that it was trained on, with its classes in the "
             "same order"
         )
-    refuse_other_number(network.num_classes, data, place)
+    refuse_other_number(network.num_classes, data.num_classes, place)
 
 
 def refuse_checkpoint_of_other_classes(checkpoint: dict[str, Any], trainer: Trainer) -> None:
@@ -99,22 +99,25 @@ def refuse_checkpoint_of_other_classes(checkpoint: dict[str, Any], trainer: Trai
     refuse_other_classes(card_in(checkpoint, place), card_of_data(trainer), place)
 
 
-def refuse_other_number(num_classes: int | None, data: Card | None, place: str) -> None:
+def refuse_other_number(
+    network: int | None, data: int | None, place: str, advice: str | None = None
+) -> None:
     """Refuse data with another number of classes than a network.
 
     Args:
-        num_classes: the number of classes of the network, or ``None`` if it is unknown.
-        data: the card of the data, or ``None`` if it has none.
+        network: the number of classes of the network, or ``None`` if it is unknown.
+        data: the number of classes of the data, or ``None`` if it is unknown.
         place: what the network is, for the message.
+        advice: what to do, for the message; by default to set ``num_classes``.
 
     Raises:
         MisconfigurationException: if both numbers are known and differ.
     """
-    if data is None or None in (num_classes, data.num_classes) or num_classes == data.num_classes:
+    if network is None or data is None or network == data:
         return
     raise MisconfigurationException(
-        f"{place} has num_classes={num_classes} and the data has {data.num_classes} classes: set "
-        f"num_classes={data.num_classes}"
+        f"{place} has num_classes={network} and the data has {data} classes: "
+        f"{advice or f'set num_classes={data}'}"
     )
 
 

@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from hydra.utils import instantiate
 from PIL import Image
+
+from lightning_dist.teacher.loading import load_teacher
 
 CPU = "trainer=cpu"
 
@@ -57,3 +60,41 @@ def test_an_old_checkpoint_is_exported(old_run, command, tmp_path, options, pref
     saved = torch.load(tmp_path / "old.ckpt", weights_only=True)["state_dict"]
     assert exported
     assert all(torch.equal(value, saved[prefix + name]) for name, value in exported.items())
+
+
+@pytest.fixture
+def of_digits(old_run, tmp_path):
+    """Write a checkpoint whose config names other data than the network was trained on."""
+    checkpoint = torch.load(tmp_path / "old.ckpt", weights_only=True)
+    checkpoint["lightning_dist_config"] |= {
+        "data": {"_target_": "lightning_dist.data.digits.DigitsDataModule"},
+        "class_names": None,
+    }
+    torch.save(checkpoint, tmp_path / "digits.ckpt")
+
+
+def test_a_network_of_other_channels_than_its_datas_is_refused_in_one_line(of_digits, refused):
+    line = refused("predict", "ckpt=digits.ckpt", "images=images/val", CPU)
+    assert "the images have 1 channels and the student, a " in line
+    assert "takes 3: choose" in line
+
+
+def test_an_old_network_of_fewer_classes_than_its_datas_is_refused(of_digits, refused):
+    line = refused("eval", "ckpt=digits.ckpt", CPU)
+    assert "the network has num_classes=2 and the data has 10 classes" in line
+
+
+@pytest.mark.parametrize(("ema", "weights"), [(None, "averaged"), (False, "student's own")])
+def test_a_teacher_from_an_old_checkpoint_says_what_is_assumed(
+    old_run, tmp_path, caplog, ema, weights
+):
+    checkpoint = torch.load(tmp_path / "old.ckpt", weights_only=True)
+    student = checkpoint["lightning_dist_config"]["module"]["student"]
+    teacher = load_teacher(instantiate(student), weights=tmp_path / "old.ckpt", ema=ema)
+    (line,) = [x.getMessage() for x in caplog.records if "has no card" in x.getMessage()]
+    assert (
+        f"old.ckpt has no card, because an earlier version wrote it. Assumed: the {weights}" in line
+    )
+    prefix = "student." if ema is False else "student_ema.module."
+    for name, value in teacher.network.state_dict().items():
+        assert torch.equal(value, checkpoint["state_dict"][prefix + name])

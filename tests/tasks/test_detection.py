@@ -365,6 +365,24 @@ def test_map_is_that_of_pycocotools_over_the_whole_set(data, make_trainer):
     assert "test/map_large" not in scores, "there is no large box"
 
 
+def test_a_relabelled_detector_scores_alike_on_data_that_numbers_its_classes_anew(
+    data, make_trainer
+):
+    """The oracle has a background class, as a two-stage detector."""
+    samples = [data.test_dataset()[index] for index in range(6)]
+    oracle = Oracle({image.sum().item(): target for image, target in samples})
+    new = torch.tensor([3, 0, 5, 1, 2, 4, 9, 7, 8, 6])  # the new number of each class
+    renumbered = [(image, {**t, "labels": new[t["labels"]]}) for image, t in samples]
+    scores = []
+    for some, class_map in ((samples, range(10)), (renumbered, new.argsort().tolist())):
+        module = DetectionModule(oracle)
+        module.convert_evaluated(lambda x, m=module, c=class_map: m.relabel(x, c))
+        loader = DataLoader(some, batch_size=3, collate_fn=collate_as_lists)
+        scores.append(make_trainer().test(module, loader, verbose=False)[0]["test/map"])
+    assert scores[0] == pytest.approx(scores[1], abs=1e-6)
+    assert scores[0] > 0
+
+
 @both
 def test_images_without_boxes_are_trained_on_and_evaluated(kind, data, make_trainer):
     empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}

@@ -17,7 +17,9 @@ from lightning_dist.cli.run.saved_config import build_data
 from lightning_dist.files.card import Card, card_in
 from lightning_dist.files.text import printable
 from lightning_dist.module import DistillModule
+from lightning_dist.tasks.detection import DetectionModule
 from lightning_dist.teacher import Teacher
+from lightning_dist.teacher.matching import class_map_between
 from lightning_dist.training.cards import card_of_data, refuse_other_number
 
 log = logging.getLogger(__name__)
@@ -42,6 +44,7 @@ def card_of_checkpoint(checkpoint: Mapping[str, Any], config: Mapping[str, Any],
         facts = data.image_facts() if hasattr(data, "image_facts") else {}
         names = config.get("class_names")
         facts |= {"class_names": names, "averaged": False, "origin": "run", "source": path}
+        facts |= {"num_classes": config["module"].get("num_classes")}
         card = Card.from_plain(facts, path)
     except ValueError as error:
         raise UserError(str(error)) from error
@@ -107,7 +110,11 @@ class MatchData(Callback):
             UserError: if the data has other classes.
         """
         data = card_of_data(trainer)
-        if isinstance(pl_module, DistillModule) and data is not None:
+        if data is None or not isinstance(pl_module, DistillModule):
+            return
+        if isinstance(pl_module, DetectionModule):
+            self._relabel(pl_module, data)
+        else:
             pl_module.convert_evaluated(lambda network: self.matched(network, data))
 
     def matched(self, network: nn.Module, data: Card) -> nn.Module:
@@ -126,7 +133,17 @@ class MatchData(Callback):
         except ValueError as error:
             raise UserError(str(error)) from error
         if teacher.class_map is None:
-            refuse_other_number(self.card.num_classes, data, "the network")
+            refuse_other_number(self.card.num_classes, data.num_classes, "the network")
         if teacher.inputs is not None or teacher.class_map is not None:
             log.warning("the data differs from what the network was trained on, and is converted")
         return teacher.as_network()
+
+    def _relabel(self, module: DetectionModule, data: Card) -> None:
+        """Change the labels of the detectors, if the data has the classes in another order."""
+        try:
+            class_map = class_map_between(self.card, data)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        if class_map is not None:
+            log.warning("the data has the classes in another order, and the labels are converted")
+            module.convert_evaluated(lambda network: module.relabel(network, class_map))
