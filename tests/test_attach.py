@@ -80,6 +80,35 @@ def test_at_weight_0_a_disturbing_teacher_changes_nothing(make_trainer, style):
 
 @pytest.mark.filterwarnings("ignore:.*was not called in training_step")
 @pytest.mark.parametrize("style", STYLES)
+def test_at_weight_0_every_validation_is_the_same(make_trainer, style):
+    def validations(*callbacks) -> list[float]:
+        module, values = example(style)[0], []
+
+        def validation_step(batch, batch_idx):
+            x, target = F.dropout(batch[0]), batch[1]
+            if style in ("Manual optimization", "Other outputs in training mode"):
+                loss = F.cross_entropy(module.net(x), target)
+            else:
+                loss = module.training_step((x, target), batch_idx)
+            values.append(loss.item())
+
+        module.validation_step = validation_step
+        trainer = make_trainer(max_epochs=2, val_check_interval=2, callbacks=[*callbacks])
+        trainer.fit(module, batches(), batches())
+        return values
+
+    _, callback = example(style)
+    for term in callback.terms.values():
+        term.weight = lambda trainer: torch.zeros(())
+    callback.teacher.network.register_forward_pre_hook(disturb, with_kwargs=True)
+    alone, distilled = validations(), validations(callback)
+    assert len(alone) == 2 + 2 * 2 * 4  # those of the sanity check, and those of each half epoch
+    assert len(set(alone)) == len(alone)
+    assert distilled == alone
+
+
+@pytest.mark.filterwarnings("ignore:.*was not called in training_step")
+@pytest.mark.parametrize("style", STYLES)
 def test_a_copy_of_the_student_scores_0(make_trainer, style):
     module, callback = example(style)
     student = module.get_submodule(callback.student)
