@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+UNLABELED = -100  # the label of samples without a label, which torch's cross-entropy ignores
+
 
 def check_number(
     name: str, value: Any, kind: type = float, *, least: float = -math.inf, most: float = math.inf
@@ -92,7 +94,7 @@ def check_labels(
     least, most = (int(x) for x in torch.aminmax(labels))
     if least < 0 or most >= num_classes:
         wrong = least if least < 0 else most
-        mark = " (-1 is no mark for data without labels)" if wrong == -1 else ""
+        mark = f" (not -1 but {UNLABELED} is the label of samples without one)" * (wrong == -1)
         raise ValueError(
             f"{where} has the label {wrong}{mark} and num_classes is {num_classes}: labels count "
             f"from 0 to {num_classes - 1}; set num_classes, or relabel"

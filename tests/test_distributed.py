@@ -27,6 +27,7 @@ TRAININGS = {
     "fsdp2 even": {"sync": True, "strategy": "fsdp2"},
     "fsdp2 uneven": {"sync": True, "strategy": "fsdp2", "uneven": True},
     "averaged": {"sync": True, "strategy": "ddp", "ema": True},
+    "unlabeled": {"sync": True, "strategy": "ddp", "unlabeled": True},
     "without sync": {"strategy": "ddp"},
     # This case must be the last one here: torch may warn of "unused parameters", and the fixture
     # `launched` checks that no earlier case caused this warning.
@@ -156,6 +157,14 @@ def test_sync_trains_the_same_student_as_one_process_with_joined_batches(
     assert ranks[0]["distill"] == pytest.approx(alone["distill"], rel=1e-10)
     for rank in ranks:
         assert rank["teacher_unchanged"]
+        torch.testing.assert_close(rank["weights"], alone["weights"], rtol=1e-10, atol=1e-12)
+
+
+def test_ranks_with_unequal_numbers_of_labels_train_the_student_of_the_joined_batches(
+    launched, joined
+):
+    alone = joined(sync=True, unlabeled=True)
+    for rank in saved(launched / "unlabeled"):
         torch.testing.assert_close(rank["weights"], alone["weights"], rtol=1e-10, atol=1e-12)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
-from lightning_dist.checks import check_labels, check_number
+from lightning_dist.checks import UNLABELED, check_labels, check_number
 from lightning_dist.data.image_files import to_rgb
 from lightning_dist.data.seeding import (
     EpochSampler,
@@ -231,9 +231,11 @@ class ImageDataModule(LightningDataModule):
         if isinstance(labels, list) and all(isinstance(label, int) for label in labels):
             labels = torch.tensor(labels)
         if isinstance(labels, Tensor) and not labels.is_floating_point():
-            ignored = IGNORED if labels.dim() > 1 else None
+            ignored = IGNORED if labels.dim() > 1 else UNLABELED
             where = f"the {split} set of {self.location}"
             check_labels(labels, self.num_classes, where, ignored=ignored)
+            if split != "train" and (labels == ignored).all():
+                raise ValueError(f"{where} has no label: metrics need labelled images")
 
     @property
     def batch_size(self) -> int:

@@ -8,14 +8,23 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_dist.checks import check_labels, check_number
+from lightning_dist.checks import UNLABELED, check_labels, check_number
 from lightning_dist.module import DistillModule
 from lightning_dist.taps import logits_of
 from lightning_dist.teacher import TeacherBase
+from lightning_dist.training.labels import (
+    mean_over_labels,
+    mean_over_mixed_labels,
+    mix,
+    scale_by_share,
+)
 
 
 class ClassificationModule(DistillModule):
     """A DistillModule that classifies ``(images, labels)`` batches.
+
+    A label of -100 marks an image without a label: the task loss is the mean over the other images
+    of the batch (of all processes) and the metrics leave it out, but it is distilled like all.
 
     ``val/loss`` and ``test/loss`` are the plain cross-entropy, for every training loss.
     ``METRIC`` is ``accuracy`` and, with more than ten classes, ``accuracy_top5``.
@@ -69,11 +78,26 @@ class ClassificationModule(DistillModule):
         """Return the task loss of a batch, which ``mixup`` has mixed if it is set."""
         inputs, target = self.split_batch(batch)
         self._check_labels(target, batch_idx)
-        if self.mixup:
-            inputs, target = self.mixup(inputs, target)
-        loss = self.task_loss(self._logits(self.student, inputs), target)
+        loss = self._mixed_loss(inputs, target) if self.mixup else self._loss(inputs, target)
         self.log("train/task", loss.detach())
         return loss
+
+    def _loss(self, inputs: Any, target: Tensor) -> Tensor:
+        logits = self._logits(self.student, inputs)
+        if target.is_floating_point():  # probabilities of the classes
+            return self.task_loss(logits, target)
+        return mean_over_labels(self.task_loss, logits, target)
+
+    def _mixed_loss(self, inputs: Any, target: Tensor) -> Tensor:
+        assert self.mixup is not None
+        if not (target == UNLABELED).any():
+            count = torch.tensor(len(target), device=target.device)
+            inputs, target = self.mixup(inputs, target)
+            loss = self.task_loss(self._logits(self.student, inputs), target)
+            return scale_by_share(loss, count)
+        inputs, target, shares = mix(self.mixup, inputs, target, self.num_classes)
+        logits = self._logits(self.student, inputs)
+        return mean_over_mixed_labels(self.task_loss, logits, target, shares)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Update ``val/*``; Lightning's sanity check before training finds wrong labels early."""
@@ -101,10 +125,15 @@ class ClassificationModule(DistillModule):
         return logits
 
     def count_labels(self, target: Any, samples: int) -> int:
-        """Return the number of labels that the cross-entropy does not ignore."""
-        if not isinstance(target, Tensor) or target.dtype != torch.int64:
-            return samples
-        return int((target != getattr(self.eval_loss, "ignore_index", -100)).sum())
+        """Return the number of samples that have a label."""
+        return samples if target.is_floating_point() else int((target != UNLABELED).sum())
+
+    def labeled(self, output: Any, target: Any) -> tuple[Any, Any]:
+        """Return the logits and labels of the samples that have a label."""
+        if target.is_floating_point():
+            return output, target
+        rows = target != UNLABELED
+        return (output, target) if rows.all() else (output[rows], target[rows])
 
     def _check_labels(self, labels: Tensor, batch_idx: int) -> None:
         """Refuse labels that are not classes; on a GPU once per epoch, because a check is slow."""
@@ -116,4 +145,4 @@ class ClassificationModule(DistillModule):
                 "or probabilities (N, C)"
             )
         if labels.device.type == "cpu" or not batch_idx:
-            check_labels(labels, self.num_classes, "a batch")
+            check_labels(labels, self.num_classes, "a batch", ignored=UNLABELED)

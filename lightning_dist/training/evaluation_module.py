@@ -143,15 +143,24 @@ class EvaluationModule(LightningModule):
             The number of labels in the batch, which is the weight of its mean loss.
         """
         inputs, target = batch
-        count = count_samples(inputs, target)
-        if not count:
-            return 0
-        output = self.infer(network, inputs)
-        metrics.collection.update(output, target)
-        count = self.count_labels(target, count)
+        samples = count_samples(inputs, target)
+        count = self.count_labels(target, samples) if samples else 0
         if count:
+            output, target = self.labeled(self.infer(network, inputs), target)
+            metrics.collection.update(output, target)
             metrics.mean_loss.update(self.eval_loss(output, target), weight=count)
         return count
+
+    def labeled(self, output: Any, target: Any) -> tuple[Any, Any]:
+        """Return an output and a target without the samples that have no label.
+
+        Override it if the target can say that a sample has no label.
+
+        Args:
+            output: the output of a network for a batch.
+            target: the target of the batch.
+        """
+        return output, target
 
     def count_labels(self, target: Any, samples: int) -> int:
         """Return the number of labels over which ``eval_loss`` takes its mean.

@@ -4,6 +4,7 @@ Each rank gets some rows of each of five batches; a single process gets all rows
 """
 
 import copy
+import functools
 import os
 import warnings
 from pathlib import Path
@@ -17,15 +18,19 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_dist import DistillationCallback, DistillModule, DISTLoss, StudentEMA
+from lightning_dist.tasks.classification import ClassificationModule
 
 
 class Batches(Dataset):
     """A data set of whole batches, whose rows are divided among the ranks."""
 
-    def __init__(self, trainer_rank: int, world: int, uneven: bool) -> None:
+    def __init__(self, trainer_rank: int, world: int, uneven: bool, unlabeled: bool) -> None:
         generator = torch.Generator().manual_seed(1)
         self.inputs = torch.randn(5, 16, 6, generator=generator).double()
         self.targets = torch.randint(0, 4, (5, 16), generator=generator)
+        if unlabeled:  # the ranks have 0 and 8, 5 and 3, 8 and 6, 1 and 0, 0 and 0 labels
+            self.targets[0, :8] = self.targets[1, 5:13] = self.targets[2, 14:] = -100
+            self.targets[3, 1:] = self.targets[4] = -100
         self.rank, self.world, self.uneven = trainer_rank, world, uneven
 
     def __len__(self) -> int:
@@ -47,12 +52,13 @@ def new_student() -> nn.Sequential:
 class Recorded(L.LightningModule):
     """A module that loads its own data and stores the distillation loss of each step."""
 
-    uneven = False
+    uneven = unlabeled = False
     distill = ()  # With spawned processes, this stays empty in the main process.
 
     def train_dataloader(self):
         self.distill = []
-        data = Batches(self.trainer.global_rank, self.trainer.world_size, self.uneven)
+        ranks = (self.trainer.global_rank, self.trainer.world_size)
+        data = Batches(*ranks, self.uneven, self.unlabeled)
         return DataLoader(data, batch_size=None)
 
     def on_train_batch_end(self, *args):
@@ -62,6 +68,12 @@ class Recorded(L.LightningModule):
 
 class Averaged(Recorded, DistillModule):
     """A DistillModule that averages the student's weights."""
+
+
+class Classifier(Recorded, ClassificationModule):
+    """A ClassificationModule, some of whose samples have no label."""
+
+    unlabeled = True
 
 
 class Plain(Recorded):
@@ -90,6 +102,7 @@ def main(
     sync: bool = False,
     uneven: bool = False,
     ema: bool = False,
+    unlabeled: bool = False,
 ) -> None:
     """Train, and save the results of this rank.
 
@@ -100,6 +113,7 @@ def main(
         sync: the option ``sync`` of the loss.
         uneven: give the ranks 11 and 5 rows of the last batch.
         ema: train a DistillModule with StudentEMA.
+        unlabeled: train a ClassificationModule on batches that have unequal numbers of labels.
     """
     warnings.filterwarnings("error", message=".*unused parameters.*")
     torch.manual_seed(7)
@@ -122,7 +136,7 @@ def main(
         devices=devices,
         strategy=ModelParallelStrategy(**fsdp2) if strategy == "fsdp2" else strategy,
         max_epochs=1,
-        callbacks=[StudentEMA(0.5)] if ema else [callback],
+        callbacks=[StudentEMA(0.5)] if ema else [] if unlabeled else [callback],
         use_distributed_sampler=False,
         logger=False,
         enable_checkpointing=False,
@@ -132,6 +146,11 @@ def main(
     module = Plain(uneven)
     if ema:
         module = Averaged(new_student(), teacher, distill_loss=loss)
+    if unlabeled:
+        optimizer = functools.partial(torch.optim.SGD, lr=0.1)
+        module = Classifier(
+            new_student(), teacher, num_classes=4, distill_loss=loss, optimizer=optimizer
+        )
     trainer.fit(module)
     weights = {
         name: value.full_tensor() if hasattr(value, "full_tensor") else value

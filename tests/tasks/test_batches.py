@@ -73,7 +73,7 @@ def detect(kind: type[nn.Module], label: int) -> tuple[Any, Any]:
 
 
 WRONG_LABELS = {
-    "class -1": (lambda: classify([0, 1, 2, -1]), "a batch has the label -1 .-1 is no mark for"),
+    "class -1": (lambda: classify([0, 1, 2, -1]), "a batch has the label -1 .not -1 but -100 is"),
     "class 3": (lambda: classify([0, 1, 2, 3]), "a batch has the label 3 and num_classes is 3"),
     "column": (lambda: classify([[0], [1], [2], [0]]), r"int64 of shape \(4, 1\): give int64 \(N,"),
     "mask -1": (lambda: segment(-1), "a mask has the label -1"),
