@@ -14,14 +14,15 @@ import safetensors
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
-from lightning_dist.files.text import error_line, printable
+from lightning_dist.files.limits import refuse_strange_safetensors, refuse_strange_torch_file
+from lightning_dist.files.onnx_metadata import onnx_metadata
+from lightning_dist.files.text import MOST_READ, error_line, printable, read_bounded
 from lightning_dist.files.weights import load_weights, read_checkpoint, resolve_path
 
 log = logging.getLogger(__name__)
 
 CARD_KEY = "lightning_dist_card"  # the name of the card in every kind of file
 _TASKS = ("classification", "segmentation", "detection")
-_LONGEST = 2**24  # bytes of a card in an archive; 20,000 long class names need less
 
 
 @dataclass(frozen=True)
@@ -205,7 +206,6 @@ def read_card(path: str | Path) -> Card | None:
     Raises:
         FileNotFoundError: if the file does not exist.
         ValueError: if the file or its card is damaged.
-        ImportError: if it is an ``.onnx`` file and the package onnx is not installed.
     """
     folder = Path(path).expanduser()
     described = (folder / name for name in ("card.json", "config.json"))
@@ -215,7 +215,7 @@ def read_card(path: str | Path) -> Card | None:
     read = _READERS.get(file.suffix, read_checkpoint)
     try:
         contents = read(file)
-    except (ImportError, PermissionError):
+    except PermissionError:
         raise
     except Exception as error:  # the readers raise errors of many kinds for damaged files
         raise ValueError(f"{path} cannot be read: {error_line(str(error))}") from error
@@ -321,31 +321,27 @@ def _warn_of_old_run(contents: Mapping[str, Any], path: str | Path, averaged: bo
 
 
 def _read_header(path: Path) -> dict[str, Any]:
+    refuse_strange_safetensors(path)
     with safetensors.safe_open(str(path), framework="pt") as file:
         return {k: json.loads(v) for k, v in (file.metadata() or {}).items() if k == CARD_KEY}
 
 
 def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    return json.loads(read_bounded(path).decode("utf-8"))
 
 
 def _read_pt2(path: Path) -> Any:
+    refuse_strange_torch_file(path)
     with zipfile.ZipFile(path) as archive:
         for entry in archive.infolist():
-            if entry.filename.endswith("extra/metadata.json") and entry.file_size < _LONGEST:
+            if entry.filename.endswith("extra/metadata.json") and entry.file_size < MOST_READ:
                 return json.loads(archive.read(entry))
     return {}
 
 
 def _read_onnx(path: Path) -> dict[str, Any]:
-    try:
-        import onnx
-    except ImportError as error:
-        raise ImportError(
-            "to read an .onnx file, install onnx: pip install 'lightning-dist[onnx]'"
-        ) from error
-    model = onnx.load(str(path), load_external_data=False)
-    return {x.key: json.loads(x.value) for x in model.metadata_props if x.key == CARD_KEY}
+    found = onnx_metadata(path)
+    return {CARD_KEY: json.loads(found[CARD_KEY])} if CARD_KEY in found else {}
 
 
 _READERS: dict[str, Callable[[Path], Any]] = {

@@ -1,6 +1,5 @@
 """Checks of weight files that bound the time and the memory that reading them takes."""
 
-import mmap
 import re
 import struct
 import zipfile
@@ -10,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# A header of safetensors and the pickle of a torch file list tensors: about 100 bytes for each.
-_MOST_HEADER, _MOST_PICKLE = 8 * 2**20, 32 * 2**20
+from lightning_dist.files.pickles import refuse_strange_old_format, refuse_strange_pickles
+
+# A header of safetensors and the directory of an archive list tensors: about 100 bytes for each.
+_MOST_HEADER = 8 * 2**20
 # Limits for the contents of a file, far above those of a checkpoint.
 _MOST_DEPTH, _MOST_VALUES = 64, 2_000_000
 # The tensors in a file share storages, such as tied weights, but not in large numbers.
@@ -40,29 +41,29 @@ def refuse_strange_torch_file(file: Path) -> None:
     Raises:
         ValueError: if the archive has a directory that is not directly before its end, or an entry
             that is compressed, overlaps with another entry or has a path that leads out of the
-            archive; or if the file's pickle is too long or allocates memory by a number.
+            archive; or if a pickle in the file is refused by
+            :func:`lightning_dist.files.pickles.refuse_strange_pickles`.
     """
     with open(file, "rb") as opened:
         is_archive = opened.read(2) == b"PK"
-        if not is_archive:
-            with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as contents:
-                _refuse_bytearray(contents)
-            return
+    if not is_archive:
+        refuse_strange_old_format(file)
+        return
     _refuse_other_directory(file)
     with zipfile.ZipFile(file) as archive:
         if sum(entry.file_size for entry in archive.infolist()) > file.stat().st_size:
             raise ValueError("its entries overlap or are compressed")
         for entry in archive.infolist():
-            name = f"{entry.filename!r:.100}"
-            parts = re.split(r"[/\\]", entry.filename)
-            if ".." in parts or parts[0] == "" or re.match("[A-Za-z]:", entry.filename):
+            # torch reads the original name, without regard to case.
+            name = f"{entry.orig_filename!r:.100}"
+            parts = re.split(r"[/\\]", entry.orig_filename)
+            if ".." in parts or parts[0] == "" or re.match("[A-Za-z]:", parts[0]):
                 raise ValueError(f"its entry {name} leads out of the archive")
             if entry.compress_type != zipfile.ZIP_STORED:
                 raise ValueError(f"its entry {name} is compressed")
-            if parts[-1] == "data.pkl":
-                if entry.file_size > _MOST_PICKLE:
-                    raise ValueError(f"its entry {name} has more than {_MOST_PICKLE} bytes")
-                _refuse_bytearray(archive.read(entry))
+            if parts[-1].lower() == "data.pkl":
+                with archive.open(entry) as opened:
+                    refuse_strange_pickles(opened)
 
 
 def refuse_too_much(contents: Any, file: Path) -> None:
@@ -113,26 +114,21 @@ def _bytes_of(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _refuse_bytearray(pickled: Any) -> None:
-    """Raise an error for a bytearray, which torch's reader creates with any number of zeros."""
-    if pickled.find(b"bytearray\n") >= 0:
-        raise ValueError("it holds a bytearray")
-
-
 # The records at the end of a zip archive: the signature and the fields that say where the list of
 # its entries, the central directory, is. The record with 64-bit numbers comes before the other.
 _END, _LOCATOR, _END64 = "<4s4H2LH", "<4sLQL", "<4sQ2H2L4Q"
 
 
 def _refuse_other_directory(file: Path) -> None:
-    """Raise an error unless the archive's directory is directly before its end, as it records.
+    """Raise an error unless the archive's directory is short, and before its end, as it records.
 
     Python looks for the directory directly before the end of the file, and torch at the recorded
     place. An archive can have one directory at each, and Python then checks other entries than
     torch reads.
 
     Raises:
-        ValueError: if the end of the archive is damaged, or records another place.
+        ValueError: if the end of the archive is damaged, or records another place or a directory
+            that is too long.
     """
     end, locator, end64 = map(struct.calcsize, (_END, _LOCATOR, _END64))
     size = file.stat().st_size
@@ -150,5 +146,7 @@ def _refuse_other_directory(file: Path) -> None:
         signature, *_, length, start = struct.unpack(_END64, tail[: -end - locator])
         if place != stop or signature != b"PK\x06\x06":
             raise ValueError("it has its directory at another place than its end records")
+    if length > _MOST_HEADER:
+        raise ValueError(f"its directory has {length} bytes, more than {_MOST_HEADER}")
     if start + length != stop:
         raise ValueError("it has its directory at another place than its end records")

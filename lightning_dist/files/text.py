@@ -1,14 +1,43 @@
-"""Functions that make text from a file safe for a terminal, a log and a spreadsheet."""
+"""Functions that read small files, and make text safe for a terminal, a log and a spreadsheet."""
 
+import os
+import stat
+from pathlib import Path
 from typing import Any
 
 # The longest text that is shown. The message of a run that failed is an error line, which is cut
 # at fewer characters.
 MOST_SHOWN, MOST_IN_A_LINE = 20_000, 2_000
 
+# The largest file of JSON or text that is read: a parser needs some twenty times as much memory.
+MOST_READ = 8 * 2**20
+
 # A spreadsheet computes a cell that begins with one of these characters; the last four are the
 # wide forms of the first four.
 _FORMULA = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")
+
+
+def read_bounded(path: str | Path, most: int = MOST_READ) -> bytes:
+    """Return the contents of a file, which must be regular and not too large.
+
+    A pipe and a device may never end, and in a few bytes of an archive can be a sparse file of any
+    size.
+
+    Args:
+        path: the file, or a link to one.
+        most: the largest size in bytes.
+
+    Raises:
+        OSError: if there is no file, or it is no regular file.
+        ValueError: if it is too large.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(f"{path} is no regular file")
+    with open(path, "rb") as file:
+        contents = file.read(most + 1)
+    if len(contents) > most:
+        raise ValueError(f"{path} has more than {most} bytes")
+    return contents
 
 
 def printable(text: str, most: int = MOST_SHOWN) -> str:

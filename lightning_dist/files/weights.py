@@ -20,6 +20,7 @@ from lightning_dist.files.limits import (
     refuse_strange_torch_file,
     refuse_too_much,
 )
+from lightning_dist.files.pickles import BESIDE_WEIGHTS
 from lightning_dist.files.text import error_line, printable
 
 # Training programs store weights under these entries of a checkpoint, and put these prefixes before
@@ -34,6 +35,7 @@ _OF_AVERAGE = "student_ema."
 _PREFIXES = ("", "student_ema.module.", "module.", "student.", "model.", "net.", "_orig_mod.")
 
 _COUNTER = "num_batches_tracked"
+_MOST_LEVELS = 16  # of a prefix that all names share
 
 
 class _Unread:
@@ -44,19 +46,6 @@ class _Unread:
 
     def __setstate__(self, state: Any) -> None:
         pass
-
-
-# Objects that training programs store in addition to the weights: command-line arguments, and
-# NumPy's numbers under the names that NumPy 1 and NumPy 2 use.
-_BESIDE_WEIGHTS = (
-    "argparse.Namespace",
-    "numpy.dtype",
-    "numpy.ndarray",
-    "numpy.core.multiarray.scalar",
-    "numpy._core.multiarray.scalar",
-    "numpy.core.multiarray._reconstruct",
-    "numpy._core.multiarray._reconstruct",
-)
 
 
 def load_weights(
@@ -154,7 +143,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             refuse_strange_safetensors(file)
             return safetensors.torch.load_file(file)
         refuse_strange_torch_file(file)
-        with torch.serialization.safe_globals([(_Unread, name) for name in _BESIDE_WEIGHTS]):
+        with torch.serialization.safe_globals([(_Unread, name) for name in BESIDE_WEIGHTS]):
             contents = torch.load(file, map_location="cpu", weights_only=True)
         refuse_too_much(contents, file)
     except pickle.UnpicklingError as error:
@@ -279,14 +268,14 @@ def _strip(
     def fitting(prefix: str) -> int:
         return sum(prefix + name in state for name in needed)
 
-    parts = next(iter(state)).split(".")[:-1]
+    parts = next(iter(state)).split(".", _MOST_LEVELS)[:-1]
     levels = (".".join(parts[:end]) + "." for end in range(1, len(parts) + 1))
     common = (prefix for prefix in levels if all(name.startswith(prefix) for name in state))
     known = [outer + inner for outer in _PREFIXES for inner in _PREFIXES]
     best = max((*known, *common), key=fitting)
     if needed and fitting(best) < len(needed):
         ends = {key.removesuffix(needed[0]) for key in state if key.endswith(f".{needed[0]}")}
-        whole = sorted(prefix for prefix in ends if fitting(prefix) == len(needed))
+        whole = sorted(x for x in ends if all(x + name in state for name in needed))
         if len(whole) > 1:
             raise ValueError(
                 f"{path} has several networks of this kind, under {', '.join(map(repr, whole))}: "

@@ -4,9 +4,11 @@ import io
 import pickle
 import struct
 import zipfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -14,6 +16,7 @@ import torch
 from hostile import Runs, hostile_config, saved
 from lightning_dist.cache.files import ViewFiles
 from lightning_dist.cli.run.saved_config import CONFIG_KEY
+from lightning_dist.files import pickles
 from lightning_dist.files.weights import load_weights, read_checkpoint
 from lightning_dist.models.small import SmallCNN
 
@@ -107,6 +110,55 @@ def nested() -> list:
     return inside
 
 
+def text(value: str) -> bytes:
+    """Return the opcodes of a pickle that push a text."""
+    return b"X" + struct.pack("<I", len(value)) + value.encode()
+
+
+def pickled(opcodes: bytes, name: str = "data.pkl") -> bytes:
+    """Return a torch file whose pickle is a dict with the value that some opcodes push."""
+    contents = b"\x80\x02}" + text("a") + opcodes + b"s."
+    buffer = io.BytesIO()
+    with (
+        zipfile.ZipFile(io.BytesIO(saved({"a": torch.ones(1)}))) as source,
+        zipfile.ZipFile(buffer, "w") as target,
+    ):
+        for entry in source.infolist():
+            is_pickle = entry.filename.endswith("data.pkl")
+            renamed = entry.filename.replace("data.pkl", name)
+            target.writestr(renamed, contents if is_pickle else source.read(entry))
+    return buffer.getvalue()
+
+
+def doubled_tuples() -> bytes:
+    """Return a dict whose key is a tuple that contains each tuple before it twice.
+
+    Python computes its hash from 2^24 values, and with a few bytes more forever.
+    """
+    levels = b"".join(b"q%ch%c\x86" % (i, i) for i in range(24))
+    return pickled(b"})" + levels + b"Ns")
+
+
+def doubled_bytes() -> bytes:
+    """Return bytes that are encoded again and again, to twice the length."""
+    encode = b"c_codecs\nencode\n"
+    value = encode + text("x" * 64) + text("latin1") + b"\x86R"
+    for _ in range(12):
+        value = encode + value + text("hex") + b"\x86R"
+    return pickled(value)
+
+
+def long_directory() -> bytes:
+    """Return an archive that takes Python half a minute to list, with the entries of 9 MB."""
+    entry = b"PK\x01\x02" + struct.pack("<6H3L5H2L", 20, 20, *[0] * 7, 1, *[0] * 6) + b"x"
+    count, start = 200_000, 34
+    where = (count, count, len(entry) * count, start)
+    tail = struct.pack("<4sQ2H2L4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, *where)
+    tail += struct.pack("<4sLQL", b"PK\x06\x07", 0, start + len(entry) * count, 1)
+    tail += struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, *[2**16 - 1] * 2, *[2**32 - 1] * 2, 0)
+    return b"PK\x03\x04" + b"\0" * 30 + entry * count + tail
+
+
 def empty_tensors() -> bytes:
     """Return a safetensors header of 9 MB that lists tensors without values."""
     entries = (
@@ -148,6 +200,25 @@ CORPUS: dict[str, tuple[str, Callable[[], bytes]]] = {
     "lists without end": ("w.ckpt", lambda: saved(weights() | {"optimizer_states": nested()})),
     "a bytearray": ("w.pth", lambda: saved(weights() | {"a": Allocates()})),
     "a bytearray in the old format": ("w.pth", lambda: old_format({"a": Allocates()})),
+    "a bytearray by another case": (
+        "w.pth",
+        lambda: pickled(b"c__builtin__\nbytearray\nJ\0\0\0\x10\x85R", "DATA.PKL"),
+    ),
+    "a tuple of tuples": ("w.pth", doubled_tuples),
+    "bytes that grow": ("w.pth", doubled_bytes),
+    "a directory without end": ("w.pth", long_directory),
+    "a reader of files": (
+        "w.pth",
+        lambda: pickled(
+            b"ctraceback\nFrameSummary\n" + text(__file__) + b"K\x01" + text("n") + b"\x87R"
+        ),
+    ),
+    "a connection": (
+        "w.pth",
+        lambda: pickled(
+            b"ctorch.distributed.device_mesh\nDeviceMesh\n" + text("cpu") + b"](K\0K\x01e\x86R"
+        ),
+    ),
     "a repeated number": ("w.pth", lambda: saved({"a": torch.ones(1).expand(10**6, 10**6)})),
     "a repeated number in the old format": (
         "w.pth",
@@ -188,6 +259,34 @@ def test_a_hostile_file_is_refused_by_name(tmp_path, monkeypatch, name):
         read_checkpoint(path)
     assert set(tmp_path.rglob("*")) == before, "something was run or unpacked"
     assert not Path("/etc/evil").exists()
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_pickle_of_too_many_steps_is_refused(tmp_path, monkeypatch, old):
+    """A million lists take a million bytes in a file, but seconds and 64 times the memory."""
+    monkeypatch.setattr(pickles, "_MOST_OPCODES", 1000)
+    lists = {"a": [[] for _ in range(1000)]}
+    (tmp_path / "w.pth").write_bytes(old_format(lists) if old else saved(lists))
+    with pytest.raises(ValueError, match=r"w\.pth .* more than 1000 opcodes"):
+        read_checkpoint(tmp_path / "w.pth")
+    monkeypatch.undo()
+    assert read_checkpoint(tmp_path / "w.pth") == lists
+
+
+def test_a_long_text_in_the_old_format_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(pickles, "_MOST_BYTES", 1000)
+    (tmp_path / "w.pth").write_bytes(old_format({"a": 2000 * "x"}))
+    with pytest.raises(ValueError, match=r"w\.pth .* more than 1000 bytes"):
+        read_checkpoint(tmp_path / "w.pth")
+
+
+def test_objects_of_checkpoints_are_read(tmp_path):
+    """Every opcode that torch.save writes is followed: bytes, sets, sizes, NumPy's numbers."""
+    values = {"bytes": b"\x00\xff", "set": {1}, "size": torch.Size([2]), "long": 2**80}
+    values |= {"dtype": torch.float32, "counter": Counter("aab"), "tuple": ((1, 2), "x", None)}
+    torch.save(values | {"number": np.float64(0.5)}, tmp_path / "w.pth")
+    found = read_checkpoint(tmp_path / "w.pth")
+    assert {name: found[name] for name in values} == values
 
 
 @pytest.mark.parametrize("entry", ENTRIES)

@@ -1,6 +1,7 @@
 """Tests of the card of a network: every kind of file keeps it, and a damaged card is refused."""
 
 import json
+import os
 import shutil
 import zipfile
 
@@ -143,7 +144,6 @@ def test_a_damaged_file_is_refused_by_name(tmp_path, name):
     deep = 100_000 * "["
     path = tmp_path / name
     if path.suffix == ".onnx":
-        pytest.importorskip("onnx")
         path.write_bytes(50 * b"\xff")
     elif path.suffix == ".pt2":
         with zipfile.ZipFile(path, "w") as archive:
@@ -157,6 +157,36 @@ def test_a_damaged_file_is_refused_by_name(tmp_path, name):
         path.write_text(deep)
     with pytest.raises(ValueError, match=rf"{name} cannot be read"):
         read_card(path)
+
+
+@pytest.mark.parametrize("name", ["x.json", "x.safetensors", "x.onnx"])
+def test_a_card_of_many_megabytes_is_refused_by_name(tmp_path, name):
+    """As Python's lists, it would take twenty times as much memory."""
+    path, long = tmp_path / name, json.dumps({"a": 3_000_000 * [[]]}, separators=(",", ":"))
+    if path.suffix == ".safetensors":
+        header = json.dumps({"__metadata__": {CARD_KEY: long}}).encode()
+        path.write_bytes(len(header).to_bytes(8, "little") + header)
+    elif path.suffix == ".onnx":
+        onnx = pytest.importorskip("onnx")
+        model = onnx.ModelProto(metadata_props=[{"key": CARD_KEY, "value": long}])
+        path.write_bytes(model.SerializeToString())
+    else:
+        path.write_text(long)
+    with pytest.raises(ValueError, match=rf"{name} cannot be read: .* bytes"):
+        read_card(path)
+
+
+def test_an_onnx_file_of_many_empty_messages_is_refused_at_once(tmp_path):
+    """onnx makes an object of 100 bytes from each 2 bytes."""
+    (tmp_path / "x.onnx").write_bytes(200_000 * b"\x42\0")
+    with pytest.raises(ValueError, match=r"x\.onnx cannot be read: it has more than"):
+        read_card(tmp_path / "x.onnx")
+
+
+def test_a_pipe_is_no_card(tmp_path):
+    os.mkfifo(tmp_path / "card.json")
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        read_card(tmp_path / "card.json")
 
 
 def test_the_command_prints_a_card_on_plain_lines(command, refused, tmp_path, capsys):

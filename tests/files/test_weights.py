@@ -4,6 +4,7 @@ import argparse
 import copy
 import os
 import pickle
+import time
 from collections import deque
 from contextlib import suppress
 from pathlib import Path
@@ -301,3 +302,12 @@ def test_a_file_without_a_state_dict_is_refused(tmp_path, network, contents):
 def test_read_checkpoint_returns_all_entries(tmp_path):
     torch.save({"epoch": 3, "state_dict": {}}, tmp_path / "last.ckpt")
     assert read_checkpoint(tmp_path / "last.ckpt") == {"epoch": 3, "state_dict": {}}
+
+
+def test_a_name_of_many_levels_is_refused_at_once(tmp_path):
+    """Every level was a prefix to try, so that a name of 1 MB took hours."""
+    torch.save({"a." * 30_000 + "x": torch.zeros(1)}, tmp_path / "deep.pth")
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=r"deep\.pth does not fit"):
+        load_weights(nn.Linear(2, 2), tmp_path / "deep.pth")
+    assert time.monotonic() - start < 1
