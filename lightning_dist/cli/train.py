@@ -31,6 +31,7 @@ from lightning_dist.cli.run.initial_weights import (
     without_weights_of_student,
 )
 from lightning_dist.cli.run.logger_hooks import LogConfig, closed_loggers, without_loggers
+from lightning_dist.cli.run.names import names_and_sizes
 from lightning_dist.cli.run.restoring import restoring_errors
 from lightning_dist.cli.run.run import Run
 from lightning_dist.cli.run.saved_config import to_save
@@ -107,7 +108,7 @@ def train(run: Run) -> dict[str, Any]:
         A dict with ``metrics``, the last value of every ``val/`` and ``test/`` metric, and of every
         ``teacher/`` metric if ``test_teacher`` is true; ``checkpoint``, the path of the tested
         checkpoint or ``None``; ``test_set``, which is ``"validation"`` if the data has no other
-        test set; and the teacher's name and the sizes of both networks.
+        test set; and the names of data, student and teacher, and the sizes of both networks.
 
     Raises:
         UserError: if settings, data and checkpoint do not fit together.
@@ -149,7 +150,7 @@ def train(run: Run) -> dict[str, Any]:
         "metrics": metrics,
         "checkpoint": tested,
         "test_set": "validation" if tests_on_validation else "test",
-        **_networks(module, config),
+        **names_and_sizes(module, config),
     }
 
 
@@ -250,28 +251,6 @@ def _print_metrics(metrics: Mapping[str, float], datamodule: Any) -> None:
         values = [metrics.get(name.replace("test/", prefix, 1)) for prefix in columns.values()]
         table.add_row(name, *("" if value is None else repr(value) for value in values))
     rich.print(table)
-
-
-def _networks(module: LightningModule, config: DictConfig) -> dict[str, Any]:
-    """Return the name of the teacher and the sizes of both networks, for the report."""
-    if not isinstance(module, DistillModule):  # a config may name any LightningModule
-        return {}
-    networks = {"student_parameters": sum(x.numel() for x in module.student.parameters())}
-    if module.teacher is None:
-        return networks | {"teacher": None, "teacher_parameters": None}
-    settings = config.module.teacher
-    settings = settings.get("teacher", settings)  # a cached teacher contains them
-    # A teacher that is loaded by name has a source; the name of others is their file in conf.
-    name = settings.get("source") or HydraConfig.get().runtime.choices.get("teacher", "teacher")
-    weights = settings.get("weights")
-    size = sum(x.numel() for x in module.teacher.network.parameters())
-    if isinstance(weights, str):
-        card, file = module.teacher.card, Path(weights)
-        if card is not None and file.suffix == ".ckpt":  # all runs name their files last.ckpt
-            name = f"{name} (run {card.source})"
-        else:
-            name = f"{name} ({file.name})"
-    return networks | {"teacher": name, "teacher_parameters": size}
 
 
 def _checkpoint_to_test(saver: Any, which: str) -> str | None:

@@ -23,6 +23,7 @@ _NOT_SETTINGS = ("seed", "print_config", "own_process")
 # The types of the fields that can be None, also where they are missing in an earlier version.
 _OPTIONAL_FIELDS: dict[str, type] = {
     **{"metric": str, "checkpoint": str, "error": str, "teacher": str},
+    **{"student": str, "data": str},
     **{"student_parameters": int, "teacher_parameters": int, "test_set": str},
 }
 _MOST_BYTES = 64 * 2**20  # of a result.json
@@ -33,7 +34,7 @@ class Run:
     """The data of a run from its result.json.
 
     ``overrides`` maps each key to its last value, and ``metrics`` maps names to values. ``seconds``
-    is the duration of the run, and ``error`` is the message of a failed run. The last three fields
+    is the duration of the run, and ``error`` is the message of a failed run. The fields after it
     are None if an earlier version wrote the file; a run without a teacher has no teacher fields.
     """
 
@@ -50,6 +51,8 @@ class Run:
     teacher: str | None = None
     teacher_parameters: int | None = None
     test_set: str | None = None  # "validation" if the test used the validation set
+    student: str | None = None
+    data: str | None = None
 
     @property
     def completed(self) -> bool:
@@ -198,6 +201,17 @@ def note_on_test(runs: Sequence[Run]) -> str | None:
         return None
     which = "all runs" if count == len(runs) else f"{count} of {len(runs)} runs"
     return f"test/ of {which} is on the validation set: their data has no other test set"
+
+
+def names_of(runs: Sequence[Run]) -> str | None:
+    """Return a line that names the data, the students and the teachers of runs, or None."""
+    lines = []
+    for kind in ("data", "student", "teacher"):
+        names = list(dict.fromkeys(x for run in runs if (x := getattr(run, kind))))
+        if names:
+            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+            lines.append(f"{kind} {', '.join(names[:4])}{more}")
+    return printable("; ".join(lines), 500) or None
 
 
 def table_metrics(runs: Sequence[Run], metric: str) -> list[str]:

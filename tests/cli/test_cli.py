@@ -36,6 +36,7 @@ def test_train_leaves_a_result_a_checkpoint_and_curves(command, tmp_path, capsys
     assert result["student_parameters"] == 438
     assert result["teacher"] == "digits (digits_teacher.safetensors)"
     assert result["teacher_parameters"] == 94186
+    assert (result["data"], result["student"]) == ("digits", "SmallCNN")
     (curves,) = tmp_path.rglob("metrics.csv")
     assert {"train/loss", "train/task", "train/distill"} < set(
         curves.read_text().split("\n")[0].split(",")

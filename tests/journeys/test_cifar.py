@@ -91,6 +91,8 @@ def test_the_result_names_the_run_of_the_teacher(cifar):
     """The files of all runs have the same name."""
     result = json.loads((cifar / "sweep/3/result.json").read_text())
     assert result["teacher"] == "cifar/resnet56 (run teacher)"
+    names = f"data {result['data']}; student resnet8; teacher {result['teacher']}."
+    assert names in (cifar / "sweep/report.html").read_text()
 
 
 def test_eval_gives_the_test_of_a_swept_run(cifar, monkeypatch, capsys):

@@ -124,6 +124,18 @@ def test_settings_are_compared_by_a_t_test_paired_by_seed(tmp_path: Path, put_ru
     assert p == pytest.approx(1 - abs(t) / math.sqrt(t * t + 2))
 
 
+def test_the_head_names_the_data_the_students_and_the_teachers(
+    tmp_path: Path, put_run: PutRun
+) -> None:
+    for number, student in enumerate(["resnet8", "vgg8", "resnet8", "a", "b", "c"]):
+        names = {"data": "cifar10", "student": student}
+        names |= {"teacher": "resnet56 (run t)"} if number else {}
+        put_run(tmp_path / str(number), f"x={number}", metrics=of(0.5), **names)
+    write_report(tmp_path)
+    head = "data cifar10; student resnet8, vgg8, a, b and 1 more; teacher resnet56 (run t)."
+    assert head in Page(tmp_path / "report.html").text
+
+
 def of(accuracy: float) -> dict[str, float]:
     return {"test/accuracy": accuracy}
 
@@ -275,6 +287,8 @@ def evil(tmp_path_factory: pytest.TempPathFactory, put_log: PutRun) -> Path:
                 student_parameters=10**number,
                 teacher=text,
                 teacher_parameters=7,
+                student=text,
+                data=text,
                 name="train/" + text.replace('"', '""').replace("\ud800", ""),
             )
         put_log(tmp_path / "evil" / f"f{number}", f"distill={text}", status="failed", error=text,
