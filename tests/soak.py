@@ -4,7 +4,6 @@
 """
 
 import argparse
-import json
 import os
 import random
 import signal
@@ -14,29 +13,11 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
-
+from tests.helpers.interruption import OVERRIDES, differences
 from tests.helpers.processes import Processes
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGKILL)
 STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: -signal.SIGKILL}
-# Random crops, mixup, a schedule, accumulation and averaged weights all have a state or draw random
-# numbers.
-OVERRIDES = (
-    "experiment=digits",
-    "trainer.max_epochs=4",
-    "trainer.accumulate_grad_batches=2",
-    "trainer.log_every_n_steps=1",
-    "data.augment=true",
-    "data.drop_last=true",
-    "data.num_workers=1",
-    "callbacks=[default,ema]",
-    "callbacks.ema.decay=0.9",
-    "module.mixup={_target_:timm.data.Mixup,mixup_alpha:0.8,num_classes:10}",
-    "test_teacher=false",
-    "print_config=false",
-    "callbacks.progress=null",
-)
 VARIANTS = {
     "one-process": ["trainer=cpu"],
     # The run ends within an epoch, and not with a validation.
@@ -74,36 +55,6 @@ def interrupt(
             return run.wait(timeout=120)
         time.sleep(0.002)
     return None
-
-
-def differences(whole: Path, resumed: Path) -> list[str]:
-    """Return the differences between two runs: weights, optimizer, schedule, metrics, curves."""
-    found = []
-    for name in ("best.ckpt", "last.ckpt"):
-        first, second = (
-            torch.load(folder / "checkpoints" / name, weights_only=True)
-            for folder in (whole, resumed)
-        )
-        keys = ("epoch", "global_step", "state_dict", "optimizer_states", "lr_schedulers")
-        found += [f"{key} of {name}" for key in keys if not same(first[key], second[key])]
-    results = [json.loads((folder / "result.json").read_text()) for folder in (whole, resumed)]
-    if results[0]["metrics"] != results[1]["metrics"]:
-        found.append("metrics")
-    curves = [(folder / "logs" / "metrics.csv").read_text() for folder in (whole, resumed)]
-    if curves[0] != curves[1]:
-        found.append("curves")
-    return found
-
-
-def same(first: object, second: object) -> bool:
-    """Return True if two values are bitwise equal, including tensors in containers."""
-    if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
-        return torch.equal(first, second)
-    if isinstance(first, dict) and isinstance(second, dict):
-        return first.keys() == second.keys() and all(same(first[k], second[k]) for k in first)
-    if isinstance(first, (list, tuple)) and isinstance(second, (list, tuple)):
-        return len(first) == len(second) and all(map(same, first, second))
-    return first == second
 
 
 def soak(

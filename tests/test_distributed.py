@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from interruption import OVERRIDES, differences
 from processes import Processes
 
 FOLDER = Path(__file__).parent / "distributed"
@@ -49,6 +50,12 @@ EXPERIMENTS = {
 }
 # The experiment to test with ddp_spawn, which pickles the module: it has the most parts to pickle.
 SPAWNED = "scenes/detection_fasterrcnn"
+AVERAGED = ["callbacks=[default,ema]", "callbacks.ema.decay=0.5"]
+# A run for the tests of sweeps: 128 images in global batches of 64.
+SWEPT = ["experiment=digits", "trainer=ddp_sim", "trainer.max_epochs=1", "data.train_size=128"]
+SWEPT += ["test_teacher=false", "print_config=false", "callbacks.progress=null"]
+# The batches in which a run of two epochs of 20 batches is interrupted; a step takes two batches.
+SIGNAL_IN, FAIL_IN = 13, 30
 
 
 def script(name: str) -> ModuleType:
@@ -106,25 +113,46 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def spawned(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run the cases that start their processes with ddp_spawn; return their folder."""
+    """Run the command that starts its processes with ddp_spawn; return the folder of the run."""
     folder = tmp_path_factory.mktemp("spawned")
-    averaged = {"strategy": "ddp_spawn", "out": str(folder / "averaged"), "ema": True}
-    command = train(folder / "command", SPAWNED, "ddp_spawn", *EXPERIMENTS[SPAWNED][0])
-    launch([{"script": "train", **averaged}, command])
+    launch([train(folder, SPAWNED, "ddp_spawn", *EXPERIMENTS[SPAWNED][0], *AVERAGED)])
     return folder
 
 
 @pytest.fixture(scope="module")
 def by_torchrun(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run the commands with each strategy in two processes of torchrun; return their folder."""
+    """Run commands and scripts in two processes that torchrun starts; return their folder."""
     folder = tmp_path_factory.mktemp("torchrun")
     cases = [
         train(folder / name / str(number), name, chosen, *overrides)
         for name, (overrides, strategies) in EXPERIMENTS.items()
         for number, chosen in enumerate(strategies)
     ]
+    two = ["trainer=ddp_sim", "trainer.max_epochs=2"]
+    batches = {"signal_in": SIGNAL_IN, "fail_in": FAIL_IN}
+    interrupted = {"out": str(folder / "interrupted"), "overrides": [*OVERRIDES, *two]}
+    cases += [{"script": "interrupt", **interrupted, **batches}]
+    cases += [{"script": "digests", "out": str(folder / "digests")}]
+    cases += [["train", *SWEPT, f"hydra.run.dir={folder / 'alone'}"]]
     run = launch(cases, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     assert "MEMBER: 2/2" in run.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run a sweep of two runs, the first of which fails on one rank; return its working folder."""
+    folder = tmp_path_factory.mktemp("swept")
+    fails = ["+callbacks.fail._target_=interrupt.Fail", "+callbacks.fail.rank=1,7"]
+    with Processes() as processes:
+        ended = processes.run(
+            *("-m", "lightning_dist", "train", "-m", *SWEPT, *fails, "hydra.sweep.dir=sweep"),
+            cwd=folder,
+            env={"PYTHONPATH": str(FOLDER)},
+        )
+        assert not [process.cmdline() for process in processes.alive()]
+    assert ended.returncode == 1
+    assert "1 of 2 jobs failed" in ended.stderr
     return folder
 
 
@@ -204,9 +232,10 @@ def test_every_rank_averages_the_student_of_the_joined_batches(launched, joined)
     assert not torch.equal(weights["student_ema.module.0.weight"], weights["student.0.weight"])
 
 
-def test_an_averaged_student_trains_in_spawned_processes(spawned):
+def test_an_averaged_student_trains_in_forked_processes(tmp_path):
     """The process that called fit gets the weights and the average; its teacher is unchanged."""
-    (main,) = saved(spawned / "averaged")
+    script("train").main(tmp_path, strategy="ddp_fork", ema=True)
+    (main,) = saved(tmp_path)
     assert main["teacher_unchanged"]
     weights = main["weights"]
     assert not torch.equal(weights["student_ema.module.0.weight"], weights["student.0.weight"])
@@ -246,7 +275,7 @@ def test_every_strategy_trains_the_same_student(by_torchrun, spawned, experiment
     folders = sorted((by_torchrun / experiment).iterdir())
     assert len(folders) == len(EXPERIMENTS[experiment][1])
     if experiment == SPAWNED:
-        folders.append(spawned / "command")
+        folders.append(spawned)
     tested, weights = [], []
     for folder in folders:
         result = json.loads((folder / "result.json").read_text())
@@ -256,8 +285,48 @@ def test_every_strategy_trains_the_same_student(by_torchrun, spawned, experiment
         metrics = result["metrics"].items()
         tested.append({name: value for name, value in metrics if name.startswith("test/")})
         state = torch.load(result["checkpoint"], weights_only=True)["state_dict"]
-        assert all(key.startswith("student.") for key in state)  # The teacher is not saved.
-        weights.append(state)
+        parts = {key.partition(".")[0] for key in state}
+        averaged = {"student_ema"} if folder == spawned else set()
+        assert parts == {"student", *averaged}  # The teacher is not saved.
+        weights.append({key: x for key, x in state.items() if key.startswith("student.")})
     for metrics, state in zip(tested[1:], weights[1:], strict=True):
-        assert metrics == pytest.approx(tested[0], rel=1e-4, abs=1e-4)
+        own = {name: metrics[name] for name in tested[0]}  # without those of the average
+        assert own == pytest.approx(tested[0], rel=1e-4, abs=1e-4)
         torch.testing.assert_close(state, weights[0], rtol=1e-3, atol=1e-4)
+
+
+def test_interrupted_processes_resume_to_the_last_bit(by_torchrun):
+    """One rank gets a signal, and later both fail: an error saves nothing, as SIGKILL."""
+    folder = by_torchrun / "interrupted"
+    ended = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    assert [status for status, _ in ended[0]] == [0, 143, "the run fails", 0]
+    assert [status for status, _ in ended[1]] == [0, 0, "the run fails", 0]
+    # The signal's step was completed and saved; the error left the checkpoint of the first epoch.
+    assert [step for _, step in ended[0]] == [20, 7, 10, 20]
+    assert differences(folder / "whole", folder / "resumed") == []
+
+
+def test_every_process_has_the_same_digest(by_torchrun):
+    """The order of a set of strings, and the addresses of objects, differ in each process."""
+    here = script("digests").digest_of_all()
+    found = [path.read_text() for path in (by_torchrun / "digests").iterdir()]
+    assert found == [here, here]
+
+
+def test_a_rank_that_fails_ends_its_run_of_a_sweep_and_no_other(swept):
+    results = [json.loads((swept / f"sweep/{x}/result.json").read_text()) for x in (0, 1)]
+    assert [result["status"] for result in results] == ["failed", "completed"]
+    assert results[0]["error"] == "RuntimeError: the rank fails"
+
+
+def test_a_run_of_a_sweep_gives_what_it_gives_alone(swept, by_torchrun):
+    result = json.loads((swept / "sweep" / "1" / "result.json").read_text())
+    alone = json.loads((by_torchrun / "alone" / "result.json").read_text())
+    assert "test/accuracy" in result["metrics"]
+    assert result["metrics"] == alone["metrics"]
+    assert torch.load(result["checkpoint"], weights_only=True)["global_step"] == 2
+
+
+def test_a_sweep_of_several_processes_writes_to_its_folder_only(swept):
+    assert [path.name for path in swept.iterdir()] == ["sweep"]
+    assert {path.name for path in (swept / "sweep").iterdir() if path.is_dir()} == {"0", "1"}

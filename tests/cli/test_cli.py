@@ -1,10 +1,7 @@
 """Tests of the command: the runs that it starts, its files, its output and its refusals."""
 
 import json
-import os
 import shlex
-import subprocess
-import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -18,7 +15,6 @@ from lightning_dist.tasks.classification import ClassificationModule
 
 QUICK = ["trainer=cpu", "experiment=digits", "trainer.max_epochs=1"]
 QUICK += ["print_config=false", "callbacks.progress=null"]
-RUN = Path(__file__).parents[1] / "distributed" / "run.py"
 
 
 def results(folder: Path) -> list[dict]:
@@ -234,70 +230,6 @@ def test_a_sweep_survives_a_failing_job(command, tmp_path, capsys):
     printed = capsys.readouterr()
     assert "1 of 3 jobs failed" in printed.err
     assert "train_size=100000" in "".join(printed.out.split())
-
-
-@pytest.fixture
-def sweep(processes, tmp_path):
-    """Run a sweep whose runs have two processes each, and fail if a process outlives the sweep."""
-
-    def run(*arguments: str) -> subprocess.CompletedProcess:
-        options = [*QUICK[1:], "trainer=ddp_sim", "data.train_size=128", "test_teacher=false"]
-        ended = processes.run(
-            *("-m", "lightning_dist", "train", "-m", *options, "hydra.sweep.dir=sweep", *arguments),
-            cwd=tmp_path,
-            env={"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
-        )
-        assert not [process.cmdline() for process in processes.alive()]
-        return ended
-
-    return run
-
-
-@pytest.mark.slow
-def test_a_sweep_of_two_process_runs_gives_what_single_runs_give(sweep, processes, tmp_path):
-    ended = sweep("seed=0,1")
-    assert ended.returncode == 0, ended.stderr
-    assert {path.name for path in (tmp_path / "sweep").iterdir() if path.is_dir()} == {*"01"}
-    found = results(tmp_path / "sweep")
-    for result in found:
-        assert result["status"] == "completed"
-        assert "test/accuracy" in result["metrics"]
-        checkpoint = torch.load(result["checkpoint"], weights_only=True)
-        assert checkpoint["global_step"] == 2  # The run has 128 images in global batches of 64.
-    assert len([*tmp_path.rglob("last.ckpt")]) == 2
-    # Run each of the two runs alone as well; one launch of two processes is enough for both.
-    singles = [
-        ["train", *result["overrides"], f"hydra.run.dir=single/{number}"]
-        for number, result in enumerate(found)
-    ]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    again = processes.run(*torchrun, RUN, json.dumps(singles), cwd=tmp_path)
-    assert again.returncode == 0, again.stderr
-    alone = results(tmp_path / "single")
-    assert [result["metrics"] for result in found] == [result["metrics"] for result in alone]
-    assert len({json.dumps(result["metrics"]) for result in found}) == 2
-    assert not (tmp_path / "multirun").exists()
-    assert not (tmp_path / "outputs").exists()
-
-
-@pytest.mark.slow
-def test_a_rank_that_fails_ends_its_job_alone(sweep, tmp_path):
-    (tmp_path / "broken.py").write_text(
-        "from lightning.pytorch import Callback\n"
-        "class Break(Callback):\n"
-        "    def __init__(self, rank):\n"
-        "        self.rank = rank\n"
-        "    def on_train_start(self, trainer, pl_module):\n"
-        "        if trainer.global_rank == self.rank:\n"
-        "            raise RuntimeError('a rank broke')\n"
-    )
-    ranks = ["+callbacks.broken._target_=broken.Break", "+callbacks.broken.rank=1,7"]
-    ended = sweep(*ranks)
-    assert ended.returncode == 1
-    assert "1 of 2 jobs failed" in ended.stderr
-    found = results(tmp_path / "sweep")
-    assert [result["status"] for result in found] == ["failed", "completed"], ended.stderr
-    assert found[0]["error"] == "RuntimeError: a rank broke"
 
 
 def test_the_version_is_that_of_the_package(command, capsys):

@@ -1,8 +1,8 @@
 """A script that runs scripts of this folder and commands, one after the other, in one process.
 
-Most of them take less time than starting Python and importing torch. test_distributed.py and
-test_cli.py call this script with a list in JSON: a command is a list of words, and a script is a
-dict of its name and options.
+Most of them take less time than starting Python and importing torch. test_distributed.py calls this
+script with a list in JSON: a command is a list of words, and a script is a dict of its name and
+options.
 """
 
 import importlib

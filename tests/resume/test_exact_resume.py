@@ -251,13 +251,6 @@ def test_a_run_that_was_killed_in_its_test_resumes_with_the_same_result(command,
     assert curves.read_text() == before
 
 
-@pytest.mark.slow
-def test_interrupted_processes_resume_to_the_last_bit(processes, tmp_path):
-    soak = ["-m", "tests.soak", "--rounds=1", "--variants=two-processes", "--folder", tmp_path]
-    run = processes.run(*soak, cwd=Path(__file__).parents[2], timeout=600)
-    assert run.stdout.endswith("1 rounds, 0 mismatches\n"), run.stdout + run.stderr
-
-
 @pytest.fixture
 def start_sweep(processes, tmp_path) -> Callable[..., subprocess.Popen]:
     """Return a function that starts a sweep of very long runs and waits until the first trains."""
