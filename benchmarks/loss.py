@@ -229,8 +229,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="measure only two small shapes")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="duration per shape")
+    parser.add_argument("--seconds", type=float, help="duration per shape")
     options = parser.parse_args()
+    seconds = options.seconds or (1.0 if options.quick else SECONDS)
     # cpp_extension logs a warning if CUDA is missing.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     torchdistill = torchdistill_loss()
@@ -241,7 +242,7 @@ def main() -> None:
     if not options.quick:
         cases += [(shape, UNIFORM_SCALE) for shape in NEARLY_UNIFORM]
     results = [
-        measure(*case, torchdistill, 1.0 if options.quick else options.seconds, options.device)
+        measure(*case, torchdistill, seconds, options.device)
         for case in track(cases, "measuring", transient=True)
     ]
     where = f"{torch.get_num_threads()} threads"

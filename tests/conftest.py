@@ -26,6 +26,15 @@ settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the slow tests first: at the end one worker would wait for the other's long test.
+
+    Those of test_distributed.py are the very first, so that one worker runs all of them: a worker
+    that takes some of another's tests would repeat their launches.
+    """
+    items.sort(key=lambda item: (item.path.stem != "test_distributed", "slow" not in item.keywords))
+
+
 @pytest.fixture(scope="session")
 def golden() -> Path:
     """Return the folder of the numbers that the authors' code computed."""

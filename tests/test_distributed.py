@@ -7,16 +7,19 @@ results in files, and the tests read these files.
 import importlib.util
 import json
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import torch.nn.functional as F
 
 from interruption import OVERRIDES, differences
+from lightning_dist import cli
 from processes import Processes
 
 FOLDER = Path(__file__).parent / "distributed"
@@ -144,15 +147,16 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run a sweep of two runs, the first of which fails on one rank; return its working folder."""
     folder = tmp_path_factory.mktemp("swept")
     fails = ["+callbacks.fail._target_=interrupt.Fail", "+callbacks.fail.rank=1,7"]
-    with Processes() as processes:
-        ended = processes.run(
-            *("-m", "lightning_dist", "train", "-m", *SWEPT, *fails, "hydra.sweep.dir=sweep"),
-            cwd=folder,
-            env={"PYTHONPATH": str(FOLDER)},
-        )
-        assert not [process.cmdline() for process in processes.alive()]
-    assert ended.returncode == 1
-    assert "1 of 2 jobs failed" in ended.stderr
+    before = psutil.Process().children(recursive=True)
+    command = ["lightning-dist", "train", "-m", *SWEPT, *fails, "hydra.sweep.dir=sweep"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("PYTHONPATH", str(FOLDER))
+        patch.setattr(sys, "argv", command)
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    assert ended.value.code == 1
+    assert psutil.Process().children(recursive=True) == before
     return folder
 
 

@@ -187,7 +187,8 @@ def test_a_sweep_over_experiments_is_refused_if_one_chooses_a_launcher_or_sweepe
 
 def test_the_papers_sweeps_are_launched(refused, tmp_path):
     """Both jobs of this sweep start, and fail because there is no ImageNet here."""
-    line = refused("train", "-m", "+sweep=imagenet", "distill=none", "print_config=false")
+    options = ["distill=none", "trainer=cpu", "print_config=false"]
+    line = refused("train", "-m", "+sweep=imagenet", *options)
     assert "2 of 2 jobs failed" in line
 
 

@@ -63,11 +63,14 @@ def whole_runs() -> dict[str, tuple[dict, str]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"]
-)
 @pytest.mark.parametrize("limits", [{}, {"max_steps": 42}], ids=["epochs", "steps"])
-@pytest.mark.parametrize("batch", [0, 12, 20, 30, 41])
+@pytest.mark.parametrize(
+    ("batch", "number", "status"),
+    [
+        *((batch, signal.SIGTERM, 143) for batch in (0, 12, 20, 30, 41)),
+        *((batch, signal.SIGINT, 130) for batch in (12, 20)),
+    ],
+)
 def test_a_run_that_a_signal_stopped_resumes_to_the_last_bit(
     fit, whole_runs, tmp_path, number, status, batch, limits
 ):
