@@ -4,7 +4,7 @@ import logging
 import math
 import multiprocessing
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from lightning_dist.cli.errors import UserError, is_users
 from lightning_dist.cli.hydra_app import hydra_app
 from lightning_dist.cli.run.callbacks import CheckMonitor, RecordError, SaveConfig, logged_metrics
 from lightning_dist.cli.run.channels import channel_errors
+from lightning_dist.cli.run.folder_lock import locked, release_folders
 from lightning_dist.cli.run.initial_weights import (
     without_initial_weights,
     without_torchvision_weights,
@@ -38,6 +39,7 @@ from lightning_dist.cli.run.saved_config import to_save
 from lightning_dist.cli.run.settings import check_settings
 from lightning_dist.cli.sweep.own_process import end_with_parent, needs_own_process, run_apart
 from lightning_dist.files.card import load_initial_weights
+from lightning_dist.files.locking import FolderIsInUse
 from lightning_dist.files.text import error_line
 from lightning_dist.files.weights import weights_only_loads
 from lightning_dist.module import DistillModule
@@ -63,6 +65,8 @@ def main() -> None:
             "own_process=true the other jobs continue, and resume=true with the same "
             "hydra.sweep.dir runs the missing jobs"
         ) from error
+    finally:
+        release_folders()
 
 
 def _job(config: DictConfig) -> float | None:
@@ -80,9 +84,11 @@ def _job(config: DictConfig) -> float | None:
         if in_sweep and needs_own_process(config):
             run_apart(run)
         else:
-            _run_here(run)
+            with locked(run.folder) if in_sweep else nullcontext():
+                _run_here(run)
     except Exception as error:
-        if not in_sweep:
+        # A job that may not write to its folder leaves no result there that counts as a failure.
+        if not in_sweep or isinstance(error, FolderIsInUse):
             raise
         number = HydraConfig.get().job.num
         reason = error_line(str(error))

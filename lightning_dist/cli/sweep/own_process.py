@@ -12,6 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_dist.cli.errors import UserError
+from lightning_dist.cli.run.folder_lock import locked
 from lightning_dist.cli.run.result import UNFINISHED, first_error, read_result, write_result
 from lightning_dist.cli.run.run import Run, config_folders
 from lightning_dist.report.runs import RESULT_FILE
@@ -40,7 +41,8 @@ def run_apart(run: Run) -> None:
     overrides += [x for x in hydra.overrides.hydra if not x.startswith("hydra.mode=")]
     overrides += [f'hydra.sweep.dir="{hydra.sweep.dir}"', f'hydra.run.dir="{run.folder}"']
     overrides += config_folders()
-    (run.folder / RESULT_FILE).unlink(missing_ok=True)  # Delete the result of an earlier attempt.
+    with locked(run.folder):  # The command locks the folder itself.
+        (run.folder / RESULT_FILE).unlink(missing_ok=True)  # of an earlier attempt
     status = _run_command(["train", *overrides], hydra.runtime.cwd)
     run.result = read_result(run.folder) or run.result
     if run.result["error"] == UNFINISHED:  # killed, for example by Lightning if another rank failed
