@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
 from lightning_dist.checks import UNLABELED, check_labels, check_number
+from lightning_dist.data.few_labels import choose_labels, without_other_labels
 from lightning_dist.data.image_files import to_rgb
 from lightning_dist.data.seeding import (
     EpochSampler,
@@ -114,6 +115,9 @@ class ImageDataModule(LightningDataModule):
             this if the last batch has an odd number of samples.
         mean: one value per channel, for pixels scaled to 0..1; by default the class attribute.
         std: one value per channel, for pixels scaled to 0..1; by default the class attribute.
+        labels: the number of training images that keep their label, or a fraction of them; the
+            others get the label -100 and are only distilled. `seed` chooses them, in the
+            proportions of the classes. By default all images keep their label.
 
     Raises:
         ValueError: if a setting is out of range.
@@ -157,11 +161,16 @@ class ImageDataModule(LightningDataModule):
         drop_last: bool = False,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        labels: float | None = None,
     ) -> None:
         super().__init__()
         check_number("global_batch_size", global_batch_size, int, least=1)
         check_number("num_workers", num_workers, int, least=0)
         check_number("seed", seed, int, least=0)
+        if isinstance(labels, int):
+            check_number("labels", labels, int, least=1)
+        elif labels is not None:
+            check_number("labels", labels, least=0, most=1)
         if eval_batch_size is not None:
             check_number("eval_batch_size", eval_batch_size, int, least=1)
         for name, values in (("mean", mean), ("std", std)):
@@ -181,6 +190,7 @@ class ImageDataModule(LightningDataModule):
         self.seed = seed
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         self.drop_last = drop_last
+        self.labels = labels
         self._datasets: dict[str, Dataset] = {}
 
     def train_dataset(self) -> Dataset:
@@ -236,6 +246,25 @@ class ImageDataModule(LightningDataModule):
             check_labels(labels, self.num_classes, where, ignored=ignored)
             if split != "train" and (labels == ignored).all():
                 raise ValueError(f"{where} has no label: metrics need labelled images")
+
+    def train_labels(self, dataset: Dataset) -> Tensor:
+        """Return the classes of the training images, int64 (N,); only the option `labels` needs it.
+
+        Args:
+            dataset: the training set.
+
+        Raises:
+            ValueError: if the data set has no such list of classes.
+        """
+        labels = getattr(dataset, "labels", getattr(dataset, "targets", None))
+        if isinstance(labels, list) and all(isinstance(label, int) for label in labels):
+            labels = torch.tensor(labels)
+        if not isinstance(labels, Tensor) or labels.dim() != 1 or labels.is_floating_point():
+            raise ValueError(
+                f"labels={self.labels} needs the classes of the training images in one list, which "
+                f"a {type(self).__name__} does not have: leave it out"
+            )
+        return labels
 
     @property
     def batch_size(self) -> int:
@@ -355,7 +384,7 @@ class ImageDataModule(LightningDataModule):
     def sample_settings(self) -> dict[str, Any]:
         """Return the settings that can change a sample's pixels: all except the loader settings."""
         loaders = {"global_batch_size", "eval_batch_size", "num_workers", "seed", "pin_memory"}
-        others = loaders | {"drop_last", "views"} | vars(LightningDataModule()).keys()
+        others = loaders | {"drop_last", "views", "labels"} | vars(LightningDataModule()).keys()
         return {
             name: value
             for name, value in vars(self).items()
@@ -403,6 +432,9 @@ class ImageDataModule(LightningDataModule):
                 raise ValueError(f"the {split} set of {self.location} is empty")
             if split != "predict":  # which needs no labels
                 self.check_dataset(split, dataset)
+            if split == "train" and self.labels is not None:
+                chosen = choose_labels(self.train_labels(dataset), self.labels, self.seed)
+                dataset = without_other_labels(dataset, chosen)
             self._datasets[split] = dataset
         return self._datasets[split]
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_dist.checks import check_number
 from lightning_dist.data.base import ImageDataModule, stratified_split
+from lightning_dist.data.few_labels import stratified_order
 from lightning_dist.data.tensor_images import TensorImages
 
 TEST_FRACTION = 0.2
@@ -117,22 +118,3 @@ class DigitsDataModule(ImageDataModule):
             padding=padding,
             seed=seed,
         )
-
-
-def stratified_order(labels: Tensor) -> Tensor:
-    """Return an order (N,) whose first K samples, for every K, have the class proportions of all.
-
-    Args:
-        labels: the class of each sample, shape (N,).
-
-    Example:
-        >>> labels = torch.tensor([0, 0, 0, 0, 1, 1])
-        >>> labels[stratified_order(labels)].tolist()
-        [0, 1, 0, 0, 1, 0]
-    """
-    place = torch.empty(len(labels))
-    for label in labels.unique():
-        members = labels == label
-        count = int(members.sum())
-        place[members] = (torch.arange(count) + 0.5) / count
-    return place.argsort(stable=True)

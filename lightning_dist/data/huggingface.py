@@ -136,6 +136,10 @@ class HuggingFaceDataModule(TimmTransformDataModule):
             )
         check_labels(labels, max(num_classes, 1), dataset.location)
 
+    def train_labels(self, dataset: Dataset) -> Tensor:
+        """Return the classes of the training split, int64 (N,)."""
+        return self._labels(self.train_split)
+
     def _labels(self, split: str) -> Tensor:
         """Return the labels of a split, int64 (N,).
 

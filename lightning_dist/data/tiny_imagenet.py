@@ -124,6 +124,11 @@ class ListedImages(Dataset):
         self.samples = samples
         self.transform = transform
 
+    @property
+    def targets(self) -> list[int]:
+        """The label of each image."""
+        return [label for _, label in self.samples]
+
     def __len__(self) -> int:
         return len(self.samples)
 
