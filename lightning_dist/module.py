@@ -1,5 +1,6 @@
 """DistillModule: a LightningModule with a trainable student and a frozen teacher."""
 
+import dataclasses
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,7 +20,7 @@ from lightning_dist.callback import ONLY, DistillationCallback
 from lightning_dist.checks import check_number
 from lightning_dist.losses import DISTLoss
 from lightning_dist.teacher import TeacherBase, as_teacher, shard_once, shard_teacher
-from lightning_dist.terms import Nonfinite, Term, Weight
+from lightning_dist.terms import Nonfinite, Term, Weight, needs_target
 from lightning_dist.training.averaging import make_room_for_average, refuse_stale_average
 from lightning_dist.training.cards import (
     card_of_data,
@@ -66,7 +67,9 @@ class DistillModule(EvaluationModule):
             ``"step"``.
         scheduler_monitor: the name of the metric for a scheduler that lowers the rate on a plateau;
             give the scheduler ``mode="max"`` if more is better.
-        distill_loss: the loss of student and teacher logits, DIST by default.
+        distill_loss: the loss of student and teacher logits; by default DIST, or with
+            ``distill_terms`` none.
+        distill_terms: a dict from names to further terms, such as those of feature maps.
         distill_weight: the weight of ``distill_loss``, a number or a function of the Trainer.
         task_weight: the weight of the task loss during distillation.
         nonfinite: the callback's reaction to a distillation loss that is NaN or infinite,
@@ -92,6 +95,7 @@ class DistillModule(EvaluationModule):
     """
 
     distill_loss: Callable[[Tensor, Tensor], Tensor] | None
+    distill_terms: dict[str, Term]
     task: str | None = None  # the task in the card; a subclass for a task sets it
     num_classes: int | None = None  # a subclass sets it, to have it compared with the data's
 
@@ -108,6 +112,7 @@ class DistillModule(EvaluationModule):
         scheduler_interval: str = "epoch",
         scheduler_monitor: str = "val/loss",
         distill_loss: nn.Module | Callable[[Tensor, Tensor], Tensor] | None = None,
+        distill_terms: Mapping[str, Term] | None = None,
         distill_weight: Weight = 2.0,
         task_weight: float = 1.0,
         nonfinite: Nonfinite = "raise",
@@ -138,6 +143,7 @@ class DistillModule(EvaluationModule):
         self.scheduler_monitor = scheduler_monitor
         # Do not register a loss with parameters here: the callback registers it during fit.
         self.__dict__["distill_loss"] = distill_loss
+        self.__dict__["distill_terms"] = dict(distill_terms or {})
         self.distill_weight = distill_weight
         self.task_weight = task_weight
         self.nonfinite = nonfinite
@@ -178,9 +184,36 @@ class DistillModule(EvaluationModule):
         return self.teacher.as_network()
 
     def configure_terms(self) -> Mapping[str, Term]:
-        """Return a dict from names to distillation terms; override it to distil other parts."""
-        loss = DISTLoss() if self.distill_loss is None else self.distill_loss
-        return {ONLY: Term(loss, self.distill_weight)}
+        """Return a dict from names to distillation terms; override it to distil other parts.
+
+        ``distill_terms`` are added to them.
+        """
+        loss = self.logits_loss()
+        if loss is None:
+            return {}
+        return {ONLY: Term(loss, self.distill_weight, from_batch=self.labels_for(loss))}
+
+    def logits_loss(self) -> Callable[..., Tensor] | None:
+        """Return the loss of the logits, or ``None`` if only ``distill_terms`` are compared."""
+        if self.distill_loss is None and not self.distill_terms:
+            return DISTLoss(activation=None)
+        return self.distill_loss
+
+    def labels_for(self, loss: Any) -> Callable[[Any, Tensor], dict[str, Any]] | None:
+        """Return the function that gives a term the labels, if its loss needs them.
+
+        Args:
+            loss: the loss of the term.
+        """
+        if not needs_target(loss):
+            return None
+
+        def labels(batch: Any, logits: Tensor) -> dict[str, Any]:
+            target = self.split_batch(batch)[1]
+            is_integer = isinstance(target, Tensor) and not target.is_floating_point()
+            return {"target": target.long() if is_integer else target}
+
+        return labels
 
     def configure_distillation(self) -> DistillationCallback | None:
         """Return the callback of this module, or ``None`` to train without distillation."""
@@ -189,11 +222,23 @@ class DistillModule(EvaluationModule):
         return DistillationCallback(
             self.teacher,
             student="student",
-            terms=self.configure_terms(),
+            terms=self._all_terms(),
             inputs=self.teacher_inputs,
             task_weight=self.task_weight,
             nonfinite=self.nonfinite,
         )
+
+    def _all_terms(self) -> dict[str, Term]:
+        """Return the configured terms and ``distill_terms``, which get labels if they need them."""
+        terms = dict(self.configure_terms())
+        if both := sorted(terms.keys() & self.distill_terms):
+            raise ValueError(
+                f"distill_terms has the name {both[0]!r}, which the module uses itself"
+            )
+        for name, term in self.distill_terms.items():
+            given = term.from_batch or self.labels_for(term.loss)
+            terms[name] = dataclasses.replace(term, from_batch=given)
+        return terms
 
     def configure_callbacks(self) -> list[Callback]:
         """Put the distillation callback before the Trainer's callbacks, unless they include one."""

@@ -13,11 +13,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_dist.checks import check_number, class_axis
-from lightning_dist.losses import DISTLoss, FeatureMimic, KDLoss
+from lightning_dist.losses import DISTLoss
 from lightning_dist.taps import Entry, logits_of
 
 Weight = float | Callable[[Trainer], float]
 Nonfinite = Literal["raise", "skip"]
+
+
+def needs_target(loss: Any) -> bool:
+    """Return whether a loss takes the labels of the batch as ``target``."""
+    return getattr(getattr(loss, "_orig_mod", loss), "needs_target", False) is True
 
 
 @dataclass
@@ -43,9 +48,10 @@ class Term:
             another structure than in eval mode. By default ``logits`` or ``out`` if the output has
             one, or the first item of a tuple or list, see :func:`lightning_dist.taps.logits_of`.
         classes: ``True`` if the outputs are class scores, so that the teacher's ``class_map``
-            applies to the teacher's part, or ``False`` if they are not. By default ``True`` for
-            DISTLoss and KDLoss and ``False`` for FeatureMimic. Any other loss needs this option if
-            it compares a part of a teacher with a ``class_map``.
+            applies to the teacher's part, or ``False`` if they are not. By default the attribute
+            ``compares_classes`` of the loss: ``True`` for the losses of logits in
+            :mod:`lightning_dist.losses`, ``False`` for those of features. Any other loss needs this
+            option if it compares a part of a teacher with a ``class_map``.
         rows: how the rows (samples) of the student's part belong to those of the teacher's, if it
             has k times as many: ``"tiled"`` if all samples come k times in succession, as from an
             ensemble of students, and ``"interleaved"`` if each sample comes k times in succession,
@@ -54,9 +60,10 @@ class Term:
         from_batch: a function of the training batch and of what the term takes from the student,
             that returns further arguments of the loss by name: ``mask`` for what DISTLoss and
             KDLoss leave out (ignored pixels, padded tokens, absent objects), ``target`` for a loss
-            of your own that needs labels. It is called once for each call of the part.
+            that needs labels, such as DKDLoss. It is called once for each call of the part.
 
     Example:
+        >>> from lightning_dist import KDLoss
         >>> def tokens(batch: dict[str, Tensor], logits: Tensor) -> dict[str, Tensor]:
         ...     return {"mask": batch["attention_mask"].bool()}
         >>> term = Term(KDLoss(class_dim=-1), from_batch=tokens)
@@ -97,6 +104,11 @@ class Term:
                 f"from_batch of term {name!r} is {self.from_batch!r}: give a function of the batch "
                 "and the student's output"
             )
+        if self.from_batch is None and needs_target(self.loss):
+            raise ValueError(
+                f"the loss of term {name!r} needs labels: give the term from_batch, a function "
+                'such as lambda batch, logits: {"target": batch[1]}'
+            )
         if not callable(self.weight):
             check_number(f"the weight of term {name!r}", self.weight)
 
@@ -121,8 +133,9 @@ class Term:
     def compares_classes(self) -> bool | None:
         """Return whether the teacher's ``class_map`` applies to its part; ``None`` if unknown."""
         loss = getattr(self.loss, "_orig_mod", self.loss)  # unwrap a compiled loss
-        if self.classes is None and isinstance(loss, (DISTLoss, KDLoss, FeatureMimic)):
-            return not isinstance(loss, FeatureMimic)
+        of_loss = getattr(loss, "compares_classes", None)
+        if self.classes is None and isinstance(of_loss, bool):
+            return of_loss
         return self.classes
 
     def _takes_the_mapped_logits(self) -> bool:
@@ -247,13 +260,21 @@ class Term:
         return found
 
     def _check_logits(self, logits: list[Tensor], trainer: Trainer) -> None:
-        """Check the first batch of DIST.
+        """Check the first batch of a loss that relates samples.
 
         One sample is refused, unless it is also the last batch of its epoch. Two softmax classes
-        lead to a warning.
+        of DIST lead to a warning.
         """
         loss = getattr(self.loss, "_orig_mod", self.loss)  # unwrap a compiled loss
-        if not isinstance(loss, DISTLoss) or trainer.fit_loop.total_batch_idx:
+        if trainer.fit_loop.total_batch_idx:
+            return
+        relates_samples = getattr(loss, "relates_samples", False) is True
+        if relates_samples and not trainer.is_last_batch and all(len(x) == 1 for x in logits):
+            raise ValueError(
+                f"the batch has one sample, but {type(loss).__name__} compares each two samples of "
+                "a batch: use larger batches"
+            )
+        if not isinstance(loss, DISTLoss):
             return
         logits = [x for x in logits if x.dim() > 1]
         classes = [x.shape[class_axis(x.shape, loss.class_dim)] for x in logits]

@@ -72,16 +72,20 @@ def test_every_experiment_names_existing_targets_and_saves_a_safe_config(experim
     read_saved(str(tmp_path / "last.ckpt"), trust=False)
 
 
-# The names with "/" are not losses: a file in conf/distill/dist/ only sets DIST's temperature.
+# The names with "/" are not losses: a file in conf/distill/dist/ only sets what a protocol has
+# for DIST.
 LOSSES = [name for name in options("distill") if "/" not in name]
 
 
-@pytest.mark.parametrize("distill", LOSSES)
+@pytest.mark.parametrize("distill", ["none", "kd", "dist"])
 @pytest.mark.parametrize(
     "experiment", ["digits", "scenes/segmentation", *DETECTORS], ids=lambda x: x.split("/")[-1]
 )
 def test_every_loss_fits_every_task(experiment, distill):
-    """This test has one experiment per task; tests/recipes combines the recipes with the losses."""
+    """This test has one experiment per task; tests/recipes combines the recipes with the losses.
+
+    tests/tasks/test_methods.py trains with the others.
+    """
     config = composed(f"experiment={experiment}", f"distill={distill}")
     assert_all_exists(config)
     module = OmegaConf.to_container(config.module, resolve=True)
@@ -151,6 +155,15 @@ def test_a_protocol_sets_the_temperature_of_dist_and_leaves_that_of_kd(distill):
     tau = [] if distill == "none" else ["distill.loss.tau=2"]
     loss = composed("protocol=cifar100", *own, *tau).distill.loss
     assert (loss and loss.tau) == (2 if tau else None)
+
+
+@pytest.mark.parametrize("protocol", options("protocol"))
+def test_what_a_protocol_sets_for_dist_leaves_other_losses_alone(protocol):
+    if protocol == "imagenet/base":  # is no protocol by itself
+        return
+    config = composed(f"protocol={protocol}", "distill=at", "teacher=digits")
+    assert (config.distill.weight, config.distill.task_weight) == (1000.0, 1.0)
+    assert composed(f"protocol={protocol}", "distill=lskd", "teacher=digits").distill.weight == 9.0
 
 
 def test_an_empty_command_line_trains_on_digits():

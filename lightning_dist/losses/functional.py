@@ -1,19 +1,22 @@
-"""The distillation losses as pure functions of the logits of student and teacher."""
+"""DIST and its two correlations as pure functions of the logits of student and teacher."""
 
-import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_dist.checks import check_logits_options, class_axis
+from lightning_dist.checks import check_logits_options
+from lightning_dist.losses.inputs import (
+    check_logits,
+    mask_for,
+    refuse_one_class,
+    without_inference,
+)
 from lightning_dist.losses.streaming import (
     Activation,
     DISTFunction,
     EagerDISTFunction,
-    compute_dtype,
     inside_torch_func,
 )
 
@@ -94,11 +97,11 @@ def dist_loss(
     Reference:
         Huang et al., Knowledge Distillation from A Stronger Teacher, NeurIPS 2022, equation 10.
     """
-    axis = _check_logits(student, teacher, class_dim)
+    axis = check_logits(student, teacher, class_dim)
     check_logits_options(tau, activation, beta=beta, gamma=gamma, eps=eps)
     if activation == "softmax":
-        _refuse_one_class(student.shape[axis], "activation='sigmoid' and beta=0")
-    mask = _mask_for(student, mask, axis)
+        refuse_one_class(student.shape[axis], "activation='sigmoid' and beta=0")
+    mask = mask_for(student, mask, axis)
     inputs: Sequence[Tensor | None] = (
         student,
         without_inference(teacher),
@@ -181,94 +184,6 @@ def intra_class_correlation(
     return 1 - dist_loss(student, teacher, beta=0.0, gamma=1.0, activation="identity", **options)
 
 
-def kd_loss(
-    student: Tensor,
-    teacher: Tensor,
-    *,
-    tau: float = 4.0,
-    activation: Literal["softmax", "sigmoid"] = "softmax",
-    mask: Tensor | None = None,
-    class_dim: int | None = None,
-) -> Tensor:
-    """Return the loss of knowledge distillation, ``tau**2 * KL(teacher || student)``.
-
-    KL is the Kullback-Leibler divergence of the probabilities ``softmax(logits / tau)``. With
-    ``activation="sigmoid"``, each class is a binary decision of its own: the divergences of
-    ``sigmoid(logits / tau)`` are summed over the classes.
-
-    Args:
-        student: logits of shape ``(N, C)`` or ``(N, C, *spatial)``. With ``class_dim``, the classes
-            are in another dimension, as in ``(B, T, V)``.
-        teacher: logits of the same shape; no gradient flows to them. A class with the logit
-            -infinity has probability 0 and adds nothing where the student rules it out, too.
-        tau: the temperature, above 0.
-        activation: ``"softmax"`` or ``"sigmoid"``.
-        mask: a boolean tensor with the logits' shape without the classes. Samples where it is
-            ``False`` are left out. If no sample is left, the loss is 0.
-        class_dim: the dimension of the classes, as in :func:`dist_loss`.
-
-    Returns:
-        The mean over samples (and pixels), a scalar in float32 (float64 for float64 logits).
-
-    Raises:
-        ValueError: if the inputs are not floating-point tensors of one shape and device, or
-            an option is out of range.
-
-    Example:
-        >>> logits = torch.tensor([[2.0, 0.0, 1.0]])
-        >>> kd_loss(logits, logits).item()
-        0.0
-
-    Reference:
-        Hinton et al., Distilling the Knowledge in a Neural Network, 2015.
-    """
-    axis = _check_logits(student, teacher, class_dim)
-    check_logits_options(tau)
-    if activation not in ("softmax", "sigmoid"):
-        raise ValueError(f"activation is {activation!r}: use 'softmax' or 'sigmoid'")
-    if activation == "softmax":
-        _refuse_one_class(student.shape[axis], "activation='sigmoid'")
-    mask = _mask_for(student, mask, axis)
-    dtype = compute_dtype(student, teacher)
-    logits = [x.to(dtype) / tau for x in (student, without_inference(teacher.detach()))]
-    if mask is not None:  # Rows that are left out may contain any value, including NaN.
-        logits = [x.masked_fill(~mask, 0) for x in logits]
-    if activation == "softmax":
-        total = _divergence(*(F.log_softmax(x, dim=axis) for x in logits))
-    else:
-        total = _divergence(*map(F.logsigmoid, logits))
-        total = total + _divergence(*(F.logsigmoid(-x) for x in logits))
-    rows: int | Tensor = max(student.numel() // student.shape[axis], 1)
-    if mask is not None:
-        rows = mask.sum(dtype=dtype).clamp(min=1)
-    return total * (tau**2 / rows)
-
-
-def _divergence(log_student: Tensor, log_teacher: Tensor) -> Tensor:
-    """Return the sum of ``p_teacher * (log p_teacher - log p_student)``."""
-    # A class to which the teacher gives probability 0 must add 0, but F.kl_div would add 0 * inf,
-    # which is NaN.
-    impossible = log_teacher == -math.inf
-    log_student, log_teacher = (x.masked_fill(impossible, 0) for x in (log_student, log_teacher))
-    return F.kl_div(log_student, log_teacher, reduction="sum", log_target=True)
-
-
-def without_inference(x: Tensor) -> Tensor:
-    """Return a tensor that autograd can save: a copy if `x` was created in inference mode.
-
-    Args:
-        x: a tensor of any shape and dtype.
-
-    Returns:
-        The tensor, or a copy that the student's backward pass may use.
-    """
-    # If gradients are off, no copy is needed. Inside torch.inference_mode() gradients are off, and
-    # a copy would also be an inference tensor.
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not x.is_inference():
-        return x
-    return x.clone()
-
-
 def _as_rows_and_classes(tensors: Sequence[Tensor | None], axis: int) -> list[Tensor | None]:
     """Return logits and mask as ``(R, C)`` or ``(N, C, S)``, if possible as views of the tensors.
 
@@ -286,55 +201,3 @@ def _is_matrix(x: Tensor) -> bool:
     """Return whether all dimensions but the last can be flattened without a copy."""
     rows = range(x.dim() - 2)
     return x.stride(-1) == 1 and all(x.stride(i) == x.stride(i + 1) * x.shape[i + 1] for i in rows)
-
-
-def _mask_for(logits: Tensor, mask: Tensor | None, axis: int) -> Tensor | None:
-    """Return a mask with a dimension of size 1 for the classes; refuse one of the wrong shape."""
-    if mask is None:
-        return None
-    rows = (*logits.shape[:axis], *logits.shape[axis + 1 :])
-    if mask.dtype != torch.bool or mask.shape != rows:
-        raise ValueError(
-            f"mask is {mask.dtype} of shape {tuple(mask.shape)}: give torch.bool {rows}"
-        )
-    return mask.unsqueeze(axis)
-
-
-def _refuse_one_class(classes: int, advice: str) -> None:
-    if classes == 1:
-        raise ValueError(
-            "the logits have one class, and a softmax over one class is always 1: for a binary "
-            f"output use {advice}"
-        )
-
-
-def _check_logits(student: Tensor, teacher: Tensor, class_dim: int | None) -> int:
-    """Return the dimension of the classes of two tensors of logits.
-
-    Raises:
-        ValueError: if the two tensors cannot be compared; the message says why.
-    """
-    for name, value in (("student", student), ("teacher", teacher)):
-        if not isinstance(value, Tensor):
-            raise ValueError(f"{name} is a {type(value).__name__}: give a tensor of logits")
-        if not value.is_floating_point():
-            raise ValueError(
-                f"{name} has dtype {value.dtype}: give floating-point logits, not labels"
-            )
-        if value.dim() < 2 or value.shape[class_axis(value.shape, class_dim)] == 0:
-            raise ValueError(
-                f"{name} has shape {tuple(value.shape)}: give logits (N, C) or (N, C, *spatial)"
-            )
-    axis = class_axis(student.shape, class_dim)
-    shapes = f"student {tuple(student.shape)}, teacher {tuple(teacher.shape)}"
-    if student.dim() == teacher.dim() and student.shape[axis] != teacher.shape[axis]:
-        raise ValueError(
-            f"student has {student.shape[axis]} classes and teacher {teacher.shape[axis]} "
-            f"({shapes}): "
-            "give both a head of the same classes, or set class_map of the teacher"
-        )
-    if student.shape != teacher.shape:
-        raise ValueError(f"logits differ in shape ({shapes}): give logits of the same shape")
-    if student.device != teacher.device:
-        raise ValueError(f"student is on {student.device} and teacher on {teacher.device}")
-    return axis

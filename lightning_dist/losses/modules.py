@@ -1,12 +1,22 @@
-"""The distillation losses as modules: options go to the constructor, tensors go to the call."""
+"""The losses of logits as modules: options go to the constructor, tensors go to the call."""
 
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_dist.checks import check_logits_options, check_number
-from lightning_dist.losses.functional import Activation, dist_loss, kd_loss, without_inference
+from lightning_dist.losses.decoupling import dkd_loss, standardise
+from lightning_dist.losses.divergences import (
+    Probability,
+    jeffreys_loss,
+    jsd_loss,
+    kd_loss,
+    reverse_kd_loss,
+)
+from lightning_dist.losses.functional import dist_loss
+from lightning_dist.losses.inputs import check_logits
+from lightning_dist.losses.streaming import Activation
 
 
 class DISTLoss(nn.Module):
@@ -43,6 +53,8 @@ class DISTLoss(nn.Module):
     Reference:
         Huang et al., Knowledge Distillation from A Stronger Teacher, NeurIPS 2022.
     """
+
+    compares_classes = True
 
     def __init__(
         self,
@@ -102,7 +114,65 @@ class DISTLoss(nn.Module):
         )
 
 
-class KDLoss(nn.Module):
+class ProbabilityLoss(nn.Module):
+    """The base of the losses of probabilities, which share their options.
+
+    Args:
+        tau: the temperature, above 0.
+        activation: ``"softmax"``, or ``"sigmoid"`` for heads with one binary decision for each
+            class. With ``None`` the task chooses: sigmoid for one-stage detectors, softmax for
+            everything else.
+        class_dim: the dimension of the classes; by default 1. Logits with three dimensions need
+            it: ``1`` for ``(N, C, L)``, ``-1`` for the ``(B, T, V)`` of language models.
+
+    Raises:
+        ValueError: if an option is out of range.
+    """
+
+    function: Callable[..., Tensor]
+    compares_classes = True
+
+    def __init__(
+        self,
+        tau: float = 4.0,
+        activation: Probability | None = "softmax",
+        class_dim: int | None = None,
+    ) -> None:
+        super().__init__()
+        check_number("tau", tau)
+        check_logits_options(tau)
+        _check_class_dim(class_dim)
+        if activation not in ("softmax", "sigmoid", None):
+            raise ValueError(f"activation is {activation!r}: use 'softmax' or 'sigmoid'")
+        self.tau = tau
+        self.activation_is_chosen = activation is not None
+        self.activation: Probability = activation or "softmax"
+        self.class_dim = class_dim
+
+    def forward(self, student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return the loss of the logits of a batch.
+
+        Args:
+            student: logits of shape ``(N, C)`` or ``(N, C, *spatial)``.
+            teacher: logits of the same shape.
+            mask: a boolean tensor of shape ``(N,)`` or ``(N, *spatial)``; samples where it is
+                ``False`` are left out.
+
+        Returns:
+            The loss, a scalar in float32 or float64.
+        """
+        options: dict[str, Any] = {
+            "tau": self.tau,
+            "activation": self.activation,
+            "class_dim": self.class_dim,
+        }
+        return type(self).function(student, teacher, mask=mask, **options)
+
+    def extra_repr(self) -> str:
+        return f"tau={self.tau}, activation={self.activation!r}, class_dim={self.class_dim}"
+
+
+class KDLoss(ProbabilityLoss):
     """The loss of knowledge distillation: the student learns the teacher's probabilities.
 
     Args:
@@ -131,88 +201,134 @@ class KDLoss(nn.Module):
         Hinton et al., Distilling the Knowledge in a Neural Network, 2015.
     """
 
+    function = staticmethod(kd_loss)
+
+
+class ReverseKDLoss(ProbabilityLoss):
+    """KD with the divergence in the other direction, see :func:`reverse_kd_loss`."""
+
+    function = staticmethod(reverse_kd_loss)
+
+
+class JeffreysLoss(ProbabilityLoss):
+    """The sum of KD's divergences in both directions, see :func:`jeffreys_loss`."""
+
+    function = staticmethod(jeffreys_loss)
+
+
+class JSDLoss(ProbabilityLoss):
+    """The Jensen-Shannon divergence, see :func:`jsd_loss`."""
+
+    function = staticmethod(jsd_loss)
+
+
+class DKDLoss(nn.Module):
+    """Decoupled KD, which weights the target class and the others apart, see :func:`dkd_loss`.
+
+    It needs the labels: a :class:`lightning_dist.tasks.classification.ClassificationModule` gives
+    them, and a :class:`lightning_dist.Term` by ``from_batch``, as ``target``.
+
+    Args:
+        tau: the temperature, above 0.
+        alpha: the weight of the target class against all others.
+        beta: the weight of the other classes among themselves.
+        class_dim: the dimension of the classes; by default 1. Logits with three dimensions need it.
+        ignore_index: the label of samples that are left out.
+
+    Raises:
+        ValueError: if an option is out of range.
+
+    Reference:
+        Zhao et al., Decoupled Knowledge Distillation, CVPR 2022.
+    """
+
+    compares_classes = True
+    needs_target = True
+
     def __init__(
         self,
         tau: float = 4.0,
-        activation: Literal["softmax", "sigmoid"] | None = "softmax",
+        alpha: float = 1.0,
+        beta: float = 8.0,
         class_dim: int | None = None,
+        ignore_index: int = -100,
     ) -> None:
         super().__init__()
-        check_number("tau", tau)
+        for name, value in {"tau": tau, "alpha": alpha, "beta": beta}.items():
+            check_number(name, value)
         check_logits_options(tau)
         _check_class_dim(class_dim)
-        if activation not in ("softmax", "sigmoid", None):
-            raise ValueError(f"activation is {activation!r}: use 'softmax' or 'sigmoid'")
-        self.tau = tau
-        self.activation_is_chosen = activation is not None
-        self.activation: Literal["softmax", "sigmoid"] = activation or "softmax"
-        self.class_dim = class_dim
+        check_number("ignore_index", ignore_index, int)
+        self.tau, self.alpha, self.beta = tau, alpha, beta
+        self.class_dim, self.ignore_index = class_dim, ignore_index
 
-    def forward(self, student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, student: Tensor, teacher: Tensor, target: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
         """Return the loss of the logits of a batch.
 
         Args:
             student: logits of shape ``(N, C)`` or ``(N, C, *spatial)``.
             teacher: logits of the same shape.
-            mask: a boolean tensor of shape ``(N,)`` or ``(N, *spatial)``; samples where it is
-                ``False`` are left out.
+            target: the label of each sample, int64 of shape ``(N,)`` or ``(N, *spatial)``.
+            mask: a boolean tensor of the target's shape; samples where it is ``False`` are left
+                out.
 
         Returns:
             The loss, a scalar in float32 or float64.
         """
-        options: dict[str, Any] = {
-            "tau": self.tau,
-            "activation": self.activation,
-            "class_dim": self.class_dim,
-        }
-        return kd_loss(student, teacher, mask=mask, **options)
+        return dkd_loss(
+            student,
+            teacher,
+            target,
+            alpha=self.alpha,
+            beta=self.beta,
+            tau=self.tau,
+            ignore_index=self.ignore_index,
+            mask=mask,
+            class_dim=self.class_dim,
+        )
 
     def extra_repr(self) -> str:
-        return f"tau={self.tau}, activation={self.activation!r}, class_dim={self.class_dim}"
+        return f"tau={self.tau}, alpha={self.alpha}, beta={self.beta}, class_dim={self.class_dim}"
 
 
-class FeatureMimic(nn.Module):
-    """The mean squared error between the student's projected feature map and the teacher's.
-
-    The projection, a 1x1 convolution, is trained with the student but does not belong to it.
+class StandardisedLogits(nn.Module):
+    """A loss of logits that are standardised over the classes first, see :func:`standardise`.
 
     Args:
-        student_channels: the number of channels of the student's map.
-        teacher_channels: the number of channels of the teacher's map.
-
-    Shape:
-        The student's map has the shape ``(N, student_channels, H, W)``, and the teacher's map has
-        the shape ``(N, teacher_channels, H, W)``. The loss is a scalar.
+        loss: the loss, such as ``KDLoss(tau=2.0)``. The further arguments of a call, ``mask`` and
+            ``target``, go to it.
 
     Raises:
-        ValueError: at a call, if the projected map and the teacher's map differ in shape.
+        ValueError: if the loss is not a module.
+
+    Reference:
+        Sun et al., Logit Standardization in Knowledge Distillation, CVPR 2024.
     """
 
-    def __init__(self, student_channels: int, teacher_channels: int) -> None:
-        super().__init__()
-        self.projection = nn.Conv2d(student_channels, teacher_channels, 1)
+    compares_classes = True
 
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Return the loss of the feature maps of a batch.
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        if not isinstance(loss, nn.Module):
+            raise ValueError(f"loss is {loss!r}: give a loss of logits, such as KDLoss(tau=2.0)")
+        self.loss = loss
+        self.needs_target: bool = getattr(loss, "needs_target", False)
+
+    def forward(self, student: Tensor, teacher: Tensor, **further: Any) -> Tensor:
+        """Return the loss of the standardised logits of a batch.
 
         Args:
-            student: the student's map, ``(N, student_channels, H, W)``.
-            teacher: the teacher's map, ``(N, teacher_channels, H, W)``.
-
-        Returns:
-            The loss, a scalar in float32.
-
-        Raises:
-            ValueError: if the projected map and the teacher's map differ in shape.
+            student: logits of shape ``(N, C)`` or ``(N, C, *spatial)``.
+            teacher: logits of the same shape.
+            further: the further arguments of the loss.
         """
-        projected = self.projection(student)
-        if projected.shape != teacher.shape:
-            raise ValueError(
-                f"the student's map has the shape {tuple(projected.shape)} after the projection, "
-                f"but the teacher's map has {tuple(teacher.shape)}: choose maps of the same height "
-                f"and width, and teacher_channels={teacher.shape[1]}"
-            )
-        return F.mse_loss(projected.float(), without_inference(teacher).float())
+        axis = getattr(self.loss, "class_dim", None)
+        check_logits(student, teacher, axis)
+        mask = further.get("mask")
+        logits = (standardise(x, class_dim=axis, mask=mask) for x in (student, teacher))
+        return self.loss(*logits, **further)
 
 
 def _check_class_dim(class_dim: int | None) -> None:

@@ -12,6 +12,7 @@ from lightning_dist.checks import UNLABELED, check_labels, check_number
 from lightning_dist.module import DistillModule
 from lightning_dist.taps import logits_of
 from lightning_dist.teacher import TeacherBase
+from lightning_dist.terms import needs_target
 from lightning_dist.training.labels import (
     mean_over_labels,
     mean_over_mixed_labels,
@@ -134,6 +135,22 @@ class ClassificationModule(DistillModule):
             return output, target
         rows = target != UNLABELED
         return (output, target) if rows.all() else (output[rows], target[rows])
+
+    def labels_for(self, loss: Any) -> Callable[[Any, Tensor], dict[str, Any]] | None:
+        """Return the function that gives a term the labels, if its loss needs them.
+
+        Args:
+            loss: the loss of the term.
+
+        Raises:
+            ValueError: if ``mixup`` mixes the images, so that they have no single label.
+        """
+        if self.mixup and needs_target(loss):
+            raise ValueError(
+                f"{type(loss).__name__} needs one label for each image, but mixup mixes images: "
+                "set mixup=None, or choose a loss without labels, such as KDLoss"
+            )
+        return super().labels_for(loss)
 
     def _check_labels(self, labels: Tensor, batch_idx: int) -> None:
         """Refuse labels that are not classes; on a GPU once per epoch, because a check is slow."""

@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torchmetrics.detection import MeanAveragePrecision
 
 from lightning_dist.checks import check_labels
-from lightning_dist.losses import DISTLoss, FeatureMimic, KDLoss
+from lightning_dist.losses import FeatureMimic, StandardisedLogits
+from lightning_dist.losses.modules import ProbabilityLoss
 from lightning_dist.module import DistillModule
 from lightning_dist.taps import find_submodule
 from lightning_dist.tasks.detection_heads import (
@@ -21,7 +22,7 @@ from lightning_dist.tasks.detection_heads import (
     TwoStageClassifier,
 )
 from lightning_dist.teacher import InputBridge, TeacherBase, as_teacher
-from lightning_dist.terms import Term
+from lightning_dist.terms import Term, needs_target
 from lightning_dist.training.cards import refuse_other_number
 from lightning_dist.training.evaluation import EvaluationMetrics
 
@@ -245,31 +246,63 @@ class DetectionModule(DistillModule):
                     if name == "map" or value >= 0:  # -1: the set has no such boxes
                         self.log(f"{prefix}{name}", value.clamp(min=0), prog_bar=name == "map")
 
+    def labels_for(self, loss: Any) -> Callable[[Any, Tensor], dict[str, Any]] | None:
+        """Return ``None``, because the rows of a detector's logits have no labels in the batch.
+
+        Args:
+            loss: the loss of a term.
+
+        Raises:
+            ValueError: if the loss needs labels.
+        """
+        if needs_target(loss):
+            raise ValueError(
+                f"{type(loss).__name__} needs a label for each row of the logits, which a "
+                "detector's batch does not have: choose a loss without labels, such as KDLoss"
+            )
+        return None
+
     def configure_terms(self) -> dict[str, Term]:
         """Return the term ``class`` on the class logits, and one term per level of ``mimic``."""
         assert self.teacher is not None
-        loss = DISTLoss(activation=None) if self.distill_loss is None else self.distill_loss
-        if not self.two_stage and isinstance(loss, (DISTLoss, KDLoss)):
-            if not loss.activation_is_chosen:
-                loss = copy.copy(loss)
-                loss.activation = "sigmoid"
-            if isinstance(loss, KDLoss) and loss.activation == "softmax":
-                raise ValueError(
-                    "KDLoss would apply a softmax over the logits of all anchors and classes of a "
-                    f"place, but the {type(self.student).__name__} decides each class by itself: "
-                    "use KDLoss(activation='sigmoid')"
-                )
-        parts = ("roi_heads.box_predictor", "roi") if self.two_stage else (_MAPS, "logits")
-        terms = {"class": Term(loss, self.distill_weight, *parts)}
+        loss = self.logits_loss()
+        terms = {}
+        if loss is not None:
+            self.labels_for(loss)
+            if not self.two_stage:
+                loss = _with_sigmoid(loss, type(self.student).__name__)
+            parts = ("roi_heads.box_predictor", "roi") if self.two_stage else (_MAPS, "logits")
+            terms["class"] = Term(loss, self.distill_weight, *parts, classes=True)
         for level in self.mimic:
-            widths = [
+            width, teachers_width = (
                 int(network.get_submodule("backbone").out_channels)  # type: ignore[arg-type]
                 for network in (self.student, self.teacher.network)
-            ]
+            )
+            mimic = FeatureMimic(width, teachers_width)
             terms[f"mimic_{level}"] = Term(
-                FeatureMimic(*widths), self.mimic_weight, "backbone", "backbone", output=level
+                mimic, self.mimic_weight, "backbone", "backbone", output=level
             )
         return terms
+
+
+def _with_sigmoid(loss: Callable[..., Tensor], student: str) -> Callable[..., Tensor]:
+    """Return a loss for one-vs-all logits, whose activation is sigmoid if none was chosen.
+
+    Raises:
+        ValueError: if the loss would apply a softmax.
+    """
+    inner: Any = loss.loss if isinstance(loss, StandardisedLogits) else loss
+    if not getattr(inner, "activation_is_chosen", True):
+        loss = copy.deepcopy(loss)
+        inner = loss.loss if isinstance(loss, StandardisedLogits) else loss
+        inner.activation = "sigmoid"
+    if isinstance(inner, ProbabilityLoss) and inner.activation == "softmax":
+        name = type(inner).__name__
+        raise ValueError(
+            f"{name} would apply a softmax over the logits of all anchors and classes of a place, "
+            f"but the {student} decides each class by itself: use {name}(activation='sigmoid')"
+        )
+    return loss
 
 
 def count_classes(detector: nn.Module) -> int | None:

@@ -1,7 +1,7 @@
 """SegmentationModule: cross-entropy and DIST on a main and an auxiliary head, and mIoU."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,11 +12,10 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
 from lightning_dist.checks import check_flag, check_labels
-from lightning_dist.losses import DISTLoss
 from lightning_dist.module import DistillModule
 from lightning_dist.taps import find_submodule, logits_of
 from lightning_dist.teacher import TeacherBase
-from lightning_dist.terms import Term, Weight
+from lightning_dist.terms import Term, Weight, needs_target
 
 SLIDE_OVERLAP = 1 / 3
 
@@ -39,7 +38,8 @@ class SegmentationModule(DistillModule):
         num_classes: the number of classes.
         ignore_index: the label of pixels that the task loss and the metrics ignore.
         distill_ignored: distil the pixels with the label ``ignore_index``, too. With ``False``,
-            ``distill_loss`` must take a ``mask``, as DISTLoss and KDLoss do.
+            ``distill_loss`` must take a ``mask``, as the losses of logits do. Losses that need
+            labels leave these pixels out in any case.
         aux_weight: the weight of the auxiliary head, in the task loss and in the distillation.
         head: the dotted path, in student and teacher, of the sub-module that returns the main
             logits; ``""`` is the network itself. It is ``classifier`` in torchvision and
@@ -153,6 +153,25 @@ class SegmentationModule(DistillModule):
         resized = F.interpolate(labelled.byte(), logits.shape[2:], mode="nearest")
         return {"mask": resized.squeeze(1).bool()}
 
+    def labels_for(self, loss: Any) -> Callable[[Any, Tensor], dict[str, Any]] | None:
+        """Return the function that gives a term the labels, if its loss needs them.
+
+        They have the resolution of the logits. The ignored pixels are masked.
+
+        Args:
+            loss: the loss of the term.
+        """
+        if not needs_target(loss):
+            return None
+
+        def labels(batch: Any, logits: Tensor) -> dict[str, Any]:
+            target = self.split_batch(batch)[1].unsqueeze(1)
+            # float64 holds every label exactly, and F.interpolate takes no int64.
+            resized = F.interpolate(target.double(), logits.shape[2:], mode="nearest")
+            return {"target": resized.squeeze(1).long(), **self._labelled_pixels(batch, logits)}
+
+        return labels
+
     def count_labels(self, target: Any, samples: int) -> int:
         """Return the number of pixels that the cross-entropy does not ignore."""
         return int((target != self.ignore_index).sum())
@@ -160,16 +179,17 @@ class SegmentationModule(DistillModule):
     def configure_terms(self) -> dict[str, Term]:
         """Return the term ``main``, and ``aux`` if both networks have an auxiliary head."""
         assert self.teacher is not None
-        loss = DISTLoss() if self.distill_loss is None else self.distill_loss
+        loss = self.logits_loss()
+        if loss is None:
+            return {}
         mask = None if self.distill_ignored else self._labelled_pixels
-        terms = {
-            "main": Term(loss, self.distill_weight, self.head, self.teacher_head, from_batch=mask)
-        }
+        further: dict[str, Any] = {"classes": True, "from_batch": self.labels_for(loss) or mask}
+        terms = {"main": Term(loss, self.distill_weight, self.head, self.teacher_head, **further)}
         if self.aux_weight and all(
             _has(network, self.aux_head) for network in (self.student, self.teacher.network)
         ):
             weight = _times(self.distill_weight, self.aux_weight)
-            terms["aux"] = Term(loss, weight, self.aux_head, self.aux_head, from_batch=mask)
+            terms["aux"] = Term(loss, weight, self.aux_head, self.aux_head, **further)
         return terms
 
 

@@ -12,11 +12,14 @@ from lightning_dist.functional import (
     dist_loss,
     inter_class_correlation,
     intra_class_correlation,
+    jeffreys_loss,
+    jsd_loss,
     kd_loss,
+    reverse_kd_loss,
 )
 from lightning_dist.losses import streaming
 
-LOSSES = [dist_loss, kd_loss]
+LOSSES = [dist_loss, kd_loss, reverse_kd_loss, jeffreys_loss, jsd_loss]
 
 
 def value_and_grad(loss, student: Tensor, teacher: Tensor, **options) -> tuple[Tensor, Tensor]:

@@ -13,9 +13,10 @@ from lightning_dist.functional import (
     dist_loss,
     inter_class_correlation,
     intra_class_correlation,
+    jsd_loss,
     kd_loss,
 )
-from lightning_dist.losses import DISTLoss, streaming
+from lightning_dist.losses import DISTLoss, KDLoss, StandardisedLogits, streaming
 
 DIST_CASES = [
     "classification_n16_c10_tau1",
@@ -276,7 +277,7 @@ def test_without_any_row_the_loss_is_zero(rows):
     assert dist_loss(student[:0], teacher[:0]).item() == 0
 
 
-@pytest.mark.parametrize("loss", [dist_loss, kd_loss])
+@pytest.mark.parametrize("loss", [dist_loss, kd_loss, jsd_loss, StandardisedLogits(KDLoss())])
 @pytest.mark.parametrize(
     ("student", "teacher", "message"),
     [

@@ -32,7 +32,7 @@ _MOVED = {
 
 
 # The options of a module that describe the distillation or the output, not the student.
-_NOT_SAVED = ("teacher", "distill_loss", "measure_teacher")
+_NOT_SAVED = ("teacher", "distill_loss", "distill_terms", "measure_teacher")
 
 
 def to_save(config: DictConfig) -> dict[str, Any]:

@@ -86,9 +86,16 @@ class CifarMobileNetV2(nn.Module):
         init_convs(self)
         init_classifier(linear)
 
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Return the last feature map, before the pooling, as timm's networks do.
+
+        Args:
+            x: images.
+        """
+        return self.conv2(self.blocks(self.conv1(x)))
+
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv2(self.blocks(self.conv1(x)))
-        return self.classifier(global_average(x))
+        return self.classifier(global_average(self.forward_features(x)))
 
 
 def _norm_relu(convolution: nn.Conv2d) -> nn.Sequential:

@@ -103,10 +103,17 @@ class CifarResNet(nn.Module):
         self.fc = nn.Linear(widths[2], num_classes)
         init_convs(self)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Return the last feature map, before the pooling, as timm's networks do.
+
+        Args:
+            x: images.
+        """
         x = relu(self.bn1(self.conv1(x)))
-        x = self.layer3(self.layer2(self.layer1(x)))
-        return self.fc(global_average(x))
+        return self.layer3(self.layer2(self.layer1(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(global_average(self.forward_features(x)))
 
 
 class CifarResNet50(nn.Module):
@@ -133,10 +140,17 @@ class CifarResNet50(nn.Module):
         self.linear = nn.Linear(2048, num_classes)
         init_convs(self)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Return the last feature map, before the pooling, as timm's networks do.
+
+        Args:
+            x: images.
+        """
         x = relu(self.bn1(self.conv1(x)))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return self.linear(global_average(x))
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(global_average(self.forward_features(x)))
 
 
 def _thin(depth: int, num_classes: int) -> CifarResNet:

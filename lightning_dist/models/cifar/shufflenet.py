@@ -86,10 +86,17 @@ class CifarShuffleNetV1(nn.Module):
         self.layer3 = stage(ShuffleUnitV1, 480, 960, 2, 4)
         self.linear = nn.Linear(960, num_classes)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Return the last feature map, before the pooling, as timm's networks do.
+
+        Args:
+            x: images.
+        """
         x = relu(self.bn1(self.conv1(x)))
-        x = self.layer3(self.layer2(self.layer1(x)))
-        return self.linear(global_average(x))
+        return self.layer3(self.layer2(self.layer1(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(global_average(self.forward_features(x)))
 
 
 class ShuffleUnitV2(nn.Module):
@@ -173,11 +180,18 @@ class CifarShuffleNetV2(nn.Module):
         self.bn2 = nn.BatchNorm2d(1024)
         self.linear = nn.Linear(1024, num_classes)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Return the last feature map, before the pooling, as timm's networks do.
+
+        Args:
+            x: images.
+        """
         x = relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
-        x = relu(self.bn2(self.conv2(x)))
-        return self.linear(global_average(x))
+        return relu(self.bn2(self.conv2(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(global_average(self.forward_features(x)))
 
 
 def _stage_v2(in_channels: int, out_channels: int, depth: int) -> nn.Sequential:

@@ -34,13 +34,20 @@ class CifarVGG(nn.Module):
         init_convs(self)
         init_classifier(self.classifier)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Return the last feature map, before the pooling, as timm's networks do.
+
+        Args:
+            x: images.
+        """
         x = max_pool2d(self.block0(x), 2)
         x = max_pool2d(self.block1(x), 2)
         x = max_pool2d(self.block2(x), 2)
         # There is no pooling between the last two blocks, so both have 4x4 maps.
-        x = self.block4(self.block3(x))
-        return self.classifier(global_average(x))
+        return self.block4(self.block3(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(global_average(self.forward_features(x)))
 
 
 def _block(in_channels: int, channels: int, depth: int) -> nn.Sequential:

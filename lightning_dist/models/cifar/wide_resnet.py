@@ -64,9 +64,17 @@ class WideResNet(nn.Module):
         init_convs(self)
         nn.init.zeros_(self.fc.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Return the last feature map, before the pooling, as timm's networks do.
+
+        Args:
+            x: images.
+        """
         x = self.block3(self.block2(self.block1(self.conv1(x))))
-        return self.fc(global_average(relu(self.bn1(x))))
+        return relu(self.bn1(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(global_average(self.forward_features(x)))
 
 
 def _named_stage(in_channels: int, out_channels: int, stride: int, depth: int) -> nn.Sequential:

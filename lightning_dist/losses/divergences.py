@@ -1,0 +1,236 @@
+"""KD and its relatives: divergences between the probabilities of student and teacher."""
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_dist.checks import check_logits_options
+from lightning_dist.losses.inputs import (
+    check_logits,
+    mask_for,
+    refuse_one_class,
+    without_inference,
+)
+from lightning_dist.losses.streaming import compute_dtype
+
+Probability = Literal["softmax", "sigmoid"]
+
+
+def kd_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    tau: float = 4.0,
+    activation: Probability = "softmax",
+    mask: Tensor | None = None,
+    class_dim: int | None = None,
+) -> Tensor:
+    """Return the loss of knowledge distillation, ``tau**2 * KL(teacher || student)``.
+
+    KL is the Kullback-Leibler divergence of the probabilities ``softmax(logits / tau)``. With
+    ``activation="sigmoid"``, each class is a binary decision of its own: the divergences of
+    ``sigmoid(logits / tau)`` are summed over the classes.
+
+    Args:
+        student: logits of shape ``(N, C)`` or ``(N, C, *spatial)``. With ``class_dim``, the classes
+            are in another dimension, as in ``(B, T, V)``.
+        teacher: logits of the same shape; no gradient flows to them. A class with the logit
+            -infinity has probability 0 and adds nothing where the student rules it out, too.
+        tau: the temperature, above 0.
+        activation: ``"softmax"`` or ``"sigmoid"``.
+        mask: a boolean tensor with the logits' shape without the classes. Samples where it is
+            ``False`` are left out. If no sample is left, the loss is 0.
+        class_dim: the dimension of the classes, as in :func:`dist_loss`.
+
+    Returns:
+        The mean over samples (and pixels), a scalar in float32 (float64 for float64 logits).
+
+    Raises:
+        ValueError: if the inputs are not floating-point tensors of one shape and device, or
+            an option is out of range.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, 0.0, 1.0]])
+        >>> kd_loss(logits, logits).item()
+        0.0
+
+    Reference:
+        Hinton et al., Distilling the Knowledge in a Neural Network, 2015.
+    """
+    pairs, factor = log_probabilities(student, teacher, tau, activation, mask, class_dim)
+    return torch.stack([divergence(*pair) for pair in pairs]).sum() * factor
+
+
+def reverse_kd_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    tau: float = 4.0,
+    activation: Probability = "softmax",
+    mask: Tensor | None = None,
+    class_dim: int | None = None,
+) -> Tensor:
+    """Return ``tau**2 * KL(student || teacher)``, the divergence in the other direction.
+
+    The student then prefers the classes to which the teacher gives much probability. The loss is
+    infinite if the teacher rules out a class (logit -infinity) that the student does not.
+
+    Args:
+        student: logits, as in :func:`kd_loss`.
+        teacher: logits of the same shape; no gradient flows to them.
+        tau: the temperature, above 0.
+        activation: ``"softmax"`` or ``"sigmoid"``.
+        mask: the samples that count, as in :func:`kd_loss`.
+        class_dim: the dimension of the classes, as in :func:`dist_loss`.
+
+    Returns:
+        The mean over samples (and pixels), a scalar in float32 (float64 for float64 logits).
+
+    Raises:
+        ValueError: as :func:`kd_loss`.
+
+    Example:
+        >>> student, teacher = torch.tensor([[2.0, 0.0, 1.0]]), torch.tensor([[1.0, 0.0, 2.0]])
+        >>> round(reverse_kd_loss(student, teacher, tau=1.0).item(), 4)
+        0.4205
+
+    Reference:
+        Gu et al., MiniLLM: Knowledge Distillation of Large Language Models, ICLR 2024.
+    """
+    pairs, factor = log_probabilities(student, teacher, tau, activation, mask, class_dim)
+    return torch.stack([divergence(y, x) for x, y in pairs]).sum() * factor
+
+
+def jeffreys_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    tau: float = 4.0,
+    activation: Probability = "softmax",
+    mask: Tensor | None = None,
+    class_dim: int | None = None,
+) -> Tensor:
+    """Return the sum of :func:`kd_loss` and :func:`reverse_kd_loss`, Jeffreys' divergence.
+
+    Args:
+        student: logits, as in :func:`kd_loss`.
+        teacher: logits of the same shape; no gradient flows to them.
+        tau: the temperature, above 0.
+        activation: ``"softmax"`` or ``"sigmoid"``.
+        mask: the samples that count, as in :func:`kd_loss`.
+        class_dim: the dimension of the classes, as in :func:`dist_loss`.
+
+    Returns:
+        The mean over samples (and pixels), a scalar in float32 (float64 for float64 logits).
+
+    Raises:
+        ValueError: as :func:`kd_loss`.
+
+    Reference:
+        Jeffreys, An Invariant Form for the Prior Probability in Estimation Problems, 1946.
+    """
+    pairs, factor = log_probabilities(student, teacher, tau, activation, mask, class_dim)
+    return torch.stack([divergence(x, y) + divergence(y, x) for x, y in pairs]).sum() * factor
+
+
+def jsd_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    tau: float = 4.0,
+    activation: Probability = "softmax",
+    mask: Tensor | None = None,
+    class_dim: int | None = None,
+) -> Tensor:
+    """Return ``tau**2`` times the Jensen-Shannon divergence of student and teacher.
+
+    It is the mean of the two divergences from the average of the two distributions, so it is
+    finite for all probabilities, and at most ``tau**2 * log(2)`` for the softmax.
+
+    Args:
+        student: logits, as in :func:`kd_loss`.
+        teacher: logits of the same shape; no gradient flows to them.
+        tau: the temperature, above 0.
+        activation: ``"softmax"`` or ``"sigmoid"``.
+        mask: the samples that count, as in :func:`kd_loss`.
+        class_dim: the dimension of the classes, as in :func:`dist_loss`.
+
+    Returns:
+        The mean over samples (and pixels), a scalar in float32 (float64 for float64 logits).
+
+    Raises:
+        ValueError: as :func:`kd_loss`.
+
+    Reference:
+        Lin, Divergence Measures Based on the Shannon Entropy, 1991.
+    """
+    pairs, factor = log_probabilities(student, teacher, tau, activation, mask, class_dim)
+    total = student.new_zeros((), dtype=pairs[0][0].dtype)
+    for of_student, of_teacher in pairs:
+        # Where both are -inf, the gradient of logaddexp would be NaN.
+        impossible = (of_student == -math.inf) & (of_teacher == -math.inf)
+        x, y = (z.masked_fill(impossible, 0) for z in (of_student, of_teacher))
+        middle = torch.logaddexp(x, y) - math.log(2)
+        total = total + divergence(middle, x) + divergence(middle, y)
+    return total * (factor / 2)
+
+
+def log_probabilities(
+    student: Tensor,
+    teacher: Tensor,
+    tau: float,
+    activation: Probability,
+    mask: Tensor | None,
+    class_dim: int | None,
+) -> tuple[list[tuple[Tensor, Tensor]], float | Tensor]:
+    """Return pairs of the student's and the teacher's log-probabilities, and ``tau**2 / rows``.
+
+    The softmax has one pair; the sigmoid has one for "yes" and one for "no".
+
+    Args:
+        student: logits, as in :func:`kd_loss`.
+        teacher: logits of the same shape.
+        tau: the temperature, above 0.
+        activation: ``"softmax"`` or ``"sigmoid"``.
+        mask: the samples that count, as in :func:`kd_loss`.
+        class_dim: the dimension of the classes, as in :func:`dist_loss`.
+
+    Raises:
+        ValueError: as :func:`kd_loss`.
+    """
+    axis = check_logits(student, teacher, class_dim)
+    check_logits_options(tau)
+    if activation not in ("softmax", "sigmoid"):
+        raise ValueError(f"activation is {activation!r}: use 'softmax' or 'sigmoid'")
+    if activation == "softmax":
+        refuse_one_class(student.shape[axis], "activation='sigmoid'")
+    mask = mask_for(student, mask, axis)
+    dtype = compute_dtype(student, teacher)
+    x, y = (z.to(dtype) / tau for z in (student, without_inference(teacher.detach())))
+    if mask is not None:  # Rows that are left out may contain any value, including NaN.
+        x, y = (z.masked_fill(~mask, 0) for z in (x, y))
+    if activation == "softmax":
+        pairs = [(F.log_softmax(x, dim=axis), F.log_softmax(y, dim=axis))]
+    else:
+        pairs = [(F.logsigmoid(x), F.logsigmoid(y)), (F.logsigmoid(-x), F.logsigmoid(-y))]
+    rows: int | Tensor = max(student.numel() // student.shape[axis], 1)
+    if mask is not None:
+        rows = mask.sum(dtype=dtype).clamp(min=1)
+    return pairs, tau**2 / rows
+
+
+def divergence(log_student: Tensor, log_teacher: Tensor) -> Tensor:
+    """Return the sum of ``p_teacher * (log p_teacher - log p_student)``.
+
+    Args:
+        log_student: log-probabilities of any shape.
+        log_teacher: log-probabilities of the same shape.
+    """
+    # A class to which the teacher gives probability 0 must add 0, but F.kl_div would add 0 * inf,
+    # which is NaN.
+    impossible = log_teacher == -math.inf
+    log_student, log_teacher = (x.masked_fill(impossible, 0) for x in (log_student, log_teacher))
+    return F.kl_div(log_student, log_teacher, reduction="sum", log_target=True)
