@@ -1,15 +1,15 @@
 """Functions that find a sub-module by its path, record its outputs and find logits in them."""
 
 import copy
+import dataclasses
 import difflib
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -32,18 +32,48 @@ class Snapshot:
     output: Any
     versions: dict[int, int]
 
-    def was_written(self, tensor: Tensor | None) -> bool:
-        """Return whether a tensor of the output, or any if it is None, was changed in place."""
-        if tensor is not None:
-            return self.versions.get(id(tensor), version_of(tensor)) != version_of(tensor)
+    def was_written(self, tensor: Tensor) -> bool:
+        """Return whether a tensor was changed in place, or, if it is unknown, any of the output."""
+        if id(tensor) in self.versions:
+            return self.versions[id(tensor)] != version_of(tensor)
         return self.versions != Snapshot.of(self.output).versions
 
     @classmethod
     def of(cls, output: Any) -> "Snapshot":
         """Return a snapshot of an output that a module has just returned."""
-        plain = not isinstance(output, Tensor) and hasattr(output, "__dict__")
-        leaves = [*tree_leaves(output), *(tree_leaves(vars(output)) if plain else ())]
-        return cls(output, {id(x): version_of(x) for x in leaves if isinstance(x, Tensor)})
+        return cls(output, {id(x): version_of(x) for x in tensors_in(output)})
+
+
+def tensors_in(output: Any, depth: int = 4) -> list[Tensor]:
+    """Return the tensors in nested containers, and in the attributes of other objects.
+
+    Args:
+        output: the output of a network.
+        depth: the largest number of objects within objects to look into.
+    """
+    if isinstance(output, Tensor):
+        return [output]
+    found = []
+    for leaf in tree_leaves(output):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif depth and not isinstance(leaf, (nn.Module, type)):
+            parts = attributes_of(leaf).values()
+            found += [x for part in parts for x in tensors_in(part, depth - 1)]
+    return found
+
+
+def attributes_of(x: Any) -> dict[str, Any]:
+    """Return a dict from the names of an object's own attributes to their values."""
+    slots = [name for cls in type(x).__mro__ for name in _names(getattr(cls, "__slots__", ()))]
+    return {name: getattr(x, name) for name in slots if hasattr(x, name)} | getattr(
+        x, "__dict__", {}
+    )
+
+
+def _names(slots: str | Iterable[str]) -> list[str]:
+    names = [slots] if isinstance(slots, str) else slots
+    return [name for name in names if name not in ("__dict__", "__weakref__")]
 
 
 def tap(
@@ -71,6 +101,8 @@ def tap(
     owner, name = find_part(root, path)
     method, kept = getattr(owner, name), owner.__dict__.get(name)
     compiled = owner.__dict__.get("_compiled_call_impl") if name == "forward" else None
+    if before is not None and owner._forward_pre_hooks:
+        compiled = None  # these hooks, in the compiled code, change what ``before`` must get
     through_call: list[bool] = []  # an item while part(x) runs, and not in part.forward(x)
     handles = []
     if after is not None and name == "forward" and owner._forward_hooks and compiled is None:
@@ -255,8 +287,13 @@ def logits_of(output: Any, entry: Entry | None = None) -> Tensor:
         0.0
     """
     if isinstance(output, Snapshot):
+        if isinstance(output.output, Iterator):
+            raise ValueError(
+                f"the output is a {type(output.output).__name__}, which only the step can read: "
+                "let the Term name the sub-module that computes its items"
+            )
         chosen = logits_of(output.output, entry)
-        if output.was_written(None if callable(entry) else chosen):
+        if output.was_written(chosen):
             raise ValueError(
                 "the output was changed in place after the sub-module returned it: use an "
                 "operation that is not in place (z = z / t instead of z /= t, "
@@ -307,7 +344,10 @@ def with_logits(output: Any, logits: Tensor) -> Any:
     if _is_item(changed, entry):
         changed[entry] = logits
     else:
-        setattr(changed, str(entry), logits)
+        try:
+            setattr(changed, str(entry), logits)
+        except dataclasses.FrozenInstanceError:
+            object.__setattr__(changed, str(entry), logits)
     return changed
 
 
@@ -383,31 +423,6 @@ def find_submodule(root: nn.Module, path: str, where: str, what: str) -> nn.Modu
             f"{where} ({type(root).__name__}) has no sub-module {path!r}: set {what} to one of its "
             f"sub-modules, such as {', '.join(map(repr, near))}"
         ) from None
-
-
-def refuse_shared_tensors(teacher: nn.Module, module: LightningModule) -> None:
-    """Refuse a teacher that shares the memory of a parameter or buffer with the module.
-
-    Args:
-        teacher: the teacher's network.
-        module: the module that is trained.
-
-    Raises:
-        MisconfigurationException: if two tensors share memory; the message names both.
-    """
-
-    def storage(tensor: Tensor) -> int:
-        plain = type(tensor) in (Tensor, nn.Parameter)
-        return (tensor.untyped_storage().data_ptr() if plain else 0) or id(tensor)
-
-    frozen = {storage(t): n for n, t in [*teacher.named_parameters(), *teacher.named_buffers()]}
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        if tensor.numel() and storage(tensor) in frozen:
-            raise MisconfigurationException(
-                f"the teacher shares its {frozen[storage(tensor)]!r} with {name!r} of "
-                f"{type(module).__name__}: the teacher must be a network of its own, outside the "
-                "LightningModule (copy.deepcopy it, and do not assign it as a sub-module)"
-            )
 
 
 def _default_entry(output: Any) -> str | int:

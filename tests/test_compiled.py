@@ -119,6 +119,18 @@ def test_nothing_is_compiled_again_in_later_steps(make_trainer, how):
     assert module.trainer.callback_metrics["train/distill"] > 0
 
 
+def test_the_teacher_of_a_compiled_student_gets_what_hooks_make_of_its_inputs(make_trainer):
+    asked = []
+    for how in ("nothing", STUDENTS[0]):
+        module, fitted = compiled(how, backend="eager")
+        module.net.register_forward_pre_hook(lambda _, args: (2 * args[0],))
+        teacher = nn.Linear(6, 4)
+        teacher.register_forward_hook(lambda _, args, output: asked.append(args[0].clone()))
+        fit(make_trainer, fitted, DistillationCallback(teacher))
+    assert len(asked) == 2 * STEPS
+    torch.testing.assert_close(asked[STEPS:], asked[:STEPS])
+
+
 @pytest.mark.parametrize("how", [STUDENTS[0], *AROUND])
 def test_weight_0_changes_no_bit_of_what_is_compiled(make_trainer, how):
     """Student and teacher draw numbers."""

@@ -1,6 +1,7 @@
 """Tests of taps.py: it finds the logits in an output, and records outputs inside a context."""
 
 from collections import OrderedDict, namedtuple
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,12 @@ LOGITS, OTHER = torch.ones(2, 3, 4, 4), torch.zeros(2, 3, 4, 4)
 Named = namedtuple("Named", ["features", "logits"])
 Unnamed = namedtuple("Unnamed", ["first", "second"])
 
+
+@dataclass(slots=True, frozen=True)
+class Frozen:
+    logits: torch.Tensor
+
+
 OUTPUTS = {
     "tensor": LOGITS,
     "logits before out": {"out": OTHER, "logits": LOGITS},
@@ -24,6 +31,7 @@ OUTPUTS = {
     "list": [LOGITS, OTHER],
     "named tuple with logits": Named(OTHER, LOGITS),
     "named tuple without": Unnamed(LOGITS, OTHER),
+    "frozen dataclass with slots": Frozen(LOGITS),
 }
 
 
@@ -113,6 +121,25 @@ def test_a_function_does_not_get_an_output_that_was_changed_in_place():
     snapshot.output["a"].mul_(2)
     with pytest.raises(ValueError, match="changed in place"):
         logits_of(snapshot, lambda output: output["a"] + 1)
+
+
+@pytest.mark.parametrize("wrap", [Frozen, lambda x: {"a": SimpleNamespace(b=[Frozen(x)])}])
+def test_a_change_in_place_is_seen_within_objects(wrap):
+    logits = torch.ones(2)
+    snapshot = Snapshot.of(wrap(logits))
+    entry = "logits" if isinstance(snapshot.output, Frozen) else "a.b.0.logits"
+    assert logits_of(snapshot, entry) is logits
+    logits.mul_(2)
+    with pytest.raises(ValueError, match="changed in place"):
+        logits_of(snapshot, entry)
+
+
+def test_an_output_that_only_the_step_can_read_is_refused():
+    snapshot = Snapshot.of(x for x in [LOGITS])
+    for entry in (None, next):
+        with pytest.raises(ValueError, match=r"is a generator, which only the step can read: let"):
+            logits_of(snapshot, entry)
+    assert next(snapshot.output) is LOGITS
 
 
 def test_a_tap_sees_calls_of_any_kind_and_restores_what_was_there():

@@ -26,9 +26,10 @@ from lightning_dist.cache.refusals import (
 from lightning_dist.cache.samples import check_answers
 from lightning_dist.data.views import VIEW_SEED, KeyedBatch
 from lightning_dist.files.card import Card
-from lightning_dist.taps import check_part, refuse_shared_tensors, tap
+from lightning_dist.taps import check_part, tap
 from lightning_dist.teacher import Teacher
 from lightning_dist.teacher.base import Inputs, Tap, TeacherBase
+from lightning_dist.teacher.calls import refuse_shared_parts
 
 if TYPE_CHECKING:  # Imported where it is used, because it imports scikit-learn and torchvision.
     from lightning_dist.data.base import ImageDataModule
@@ -182,7 +183,7 @@ class CachedTeacher(TeacherBase):
                 draws random numbers, or has other outputs than those in the folder.
         """
         try:
-            refuse_shared_tensors(self.network, pl_module)
+            refuse_shared_parts(self.network, pl_module)
         except MisconfigurationException:
             self.release()  # Teacher() froze the shared tensors, but the student trains them.
             raise

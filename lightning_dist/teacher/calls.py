@@ -1,16 +1,20 @@
 """Functions for networks of any origin as teachers: freezing them, and calls that they refuse."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 # torch.export's graphs keep dropout and batch norm as they were: the position of the argument that
 # says whether they train.
 _TRAINING_ARGUMENT = {"dropout": 2, "batch_norm": 5}
+
+_WITH_MODES = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase, nn.RReLU)
 
 
 def freeze(network: nn.Module) -> None:
@@ -40,6 +44,66 @@ def _refuse_training_graph(network: nn.Module) -> None:
                     f"the teacher is a graph that torch.export made in training mode (its "
                     f"{node.target} trains): call eval() of the network before torch.export.export"
                 )
+
+
+def refuse_shared_parts(teacher: nn.Module, module: LightningModule) -> None:
+    """Refuse a teacher that shares tensors or layers with the module.
+
+    Layers without tensors are shared by accident, such as one ``Dropout`` for two networks, which
+    the frozen teacher would switch off in the student too. Layers of torch that do not depend on
+    the mode may be shared.
+
+    Args:
+        teacher: the teacher's network.
+        module: the module that is trained.
+
+    Raises:
+        MisconfigurationException: if there is such a part; the message names it on both sides.
+    """
+
+    def storage(tensor: Tensor) -> int:
+        plain = type(tensor) in (Tensor, nn.Parameter)
+        return (tensor.untyped_storage().data_ptr() if plain else 0) or id(tensor)
+
+    layers = list(teacher.named_modules())
+    frozen = {storage(t): n for n, t in [*teacher.named_parameters(), *teacher.named_buffers()]}
+    frozen |= {id(layer): name for name, layer in layers if _has_modes(layer)}
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    keys = [(name, storage(tensor)) for name, tensor in tensors if tensor.numel()]
+    for name, key in [*keys, *((name, id(layer)) for name, layer in module.named_modules())]:
+        if key in frozen:
+            raise MisconfigurationException(
+                f"the teacher shares its {frozen[key]!r} with {name!r} of "
+                f"{type(module).__name__}: the teacher must be a network of its own, outside the "
+                "LightningModule (copy.deepcopy it, and do not assign it as a sub-module)"
+            )
+
+
+def refuse_iterators(teacher: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
+    """Refuse a call with an iterator, which the teacher would read before the student.
+
+    Args:
+        teacher: the teacher, for the message.
+        args: the positional arguments of the call.
+        kwargs: the keyword arguments of the call.
+
+    Raises:
+        MisconfigurationException: if an argument is an iterator, or contains one.
+    """
+    for leaf in tree_leaves((args, kwargs)):
+        if isinstance(leaf, Iterator):
+            raise MisconfigurationException(
+                f"the student is called with a {type(leaf).__name__}, which only one of student "
+                f"and {teacher} can read: call it with a list, or give "
+                "DistillationCallback(inputs=FUNCTION), a function of the batch that returns a list"
+            )
+
+
+def _has_modes(part: nn.Module) -> bool:
+    """Return whether a module may compute something else in training mode than in eval mode."""
+    if isinstance(part, _WITH_MODES):
+        return True
+    return not type(part).__module__.startswith("torch.nn.modules.")
 
 
 def explain_refused_call(

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from lightning_dist.taps import attributes_of
+
 # Objects of these classes are never copied: they hold no data of a batch, or exist only once.
 _SHARED = (nn.Module, torch.Generator, type, types.FunctionType, types.MethodType, weakref.ref)
 _ATOMS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
@@ -59,6 +61,21 @@ def own_inputs(inputs: Any, clone: bool) -> tuple[Any, list[Tensor]]:
     return tree_map(own, inputs), found
 
 
+def differ(copies: Sequence[Tensor], originals: Sequence[Tensor]) -> bool:
+    """Return whether the values of tensors differ from those of their copies.
+
+    A write through ``x.data`` or ``x.numpy()`` shows in no version counter. Tensors of other
+    classes and layouts are not compared.
+    """
+    return any(
+        type(copied) is Tensor
+        and copied.layout == torch.strided
+        and copied.device.type != "meta"
+        and not torch.equal(copied, original)
+        for copied, original in zip(copies, originals, strict=True)
+    )
+
+
 @contextmanager
 def own_numbers(generators: Sequence[torch.Generator], seed: int | None) -> Iterator[None]:
     """Restore random generators when the context ends.
@@ -101,14 +118,7 @@ def _parts(x: Any) -> dict[Any, Any]:
         return dict(x)
     if isinstance(x, list):
         return dict(enumerate(x))
-    slots = [name for cls in type(x).__mro__ for name in _names(getattr(cls, "__slots__", ()))]
-    own = {name: getattr(x, name) for name in slots if hasattr(x, name)}
-    return own | getattr(x, "__dict__", {})
-
-
-def _names(slots: str | Iterable[str]) -> list[str]:
-    names = [slots] if isinstance(slots, str) else slots
-    return [name for name in names if name not in ("__dict__", "__weakref__")]
+    return attributes_of(x)
 
 
 def _put(x: Any, key: Any, value: Any) -> None:

@@ -23,14 +23,18 @@ from lightning_dist.taps import (
     is_tapped,
     logits_of,
     record_outputs,
-    refuse_shared_tensors,
     tap,
     with_logits,
 )
 from lightning_dist.teacher.base import Inputs, Tap, TeacherBase
 from lightning_dist.teacher.bridge import InputBridge
-from lightning_dist.teacher.calls import explain_refused_call, freeze
-from lightning_dist.teacher.isolation import generators_of, own_inputs, own_numbers
+from lightning_dist.teacher.calls import (
+    explain_refused_call,
+    freeze,
+    refuse_iterators,
+    refuse_shared_parts,
+)
+from lightning_dist.teacher.isolation import differ, generators_of, own_inputs, own_numbers
 from lightning_dist.teacher.matching import bridge_between, class_map_between
 from lightning_dist.teacher.sharding import gathered, is_sharded
 
@@ -206,10 +210,10 @@ class Teacher(TeacherBase):
         """Freeze the network and move it to the Trainer's device; see :class:`TeacherBase`.
 
         Raises:
-            MisconfigurationException: if the network shares tensors with the module.
+            MisconfigurationException: if the network shares tensors or layers with the module.
         """
         try:
-            refuse_shared_tensors(self.network, pl_module)
+            refuse_shared_parts(self.network, pl_module)
         except MisconfigurationException:
             # The constructor has frozen the shared tensors, but the student must train them.
             self.release()
@@ -272,8 +276,14 @@ class Teacher(TeacherBase):
         The first call gets copies of the tensors. If it writes to a copy, all later calls get
         copies too. Otherwise, later calls get the student's own tensors, and a change of their
         version counters reveals a write. Containers and other objects are always copies.
+
+        Raises:
+            MisconfigurationException: if the student gets an iterator, which only one of the two
+                can read; or if the network writes to its input, but not in its first call.
         """
         writes = self._writes.get(part)
+        if writes is None:
+            refuse_iterators(self, args, kwargs)
         inputs, tensors = own_inputs((args, kwargs), clone=writes is not False)
         if any(x.is_inference() for x in tensors):  # a write could not be noticed
             return self.ask(part, *own_inputs(inputs, clone=True)[0])
@@ -285,6 +295,8 @@ class Teacher(TeacherBase):
                 f"{self} changed its input in place, but not in its first call, so the student "
                 "would train on the changed input: let its forward work on a copy (x = x.clone())"
             )
+        if writes is None and not written:
+            written = differ(tensors, own_inputs((args, kwargs), clone=False)[1])
         self._writes[part] = bool(writes or written)
         return output
 

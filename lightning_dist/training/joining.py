@@ -16,7 +16,8 @@ class WrappedStep:
     """A replacement for a module's ``training_step``, until :meth:`remove` is called.
 
     The loss is complete when the replaced ``training_step`` returns, so that precision,
-    accumulation, clipping and DDP work as without distillation.
+    accumulation, clipping and DDP work as without distillation. A step that calls
+    ``self.training_step`` for parts of its batch is distilled once, as a whole.
 
     Args:
         trainer: the Trainer. The replacement is used only while it trains; a ``validation_step``
@@ -36,14 +37,19 @@ class WrappedStep:
         self.pl_module = pl_module
         # Keep a training_step that is stored on the instance: torch.compile stores one there.
         self.own = pl_module.__dict__.get("training_step")
+        self.running = False
 
         @functools.wraps(getattr(step, "__func__", step))
         def training_step(module: LightningModule, *args: Any, **kwargs: Any) -> Any:
             if module is not pl_module:  # The module is a copy that was made during fit.
                 return type(module).training_step(module, *args, **kwargs)
-            if not trainer.training:
+            if not trainer.training or self.running:
                 return step(*args, **kwargs)
-            return run(step, args, kwargs)
+            self.running = True
+            try:
+                return run(step, args, kwargs)
+            finally:
+                self.running = False
 
         # Bind it as a method: deepcopy rebinds a method to the copy, and pickle stores only its
         # name. So a copy of the module does not contain the Trainer and the original module.

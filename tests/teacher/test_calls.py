@@ -105,6 +105,46 @@ def test_a_call_that_the_teacher_does_not_take_is_explained(make_trainer, kind):
     make_trainer(callbacks=[callback]).fit(Student(), loader)
 
 
+def test_a_layer_that_depends_on_the_mode_is_not_shared(make_trainer):
+    def fit(shared: nn.Module) -> None:
+        teacher, module = network(), Student()
+        teacher.add_module("shared", shared)
+        module.net.layers.add_module("shared", shared)
+        loader = DataLoader(TensorDataset(IMAGES, torch.arange(8) % 3), batch_size=4)
+        inputs = {"layers": ""}
+        make_trainer(callbacks=[DistillationCallback(teacher, inputs=inputs)]).fit(module, loader)
+
+    fit(nn.Sequential(nn.GELU(), nn.Identity()))
+    for layer in (nn.Dropout(), nn.Sequential(nn.RReLU()), Keyword(nn.Identity())):
+        with pytest.raises(
+            MisconfigurationException, match=r"shares its 'shared.*with 'net\.layers"
+        ):
+            fit(layer)
+        assert all(part.training for part in layer.modules())
+
+
+@pytest.mark.parametrize("make", [iter, lambda items: map(torch.sin, items)])
+def test_an_iterator_that_only_one_network_can_read_is_refused(make_trainer, make):
+    class Sums(nn.Linear):
+        def forward(self, inputs):
+            return super().forward(sum(inputs[0]).flatten(1))
+
+    class Module(Student):
+        def __init__(self):
+            super().__init__()
+            self.net = Sums(108, 3)
+
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self.net([make([batch[0], batch[0]])]), batch[1])
+
+    loader = DataLoader(TensorDataset(IMAGES, torch.arange(8) % 3), batch_size=4)
+    callback = DistillationCallback(Sums(108, 3))
+    with pytest.raises(
+        MisconfigurationException, match=r"only one of student and .* can read: call"
+    ):
+        make_trainer(callbacks=[callback]).fit(Module(), loader)
+
+
 def test_an_error_within_the_teacher_stays_what_it_is():
     teacher = Teacher(network())
     with pytest.raises(RuntimeError, match="expected input"):

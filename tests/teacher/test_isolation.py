@@ -127,6 +127,18 @@ def test_a_teacher_that_changes_objects_leaves_the_students_alone(make_trainer, 
     assert_same_bits(alone, trained(make_trainer, Objects(kind), callback))
 
 
+@pytest.mark.parametrize("way", ["data", "numpy"])
+def test_a_write_that_no_version_counter_shows_leaves_the_students_input_alone(make_trainer, way):
+    class Writes(nn.Linear):
+        def forward(self, x):
+            (x.data if way == "data" else x.numpy())[:] *= 0.5
+            return super().forward(x)
+
+    alone = trained(make_trainer, Plain(Noisy()))
+    callback = DistillationCallback(Writes(6, 4), weight=called_at_weight_0)
+    assert_same_bits(alone, trained(make_trainer, Plain(Noisy()), callback))
+
+
 def test_a_copy_shares_its_tensors_and_what_is_not_data():
     network, x = nn.Linear(2, 2), torch.ones(2)
     batch = SimpleNamespace(network=network, items={"x": [x, x]}, batch=None)

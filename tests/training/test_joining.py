@@ -24,6 +24,24 @@ def test_a_step_is_wrapped_until_it_is_removed():
     assert "training_step" not in vars(module)
 
 
+def test_a_step_that_calls_itself_for_parts_of_its_batch_is_wrapped_once():
+    class Parts(BoringModel):
+        def training_step(self, batch, batch_idx):
+            return [self.training_step(x, 0) for x in batch] if batch_idx else batch
+
+    def run(step, args, kwargs):
+        if args[0] == "fails":
+            raise ValueError("from the step")
+        return ("run", step(*args, **kwargs))
+
+    module = Parts()
+    WrappedStep(SimpleNamespace(training=True), module, run)
+    for _ in range(2):
+        assert module.training_step("ab", 1) == ("run", ["a", "b"])
+        with pytest.raises(ValueError, match="from the step"):
+            module.training_step("fails", 1)
+
+
 def test_a_step_that_was_set_on_the_instance_is_restored():
     module = BoringModel()
     module.training_step = own = lambda batch, batch_idx: "own"
