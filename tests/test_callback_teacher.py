@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from lightning.pytorch.callbacks import BackboneFinetuning
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dist import (
     DistillationCallback,
@@ -22,6 +21,7 @@ from lightning_dist import (
 from lightning_dist.functional import dist_loss, kd_loss
 from lightning_dist.losses import FeatureMimic
 from lightning_dist.teacher import EnsembleTeacher
+from plain import Projection, data
 
 STEPS = 6
 
@@ -41,10 +41,7 @@ class Plain(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
 
     def train_dataloader(self):
-        generator = torch.Generator().manual_seed(1)
-        inputs = torch.randn(STEPS * 8, 6, generator=generator)
-        target = torch.randint(0, 4, (len(inputs),), generator=generator)
-        return DataLoader(TensorDataset(inputs, target), batch_size=8)
+        return data(STEPS)
 
 
 class Counting(nn.Module):
@@ -352,7 +349,7 @@ class Finetuned(Plain):
 @pytest.mark.parametrize("loss", [F.mse_loss, "projection"])
 def test_a_term_on_a_frozen_part_is_0_until_the_part_trains(make_trainer, loss):
     if loss == "projection":
-        loss = Projected()
+        loss = Projection(12)
     terms = {"hidden": Term(loss, student="backbone", teacher="0")}
     callback = DistillationCallback(teacher_net(), student="", terms=terms)
     values = []
@@ -369,17 +366,6 @@ def test_a_term_on_a_frozen_part_is_0_until_the_part_trains(make_trainer, loss):
     assert values[:STEPS] == [0.0] * STEPS
     assert min(values[STEPS:]) > 0
     assert sum("term 'hidden' waits" in str(warning.message) for warning in caught) == 1
-
-
-class Projected(nn.Module):
-    """A loss with trainable parameters."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.projection = nn.Linear(12, 12)
-
-    def forward(self, student, teacher):
-        return F.mse_loss(self.projection(student), teacher)
 
 
 def test_a_resume_with_another_teacher_causes_a_warning_that_names_both(make_trainer, tmp_path):

@@ -20,17 +20,11 @@ from lightning_dist import DistillationCallback, DistillModule, DISTLoss, KDLoss
 from lightning_dist.data.digits import DigitsDataModule
 from lightning_dist.functional import dist_loss
 from lightning_dist.tasks.classification import ClassificationModule
+from plain import Projection, data
 
 
 def network() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4))
-
-
-def data(batches: int = 4, size: int = 8) -> DataLoader:
-    generator = torch.Generator().manual_seed(1)
-    inputs = torch.randn(batches * size, 6, generator=generator)
-    target = torch.randint(0, 4, (len(inputs),), generator=generator)
-    return DataLoader(TensorDataset(inputs, target), batch_size=size)
 
 
 sgd = functools.partial(torch.optim.SGD, lr=0.1)
@@ -85,17 +79,9 @@ def test_a_callback_of_the_trainer_replaces_the_modules_own(make_trainer):
 
 @pytest.mark.filterwarnings("ignore:.*configure_model.*")
 def test_the_modules_callback_comes_before_callbacks_that_average_weights(make_trainer):
-    class Mimic(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.project = nn.Linear(8, 8)
-
-        def forward(self, student, teacher):
-            return F.mse_loss(self.project(student), teacher)
-
     class Hinted(DistillModule):
         def configure_distillation(self):
-            terms = {"hint": Term(Mimic(), student="0", teacher="0")}
+            terms = {"hint": Term(Projection(8), student="0", teacher="0")}
             return DistillationCallback(self.teacher, "student", terms=terms)
 
     trainer = make_trainer(callbacks=[EMAWeightAveraging()])

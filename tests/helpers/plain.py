@@ -11,6 +11,17 @@ from lightning_dist.functional import dist_loss
 BATCH = 8
 
 
+class Projection(nn.Module):
+    """A loss of features with a trainable projection, as FeatureMimic."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.project = nn.Linear(features, features)
+
+    def forward(self, student, teacher):
+        return F.mse_loss(self.project(student), teacher)
+
+
 class Plain(L.LightningModule):
     """A module as users write it, with no code for distillation."""
 

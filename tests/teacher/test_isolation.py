@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from lightning_dist import DistillationCallback, Teacher
 from lightning_dist.teacher.isolation import own_inputs
+from plain import data
 
 STEPS = 5
 
@@ -95,15 +95,6 @@ class Objects(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
 
 
-def batches() -> DataLoader:
-    generator = torch.Generator().manual_seed(1)
-    made = [
-        (torch.randn(8, 6, generator=generator), torch.randint(0, 4, (8,), generator=generator))
-        for _ in range(STEPS)
-    ]
-    return DataLoader(made, batch_size=None)
-
-
 def called_at_weight_0(trainer: L.Trainer) -> Tensor:
     """Return the weight 0 as a tensor, which is not read, so that the teacher is called."""
     return torch.zeros(())
@@ -111,7 +102,7 @@ def called_at_weight_0(trainer: L.Trainer) -> Tensor:
 
 def trained(make_trainer, module: L.LightningModule, *callbacks) -> L.LightningModule:
     torch.manual_seed(3)
-    make_trainer(callbacks=list(callbacks), max_epochs=2).fit(module, batches())
+    make_trainer(callbacks=list(callbacks), max_epochs=2).fit(module, data(STEPS))
     return module
 
 
@@ -202,7 +193,7 @@ def test_a_teacher_draws_other_numbers_in_each_step_and_the_same_when_resumed(
         trainer = make_trainer(callbacks=[callback], max_epochs=epochs)
         module = Plain(Noisy())
         torch.manual_seed(3)
-        trainer.fit(module, batches(), ckpt_path=checkpoint)
+        trainer.fit(module, data(STEPS), ckpt_path=checkpoint)
         trainer.save_checkpoint(tmp_path / "one.ckpt")
     assert torch.equal(torch.stack(resumed.drawn), torch.stack(teacher.drawn[STEPS:]))
 
@@ -211,6 +202,6 @@ def test_a_copy_of_the_student_scores_0_with_the_students_numbers(make_trainer):
     module = Plain(Noisy())
     teacher = Teacher(copy.deepcopy(module.net), random_numbers="student")
     trainer = make_trainer(callbacks=[DistillationCallback(teacher)], max_steps=1)
-    trainer.fit(module, batches())
+    trainer.fit(module, data(STEPS))
     assert torch.equal(teacher.network.drawn[0], module.net.drawn[0])
     assert trainer.callback_metrics["train/distill"].item() == pytest.approx(0, abs=1e-5)

@@ -14,21 +14,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_dist import DistillationCallback, Term
-
-
-class Outputs(nn.Module):
-    """A loss with a projection of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.project = nn.Linear(2, 2)
-
-    def forward(self, student, teacher):
-        return F.mse_loss(self.project(student), teacher)
+from plain import Projection
 
 
 def with_projection(teacher: nn.Module) -> DistillationCallback:
-    return DistillationCallback(teacher, student="layer", terms={"mimic": Term(Outputs())})
+    terms = {"mimic": Term(Projection(2))}
+    return DistillationCallback(teacher, student="layer", terms=terms)
 
 
 def test_model_pruning_after_a_term_with_parameters_is_refused(make_trainer):

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader
 
 from lightning_dist import DistillationCallback
 from lightning_dist.functional import dist_loss
+from plain import data
 
 STEPS = 4
 
@@ -70,15 +70,6 @@ class Adversarial(Manual):
         return [torch.optim.SGD(network.parameters(), lr=0.1) for network in networks]
 
 
-def loader() -> DataLoader:
-    generator = torch.Generator().manual_seed(1)
-    batches = [
-        (torch.randn(8, 6, generator=generator), torch.randint(0, 4, (8,), generator=generator))
-        for _ in range(STEPS)
-    ]
-    return DataLoader(batches, batch_size=None)
-
-
 def teacher_net() -> nn.Module:
     torch.manual_seed(7)
     return nn.Linear(6, 4)
@@ -86,7 +77,7 @@ def teacher_net() -> nn.Module:
 
 def fitted(make_trainer, module, *callbacks, **options):
     trainer = make_trainer(callbacks=list(callbacks), **options)
-    trainer.fit(module, loader())
+    trainer.fit(module, data(STEPS))
     return module
 
 
@@ -113,7 +104,7 @@ def test_weight_0_changes_no_weight(make_trainer, kind, backward):
 
 def test_the_terms_join_the_backward_that_the_user_names(make_trainer):
     module = Adversarial()
-    net, teacher, (x, target) = copy.deepcopy(module.net), teacher_net(), next(iter(loader()))
+    net, teacher, (x, target) = copy.deepcopy(module.net), teacher_net(), next(iter(data(STEPS)))
     critic = copy.deepcopy(module.critic)
     logits = net(x)
     torch.optim.SGD(critic.parameters(), lr=0.1).zero_grad()

@@ -7,28 +7,16 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import nn
 
 from lightning_dist import (
     DistillationCallback,
     Term,
 )
-from plain import Plain, data, fitted, teacher_net
-
-
-class Projection(nn.Module):
-    """A loss with trainable parameters, like FeatureMimic."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.project = nn.Linear(12, 12)
-
-    def forward(self, student, teacher):
-        return F.mse_loss(self.project(student), teacher)
+from plain import Plain, Projection, data, fitted, teacher_net
 
 
 def projecting() -> tuple[DistillationCallback, Projection]:
-    loss = Projection()
+    loss = Projection(12)
     terms = {"mimic": Term(loss, weight=1.0, student="0", teacher="0")}
     return DistillationCallback(teacher_net(), terms=terms), loss
 

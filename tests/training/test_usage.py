@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
-from torch.utils.data import DataLoader
 
 from lightning_dist import DistillationCallback
+from plain import data
 
 STEPS = 4
 
@@ -36,17 +36,11 @@ class Alternating(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def loader() -> DataLoader:
-    return DataLoader(
-        [(torch.randn(8, 6), torch.randint(0, 4, (8,))) for _ in range(STEPS)], batch_size=None
-    )
-
-
 def fitted(make_trainer, module, **options):
     trainer = make_trainer(callbacks=[DistillationCallback(nn.Linear(6, 4))], **options)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trainer.fit(module, loader())
+        trainer.fit(module, data(STEPS))
     return trainer, [str(warning.message) for warning in caught]
 
 
