@@ -3,6 +3,7 @@
 import signal
 from collections.abc import Sequence, Sized
 from functools import cached_property
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -16,7 +17,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from lightning_dist.checks import UNLABELED, check_labels, check_number
 from lightning_dist.data.few_labels import choose_labels, without_other_labels
-from lightning_dist.data.image_files import to_rgb
+from lightning_dist.data.image_files import Transform, to_rgb
 from lightning_dist.data.seeding import (
     EpochSampler,
     RepeatingSampler,
@@ -24,6 +25,7 @@ from lightning_dist.data.seeding import (
     SeededDataset,
 )
 from lightning_dist.data.tensor_images import TensorImages, per_channel
+from lightning_dist.data.unlabeled import JoinedImages, SharedBatches, unlabeled_files
 from lightning_dist.data.views import Views
 from lightning_dist.files.card import Card
 
@@ -118,6 +120,11 @@ class ImageDataModule(LightningDataModule):
         labels: the number of training images that keep their label, or a fraction of them; the
             others get the label -100 and are only distilled. `seed` chooses them, in the
             proportions of the classes. By default all images keep their label.
+        unlabeled: a folder of images without labels, or several, which are distilled beside the
+            training set; for data modules of image files. Images lie at any depth.
+        unlabeled_share: the share of images without a label in each batch of each process. An epoch
+            is then one pass over the images with a label. By default an epoch is one pass over all
+            images.
 
     Raises:
         ValueError: if a setting is out of range.
@@ -162,6 +169,8 @@ class ImageDataModule(LightningDataModule):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         labels: float | None = None,
+        unlabeled: str | Path | Sequence[str | Path] | None = None,
+        unlabeled_share: float | None = None,
     ) -> None:
         super().__init__()
         check_number("global_batch_size", global_batch_size, int, least=1)
@@ -191,6 +200,9 @@ class ImageDataModule(LightningDataModule):
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         self.drop_last = drop_last
         self.labels = labels
+        self.unlabeled = unlabeled
+        self.unlabeled_share = unlabeled_share
+        self._labeled: Tensor | None = None  # which training images have a label, if not all
         self._datasets: dict[str, Dataset] = {}
 
     def train_dataset(self) -> Dataset:
@@ -246,6 +258,32 @@ class ImageDataModule(LightningDataModule):
             check_labels(labels, self.num_classes, where, ignored=ignored)
             if split != "train" and (labels == ignored).all():
                 raise ValueError(f"{where} has no label: metrics need labelled images")
+
+    def _with_unlabeled(self, dataset: Dataset) -> Dataset:
+        """Return the training set with the images that have no label."""
+        labeled = torch.ones(len(cast(Sized, dataset)), dtype=torch.bool)
+        if self.labels is not None:
+            labeled = choose_labels(self.train_labels(dataset), self.labels, self.seed)
+            dataset = without_other_labels(dataset, labeled)
+        if self.unlabeled:
+            transform = self.unlabeled_transform()
+            evaluated = getattr(self._dataset("val"), "samples", ())
+            files = unlabeled_files(self.unlabeled, (str(path) for path, _ in evaluated))
+            dataset = JoinedImages(dataset, files, transform)
+            labeled = torch.cat([labeled, torch.zeros(len(files), dtype=torch.bool)])
+        self._labeled = labeled
+        return dataset
+
+    def unlabeled_transform(self) -> Transform:
+        """Return the function that converts images of the folder `unlabeled` for training.
+
+        Raises:
+            ValueError: if a data module of this kind reads no image files.
+        """
+        raise ValueError(
+            f"unlabeled={self.unlabeled} is for data modules that read image files with timm's "
+            f"transforms, such as data=image_folder, but this is a {type(self).__name__}"
+        )
 
     def train_labels(self, dataset: Dataset) -> Tensor:
         """Return the classes of the training images, int64 (N,); only the option `labels` needs it.
@@ -340,8 +378,7 @@ class ImageDataModule(LightningDataModule):
             ValueError: if the training set is empty, or if `drop_last` would drop all its images.
         """
         dataset = self._dataset("train")
-        kind = RepeatingSampler if getattr(self.trainer, "overfit_batches", 0) else EpochSampler
-        sampler = kind(dataset, self.seed, drop_last=self.drop_last, **self._replica())
+        sampler = self._train_sampler(dataset)
         if self.drop_last and len(sampler) < self.batch_size:
             raise ValueError(
                 f"the training set of {self.location} has {len(cast(Sized, dataset))} images, and "
@@ -361,6 +398,17 @@ class ImageDataModule(LightningDataModule):
             drop_last=self.drop_last,
             **settings,
         )
+
+    def _train_sampler(self, dataset: Dataset) -> EpochSampler:
+        repeats = getattr(self.trainer, "overfit_batches", 0)
+        options: Any = {"seed": self.seed, "drop_last": self.drop_last, **self._replica()}
+        if self.unlabeled_share is None:
+            return (RepeatingSampler if repeats else EpochSampler)(dataset, **options)
+        if repeats:
+            raise ValueError("overfit_batches repeats some batches: leave out unlabeled_share")
+        assert self._labeled is not None
+        shares = (self._labeled, self.unlabeled_share, self.batch_size)
+        return SharedBatches(dataset, *shares, **options)
 
     def train_views(self) -> Views:
         """Return the training set with `views` fixed augmentations of each sample."""
@@ -384,7 +432,11 @@ class ImageDataModule(LightningDataModule):
     def sample_settings(self) -> dict[str, Any]:
         """Return the settings that can change a sample's pixels: all except the loader settings."""
         loaders = {"global_batch_size", "eval_batch_size", "num_workers", "seed", "pin_memory"}
-        others = loaders | {"drop_last", "views", "labels"} | vars(LightningDataModule()).keys()
+        others = (
+            loaders
+            | {"drop_last", "views", "labels", "unlabeled_share"}
+            | vars(LightningDataModule()).keys()
+        )
         return {
             name: value
             for name, value in vars(self).items()
@@ -432,10 +484,7 @@ class ImageDataModule(LightningDataModule):
                 raise ValueError(f"the {split} set of {self.location} is empty")
             if split != "predict":  # which needs no labels
                 self.check_dataset(split, dataset)
-            if split == "train" and self.labels is not None:
-                chosen = choose_labels(self.train_labels(dataset), self.labels, self.seed)
-                dataset = without_other_labels(dataset, chosen)
-            self._datasets[split] = dataset
+            self._datasets[split] = self._with_unlabeled(dataset) if split == "train" else dataset
         return self._datasets[split]
 
     def _replica(self) -> dict[str, int]:

@@ -72,6 +72,10 @@ class TimmTransformDataModule(ImageDataModule):
             std=self.std,
         )
 
+    def unlabeled_transform(self) -> Transform:
+        """Return the training transform, which images without a label get too."""
+        return self.train_transform()
+
     def image_facts(self) -> dict[str, Any]:
         """Return the fields of a Card that describe the images of the evaluation transform."""
         return super().image_facts() | {

@@ -1,0 +1,154 @@
+"""Images without labels beside a training set, and batches with a given share of them."""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lightning_dist.checks import UNLABELED, check_number
+from lightning_dist.data.image_files import (
+    Transform,
+    abbreviate,
+    find_images,
+    load_image,
+    warn_once,
+)
+from lightning_dist.data.seeding import EpochSampler, Key, derive_seeds
+
+
+def unlabeled_files(folders: str | Path | Sequence[str | Path], evaluated: Iterable[str]) -> list:
+    """Return the paths of the images in some folders, at any depth, sorted folder by folder.
+
+    Args:
+        folders: the folder, or several.
+        evaluated: the paths of the validation images; a warning names those among the found ones.
+
+    Raises:
+        FileNotFoundError: if a folder is missing or has no images.
+    """
+    files: list[str] = []
+    for folder in [folders] if isinstance(folders, (str, Path)) else folders:
+        found = find_images(Path(folder))
+        if not found:
+            raise FileNotFoundError(f"unlabeled={folder}: there is no such folder with images")
+        files += map(os.path.abspath, found)
+    if both := set(files) & {os.path.abspath(path) for path in evaluated}:
+        warn_once(
+            f"images of the validation set are also among the unlabelled ones: {abbreviate(both)}: "
+            "the student then trains on what it is evaluated on; give another folder"
+        )
+    return files
+
+
+class JoinedImages(Dataset):
+    """A data set with the samples of another one, and after them images without a label.
+
+    Args:
+        dataset: a data set of images and classes, which is read by index.
+        files: the paths of the images without a label.
+        transform: a function that converts a PIL image to a tensor (C, H, W).
+    """
+
+    def __init__(self, dataset: Dataset, files: Sequence[str], transform: Transform) -> None:
+        self.dataset = dataset
+        self.files = np.array(files)  # one object, which workers do not copy as they read it
+        self.transform = transform
+        self._first = len(cast(Any, dataset))
+
+    def __len__(self) -> int:
+        return self._first + len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        if index < self._first:
+            return self.dataset[index]
+        return self.transform(load_image(str(self.files[index - self._first]))), UNLABELED
+
+
+class SharedBatches(EpochSampler):
+    """An EpochSampler whose batches have a given share of samples without a label.
+
+    An epoch is one pass over the samples with a label. The others come in random orders, one order
+    after the other, and the next epoch goes on where the last one ended, so that all of them are
+    used equally often.
+
+    Args:
+        dataset: the data set to sample.
+        labeled: a bool tensor (N,) that is true for the samples with a label.
+        share: the share of the others in each batch of each process, between 0 and 1.
+        batch_size: the number of samples in a batch of each process.
+        seed: the seed of the run.
+        num_replicas: the number of processes that share the samples of each epoch.
+        rank: the number of this process, from 0.
+        drop_last: see :class:`lightning_dist.data.seeding.EpochSampler`.
+
+    Raises:
+        ValueError: if a batch would have no sample of one kind, or there is none.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        labeled: Tensor,
+        share: float,
+        batch_size: int,
+        seed: int = 0,
+        num_replicas: int = 1,
+        rank: int = 0,
+        drop_last: bool = False,
+    ) -> None:
+        super().__init__(dataset, seed, num_replicas, rank, drop_last)
+        check_number("unlabeled_share", share, least=0, most=1)
+        self.others = round(share * batch_size)  # the samples without a label in a batch
+        self.own = batch_size - self.others
+        self.with_label, self.without = (torch.nonzero(x)[:, 0] for x in (labeled, ~labeled))
+        for name, each, all_of_them in (
+            ("with", self.own, self.with_label),
+            ("without", self.others, self.without),
+        ):
+            if not each or not len(all_of_them):
+                raise ValueError(
+                    f"unlabeled_share={share} of {batch_size} samples in a batch leaves {each} "
+                    f"{name} a label, and the training set has {len(all_of_them)} of them: give "
+                    "another share, or leave it out"
+                )
+        self.count = -(-len(self.with_label) // num_replicas)
+        self.batches = -(-self.count // self.own)
+
+    def __len__(self) -> int:
+        return self.count + self.batches * self.others
+
+    def __iter__(self) -> Iterator[Key]:
+        own = self._order(self.with_label, 0, self.epoch)
+        # Some samples are repeated, so that all processes have the same number.
+        places = torch.arange(self.rank, self.count * self.num_replicas, self.num_replicas)
+        own = own[places % len(own)]
+        others = self._others()
+        indices: list[int] = []
+        for batch in range(self.batches):
+            parts = (
+                own[batch * self.own : (batch + 1) * self.own],
+                others[batch * self.others : (batch + 1) * self.others],
+            )
+            # Mixed, because Mixup mixes samples by their places in the batch.
+            indices += self._order(torch.cat(parts), 2, self.epoch, batch).tolist()
+        for index in indices[self.skip :]:
+            yield index, self.epoch
+
+    def _others(self) -> Tensor:
+        """Return the indices of this epoch and process that have no label."""
+        size, total = len(self.without), self.batches * self.others * self.num_replicas
+        places = torch.arange(self.epoch * total, (self.epoch + 1) * total)
+        places = places[self.rank :: self.num_replicas]
+        passes = (places // size).unique().tolist()
+        orders = torch.cat([self._order(self.without, 1, number) for number in passes])
+        return orders[places - passes[0] * size]
+
+    def _order(self, indices: Tensor, *parts: int) -> Tensor:
+        """Return the indices in a random order that depends on the seed and some numbers."""
+        (seed,) = derive_seeds(self.seed, *parts)
+        return indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed))]
