@@ -1,9 +1,7 @@
 """``ExactResume``: a callback that gives a resumed run the result of an uninterrupted run."""
 
-import os
 import random
 import signal
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -27,27 +25,10 @@ from lightning_dist.resume.loops import (
     resume_at_the_right_batch,
     start_epoch_again,
 )
+from lightning_dist.resume.signals import Interrupted, install_handler, remove_handler
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # This entry of a checkpoint is True if a callback, such as EarlyStopping, has ended the training.
 _STOPPED = "lightning_dist_stopped"
-
-
-class Interrupted(SystemExit):
-    """The exception that ends a run after a signal.
-
-    Args:
-        number: the number of the signal.
-        status: the exit status of the process: 128 + the number of the signal (143 for SIGTERM) in
-            the first process, 0 in the others.
-    """
-
-    def __init__(self, number: int, status: int) -> None:
-        super().__init__(status)
-        self.number = number
-
-    def __str__(self) -> str:
-        return f"stopped by {signal.Signals(self.number).name}"
 
 
 class ExactResume(Callback):
@@ -94,12 +75,15 @@ class ExactResume(Callback):
         self._batches = 0  # The number of completed batches of this epoch.
         self._resumes = False
         self._trains = False
+        self._is_training = False  # A hook will see a signal and end the run.
         self._started_epoch = False
 
     # Hooks, in the order in which Lightning calls them
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check that checkpoints can be written, and replace Lightning's writer of checkpoints."""
+        """Handle signals; in ``fit``, check the folder and replace the writer of checkpoints."""
+        self._is_training = False
+        install_handler(trainer, self._handle_signal)
         if stage != "fit":
             return
         self._received, self._saved_step, self._must_end = None, None, False
@@ -147,14 +131,9 @@ class ExactResume(Callback):
                 "resumed run then differs from that of a run without an interruption"
             )
 
-    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Install the signal handlers."""
-        self._handle_signals(trainer)
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Install the signal handlers, empty a new run's CSV files, and seed the first batch."""
-        self._handle_signals(trainer)
-        self._trains = True
+        """Empty a new run's CSV files, and seed the first batch."""
+        self._trains = self._is_training = True
         if not self._resumes:
             for logger in _csv_loggers(trainer):
                 logger.rewind(0)
@@ -218,8 +197,9 @@ class ExactResume(Callback):
             logger.save()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """End the run if it was saved because of a signal."""
-        if self._must_end:
+        """End the run if a process received a signal, also after the last checkpoint."""
+        self._is_training = False
+        if self._must_end or self._any_received_signal(trainer):
             self._end_run(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -227,35 +207,21 @@ class ExactResume(Callback):
         if self._resumes and not self._trains:
             count_last_batch_and_epoch(trainer)
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Install the signal handlers for a test as well."""
-        self._handle_signals(trainer)
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the handling of signals to Lightning again."""
+        remove_handler(trainer)
 
     # Helpers of the hooks
 
-    def _handle_signals(self, trainer: Trainer) -> None:
-        """Install handlers that store a signal during training, and else end the run at once.
-
-        Lightning restores the previous handlers when ``fit`` or ``test`` ends.
-        """
-        own = os.getpid()
-
-        def store(number: int, frame: Any) -> None:
-            # The workers of a data loader inherit this handler, but the main process ends them.
-            if os.getpid() != own:
-                return
-            again = self._received is not None
-            self._received = number
-            # A sanity check and a test have nothing to save.
-            if trainer.sanity_checking or trainer.testing:
-                self._end_run(trainer)
-            if again and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            rank_zero_info(f"{signal.Signals(number).name}: the run will be saved and then stopped")
-
-        if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
-                signal.signal(number, store)
+    def _handle_signal(self, trainer: Trainer, number: int) -> None:
+        """Store a signal during training, where a hook ends the run, and else end it at once."""
+        again = self._received is not None
+        self._received = number
+        if not self._is_training:  # nothing is left to save
+            self._end_run(trainer)
+        if again and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        rank_zero_info(f"{signal.Signals(number).name}: the run will be saved and then stopped")
 
     def _reseed(self, trainer: Trainer, phase: int) -> None:
         """Seed all random generators with numbers derived from epoch, batch, process and phase.

@@ -132,6 +132,60 @@ def test_a_second_ctrl_c_ends_the_run_at_once(fit):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning leaves the signal ignored.
 
 
+class SendIn(Callback):
+    """A callback that sends SIGTERM to its process in a hook."""
+
+    def __init__(self, hook: str) -> None:
+        setattr(self, hook, self.send)
+
+    def send(self, *_: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+class SendAtStart(DistillModule):
+    """A module that sends SIGTERM when Lightning has just installed its handlers for a stage."""
+
+    stage = "fit"
+
+    def zero_grad(self, *args: object, **kwargs: object) -> None:
+        if (
+            self.trainer.state.fn == self.stage
+            and not self.trainer.fit_loop.epoch_progress.total.ready
+        ):
+            os.kill(os.getpid(), signal.SIGTERM)
+        super().zero_grad(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "hook",
+    ["on_train_epoch_end", "on_train_end", "on_test_start", "on_test_batch_end", "on_test_end"],
+)
+def test_a_signal_near_the_end_never_reads_as_done(make_trainer, hook):
+    trainer = make_trainer(limit_train_batches=2, limit_val_batches=0, limit_test_batches=1)
+    trainer.callbacks += [ExactResume(), SendIn(hook)]
+
+    def fit_and_test() -> None:
+        trainer.fit(dropout_module(), DigitsDataModule())
+        trainer.test(dropout_module(), DigitsDataModule(), verbose=False)
+
+    with pytest.raises(Interrupted) as stopped:
+        fit_and_test()
+    assert stopped.value.code == 143
+    assert trainer.state.fn == ("test" if "test" in hook else "fit")
+
+
+@pytest.mark.parametrize("stage", ["fit", "test"])
+def test_a_signal_before_the_first_hook_of_a_stage_is_not_missed(make_trainer, monkeypatch, stage):
+    monkeypatch.setattr(SendAtStart, "stage", stage)
+    module = SendAtStart(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)))
+    trainer = make_trainer(limit_train_batches=2, limit_val_batches=0, limit_test_batches=1)
+    trainer.callbacks += [ExactResume()]
+    with pytest.raises(Interrupted) as stopped:
+        getattr(trainer, stage)(module, DigitsDataModule())
+    assert stopped.value.code == 143
+    assert trainer.global_step == 0
+
+
 def test_a_run_without_checkpoints_stops_and_says_that_nothing_is_saved(make_trainer, caplog):
     trainer = make_trainer(callbacks=[ExactResume(), Send(signal.SIGTERM, 3)])
     with pytest.raises(Interrupted), caplog.at_level("INFO"):

@@ -1,0 +1,64 @@
+"""The signals that stop a run, and a handler of them that misses none."""
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Interrupted(SystemExit):
+    """The exception that ends a run after a signal.
+
+    Args:
+        number: the number of the signal.
+        status: the exit status of the process: 128 + the number of the signal (143 for SIGTERM) in
+            the first process, 0 in the others.
+    """
+
+    def __init__(self, number: int, status: int) -> None:
+        super().__init__(status)
+        self.number = number
+
+    def __str__(self) -> str:
+        return f"stopped by {signal.Signals(self.number).name}"
+
+
+def install_handler(trainer: Trainer, handle: Callable[[Trainer, int], None]) -> None:
+    """Handle the signals from the time when Lightning 2.6.6 installs its own handlers.
+
+    Lightning's handler stores SIGTERM for the training loop, which raises an exception with the
+    exit status 0; a test ignores it. There is no hook at this time, so the private method that
+    installs the handlers is replaced. It is called in ``fit`` and ``test``, and Lightning restores
+    the previous handlers at their ends.
+
+    Args:
+        trainer: the trainer.
+        handle: the function that is called with the trainer and the number of the signal, in the
+            main thread of this process and of no worker process.
+    """
+    connector = trainer._signal_connector
+    remove_handler(trainer)
+    register = connector.register_signal_handlers
+    own = os.getpid()
+
+    def on_signal(number: int, frame: Any) -> None:
+        if os.getpid() == own:  # The workers of a data loader inherit the handler.
+            handle(trainer, number)
+
+    def register_and_handle() -> None:
+        register()
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                signal.signal(number, on_signal)
+
+    connector.__dict__["register_signal_handlers"] = register_and_handle
+
+
+def remove_handler(trainer: Trainer) -> None:
+    """Let Lightning install only its own handlers the next time."""
+    trainer._signal_connector.__dict__.pop("register_signal_handlers", None)
