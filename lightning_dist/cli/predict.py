@@ -83,8 +83,7 @@ class Writer(BasePredictionWriter):
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the card, which names the classes and their ids."""
-        self.out.mkdir(parents=True, exist_ok=True)
-        write_card(self.card, self.out / "card.json")
+        write_card(self.card, self.fresh("card.json"))
 
     def write_on_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, prediction: Any, *args: Any
@@ -122,8 +121,24 @@ class Writer(BasePredictionWriter):
         Args:
             index: the index of the image.
         """
-        path = self.out / f"{self.names[index]}.png"
+        return self.fresh(f"{self.names[index]}.png")
+
+    def fresh(self, name: str) -> Path:
+        """Return the path of a new file, and create its folder; an existing file is removed.
+
+        An existing file may be a link to a file elsewhere, which must not be written.
+
+        Args:
+            name: the name of the file in the folder.
+
+        Raises:
+            UserError: if a link inside the folder leads out of it.
+        """
+        path = self.out / name
+        if not path.parent.resolve().is_relative_to(self.out.resolve()):
+            raise UserError(f"{path.parent} is a link out of {self.out}: choose another out=")
         path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
         return path
 
 
@@ -157,16 +172,17 @@ class ClassWriter(Writer):
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write a file with only the header, which replaces the file of an earlier command."""
         super().on_predict_start(trainer, pl_module)
-        self._write("w", [("image", "class", "probability")])
+        self.fresh("predictions.csv")
+        self._write([("image", "class", "probability")])
 
     def write(self, prediction: Any, images: Any, indices: Tensor, size: tuple[int, int]) -> None:
         best = prediction.softmax(1).max(1)
         names = [self.names[i] for i in indices.tolist()]
         numbers = [f"{p:.4f}" for p in best.values.tolist()]
-        self._write("a", zip(names, self.class_names(best.indices), numbers, strict=True))
+        self._write(zip(names, self.class_names(best.indices), numbers, strict=True))
 
-    def _write(self, mode: str, rows: Any) -> None:
-        with (self.out / "predictions.csv").open(mode, newline="") as file:
+    def _write(self, rows: Any) -> None:
+        with (self.out / "predictions.csv").open("a", newline="") as file:
             csv.writer(file).writerows(map(csv_cell, row) for row in rows)
 
 
@@ -191,7 +207,7 @@ class BoxWriter(Writer):
 
     def write_on_epoch_end(self, trainer: Trainer, *args: Any) -> None:
         """Write all boxes, including those whose score is too low to be drawn."""
-        (self.out / "predictions.json").write_text(json.dumps(self.found, indent=1) + "\n")
+        self.fresh("predictions.json").write_text(json.dumps(self.found, indent=1) + "\n")
 
 
 def _job(config: DictConfig) -> None:

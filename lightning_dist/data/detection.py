@@ -8,11 +8,13 @@ from typing import Any
 from xml.etree import ElementTree
 
 from torchvision.datasets import VOCDetection
+from torchvision.datasets.voc import DATASET_YEAR_DICT
 from torchvision.models.segmentation import DeepLabV3_ResNet50_Weights
 
 from lightning_dist.data.boxes import as_numbers, check_fractions
 from lightning_dist.data.detection_base import Annotated, DetectionDataModule
 from lightning_dist.data.image_files import abbreviate, find_files, find_images, warn_once
+from lightning_dist.files.text import read_bounded
 
 # torchvision stores the names of Pascal VOC's classes with the weights trained on that data set.
 _VOC_CLASSES = DeepLabV3_ResNet50_Weights.DEFAULT.meta["categories"][1:]  # without the background
@@ -199,8 +201,12 @@ class VOCDetectionDataModule(DetectionDataModule):
             FileNotFoundError: if a folder or file is missing.
             ValueError: if an annotation is invalid; the docstring of the class lists the cases.
         """
+        split = "train" if split == "train" else "val"
+        base = DATASET_YEAR_DICT.get(self.year, {}).get("base_dir", "")
         try:
-            data = VOCDetection(self.root, self.year, "train" if split == "train" else "val")
+            # torchvision would wait for a pipe and read a device without end.
+            read_bounded(self.root / base / f"ImageSets/Main/{split}.txt")
+            data = VOCDetection(self.root, self.year, split)
         except (RuntimeError, OSError) as error:
             raise FileNotFoundError(
                 f"{self.root} has no Pascal VOC {self.year}: expected VOCdevkit/VOC{self.year} "
@@ -213,7 +219,7 @@ class VOCDetectionDataModule(DetectionDataModule):
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing: restore it, or remove its image")
         try:
-            root = ElementTree.parse(file).getroot()
+            root = ElementTree.fromstring(read_bounded(file))
         except ElementTree.ParseError as error:
             raise ValueError(f"{file} is no XML ({error}): restore it") from error
         assert self.class_names is not None
@@ -319,7 +325,7 @@ class YoloDataModule(DetectionDataModule):
 
     def _entry(self, image: Path, file: Path) -> Annotated:
         entry = Annotated(image, [], [], [])
-        lines = file.read_text().splitlines() if file.is_file() else []
+        lines = read_bounded(file).decode().splitlines() if file.exists() else []
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue

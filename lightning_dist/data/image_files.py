@@ -5,6 +5,7 @@ import logging
 import os
 import stat
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -36,6 +37,7 @@ _FOREIGN = {
 }
 # Folders that an archive program, a file system or a disk station adds.
 _CLUTTER = {"__MACOSX", "@eaDir", "lost+found"}
+_MOST_VISITS = 32  # of a folder, through different links
 _ORIENTATION = 0x0112  # the EXIF tag with the direction in which the camera was held
 
 
@@ -150,16 +152,21 @@ def find_files(folder: Path) -> list[Path]:
 
 
 def _walk(folder: Path, left_out: set[str]) -> Iterator[Path]:
-    above: dict[str, set[str]] = {}  # for each folder: the real paths of it and of those above it
+    # For each folder: the real paths of it and of those above it.
+    above: dict[str, set[str]] = {}
+    start = {str(path) for path in Path(os.path.realpath(folder)).parents}
+    visits: Counter[str] = Counter()
     for top, folders, files in os.walk(folder, followlinks=True):
-        place, parents = os.path.realpath(top), above.get(os.path.dirname(top), set())
-        if place in parents:
+        place, parents = os.path.realpath(top), above.get(os.path.dirname(top), start)
+        visits[place] += 1
+        # Folders with links to each other have one path for each order of these folders.
+        if place in parents or visits[place] > _MOST_VISITS:
             left_out.add(f"{top} (a link back to {place})")
             folders.clear()
             continue
         above[top] = parents | {place}
         left_out |= {str(Path(top, name)) for name in (*folders, *files) if _is_clutter(name)}
-        folders[:] = [name for name in folders if not _is_clutter(name)]
+        folders[:] = sorted(name for name in folders if not _is_clutter(name))
         yield from (Path(top, name) for name in files if not _is_clutter(name))
 
 
@@ -295,4 +302,4 @@ def pick_evenly(count: int, most: int) -> list[int]:
 @functools.cache
 def warn_once(message: str) -> None:
     """Log a warning, unless this process has logged the same warning before."""
-    log.warning("%s", message)
+    log.warning("%s", printable(message))

@@ -9,6 +9,7 @@ from torchvision.models.segmentation import DeepLabV3_ResNet50_Weights
 
 from lightning_dist.data.image_files import abbreviate, find_images
 from lightning_dist.data.segmentation_base import IGNORED, Pair, SegmentationDataModule
+from lightning_dist.files.text import read_bounded
 
 # torchvision stores the names of Pascal VOC's classes with the weights trained on that data set.
 _VOC_CLASSES = DeepLabV3_ResNet50_Weights.DEFAULT.meta["categories"][1:]  # without the background
@@ -22,7 +23,7 @@ class CityscapesDataModule(SegmentationDataModule):
 
     Args:
         root: the folder that contains `leftImg8bit/SPLIT/CITY/*_leftImg8bit.png` and
-            `gtFine/SPLIT/CITY/*_gtFine_labelIds.png`, or the two zip archives of these files.
+            `gtFine/SPLIT/CITY/*_gtFine_labelIds.png`.
         **settings: the arguments of SegmentationDataModule and ImageDataModule.
 
     Raises:
@@ -58,13 +59,22 @@ class CityscapesDataModule(SegmentationDataModule):
             FileNotFoundError: if the data set, an image or a mask is missing.
         """
         split = "train" if split == "train" else "val"
+        missing = {
+            str(folder)
+            for folder in (self.root / kind / split for kind in ("leftImg8bit", "gtFine"))
+            if not folder.is_dir()
+        }
+        if missing:  # torchvision would unpack archives in the folder, also through a link
+            raise FileNotFoundError(
+                f"{self.root} has no Cityscapes: expected {abbreviate(missing)}: unpack "
+                "leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip there"
+            )
         try:
             data = Cityscapes(str(self.root), split, target_type="semantic")
         except (RuntimeError, OSError) as error:
             raise FileNotFoundError(
                 f"{self.root} has no Cityscapes: expected leftImg8bit/{split}/CITY and "
-                f"gtFine/{split}/CITY, unpacked from leftImg8bit_trainvaltest.zip and "
-                f"gtFine_trainvaltest.zip ({error})"
+                f"gtFine/{split}/CITY ({error})"
             ) from error
         found = zip(data.images, data.targets, strict=True)
         pairs = sorted(Pair(Path(image), Path(mask)) for image, (mask,) in found)
@@ -111,8 +121,11 @@ class VOC2012DataModule(SegmentationDataModule):
         Raises:
             FileNotFoundError: if the data set is missing.
         """
+        split = "train" if split == "train" else "val"
         try:
-            data = VOCSegmentation(self.root, "2012", "train" if split == "train" else "val")
+            # torchvision would wait for a pipe and read a device without end.
+            read_bounded(self.root / f"VOCdevkit/VOC2012/ImageSets/Segmentation/{split}.txt")
+            data = VOCSegmentation(self.root, "2012", split)
         except (RuntimeError, OSError) as error:
             raise FileNotFoundError(
                 f"{self.root} has no Pascal VOC 2012: expected VOCdevkit/VOC2012 with "

@@ -13,6 +13,7 @@ from torchvision.datasets import ImageFolder
 
 from lightning_dist.data.base import ImageDataModule
 from lightning_dist.data.image_files import abbreviate, load_image, open_image_folder
+from lightning_dist.files.text import read_bounded
 
 LAYOUT = (
     "expected Tiny-ImageNet-200's own layout: wnids.txt, words.txt, train/CLASS/images/*.JPEG, "
@@ -105,7 +106,7 @@ class TinyImageNetDataModule(ImageDataModule):
 
     def _read(self, name: str) -> str:
         try:
-            return (self.root / name).read_text(encoding="utf-8")
+            return read_bounded(self.root / name).decode("utf-8")
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{self.root / name} is missing: {LAYOUT}") from error
 

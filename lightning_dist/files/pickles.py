@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 # torch.save needs about 35 opcodes for a tensor, and no tuples of tuples of tuples.
-_MOST_OPCODES, _MOST_BYTES, _MOST_IN_A_TUPLE = 1_000_000, 32 * 2**20, 100_000
+_MOST_OPCODES, _MOST_BYTES, _MOST_IN_A_TUPLE = 500_000, 32 * 2**20, 100_000
 # A file of the format before torch 1.6 begins with this number of pickles.
 _PICKLES_OF_OLD_FORMAT = 5
 # Objects that training programs store in addition to the weights: command-line arguments, and

@@ -1,5 +1,6 @@
 """Report on finished runs with a table, a CSV file, a plot, and a single-file HTML page."""
 
+import tempfile
 from pathlib import Path
 
 from rich.table import Table
@@ -68,7 +69,12 @@ def write_report(folders: Folders, out: PathLike | None = None, metric: str | No
                 f"{path} is a link or no regular file: remove it, or choose another folder for the "
                 "report with --out"
             )
-    write_csv(runs, csv)
-    figure.savefig(png, bbox_inches="tight")
-    write_page(runs, page, metric)
+    # The files are renamed, because an existing one may be a hard link to a file outside.
+    with tempfile.TemporaryDirectory(dir=target, prefix=".report-") as folder:
+        new = Path(folder)
+        write_csv(runs, new / csv.name)
+        figure.savefig(new / png.name, bbox_inches="tight")
+        write_page(runs, new / page.name, metric)
+        for path in (csv, png, page):
+            (new / path.name).replace(path)
     return table

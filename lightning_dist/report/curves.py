@@ -1,9 +1,16 @@
 """Read the learning curves of a run from the file of Lightning's CSV logger."""
 
 import csv
+import io
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from lightning_dist.files.text import read_bounded
+from lightning_dist.report.runs import LARGEST
+
+# Limits of a file of the logger, far above those of a long run.
+_MOST_BYTES, _MOST_COLUMNS = 16 * 2**20, 1000
 
 LOG_FILE = "logs/metrics.csv"  # the path that conf/logger/csv.yaml sets
 
@@ -30,34 +37,37 @@ def read_curves(folder: Path) -> dict[str, Curve]:
             step and a metric.
     """
     path = folder / LOG_FILE
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path} is no regular file")
+    curves: dict[str, Curve] = {}
     try:
-        with open(path, newline="", encoding="utf-8", errors="replace") as file:
-            rows = list(csv.DictReader(file))
+        text = read_bounded(path, _MOST_BYTES).decode("utf-8", "replace")
+        rows = csv.reader(io.StringIO(text, newline=""))
+        names = next(rows, [])
+        if len(names) > _MOST_COLUMNS:
+            raise ValueError(f"it has more than {_MOST_COLUMNS} columns")
+        for row in rows:
+            fields = dict(zip(names, row, strict=False))
+            step = _parse_number(fields.get("step"))
+            for name in fields.keys() - {"step", "epoch"} if step is not None else ():
+                value = _parse_number(fields[name])
+                # A row has only some of the metrics, and the last row of a killed run may be cut
+                # off.
+                if value is not None and step is not None:
+                    curve = curves.setdefault(name, Curve())
+                    curve.steps.append(step)
+                    curve.values.append(value)
     except FileNotFoundError:
         raise ValueError(f"{folder} has no {LOG_FILE}, which logger=csv writes") from None
-    except (OSError, csv.Error) as error:
+    except (OSError, ValueError, csv.Error) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
-    curves: dict[str, Curve] = {}
-    for row in rows:
-        step = _parse_number(row.get("step"))
-        for name in row.keys() - {"step", "epoch", None}:
-            value = _parse_number(row[name])
-            # A row has only some of the metrics, and the last row of a killed run may be cut off.
-            if value is not None and step is not None:
-                curve = curves.setdefault(name, Curve())
-                curve.steps.append(step)
-                curve.values.append(value)
     if not curves:
         raise ValueError(f"{path} has no row with a step and a metric")
     return curves
 
 
 def _parse_number(text: str | None) -> float | None:
-    """Return the number in a field, nan if it is not finite, or None if there is no number."""
+    """Return the number in a field, nan if it cannot be plotted, or None if there is no number."""
     try:
         number = float(text or "")
     except ValueError:
         return None
-    return number if math.isfinite(number) else math.nan
+    return number if abs(number) <= LARGEST else math.nan

@@ -36,6 +36,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+# A page with more plots or more pairs of settings would take minutes to write and to read.
+_MOST_CURVES, _MOST_TESTED = 40, 100
+
+
 class Cell(NamedTuple):
     """A cell of a table: its text, its sort key (None means the text), and its CSS class."""
 
@@ -69,7 +73,8 @@ def write_page(runs: Sequence[Run], path: PathLike, metric: str | None = None) -
     files = resources.files("lightning_dist.report") / "templates"
     script = (files / "page.js").read_text(encoding="utf-8")
     alone = [group for group in groups if len(numbers_by_seed(group, metric)) < 2]
-    tested = compare_groups([group for group in groups if group not in alone], metric)
+    several = [group for group in groups if group not in alone]
+    tested = compare_groups(several, metric) if len(several) <= _MOST_TESTED else []
     curves, without_curves = _curves(runs, metric)
     page = _template().render(
         script=Markup(script),
@@ -82,6 +87,7 @@ def write_page(runs: Sequence[Run], path: PathLike, metric: str | None = None) -
         groups=groups,
         colors=group_colors(groups),
         alone=alone,
+        untested=len(several) if len(several) > _MOST_TESTED else 0,
         tested=tested,
         without_curves=without_curves,
         names=names_of(runs),
@@ -126,9 +132,11 @@ def _curves(runs: Sequence[Run], metric: str) -> tuple[dict[str, dict[Path, Curv
     logged = sorted(all_keys(found.values()))
     chosen = [name for name in dict.fromkeys(first) if name in logged]
     chosen += [name for name in logged if name.startswith("train/") and name not in chosen]
+    if len(chosen) > _MOST_CURVES:
+        reasons.append(f"{len(chosen) - _MOST_CURVES} further metrics, which are too many to plot")
     curves = {
         name: {folder: curves[name] for folder, curves in found.items() if name in curves}
-        for name in chosen
+        for name in chosen[:_MOST_CURVES]
     }
     return curves, reasons
 

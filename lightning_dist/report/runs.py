@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_dist.files.text import printable
+from lightning_dist.files.text import printable, read_bounded
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +27,9 @@ _OPTIONAL_FIELDS: dict[str, type] = {
     **{"student": str, "data": str},
     **{"student_parameters": int, "teacher_parameters": int, "test_set": str},
 }
-_MOST_BYTES = 64 * 2**20  # of a result.json
+# Limits of a result.json, and the columns of a table, far above those of a run.
+LARGEST = 1e100  # a number that matplotlib can still plot beside others
+_MOST_OVERRIDES, _MOST_METRICS, _MOST_COLUMNS = 1000, 10_000, 50
 
 
 @dataclass(frozen=True)
@@ -228,7 +231,8 @@ def table_metrics(runs: Sequence[Run], metric: str) -> list[str]:
     split = metric.rpartition("/")[0]
     metrics = all_keys([{metric: 0}, *(run.metrics for run in runs if run.completed)])
     own = teacher_metric(metric)
-    return [name for name in metrics if name.rpartition("/")[0] == split or name == own]
+    found = [name for name in metrics if name.rpartition("/")[0] == split or name == own]
+    return found[:_MOST_COLUMNS]
 
 
 def teacher_metric(metric: str) -> str:
@@ -251,13 +255,15 @@ def as_paths(folders: Folders) -> list[Path]:
 def _read_run(folder: Path) -> Run:
     path = folder / RESULT_FILE
     try:
-        if not path.is_file() or path.stat().st_size > _MOST_BYTES:
-            raise ValueError(f"it is no file, or has more than {_MOST_BYTES} bytes")
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_bounded(path).decode("utf-8"))
         if content["status"] not in ("completed", "failed"):
             raise ValueError(f"status is {content['status']!r}")
+        most = {"overrides": _MOST_OVERRIDES, "metrics": _MOST_METRICS}
+        for name, number in most.items():
+            if len(content[name]) > number:
+                raise ValueError(f"it has more than {number} {name}")
         content["overrides"] = dict(map(_parse_override, content["overrides"]))
-        content["metrics"] = {name: float(x) for name, x in content["metrics"].items()}
+        content["metrics"] = {name: _number(x) for name, x in content["metrics"].items()}
         content["seconds"] = float(content["seconds"])
         if not isinstance(content["command"], str):
             raise ValueError(f"command is {content['command']!r}")
@@ -271,6 +277,7 @@ def _read_run(folder: Path) -> Run:
         return Run(folder, **{field.name: content[field.name] for field in wanted})
     # The values can be of any type and size, and nested to any depth.
     except (
+        OSError,
         ValueError,
         KeyError,
         TypeError,
@@ -280,6 +287,12 @@ def _read_run(folder: Path) -> Run:
     ) as error:
         reason = printable(repr(error), 300)
         raise ValueError(f"{path} is broken or incomplete: {reason}") from error
+
+
+def _number(value: Any) -> float:
+    """Return a metric; a number that matplotlib cannot plot is infinite, as of a diverged run."""
+    number = float(value)
+    return math.copysign(math.inf, number) if abs(number) > LARGEST else number
 
 
 def _parse_override(text: str) -> tuple[str, str]:

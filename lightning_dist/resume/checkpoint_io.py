@@ -36,6 +36,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         partial = path.with_name(f".{path.name}.partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            partial.unlink(missing_ok=True)  # A link there could lead to a file elsewhere.
             with open(partial, "wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()

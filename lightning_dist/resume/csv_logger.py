@@ -93,6 +93,7 @@ class _ResumableWriter(ExperimentWriter):
     def _replace(self, rows: list[dict[str, str]]) -> None:
         """Write the rows to a temporary file and rename it."""
         partial = f"{self.metrics_file_path}.partial"
+        Path(partial).unlink(missing_ok=True)  # A link there could lead to a file elsewhere.
         with open(partial, "w", newline="") as file:
             writer = csv.DictWriter(file, self.metrics_keys, extrasaction="ignore")
             writer.writeheader()

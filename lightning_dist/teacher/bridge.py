@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from lightning_dist.files.text import read_bounded
+
 
 class InputBridge:
     """A function that converts the student's images to the normalisation and size of the teacher.
@@ -217,7 +219,7 @@ def is_same_name(one: str, other: str) -> bool:
 def _read_names(names: Sequence[str] | str | Path) -> list[str]:
     """Return the names of a list, or of the lines of a text file."""
     if isinstance(names, (str, Path)):
-        lines = Path(names).expanduser().read_text(encoding="utf-8").splitlines()
+        lines = read_bounded(Path(names).expanduser()).decode("utf-8").splitlines()
         return [line for line in lines if line.strip()]
     return list(names)
 

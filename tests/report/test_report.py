@@ -467,3 +467,65 @@ def test_a_report_replaces_no_file_through_a_link(
     with pytest.raises(ValueError, match=rf"{name} is a link"):
         write_report(tmp_path / "runs")
     assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_a_hard_link_in_place_of_a_report_is_not_written(tmp_path: Path, put_run: PutRun):
+    put_run(tmp_path / "runs" / "0")
+    (tmp_path / "mine").write_text("mine")
+    os.link(tmp_path / "mine", tmp_path / "runs" / "report.csv")
+    write_report(tmp_path / "runs")
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert "test/accuracy" in (tmp_path / "runs" / "report.csv").read_text()
+    assert not list((tmp_path / "runs").glob(".report-*"))
+
+
+@pytest.mark.parametrize("kind", ["a pipe", "a device", "a sparse file", "columns"])
+def test_a_log_that_fills_the_memory_is_left_out(tmp_path: Path, put_run: PutRun, kind: str):
+    path = put_run(tmp_path / "0") / "logs" / "metrics.csv"
+    path.parent.mkdir()
+    if kind == "a pipe":
+        os.mkfifo(path)
+    elif kind == "a device":
+        path.symlink_to("/dev/zero")
+    elif kind == "a sparse file":
+        path.write_text("step,val/accuracy\n")
+        os.truncate(path, 2**40)
+    else:  # every row was a dict of all columns
+        path.write_text("step," + ",".join(map(str, range(20_000))) + 500 * "\n1")
+    write_report(tmp_path)
+    assert "metrics.csv cannot be read" in (tmp_path / "report.html").read_text()
+
+
+def test_numbers_that_cannot_be_plotted_are_as_of_diverged_runs(tmp_path: Path, put_run: PutRun):
+    for number, value in enumerate([1e308, -1e308, 0.5]):
+        folder = put_run(tmp_path / str(number), f"a={number}", metrics={"test/accuracy": value})
+        (folder / "logs").mkdir()
+        rows = f"step,val/accuracy\n1,{value}\n1e308,1\n-1e308,1\n"
+        (folder / "logs" / "metrics.csv").write_text(rows)
+    write_report(tmp_path)
+    values = [run.metrics["test/accuracy"] for run in read_runs(tmp_path)]
+    assert values == [float("inf"), float("-inf"), 0.5]
+
+
+def test_too_many_plots_columns_and_pairs_are_left_out(tmp_path: Path, put_run: PutRun):
+    metrics = {"test/accuracy": 0.5} | {f"test/m{i}": 0.5 for i in range(300)}
+    folder = put_run(tmp_path / "0", metrics=metrics)
+    (folder / "logs").mkdir()
+    names = ",".join(f"train/m{i}" for i in range(300))
+    (folder / "logs" / "metrics.csv").write_text(f"step,{names}\n1{300 * ',1'}\n")
+    assert len(report_table(read_runs(tmp_path)).columns) < 60
+    write_report(tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<svg") < 50
+    assert "260 further metrics" in page
+    with open(tmp_path / "report.csv") as file:
+        assert "test/m299" in file.readline()
+
+
+@pytest.mark.parametrize("name", ["overrides", "metrics"])
+def test_a_result_of_too_many_entries_is_broken(tmp_path: Path, put_run: PutRun, name: str):
+    many = {"metrics": {f"m{i}": 0.5 for i in range(20_000)}}
+    overrides = [f"k{i}=1" for i in range(2000)] if name == "overrides" else []
+    put_run(tmp_path / "0", *overrides, **(many if name == "metrics" else {}))
+    with pytest.raises(ValueError, match=rf"result\.json is broken .* more than \d+ {name}"):
+        read_runs(tmp_path)

@@ -109,6 +109,8 @@ def check_allowed(config: Any, path: str) -> None:
         if isinstance(node, Mapping):
             for key in node:
                 _check_text(key, path)
+                if isinstance(key, str) and "[" in key:  # rich would parse a metric's name
+                    raise _refusal(path, f"contains markup in {key!r:.100}")
                 if isinstance(key, str) and _TIMM_LOADS.fullmatch(key) and node[key] is not None:
                     raise _refusal(path, f"would load {key}={node[key]!r:.100}")
             if "_target_" in node:

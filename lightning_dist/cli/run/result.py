@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
 
-from lightning_dist.files.text import error_line
+from lightning_dist.files.text import MOST_SHOWN, error_line, read_bounded
 from lightning_dist.report.runs import RESULT_FILE
 
 log = logging.getLogger(__name__)
@@ -27,11 +27,11 @@ def read_result(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        result = json.loads(path.read_text())
+        result = json.loads(read_bounded(path))
         whole = isinstance(result["overrides"], list) and isinstance(result["metrics"], dict)
         if whole and isinstance(result["status"], str):
             return result
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         pass
     log.warning("%s is damaged and is ignored", path)
     return None
@@ -50,6 +50,7 @@ def write_result(folder: Path, result: dict[str, Any]) -> None:
     """
     path = folder / RESULT_FILE
     partial = path.with_suffix(".partial")
+    partial.unlink(missing_ok=True)  # A link there could lead to a file elsewhere.
     partial.write_text(json.dumps(result, indent=2) + "\n")
     partial.replace(path)
 
@@ -73,7 +74,10 @@ def first_error(folder: Path) -> str | None:
         folder: the folder of the run.
     """
     path = folder / _ERROR_FILE
-    return path.read_text() if path.is_file() else None
+    if not path.is_file():
+        return None
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return error_line(file.read(MOST_SHOWN))
 
 
 @rank_zero_only

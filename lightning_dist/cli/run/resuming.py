@@ -63,6 +63,7 @@ def _last_checkpoint(config: DictConfig, folder: Path) -> str | None:
     return str(path)
 
 
+_MOST_CALLBACKS = 100  # Lightning warns of the names of those that the run has not
 # The entries of a checkpoint that Lightning 2.6 reads without a check.
 _ENTRIES: dict[str, type] = {
     "pytorch-lightning_version": str,
@@ -116,7 +117,8 @@ def _check_entries(checkpoint: Mapping[str, Any], path: str) -> None:
     groups = checkpoint["optimizer_states"]
     broken = {
         "pytorch-lightning_version": not _is_version(checkpoint["pytorch-lightning_version"]),
-        "callbacks": not all(_is_name(key) and isinstance(states[key], Mapping) for key in states),
+        "callbacks": len(states) > _MOST_CALLBACKS
+        or not all(_is_name(key) and isinstance(states[key], Mapping) for key in states),
         "optimizer_states": not all(isinstance(state, Mapping) for state in groups),
         "lr_schedulers": not all(isinstance(x, Mapping) for x in checkpoint["lr_schedulers"]),
         "loops": not _are_counters(checkpoint["loops"]),
@@ -130,7 +132,7 @@ def _check_entries(checkpoint: Mapping[str, Any], path: str) -> None:
 
 
 def _is_version(text: str) -> bool:
-    return len(text) < 100 and re.fullmatch(r"\d+\.\d+\.\d+\S*", text) is not None
+    return len(text) < 100 and re.fullmatch(r"\d+\.\d+\.\d+[\w.+-]*", text, re.ASCII) is not None
 
 
 def _is_name(key: Any) -> bool:
@@ -138,8 +140,10 @@ def _is_name(key: Any) -> bool:
 
 
 def _are_numbers(metrics: Any) -> bool:
+    """Return whether a value is the metrics of a validation, which the run's result contains."""
     return isinstance(metrics, Mapping) and all(
-        _is_name(name) and isinstance(value, (int, float)) for name, value in metrics.items()
+        _is_name(name) and name.startswith("val/") and isinstance(value, float)
+        for name, value in metrics.items()
     )
 
 

@@ -1,0 +1,88 @@
+"""Tests that a data folder from elsewhere writes nothing, and that reading it ends."""
+
+import os
+import zipfile
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from lightning_dist.data.detection import VOCDetectionDataModule, YoloDataModule
+from lightning_dist.data.image_files import find_images, warn_once
+from lightning_dist.data.segmentation import CityscapesDataModule, VOC2012DataModule
+from lightning_dist.data.tiny_imagenet import TinyImageNetDataModule
+from lightning_dist.files.text import read_bounded
+
+
+def test_archives_of_cityscapes_are_not_unpacked(tmp_path: Path):
+    """torchvision would unpack them, and write through the link to a folder elsewhere."""
+    (tmp_path / "victim").mkdir()
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "leftImg8bit").symlink_to(tmp_path / "victim")
+    for name in ("leftImg8bit_trainvaltest.zip", "gtFine_trainvaltest.zip"):
+        with zipfile.ZipFile(root / name, "w") as archive:
+            archive.writestr("leftImg8bit/.profile", "evil")
+    with pytest.raises(FileNotFoundError, match="has no Cityscapes"):
+        CityscapesDataModule(root=root).val_dataset()
+    assert not list((tmp_path / "victim").iterdir())
+
+
+def test_folders_with_links_to_each_other_are_read_in_bounded_time(tmp_path: Path):
+    """There are 7 * 6 * ... = 13,699 paths through these 7 folders, and a billion through 12."""
+    for i in range(7):
+        (tmp_path / f"d{i}").mkdir()
+        Image.new("L", (1, 1)).save(tmp_path / f"d{i}" / "a.png")
+        for j in range(7):
+            (tmp_path / f"d{i}" / f"to{j}").symlink_to(tmp_path / f"d{j}")
+    assert 7 <= len(find_images(tmp_path)) <= 7 * 32
+
+
+def test_a_link_to_a_folder_above_is_not_followed(tmp_path: Path):
+    (tmp_path / "images").mkdir()
+    Image.new("L", (1, 1)).save(tmp_path / "images" / "a.png")
+    Image.new("L", (1, 1)).save(tmp_path / "outside.png")
+    (tmp_path / "images" / "all").symlink_to(tmp_path)
+    assert [path.name for path in find_images(tmp_path / "images")] == ["a.png"]
+
+
+@pytest.mark.parametrize("kind", ["a pipe", "a device", "a sparse file"])
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("val/val_annotations.txt", TinyImageNetDataModule),
+        ("VOCdevkit/VOC2012/ImageSets/Main/val.txt", VOCDetectionDataModule),
+        ("VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt", VOC2012DataModule),
+        ("labels/val/a.txt", lambda root: YoloDataModule(root=root, class_names=["a"])),
+    ],
+    ids=["tiny", "voc", "voc masks", "yolo"],
+)
+def test_a_list_that_never_ends_is_not_read(tmp_path: Path, name, make, kind):
+    (tmp_path / "images" / "val").mkdir(parents=True)
+    Image.new("L", (8, 8)).save(tmp_path / "images" / "val" / "a.png")
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if kind == "a pipe":
+        os.mkfifo(path)
+    elif kind == "a device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.touch()
+        os.truncate(path, 2**40)
+    with pytest.raises((OSError, ValueError), match=r"no regular file|more than \d+ bytes"):
+        make(root=tmp_path).val_dataset()
+
+
+def test_only_a_regular_file_of_limited_size_is_read(tmp_path: Path):
+    (tmp_path / "a").write_bytes(b"12345")
+    assert read_bounded(tmp_path / "a", 5) == b"12345"
+    with pytest.raises(ValueError, match="more than 4 bytes"):
+        read_bounded(tmp_path / "a", 4)
+    with pytest.raises(OSError, match="no regular file"):
+        read_bounded("/dev/zero")
+
+
+def test_a_warning_has_no_control_characters(caplog: pytest.LogCaptureFixture):
+    warn_once("a\x1b[2J.png has boxes without area")
+    assert "\x1b" not in caplog.text
+    assert r"a\x1b[2J.png" in caplog.text
