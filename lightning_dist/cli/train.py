@@ -23,7 +23,13 @@ from omegaconf import DictConfig, OmegaConf
 from hydra_plugins.lightning_dist_optuna.sweeper import OptunaSweeper
 from lightning_dist.cli.errors import UserError, is_users
 from lightning_dist.cli.hydra_app import hydra_app
-from lightning_dist.cli.run.callbacks import CheckMonitor, RecordError, SaveConfig, logged_metrics
+from lightning_dist.cli.run.callbacks import (
+    CheckMonitor,
+    CompareStart,
+    RecordError,
+    SaveConfig,
+    logged_metrics,
+)
 from lightning_dist.cli.run.channels import channel_errors
 from lightning_dist.cli.run.folder_lock import locked, release_folders
 from lightning_dist.cli.run.initial_weights import (
@@ -160,6 +166,14 @@ def train(run: Run) -> dict[str, Any]:
     }
 
 
+def _initial_file(config: DictConfig) -> str | None:
+    """Return the file of weights from which the student starts, if the config names one."""
+    student = OmegaConf.select(config, "module.student")
+    if not isinstance(student, DictConfig):
+        return None
+    return without_weights_of_student(OmegaConf.to_container(student, resolve=True))[1]
+
+
 def _build_module(config: DictConfig, is_resumed: bool) -> LightningModule:
     """Return the module; a resumed run needs no initial weights, because it loads its own."""
     settings = OmegaConf.select(config, "module.student")
@@ -183,6 +197,7 @@ def _build_trainer(run: Run, saver: SaveConfig) -> Trainer:
         callbacks=[
             *(instantiate(callback) for callback in config.callbacks.values() if callback),
             saver,
+            CompareStart(None if run.checkpoint else _initial_file(config)),
             CheckMonitor(config.monitor),
             LogConfig(config),
             RecordError(run.folder),

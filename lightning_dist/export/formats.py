@@ -228,7 +228,9 @@ def _save_timm(network: Any, path: Path, facts: Mapping[str, Any], advice: str) 
     path.mkdir()
     shutil.copyfile(Path(__file__).with_name("predict_timm.py"), path / "predict.py")
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    safetensors.torch.save_model(network, str(path / "model.safetensors"))
+    # The card is in both files, because users also load the weights alone.
+    header = {name: json.dumps(facts[name]) for name in (CARD_KEY,) if name in facts}
+    safetensors.torch.save_model(network, str(path / "model.safetensors"), metadata=header)
     shape = facts.get("input_size") or timm.data.resolve_model_data_config(network)["input_size"]
     # A new network draws random weights: restore the state of the random generator afterwards.
     with as_refusal("timm", advice), torch.random.fork_rng(devices=[]):

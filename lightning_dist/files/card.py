@@ -116,6 +116,18 @@ class Card:
             raise ValueError(f"{path} is damaged: its card has mean {card.mean}, std {card.std}")
         return card
 
+    def of_weights(self, averaged: bool) -> "Card":
+        """Return the card of the averaged weights or of the others.
+
+        The monitored metric is left out if it is one of the other set of weights.
+
+        Args:
+            averaged: whether the averaged weights are meant.
+        """
+        if averaged == self.averaged:
+            return self
+        return dataclasses.replace(self, averaged=averaged, metric=None, value=None)
+
     def describe(self) -> str:
         """Return one line with the classes, the images and the weights."""
         facts = [
@@ -296,7 +308,7 @@ def _load(
     averaged = card.averaged if ema is None and card is not None else ema
     kept = load_weights(network, path, averaged=averaged, contents=contents, keep_heads=keep_heads)
     if card is not None and averaged is not None:
-        card = dataclasses.replace(card, averaged=averaged)
+        card = card.of_weights(averaged)
     if card is None and not keep_heads:
         _warn_of_old_run(contents, path, averaged)
     return card, kept

@@ -1,5 +1,6 @@
 """``load_teacher``: build a teacher from a timm or torchvision name, a function or a network."""
 
+import dataclasses
 import difflib
 import importlib
 import inspect
@@ -13,9 +14,12 @@ import timm.models
 import torchvision.models
 from torch import nn
 
-from lightning_dist.files.card import Card, card_of_timm, card_of_torchvision
+from lightning_dist.files.card import Card, card_of_timm, card_of_torchvision, read_card
 from lightning_dist.files.weights import weights_only_loads
 from lightning_dist.teacher.teacher import Teacher
+
+# The beginnings of names with a slash or a colon that timm knows.
+_OF_TIMM = ("timm/", "hf-hub:", "hf_hub:", "local-dir:")
 
 
 def load_teacher(
@@ -33,6 +37,7 @@ def load_teacher(
 
     Args:
         source: one of: ``"timm/resnet34.tv_in1k"``, with or without ``timm/``;
+            ``"local-dir:FOLDER"``, a folder that ``lightning-dist export format=timm`` has written;
             ``"torchvision/resnet50"``; a function that returns the network, or its path
             ``"package.module:function"``; the network itself.
         weights: a weight file, see :func:`lightning_dist.files.weights.load_weights`. With it,
@@ -75,6 +80,9 @@ def load_teacher(
     network, card = _build(source, pretrained, weights is None, given)
     if student_mean is None and not (pretrained and weights is None):
         card = None  # The weights are not the library's: they may be from other images.
+    if card is not None and weights is not None:
+        source = f"{Path(weights).name}, with the images of {card.source}"
+        card = dataclasses.replace(card, source=source)  # used if the file has no card
     teacher = Teacher(network, weights, card=card, **options)
     if student_mean is not None and teacher.inputs is None:
         if teacher.card is None or teacher.card.mean is None:
@@ -108,7 +116,8 @@ def _build(
         name = source.removeprefix("torchvision/")
         entry = pretrained if isinstance(pretrained, str) else "DEFAULT"
         return _from_torchvision(name, entry, load, given)
-    if isinstance(source, str) and (":" not in source or source.startswith("timm/")):
+    of_timm = isinstance(source, str) and (":" not in source or source.startswith(_OF_TIMM))
+    if isinstance(source, str) and of_timm:
         return _from_timm(source.removeprefix("timm/"), load, given)
     factory = _import(source) if isinstance(source, str) else source
     if not callable(factory):
@@ -132,8 +141,12 @@ def _from_timm(name: str, load: bool, arguments: dict[str, Any]) -> tuple[nn.Mod
             config = timm.models.get_pretrained_cfg(name)
             _check_head(f"timm's {name}", config.num_classes if config else None, arguments)
     network: Any = timm.create_model(name, pretrained=load, **arguments)
+    if load and ":" in name:  # only now the file has been read
+        _check_head(name, network.pretrained_cfg.get("num_classes"), arguments)
+    folder = name.removeprefix("local-dir:")
+    own = read_card(folder) if folder != name else None  # of a folder that this package exported
     config = timm.data.resolve_model_data_config(network)
-    return network, card_of_timm(config, name, network.num_classes)
+    return network, own or card_of_timm(config, name, network.num_classes)
 
 
 def _from_torchvision(

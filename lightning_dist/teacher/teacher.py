@@ -130,6 +130,7 @@ class Teacher(TeacherBase):
         self.dtype = dtype
         self.inputs = inputs
         self._own_inputs, self._own_map = inputs is not None, class_map is not None
+        self._knows_images = inputs is not None  # what images the student gets
         self.compile = compile
         self._compiled: Callable[..., Any] | None = None
         self.class_dim = class_dim
@@ -148,6 +149,7 @@ class Teacher(TeacherBase):
         """Convert the images and classes of the data; see :class:`TeacherBase`."""
         if self.card is None or data is None:
             return
+        self._knows_images = data.mean is not None
         if not self._own_inputs:
             self.inputs = bridge_between(self.card, data)
         if self._own_map:
@@ -179,6 +181,8 @@ class Teacher(TeacherBase):
         facts = facts or "no card: it gets the student's images as they are"
         if self.inputs is not None and (self.card is None or self._own_inputs):
             facts += ", converted by the given inputs"
+        elif self.card is not None and self.card.mean is not None and not self._knows_images:
+            facts += "; the data has no card, so it gets the student's images as they are"
         if self.class_map is not None:
             facts += f", {len(self.class_map)} of its classes by the class_map"
         return f"{name}, {facts}"

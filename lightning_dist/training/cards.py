@@ -8,6 +8,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_dist.files.card import CARD_KEY, Card, card_in
+from lightning_dist.files.text import printable
 
 
 def card_of_data(trainer: Trainer) -> Card | None:
@@ -83,6 +84,30 @@ def refuse_other_classes(network: Card | None, data: Card | None, place: str) ->
             "same order"
         )
     refuse_other_number(network.num_classes, data.num_classes, place)
+
+
+def differences(network: Card | None, data: Card | None) -> list[str]:
+    """Return a line for each fact in which the images or classes of data differ from a card.
+
+    The size of images, and classes of another number, are not compared.
+
+    Args:
+        network: the card of a network, or ``None`` if it has none.
+        data: the card of the data, or ``None`` if it has none.
+    """
+    found = []
+    for name in ("mean", "std", "channels", "class_names"):
+        own, other = getattr(network, name, None), getattr(data, name, None)
+        if own is None or other is None or own == other:
+            continue
+        if name != "class_names" or len(own) == len(other):
+            found.append(f"{name} {_shown(own)}, and the data has {_shown(other)}")
+    return found
+
+
+def _shown(fact: Any) -> str:
+    values = [fact] if isinstance(fact, str) else list(fact)
+    return printable(", ".join(map(str, values[:8])) + ", ..." * (len(values) > 8), 200)
 
 
 def refuse_checkpoint_of_other_classes(checkpoint: dict[str, Any], trainer: Trainer) -> None:

@@ -207,3 +207,9 @@ def test_an_old_checkpoint_says_what_is_assumed(golden, command, tmp_path, capsy
     assert "old.ckpt has no card" in printed
     assert "weights that are not averaged" in printed
     assert read_card(tmp_path / "student.safetensors").averaged is False
+
+
+def test_the_card_of_the_other_weights_has_not_the_metric_of_these():
+    card = Card(averaged=True, metric="val/ema_loss", value=0.7, num_classes=2)
+    assert card.of_weights(True) == card
+    assert card.of_weights(False) == Card(averaged=False, num_classes=2)

@@ -141,6 +141,34 @@ def test_predict_export_and_the_exported_script_agree(run, tmp_path, capsys, mon
         assert read_card(tmp_path / file) == read_card(tmp_path / LAST)
 
 
+def test_a_student_that_starts_from_a_run_on_other_images_is_warned_of(renamed, run):
+    """Its data has other normalisation, and a class of another name."""
+    with pytest.warns(UserWarning, match="the student starts from teacher") as warnings:
+        run("train", *OWN, "distill=none", "student.weights=teacher", "trainer.max_epochs=1")
+    found = [
+        str(x.message) for x in warnings if "the student starts from teacher" in str(x.message)
+    ]
+    assert len(found) == 3
+    assert "with mean 0.3, 0.4, 0.6, and the data has 0.485, 0.456, 0.406: unless" in found[0]
+    assert "with class_names cat, dog, elk, and the data has dog, elk, zebra" in found[2]
+
+
+def test_an_exported_folder_teaches_as_the_run(run, tmp_path):
+    """The folder is a source of its own for timm, or its weight file is loaded alone."""
+    run("export", CKPT, "format=timm", "file=exported")
+    data = ImageFolderDataModule(root=tmp_path / "images", image_size=24)
+    images, _ = next(iter(data.val_dataloader()))
+    file = {"weights": tmp_path / "exported/model.safetensors", "num_classes": 3}
+    own = load_teacher("test_resnet", weights=tmp_path / LAST, num_classes=3)
+    exported = [load_teacher("test_resnet", **file), load_teacher("local-dir:exported")]
+    for teacher in (own, *exported):
+        teacher.adapt(data.card())
+        assert teacher.card == own.card
+        torch.testing.assert_close(teacher(images), own(images), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="local-dir:exported have 3 classes and num_classes is 7"):
+        load_teacher("local-dir:exported", num_classes=7)
+
+
 def test_num_classes_unlike_the_datas_is_refused_before_training(run, capsys):
     with pytest.raises(SystemExit):
         run("train", *TEACHER, "num_classes=5", "hydra.run.dir=other")

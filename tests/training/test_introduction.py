@@ -94,13 +94,23 @@ def test_the_measurement_ends_after_its_time(make_trainer, caplog, monkeypatch):
     assert "teacher on 10 validation samples" in caplog.text
 
 
-def test_the_callback_says_what_the_teacher_is_given_to_any_module(make_trainer, caplog):
+@pytest.mark.parametrize("student_mean", [None, (0.5,)])
+def test_the_callback_says_what_the_teacher_is_given_to_any_module(
+    make_trainer, caplog, student_mean
+):
+    """Without a data module, the images' normalisation is unknown, unless the user gives it."""
     from lightning.pytorch.demos.boring_classes import BoringModel
 
     caplog.set_level(logging.INFO)
-    teacher = Teacher(nn.Linear(32, 2), card=Card(num_classes=2, averaged=False))
+    card = Card(num_classes=2, mean=(0.5,), std=(0.1,), averaged=False)
+    teacher = Teacher(nn.Linear(32, 2), card=card)
+    if student_mean is not None:
+        teacher.adapt(Card(mean=student_mean, std=(0.1,)))
     callback = DistillationCallback(teacher, student="layer")
     make_trainer(callbacks=[callback], limit_train_batches=1, limit_val_batches=0).fit(
         BoringModel()
     )
-    assert "teacher Linear, 2 classes, weights that are not averaged" in caplog.text
+    line = "teacher Linear, 2 classes, mean 0.5, std 0.1, weights that are not averaged"
+    unknown = "; the data has no card, so it gets the student's images as they are"
+    assert line in caplog.text
+    assert (unknown in caplog.text) is (student_mean is None)

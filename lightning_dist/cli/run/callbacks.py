@@ -5,12 +5,15 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_dist.cli.errors import UserError
 from lightning_dist.cli.run.restoring import refuse_other_types
 from lightning_dist.cli.run.result import record_error
 from lightning_dist.cli.run.saved_config import CONFIG_KEY
+from lightning_dist.files.card import read_card
 from lightning_dist.resume.foreign_paths import drop_foreign_paths
+from lightning_dist.training.cards import card_of_data, differences
 
 VALIDATION_KEY = "lightning_dist_validation"
 
@@ -53,6 +56,25 @@ class SaveConfig(Callback):
         # Under FSDP2, Lightning loads the checkpoint only after this hook.
         if restored is not None:
             refuse_other_types(trainer, restored)
+
+
+class CompareStart(Callback):
+    """Warn of data with other images or classes than the file from which the student starts.
+
+    Args:
+        file: the file, or ``None`` if the student starts from none.
+    """
+
+    def __init__(self, file: str | None) -> None:
+        self.file = file
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        card = None if self.file is None else read_card(self.file)
+        for line in differences(card, card_of_data(trainer)):
+            rank_zero_warn(
+                f"the student starts from {self.file}, which was trained with {line}: unless it "
+                "is to learn them anew, give the data the same"
+            )
 
 
 class CheckMonitor(Callback):

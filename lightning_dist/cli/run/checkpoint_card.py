@@ -88,7 +88,7 @@ def use_weights(module: DistillModule, card: Card, ema: bool | None, path: str) 
         rich.print(f"[bold]weights[/bold] {'averaged' if averaged else 'not averaged'} ({why})")
     if averaged and average is not None:
         module.student = average.module
-    return dataclasses.replace(card, averaged=averaged)
+    return card.of_weights(averaged)
 
 
 class MatchData(Callback):
