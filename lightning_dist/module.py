@@ -1,7 +1,6 @@
 """DistillModule: a LightningModule with a trainable student and a frozen teacher."""
 
 import dataclasses
-from argparse import Namespace
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,7 +13,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
-from torch.utils._pytree import tree_leaves
 
 from lightning_dist.callback import ONLY, DistillationCallback
 from lightning_dist.checks import check_number
@@ -31,6 +29,7 @@ from lightning_dist.training.cards import (
 from lightning_dist.training.evaluation import Metrics
 from lightning_dist.training.evaluation_module import EvaluationModule
 from lightning_dist.training.fitting import attached_callbacks
+from lightning_dist.training.hyper_parameters import without_objects
 from lightning_dist.training.introduction import log_measured_teacher
 from lightning_dist.training.optimization import build_optimizer, build_scheduler, step_scheduler
 
@@ -149,16 +148,8 @@ class DistillModule(EvaluationModule):
         self.nonfinite = nonfinite
 
     def _set_hparams(self, hp: Any) -> None:
-        """Leave networks, losses and functions out of what ``save_hyperparameters`` saves.
-
-        They would put the teacher into every checkpoint. ``load_from_checkpoint`` gets them as
-        arguments.
-        """
-        if isinstance(hp, Namespace):
-            hp = vars(hp)
-        if isinstance(hp, Mapping):
-            hp = {name: value for name, value in hp.items() if not _holds_objects(value)}
-        super()._set_hparams(hp)
+        """Leave networks, losses and functions out of what ``save_hyperparameters`` saves."""
+        super()._set_hparams(without_objects(hp))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the task loss of a batch; the callback adds the distillation loss to it."""
@@ -287,8 +278,8 @@ class DistillModule(EvaluationModule):
             MisconfigurationException: if ``shard_teacher`` is set but the strategy is not
                 ModelParallelStrategy.
         """
-        strategy = getattr(self._trainer, "strategy", None)
         teacher = self.teacher if self.shard_teacher else None
+        strategy = getattr(self._trainer, "strategy", None)
         if isinstance(strategy, ModelParallelStrategy):
             assert self.device_mesh is not None
             mesh = self.device_mesh["data_parallel"]
@@ -318,10 +309,3 @@ class DistillModule(EvaluationModule):
     def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
         """Step a scheduler; ``metric`` is the value of the metric that it monitors, if any."""
         step_scheduler(scheduler, self.trainer, self.scheduler_interval, metric)
-
-
-def _holds_objects(value: Any) -> bool:
-    """Return whether a value is or contains a network, a teacher or a function."""
-    return any(
-        callable(leaf) or isinstance(leaf, (nn.Module, TeacherBase)) for leaf in tree_leaves(value)
-    )

@@ -86,7 +86,9 @@ def folder(images, **settings) -> ImageFolderDataModule:
 def test_images_of_another_folder_come_without_a_label(images):
     data = folder(images, unlabeled=images / "more")
     (batch,) = data.train_dataloader()
-    found = list(zip(batch[0][:, 0].mean((1, 2)).round().int().tolist(), batch[1].tolist(), strict=True))
+    found = list(
+        zip(batch[0][:, 0].mean((1, 2)).round().int().tolist(), batch[1].tolist(), strict=True)
+    )
     assert Counter(found) == {(0, 0): 3, (1, 1): 3, (100, -100): 8}
     assert data.num_classes == 2
     shared = folder(
