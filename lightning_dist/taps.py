@@ -174,7 +174,10 @@ def _call_between(
 
 @torch.compiler.disable
 def _untraced(function: Callable[..., None], *args: Any) -> None:
-    function(*args)
+    try:
+        function(*args)
+    except StopIteration as error:  # Lightning would end the epoch without a word
+        raise RuntimeError("the teacher raised StopIteration: an iterator in it ended") from error
 
 
 def is_tapped(module: nn.Module) -> bool:

@@ -1,5 +1,6 @@
 """Tests that the callback trains as a plain loop does, whatever the step and the Trainer do."""
 
+import contextlib
 import copy
 from types import SimpleNamespace
 
@@ -79,6 +80,53 @@ def test_a_student_called_several_times_gives_the_sum_of_its_losses(make_trainer
     net, inputs = Twice().net, next(iter(data()))[0]
     expected = sum(dist_loss(net(x), teacher.eval()(x)) for x in inputs.split(4))
     assert trainer.callback_metrics["train/distill"].item() == pytest.approx(expected.item(), 1e-5)
+
+
+class Recursive(nn.Module):
+    """A network that calls itself on rolled inputs, and on half the batch if all are too many."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 4)
+
+    def forward(self, x, deep=False):
+        if len(x) > 4:
+            raise MemoryError
+        y = self.layer(x)
+        return y + self(x.roll(1, 1)) if deep else y
+
+
+def test_calls_of_a_student_that_calls_itself_or_fails_are_paired_with_the_teachers(make_trainer):
+    class Retries(Plain):
+        def __init__(self):
+            super().__init__()
+            self.net = Recursive()
+
+        def training_step(self, batch, batch_idx):
+            x, target = batch
+            with contextlib.suppress(MemoryError):
+                self.net(x)
+            return F.cross_entropy(self.net(x[:4], deep=True), target[:4])
+
+    module, teacher, (x, _) = Retries(), Recursive(), next(iter(data()))
+    net, x = copy.deepcopy(module.net), x[:4]
+    calls = [(x.roll(1, 1), False), (x, True)]
+    expected = sum(F.mse_loss(net(*call), teacher(*call)) for call in calls)
+    callback = DistillationCallback(Calm(teacher), loss=F.mse_loss, weight=1.0)
+    trainer = make_trainer(callbacks=[callback], max_steps=1)
+    trainer.fit(module, data())
+    assert trainer.callback_metrics["train/distill"].item() == pytest.approx(expected.item(), 1e-5)
+
+
+class Calm(nn.Module):
+    """A network that takes a batch of any size."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x, deep=False):
+        return torch.cat([self.network(rows, deep) for rows in x.split(4)])
 
 
 def test_a_call_of_the_student_without_gradient_is_not_distilled(make_trainer):

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -234,16 +235,25 @@ class Teacher(TeacherBase):
     ) -> Iterator[dict[str, list[Any]]]:
         """Call the network with the student's inputs; see :class:`TeacherBase`."""
         outputs: dict[str, list[Any]] = {part: [] for part in parts}
+        running: list[Snapshot | None] = []  # an item for each call of the student that runs
+        number = itertools.count()
 
-        def call(part: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def begin(part: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            running.append(None)
             if not counts():
                 return
             # Call the teacher before the student, which may change its inputs in place. The
             # teacher's activations are then also freed before the student's are stored.
-            with self._own_numbers(sum(map(len, outputs.values()))):
+            with self._own_numbers(next(number)):
                 output = self._ask_protected(part, args, kwargs)
             if not part and "" in outputs:
-                outputs[""].append(Snapshot.of(output))
+                running[-1] = Snapshot.of(output)
+
+        def end(_: Any = None) -> None:
+            # A student that calls itself ends its inner calls first, and is recorded in this order.
+            found = running.pop()
+            if found is not None:
+                outputs[""].append(found)
 
         with ExitStack() as taps:
             for part, found in outputs.items():
@@ -251,10 +261,12 @@ class Teacher(TeacherBase):
                     taps.callback(record_outputs(self.network, part, found))
             if callable(inputs):
                 given = inputs(batch)
-                call("", given if isinstance(given, tuple) else (given,), {})
+                begin("", given if isinstance(given, tuple) else (given,), {})
+                end()
             else:
                 for path, part in inputs.items():
-                    taps.callback(tap(student, path, before=functools.partial(call, part)))
+                    before = functools.partial(begin, part)
+                    taps.callback(tap(student, path, before=before, after=end))
             yield outputs
 
     def _own_numbers(self, call: int) -> AbstractContextManager[None]:

@@ -78,9 +78,14 @@ def add_to_loss(
         The result with the loss ``task_weight * loss + distill``.
 
     Raises:
-        MisconfigurationException: if the result has no loss.
+        MisconfigurationException: if the result has no loss, or one that is not a single number.
     """
     if isinstance(result, Tensor):
+        if result.numel() != 1:
+            raise MisconfigurationException(
+                f"the loss of {type(pl_module).__name__} has the shape {tuple(result.shape)}: to "
+                "add the distillation loss once, let it be a single number, such as a mean"
+            )
         return task_weight * result + distill
     if not isinstance(result, Mapping) or "loss" not in result:
         raise MisconfigurationException(

@@ -46,8 +46,10 @@ def current_weights(terms: Mapping[str, Term], trainer: Trainer) -> dict[str, fl
     for name, term in terms.items():
         try:
             weights[name] = term.current_weight(trainer)
-        except ValueError as error:
-            raise MisconfigurationException(f"term {name!r}: {error}") from error
+        except (ValueError, StopIteration) as error:  # at the latter, Lightning ends the epoch
+            raise MisconfigurationException(
+                f"term {name!r}: {str(error) or repr(error)}"
+            ) from error
     return weights
 
 
@@ -103,10 +105,10 @@ def sum_terms(
         if of_student:
             try:
                 value = term.value(of_student, of_teacher, trainer, to_student_classes, batch)
-            except ValueError as error:
+            except (ValueError, StopIteration) as error:
                 against = f"the teacher's {term.teacher!r}" if term.teacher else "the teacher"
                 raise MisconfigurationException(
-                    f"term {name!r} of {part!r} and {against}: {error}"
+                    f"term {name!r} of {part!r} and {against}: {str(error) or repr(error)}"
                 ) from error
         if value is None:
             if of_student and student.is_frozen(term.student):

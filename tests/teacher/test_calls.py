@@ -145,6 +145,18 @@ def test_an_iterator_that_only_one_network_can_read_is_refused(make_trainer, mak
         make_trainer(callbacks=[callback]).fit(Module(), loader)
 
 
+def test_an_iterator_that_ends_in_the_teacher_is_an_error_and_not_the_end_of_the_epoch(
+    make_trainer,
+):
+    class Ends(nn.Module):
+        def forward(self, pixel_values):
+            return next(iter(()))
+
+    loader = DataLoader(TensorDataset(IMAGES, torch.arange(8) % 3), batch_size=4)
+    with pytest.raises(RuntimeError, match="the teacher raised StopIteration"):
+        make_trainer(callbacks=[DistillationCallback(Ends())]).fit(Student(), loader)
+
+
 def test_an_error_within_the_teacher_stays_what_it_is():
     teacher = Teacher(network())
     with pytest.raises(RuntimeError, match="expected input"):

@@ -66,3 +66,8 @@ def test_the_sum_is_added_to_the_loss_in_a_tensor_or_a_mapping():
     assert add_to_loss({"loss": loss, "x": 1}, distill, 0.5, BoringModel()) == {"loss": 2.5, "x": 1}
     with pytest.raises(MisconfigurationException, match="BoringModel returned list without a loss"):
         add_to_loss([loss], distill, 0.5, BoringModel())
+    assert add_to_loss(loss[None], distill, 0.5, BoringModel()) == torch.tensor([2.5])
+    with pytest.raises(
+        MisconfigurationException, match=r"BoringModel has the shape \(3,\): to add"
+    ):
+        add_to_loss(loss.expand(3), distill, 0.5, BoringModel())

@@ -96,6 +96,15 @@ def test_rows_of_the_teacher_belong_to_several_of_the_student(rows):
         Term(DISTLoss(), rows="twice").check("a")
 
 
+def test_an_iterator_that_ends_in_a_function_of_a_term_is_an_error_and_not_the_end_of_the_epoch():
+    x, ended = torch.randn(4, 3, requires_grad=True), iter(())
+    term = Term(F.mse_loss, from_batch=lambda batch, logits: next(ended))
+    with pytest.raises(MisconfigurationException, match=r"term 'a' of 'net'.*StopIteration\(\)"):
+        summed({"a": term}, {"": [x]}, {"": [x.detach()]})
+    with pytest.raises(MisconfigurationException, match=r"term 'a': StopIteration\(\)"):
+        current_weights({"a": Term(F.mse_loss, lambda trainer: next(ended))}, None)
+
+
 def test_a_message_about_an_output_names_the_tap_and_the_mode():
     x, y = torch.randn(4, 3, requires_grad=True), torch.randn(4, 3)
     terms = {"a": Term(F.mse_loss, student="head", output="main")}
