@@ -97,20 +97,31 @@ def train(folder: Path, experiment: str, chosen: str, *overrides: str) -> list[s
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run the cases in two processes, the second of which Lightning starts; return their folder."""
+    """Run commands and scripts in two processes that torchrun starts; return their folder."""
     folder = tmp_path_factory.mktemp("launched")
-    cases = [
-        {"script": "evaluate", "out": f"{folder / name}.json", "count": count, "batch": batch}
-        for name, (count, batch) in SETS.items()
+    cases: list = [
+        train(folder / name / str(number), name, chosen, *overrides)
+        for name, (overrides, strategies) in EXPERIMENTS.items()
+        for number, chosen in enumerate(strategies)
     ]
+    cases += [["train", *SWEPT, f"hydra.run.dir={folder / 'alone'}"]]
+    two = ["trainer=ddp_sim", "trainer.max_epochs=2"]
+    batches = {"signal_in": SIGNAL_IN, "fail_in": FAIL_IN}
+    interrupted = {"out": str(folder / "interrupted"), "overrides": [*OVERRIDES, *two]}
+    cases += [{"script": "interrupt", **interrupted, **batches}]
+    cases += [{"script": "digests", "out": str(folder / "digests")}]
+    for name, (count, batch) in SETS.items():
+        sizes = {"count": count, "batch": batch}
+        cases += [{"script": "evaluate", "out": f"{folder / name}.json", **sizes}]
     cases += [{"script": "evaluate_detection", "out": f"{folder}/detection.json", "devices": 2}]
     cases += [{"script": "skip", "out": str(folder / "skip")}]
     for name, options in TRAININGS.items():
-        cases.append({"script": "train", "out": str(folder / name), **options})
+        cases += [{"script": "train", "out": str(folder / name), **options}]
     strategy = "ddp_find_unused_parameters_true"  # each backward leaves out a network
     cases += [{"script": "manual", "out": str(folder / "manual"), "strategy": strategy}]
-    stderr = launch(cases).stderr
-    assert "unused parameters" not in stderr.partition("find_unused_parameters=True")[0]
+    run = launch(cases, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    assert "MEMBER: 2/2" in run.stderr
+    assert "unused parameters" not in run.stderr.partition("find_unused_parameters=True")[0]
     return folder
 
 
@@ -119,26 +130,6 @@ def spawned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run the command that starts its processes with ddp_spawn; return the folder of the run."""
     folder = tmp_path_factory.mktemp("spawned")
     launch([train(folder, SPAWNED, "ddp_spawn", *EXPERIMENTS[SPAWNED][0], *AVERAGED)])
-    return folder
-
-
-@pytest.fixture(scope="module")
-def by_torchrun(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run commands and scripts in two processes that torchrun starts; return their folder."""
-    folder = tmp_path_factory.mktemp("torchrun")
-    cases = [
-        train(folder / name / str(number), name, chosen, *overrides)
-        for name, (overrides, strategies) in EXPERIMENTS.items()
-        for number, chosen in enumerate(strategies)
-    ]
-    two = ["trainer=ddp_sim", "trainer.max_epochs=2"]
-    batches = {"signal_in": SIGNAL_IN, "fail_in": FAIL_IN}
-    interrupted = {"out": str(folder / "interrupted"), "overrides": [*OVERRIDES, *two]}
-    cases += [{"script": "interrupt", **interrupted, **batches}]
-    cases += [{"script": "digests", "out": str(folder / "digests")}]
-    cases += [["train", *SWEPT, f"hydra.run.dir={folder / 'alone'}"]]
-    run = launch(cases, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    assert "MEMBER: 2/2" in run.stderr
     return folder
 
 
@@ -275,8 +266,8 @@ def test_mean_average_precision_of_two_processes_equals_that_of_one(launched, tm
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_every_strategy_trains_the_same_student(by_torchrun, spawned, experiment):
-    folders = sorted((by_torchrun / experiment).iterdir())
+def test_every_strategy_trains_the_same_student(launched, spawned, experiment):
+    folders = sorted((launched / experiment).iterdir())
     assert len(folders) == len(EXPERIMENTS[experiment][1])
     if experiment == SPAWNED:
         folders.append(spawned)
@@ -299,9 +290,9 @@ def test_every_strategy_trains_the_same_student(by_torchrun, spawned, experiment
         torch.testing.assert_close(state, weights[0], rtol=1e-3, atol=1e-4)
 
 
-def test_interrupted_processes_resume_to_the_last_bit(by_torchrun):
+def test_interrupted_processes_resume_to_the_last_bit(launched):
     """One rank gets a signal, and later both fail: an error saves nothing, as SIGKILL."""
-    folder = by_torchrun / "interrupted"
+    folder = launched / "interrupted"
     ended = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     assert [status for status, _ in ended[0]] == [0, 143, "the run fails", 0]
     assert [status for status, _ in ended[1]] == [0, 0, "the run fails", 0]
@@ -310,10 +301,10 @@ def test_interrupted_processes_resume_to_the_last_bit(by_torchrun):
     assert differences(folder / "whole", folder / "resumed") == []
 
 
-def test_every_process_has_the_same_digest(by_torchrun):
+def test_every_process_has_the_same_digest(launched):
     """The order of a set of strings, and the addresses of objects, differ in each process."""
     here = script("digests").digest_of_all()
-    found = [path.read_text() for path in (by_torchrun / "digests").iterdir()]
+    found = [path.read_text() for path in (launched / "digests").iterdir()]
     assert found == [here, here]
 
 
@@ -323,9 +314,9 @@ def test_a_rank_that_fails_ends_its_run_of_a_sweep_and_no_other(swept):
     assert results[0]["error"] == "RuntimeError: the rank fails"
 
 
-def test_a_run_of_a_sweep_gives_what_it_gives_alone(swept, by_torchrun):
+def test_a_run_of_a_sweep_gives_what_it_gives_alone(swept, launched):
     result = json.loads((swept / "sweep" / "1" / "result.json").read_text())
-    alone = json.loads((by_torchrun / "alone" / "result.json").read_text())
+    alone = json.loads((launched / "alone" / "result.json").read_text())
     assert "test/accuracy" in result["metrics"]
     assert result["metrics"] == alone["metrics"]
     assert torch.load(result["checkpoint"], weights_only=True)["global_step"] == 2

@@ -79,7 +79,7 @@ def test_the_teacher_is_tested_in_its_own_view_of_the_images(command, tmp_path):
     assert "teacher/accuracy" not in untested
 
 
-def test_export_of_the_averaged_weights(command, tmp_path, capsys):
+def test_the_averaged_weights_are_exported(command, tmp_path, capsys):
     command("train", *QUICK, "callbacks=[default,ema]", "callbacks.ema.decay=0.9")
     (result,) = results(tmp_path / "outputs")
     ckpt = f"ckpt={result['checkpoint']}"

@@ -59,7 +59,7 @@ def test_all_loggers_at_once_are_told_the_same(command, tmp_path, monkeypatch):
         assert of_seed[seed].data.params["distill/loss/tau"] == "1.0"
 
 
-def test_early_stopping_the_learning_rate_and_the_throughput_by_config(command, tmp_path):
+def test_the_config_chooses_early_stopping_learning_rates_and_throughput(command, tmp_path):
     command(
         *("train", "callbacks=[default,early_stopping,lr_monitor,throughput]", *PLAIN),
         *("trainer.max_epochs=20", "callbacks.early_stopping.patience=2", "optimizer.lr=0"),

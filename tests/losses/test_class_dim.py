@@ -168,7 +168,7 @@ def test_sigmoid_kd_is_the_binary_divergence_of_each_class():
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
-def test_gradcheck_of_masked_sequences(loss, activation):
+def test_the_gradient_of_masked_sequences_is_that_of_finite_differences(loss, activation):
     """For KD the teacher rules out a class."""
     student, teacher = torch.randn(2, 3, 4, 5).double().unbind()
     if loss is kd_loss:

@@ -148,7 +148,7 @@ def test_dist_loss_equals_the_plain_formulation_in_every_layout(
 
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid", "identity"])
 @pytest.mark.parametrize("masked", [False, True])
-def test_gradcheck(block_size, activation, masked):
+def test_the_gradient_is_that_of_finite_differences(block_size, activation, masked):
     student, teacher = torch.randn(2, 3, 4, 5).double().unbind()
     mask = torch.rand(3, 5) > 0.4 if masked else None
     assert torch.autograd.gradcheck(
