@@ -24,6 +24,9 @@ def composed(*overrides: str) -> DictConfig:
     # Do not resolve these parts: they contain the path of the run's folder, from Hydra's config.
     for part in ("callbacks", "logger"):
         config[part] = OmegaConf.to_container(config[part], resolve=False)
+    # The command removes this key before it builds the student.
+    if config.student and config.student.get("weights", "") is None:
+        del config.student.weights
     OmegaConf.set_struct(config, True)
     return config
 
