@@ -19,7 +19,7 @@ from lightning_dist.report.runs import (
     optimized_metric,
     read_runs,
 )
-from lightning_dist.report.significance import Comparison, compare_groups
+from lightning_dist.report.significance import Comparison, compare_groups, holm
 from lightning_dist.report.table import report_table, write_csv
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "Summary",
     "compare_groups",
     "group_runs",
+    "holm",
     "optimized_metric",
     "plot_runs",
     "read_curves",

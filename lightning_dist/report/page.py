@@ -184,8 +184,9 @@ def _test_table(tested: Sequence[Comparison]) -> tuple[list[str], list[Row]]:
         p = Cell(f"not testable: {pair.reason}", "") if pair.reason else _number_cell(pair.p, ".3g")
         difference = _number_cell(pair.difference, "+.4g")
         cells = [Cell(pair.setting.name), Cell(pair.baseline.name), _number_cell(pair.seeds, "d")]
-        rows.append(Row([*cells, difference, p]))
-    return ["setting", "compared with", "common seeds", "mean difference", "p"], rows
+        rows.append(Row([*cells, difference, p, _number_cell(pair.corrected, ".3g")]))
+    names = ["setting", "compared with", "common seeds", "mean difference", "p", "p (Holm)"]
+    return names, rows
 
 
 def _run_table(

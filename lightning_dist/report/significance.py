@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import numpy as np
@@ -22,6 +22,8 @@ class Comparison:
             seed or a run diverged.
         p: the two-sided p-value of the paired t-test, or None if it cannot be computed.
         reason: the reason why ``p`` cannot be computed.
+        corrected: the p-value with Holm's correction for all pairs that were tested together, or
+            None if ``p`` is None.
     """
 
     setting: Group
@@ -30,6 +32,7 @@ class Comparison:
     difference: float | None
     p: float | None
     reason: str | None = None
+    corrected: float | None = None
 
 
 def compare_groups(groups: Sequence[Group], metric: str) -> list[Comparison]:
@@ -43,11 +46,38 @@ def compare_groups(groups: Sequence[Group], metric: str) -> list[Comparison]:
         metric: the metric to compare by.
 
     Returns:
-        A comparison for each pair of groups.
+        A comparison for each pair of groups. Their p-values are corrected for their number.
     """
     numbers = [numbers_by_seed(group, metric) for group in groups]
     pairs = combinations(zip(groups, numbers, strict=True), 2)
-    return [_compare(setting, base, x, y) for (base, y), (setting, x) in pairs]
+    found = [_compare(setting, base, x, y) for (base, y), (setting, x) in pairs]
+    tested = [i for i, one in enumerate(found) if one.p is not None]
+    for i, p in zip(tested, holm([found[i].p for i in tested]), strict=True):  # type: ignore[misc]
+        found[i] = replace(found[i], corrected=p)
+    return found
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """Return p-values with Holm's correction, in the order of the given ones.
+
+    If every pair below a level is called different, the probability that any of these calls is
+    wrong is at most the level, whatever the pairs depend on.
+
+    Args:
+        values: the p-values of tests that are made together.
+
+    Example:
+        >>> holm([0.04, 0.01, 0.03])
+        [0.06, 0.03, 0.06]
+
+    Reference:
+        Holm, A Simple Sequentially Rejective Multiple Test Procedure, 1979.
+    """
+    corrected, largest = [0.0] * len(values), 0.0
+    for rank, i in enumerate(sorted(range(len(values)), key=lambda i: values[i])):
+        largest = max(largest, min(1.0, (len(values) - rank) * values[i]))
+        corrected[i] = largest
+    return corrected
 
 
 def numbers_by_seed(group: Group, metric: str) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import shutil
 import statistics
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from selenium.webdriver.remote.webelement import WebElement
 from lightning_dist.report import (
     compare_groups,
     group_runs,
+    holm,
     read_curves,
     read_runs,
     write_page,
@@ -122,6 +124,44 @@ def test_settings_are_compared_by_a_t_test_paired_by_seed(tmp_path: Path, put_ru
     assert difference == pytest.approx(statistics.fmean(gains))
     # This is the formula of Student's t distribution for 2 degrees of freedom.
     assert p == pytest.approx(1 - abs(t) / math.sqrt(t * t + 2))
+
+
+def test_p_is_corrected_for_the_number_of_tested_pairs(tmp_path: Path, put_run: PutRun) -> None:
+    results = {"a": [0.1, 0.2, 0.32], "b": [0.2, 0.31, 0.4], "c": [0.5, 0.63, 0.7], "one": [0.4]}
+    for name, numbers in results.items():
+        for seed, x in enumerate(numbers):
+            put_run(tmp_path / f"{name}{seed}", f"x={name}", f"seed={seed}", metrics=of(x))
+    pairs = compare_groups(group_runs(read_runs(tmp_path)), "test/accuracy")
+    tested = [pair for pair in pairs if pair.p is not None]
+    assert (len(pairs), len(tested)) == (6, 3)
+    # By hand: the smallest p times 3, the middle one times 2, each at least as large as the last.
+    first, second, third = sorted(pair.p for pair in tested)
+    middle = max(min(1, 3 * first), min(1, 2 * second))
+    expected = {first: min(1, 3 * first), second: middle, third: max(middle, third)}
+    for pair in tested:
+        assert pair.corrected == pytest.approx(expected[pair.p])
+    assert all(pair.corrected is None for pair in pairs if pair.p is None)
+    write_page(read_runs(tmp_path), tmp_path / "page.html")
+    text = Page(tmp_path / "page.html").text
+    assert "p (Holm)" in text
+    assert f"{max(pair.corrected for pair in tested):.3g}" in text
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 40])
+def test_holms_correction_is_the_step_down_rule(count: int) -> None:
+    """The independent computation rejects level by level, as Holm's paper describes it."""
+    rng = random.Random(count)
+    values = [rng.random() ** 3 for _ in range(count)]
+    values[-1] = values[0]  # a tie
+    corrected = holm(values)
+    for level in [*(x * k for x in values for k in (0.999, 1.001)), 0.01, 0.05, 0.5]:
+        level = min(level * rng.randint(1, count), 0.999)
+        rejected: set[int] = set()
+        for rank, i in enumerate(sorted(range(count), key=values.__getitem__)):
+            if values[i] > level / (count - rank):
+                break
+            rejected.add(i)
+        assert rejected == {i for i in range(count) if corrected[i] <= level}
 
 
 def test_the_head_names_the_data_the_students_and_the_teachers(
