@@ -36,7 +36,12 @@ class OneStageClassifier(nn.Module):
         return self.logits.class_map
 
     def map_classes(self, class_map: Sequence[int] | None) -> None:
-        """Select classes, by indices without the background, unless a map was given."""
+        """Set ``class_map``, unless the constructor was given one.
+
+        Args:
+            class_map: for each class of the student, the index of the detector's
+                class, or ``None`` if the classes are the same.
+        """
         self.logits.map_classes(class_map)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
@@ -76,7 +81,12 @@ class TwoStageClassifier(nn.Module):
         return self.roi.columns.class_map
 
     def map_classes(self, class_map: Sequence[int] | None) -> None:
-        """Select classes, by indices without the background, unless a map was given."""
+        """Set ``class_map``, unless the constructor was given one.
+
+        Args:
+            class_map: for each class of the student without background, the index of the detector's
+                class without background, or ``None`` if the classes are the same.
+        """
         self.roi.columns.map_classes(class_map, background=1)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
