@@ -80,9 +80,10 @@ def load_teacher(
     network, card = _build(source, pretrained, weights is None, given)
     if student_mean is None and not (pretrained and weights is None):
         card = None  # The weights are not the library's: they may be from other images.
-    if card is not None and weights is not None:
-        source = f"{Path(weights).name}, with the images of {card.source}"
-        card = dataclasses.replace(card, source=source)  # used if the file has no card
+    if card is not None and not (pretrained and weights is None):
+        own = "random weights" if weights is None else Path(weights).name
+        # The card of a file replaces this one.
+        card = dataclasses.replace(card, source=f"{own}, with the images of {card.source}")
     teacher = Teacher(network, weights, card=card, **options)
     if student_mean is not None and teacher.inputs is None:
         if teacher.card is None or teacher.card.mean is None:

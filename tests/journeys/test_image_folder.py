@@ -3,6 +3,7 @@
 import csv
 import logging
 import runpy
+import shutil
 import sys
 
 import numpy as np
@@ -100,6 +101,15 @@ def test_eval_refuses_a_renamed_class(renamed, run, capsys):
     with pytest.raises(SystemExit):
         run("eval", CKPT, "+data.root=images", "trainer=cpu")
     assert "'cat', 'dog', 'elk' and the data has 'dog', 'elk', 'zebra'" in capsys.readouterr().err
+
+
+def test_eval_refuses_data_without_one_of_the_classes(run, tmp_path, capsys):
+    for split in ("train", "val"):
+        shutil.rmtree(tmp_path / "images" / split / "cat")
+    with pytest.raises(SystemExit):
+        run("eval", CKPT, "+data.root=images", "trainer=cpu")
+    error = capsys.readouterr().err
+    assert "num_classes=3 and the data has 2 classes: test it on data with all its" in error
 
 
 def test_a_run_does_not_go_on_with_a_renamed_class(renamed, run, capsys):

@@ -42,6 +42,13 @@ def test_a_timm_name_brings_its_normalisation_and_size(prefix):
     torch.testing.assert_close(seen[0], own(raw), rtol=1e-4, atol=1e-4)
 
 
+def test_a_teacher_of_other_weights_than_the_librarys_says_whose_images_it_gets(tmp_path):
+    torch.save(timm.create_model("test_resnet", num_classes=7).state_dict(), tmp_path / "w.pth")
+    for options, own in (({}, "random weights"), ({"weights": tmp_path / "w.pth"}, "w.pth")):
+        teacher = load_teacher("test_resnet", pretrained=False, num_classes=7, **OURS, **options)
+        assert f"from {own}, with the images of timm's test_resnet" in teacher.describe()
+
+
 def test_a_timm_name_loads_the_librarys_weights(tmp_path):
     state = timm.create_model("test_resnet").state_dict()
     safetensors.torch.save_file(state, tmp_path / "weights.safetensors")

@@ -132,8 +132,8 @@ class MatchData(Callback):
             teacher.adapt(data)
         except ValueError as error:
             raise UserError(str(error)) from error
-        if teacher.class_map is None:
-            refuse_other_number(self.card.num_classes, data.num_classes, "the network")
+        advice = "test it on data with all its classes, in any order"
+        refuse_other_number(self.card.num_classes, data.num_classes, "the network", advice)
         if teacher.inputs is not None or teacher.class_map is not None:
             log.warning("the data differs from what the network was trained on, and is converted")
         return teacher.as_network()
