@@ -1,4 +1,4 @@
-"""`hydra_app`: run a verb as a Hydra app."""
+"""`hydra_app`: run a verb of the command line, such as `train`, as a Hydra app."""
 
 import functools
 import os
@@ -12,10 +12,11 @@ from lightning_dist.cli.errors import FULL_ERROR, one_line_errors
 def hydra_app(verb: str, job: Callable[[Any], Any]) -> None:
     """Compose the config of a verb from ``sys.argv``, and run one job or a sweep of jobs with it.
 
-    Two settings are set for Hydra 1.3, and are reset while a job runs. The verb is removed from
-    ``sys.argv``, because Hydra would parse it as an override; but subprocess DDP starts its
-    processes from ``sys.argv`` and needs the verb. ``HYDRA_FULL_ERROR`` is 1, so that Hydra raises
-    an error and does not print several lines; but a job needs the value that the user has set.
+    ``sys.argv`` and the environment are changed for Hydra 1.3, and changed back while a job runs.
+    The verb is removed from ``sys.argv``, because Hydra would parse it as an override; a job needs
+    the verb there, because subprocess DDP starts its processes from ``sys.argv``. The variable
+    ``HYDRA_FULL_ERROR`` is set to 1, so that Hydra raises an error instead of printing several
+    lines; a job needs the value that the user has set.
 
     Args:
         verb: the first argument of the command line, and the name of the verb's config.
@@ -25,7 +26,7 @@ def hydra_app(verb: str, job: Callable[[Any], Any]) -> None:
         Exception: if Hydra cannot compose the config.
         SystemExit: with status 1, if the job raised an error that the user can fix.
     """
-    import hydra  # imported here: completion and help do not need it
+    import hydra  # Imported here, because it is slow and completion and help do not need it.
 
     users = os.environ.get(FULL_ERROR)
 
@@ -34,7 +35,7 @@ def hydra_app(verb: str, job: Callable[[Any], Any]) -> None:
         sys.argv.insert(1, verb)
         _set_full_error(users)
         try:
-            # Inside the job, because Hydra 1.3 prints a further line if a job raises an error.
+            # Catch errors inside the job: if one leaves the job, Hydra 1.3 prints a further line.
             with one_line_errors():
                 return job(config)
         finally:

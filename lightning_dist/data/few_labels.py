@@ -14,24 +14,27 @@ from lightning_dist.data.tensor_images import TensorImages
 
 
 def choose_labels(labels: Tensor, amount: float, seed: int) -> Tensor:
-    """Choose the images that keep their label, with the same proportions of classes.
+    """Choose the images that keep their label, with the class proportions of the whole data set.
 
     The images that are chosen for a smaller amount are also chosen for every larger one.
 
     Args:
         labels: the class of each image, int64 of shape (N,).
         amount: the number of images if it is an int, or a fraction of them.
-        seed: the seed of the choice, which depends on nothing else.
+        seed: the seed of the choice. The same labels, amount and seed always give the same choice.
 
     Returns:
         A bool tensor (N,) that is true for the chosen images.
 
     Raises:
-        ValueError: if the amount is larger than the number of images.
+        ValueError: if the amount is less than one image or more than all images.
     """
     count = amount if isinstance(amount, int) else round(amount * len(labels))
     if not 0 < count <= len(labels):
-        raise ValueError(f"labels={amount}: there are {len(labels)} training images to choose from")
+        raise ValueError(
+            f"labels={amount} would keep the labels of {count} images: use a number that keeps "
+            f"from 1 to {len(labels)} of the training images"
+        )
     (mixing,) = derive_seeds(seed)
     order = torch.from_numpy(np.random.default_rng(mixing).permutation(len(labels)))
     chosen = torch.zeros(len(labels), dtype=torch.bool)
@@ -54,10 +57,10 @@ def without_other_labels(dataset: Dataset, chosen: Tensor) -> Dataset:
 
 
 class FewLabels(Dataset):
-    """A data set that gives the label -100 to the images of another one that are not chosen.
+    """A wrapper of a data set that replaces the labels of the images that are not chosen by -100.
 
     Args:
-        dataset: a data set of images and classes, which is read by index.
+        dataset: the wrapped data set of images and classes, which is read by index.
         chosen: a bool tensor (N,) that is true for the images that keep their label.
     """
 
@@ -76,7 +79,9 @@ class FewLabels(Dataset):
 
 
 def stratified_order(labels: Tensor) -> Tensor:
-    """Return an order (N,) whose first K samples, for every K, have the class proportions of all.
+    """Return an order (N,) of the samples in which every class is spread evenly.
+
+    So for every K, the first K samples have about the class proportions of all N samples.
 
     Args:
         labels: the class of each sample, shape (N,).

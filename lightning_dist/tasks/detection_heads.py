@@ -1,4 +1,4 @@
-"""Teachers for detection: a detector's backbone and class logits, without its boxes."""
+"""Networks for detection teachers: the classifier of a detector, or the whole detector."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -39,8 +39,8 @@ class OneStageClassifier(nn.Module):
         """Set ``class_map``, unless the constructor was given one.
 
         Args:
-            class_map: for each class of the student, the index of the detector's
-                class, or ``None`` if the classes are the same.
+            class_map: for each class of the student, the index of the detector's class,
+                or ``None`` if the classes are the same.
         """
         self.logits.map_classes(class_map)
 
@@ -56,8 +56,9 @@ class OneStageClassifier(nn.Module):
 class TwoStageClassifier(nn.Module):
     """The backbone and the box classifier of a detector such as Faster R-CNN.
 
-    ``roi`` classifies the boxes that the student sampled, from this detector's own feature maps.
-    The region proposal network and the box regression do not run.
+    ``roi`` classifies the boxes that the student has sampled. It pools their features from this
+    detector's own feature maps, not from the student's. The region proposal network and the box
+    regression do not run.
 
     Args:
         detector: a detector with ``backbone`` and ``roi_heads``, which has ``box_roi_pool``,
@@ -97,11 +98,11 @@ class TwoStageClassifier(nn.Module):
 
 
 class TeacherDetector(nn.Module):
-    """A teacher's whole detector, on the images that the student's backbone gets.
+    """A teacher's whole detector, which gets images that the student's transform has prepared.
 
     Args:
-        detector: the detector; it is not changed. Half precision is converted to float32, because
-            the selection of boxes does not run in it everywhere.
+        detector: the detector; it is not changed. If its weights have half precision, a float32
+            copy is used, because not every device can select boxes in half precision.
         transform: the student's transform, which resizes and normalises images.
         inputs: the conversion from these images to the teacher's, or ``None``.
         class_map: for each class of the student, background included, the index of the detector's
@@ -139,12 +140,12 @@ class TeacherDetector(nn.Module):
 
 
 class Relabelled(nn.Module):
-    """A detector in eval mode whose labels are changed to those of other data.
+    """A detector in eval mode whose predicted labels are converted to the classes of a data set.
 
     Args:
         detector: the detector.
-        class_map: for each class of the data, background included if there is one, the index of the
-            detector's class. Detections of other classes are left out.
+        class_map: for each class of the data set, background included if there is one, the index of
+            the detector's class. Detections of other classes are left out.
 
     Shape:
         The same as that of the detector.
@@ -165,7 +166,7 @@ class Relabelled(nn.Module):
 
 
 class _Converted(nn.Module):
-    """A backbone that gets converted images."""
+    """A backbone with a conversion of its input images."""
 
     def __init__(self, backbone: nn.Module, inputs: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -181,7 +182,8 @@ class BoxClassifier(nn.Module):
 
     Args:
         heads: the ``roi_heads`` of the teacher's detector.
-        class_map: the indices of :class:`TwoStageClassifier`, or ``None``.
+        class_map: for each class of the student, background included, the index of the detector's
+            class, or ``None`` if the classes are the same.
     """
 
     def __init__(self, heads: nn.Module, class_map: Sequence[int] | None) -> None:
@@ -220,7 +222,10 @@ class BoxClassifier(nn.Module):
 
 
 class _Columns(nn.Module):
-    """A selection of classes along dimension 1, for each anchor if there are several."""
+    """A selection of classes from logits, along dimension 1.
+
+    If dimension 1 holds the logits of several anchors, the classes are selected for each anchor.
+    """
 
     class_map: Tensor | None
 
@@ -237,7 +242,13 @@ class _Columns(nn.Module):
         self.is_given = chosen is not None
 
     def map_classes(self, class_map: Sequence[int] | None, background: int = 0) -> None:
-        """Select classes, unless a map was given; the first ``background`` classes stay."""
+        """Set ``class_map``, unless the constructor was given one.
+
+        Args:
+            class_map: for each class of the student without background, the index of the detector's
+                class without background, or ``None`` to keep all classes.
+            background: the number of background classes, which come first and are always kept.
+        """
         if self.is_given:
             return
         if class_map is None:

@@ -65,7 +65,8 @@ class InputBridge:
         ):
             if len(means) != len(stds) or not means or min(stds) <= 0:
                 raise ValueError(
-                    f"{names} are {means}, {stds}: give one of each a channel, deviations above 0"
+                    f"{names} are {means}, {stds}: give a mean and a deviation above 0 for each "
+                    "channel"
                 )
         if len(student[0]) not in (1, len(teacher[0])):
             raise ValueError(

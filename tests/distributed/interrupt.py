@@ -1,7 +1,7 @@
-"""A script that runs a command to its end, and again with two interruptions, each resumed.
+"""A script that trains a run without interruption, and a second run that is interrupted twice.
 
-The first interruption is a signal to the last rank only. The second is an error on all ranks, which
-saves nothing, as SIGKILL.
+After each interruption, the second run is resumed. The first interruption is a signal to the last
+rank only. The second is an error on all ranks; like SIGKILL, it saves nothing.
 """
 
 import json
@@ -19,8 +19,9 @@ from lightning_dist import cli
 class Interrupt(Callback):
     """A callback that interrupts its run before the backward of a batch.
 
-    `signal_in` and `fail_in` are the numbers of batches, counted over all epochs from 0. They are
-    attributes of the class, because a run resumes only with the same config.
+    `signal_in` and `fail_in` are the indices of two batches, counted from 0 over all epochs. They
+    are attributes of the class and not arguments: arguments would be part of the config, and a run
+    resumes only if its config has not changed.
     """
 
     signal_in: int | None = None
@@ -48,13 +49,14 @@ class Fail(Callback):
 def main(out: str, overrides: list[str], signal_in: int, fail_in: int) -> None:
     """Run the command in `out`/whole, and with interruptions in `out`/resumed.
 
-    Each rank saves the exit status or error of each run, and the step of the checkpoint after it.
+    Each rank saves, for each run of the command, its exit status or error, and the step of its last
+    checkpoint.
 
     Args:
         out: the folder of the runs.
         overrides: the overrides of the command.
-        signal_in: the batch in which the last rank gets SIGTERM.
-        fail_in: the batch in which all ranks fail.
+        signal_in: the index of the batch in which the last rank gets SIGTERM.
+        fail_in: the index of the batch in which all ranks raise an error.
     """
     ended = []
     command = ["train", *overrides, "+callbacks.interrupt._target_=interrupt.Interrupt"]

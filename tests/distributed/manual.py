@@ -1,8 +1,8 @@
 """A script that optimizes manually with two optimizers, and saves the weights of each rank.
 
-A critic and the student are trained in turn. The distillation joins the backward of the student,
-and its loss has a projection that the same optimizer trains. Each rank gets half of the rows of
-each batch; a single process gets all rows.
+A critic and the student are trained in turn. The distillation loss is added to the student's loss,
+not to the critic's. It contains a projection that the student's optimizer trains. Each rank gets
+half of the rows of each batch; a single process gets all rows.
 """
 
 import copy
@@ -31,6 +31,8 @@ class Projected(nn.Module):
 
 
 class Adversarial(L.LightningModule):
+    """A student and a critic of its logits, each with its own optimizer."""
+
     def __init__(self) -> None:
         super().__init__()
         self.net = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 4)).double()

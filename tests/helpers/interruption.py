@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback
 
-# Random crops, mixup, a schedule, accumulation and averaged weights all have a state or draw random
-# numbers.
+# An exact resume has to restore the state or the random numbers of all these: random crops, mixup,
+# a schedule, gradient accumulation and averaged weights.
 OVERRIDES = (
     "experiment=digits",
     "trainer.max_epochs=4",
@@ -30,7 +30,7 @@ OVERRIDES = (
 class Send(Callback):
     """A callback that sends a signal to its own process before the backward of a batch.
 
-    `batch` counts the batches of all epochs from 0.
+    `batch` is the index of this batch, counted from 0 over all epochs.
     """
 
     def __init__(self, number: signal.Signals, batch: int) -> None:

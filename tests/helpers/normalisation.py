@@ -1,4 +1,4 @@
-"""A normalisation of the student and one of a teacher, and images for tests of both."""
+"""Means and deviations of a student and a teacher, and images that the student normalises."""
 
 import torch
 from torchvision.transforms import v2

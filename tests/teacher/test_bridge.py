@@ -30,7 +30,7 @@ def seen_by(bridge: InputBridge, *args, **kwargs):
 
 @pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
 def test_noise_is_resized_as_pillow_does(mode):
-    """On black and white noise, bicubic interpolation overshoots, and Pillow clips the values."""
+    """Bicubic interpolation of noise leaves 0..1; the bridge clips such values, as Pillow does."""
     pixels = 255 * torch.randint(0, 2, (3, 24, 24), dtype=torch.uint8)
     size, way = (31, 17), Image.Resampling[mode.upper()]
     expected = pil_to_tensor(to_pil_image(pixels).resize(size[::-1], way)) / 255
@@ -49,7 +49,7 @@ def test_values_beyond_black_and_white_are_not_clipped():
 @pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("size", [13, (5, 6), 8])
 def test_the_bridge_gives_what_the_teachers_own_transform_would(mode, size):
-    raw = 0.3 + 0.4 * raw_images()  # No value is outside 0..1 after an overshoot.
+    raw = 0.3 + 0.4 * raw_images()  # Interpolated values stay within 0..1, so nothing is clipped.
     bridge = InputBridge(MEAN, STD, **OURS, size=size, interpolation=mode)
     (seen,) = seen_by(bridge, as_student(raw))
     shape = [size, size] if isinstance(size, int) else size
@@ -76,7 +76,7 @@ def test_a_grey_student_image_is_repeated_for_a_teacher_of_three_channels(mean, 
     torch.testing.assert_close(seen, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_bridge_without_a_difference_hands_over_the_very_tensor():
+def test_a_bridge_that_changes_nothing_returns_the_same_tensor_object():
     x = as_student(raw_images())
     bridge = InputBridge(*OURS.values(), **OURS, size=8)
     assert seen_by(bridge, x)[0] is x
@@ -107,13 +107,13 @@ def test_images_of_low_precision_are_bridged_in_float32():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"mean": MEAN[:2]}, "one of each a channel"),
-        ({"std": (0.2, 0.0, 0.2)}, "deviations above 0"),
+        ({"mean": MEAN[:2]}, "a mean and a deviation above 0 for each channel"),
+        ({"std": (0.2, 0.0, 0.2)}, "a deviation above 0 for each channel"),
         ({"mean": MEAN[:2], "std": STD[:2]}, "2 channels and the student 3"),
         ({"interpolation": "lanczos"}, "use 'bicubic' or 'bilinear'"),
     ],
 )
-def test_a_bridge_that_cannot_be_is_refused(arguments, message):
+def test_a_bridge_with_impossible_arguments_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         InputBridge(**({"mean": MEAN, "std": STD} | OURS | arguments))
 

@@ -41,11 +41,13 @@ def run_apart(run: Run) -> None:
     overrides += [x for x in hydra.overrides.hydra if not x.startswith("hydra.mode=")]
     overrides += [f'hydra.sweep.dir="{hydra.sweep.dir}"', f'hydra.run.dir="{run.folder}"']
     overrides += config_folders()
-    with locked(run.folder):  # The command locks the folder itself.
-        (run.folder / RESULT_FILE).unlink(missing_ok=True)  # of an earlier attempt
+    with locked(run.folder):  # Released before the command starts, which takes the lock itself.
+        # A file that exists afterwards was written by this command, not by an earlier attempt.
+        (run.folder / RESULT_FILE).unlink(missing_ok=True)
     status = _run_command(["train", *overrides], hydra.runtime.cwd)
     run.result = read_result(run.folder) or run.result
-    if run.result["error"] == UNFINISHED:  # killed, for example by Lightning if another rank failed
+    # The command was killed before it wrote its error. Lightning kills it if another rank fails.
+    if run.result["error"] == UNFINISHED:
         run.result["error"] = first_error(run.folder) or f"the job ended with exit status {status}"
         write_result(run.folder, run.result)
     if status or run.result["status"] == "failed":
@@ -55,8 +57,9 @@ def run_apart(run: Run) -> None:
 def needs_own_process(config: DictConfig) -> bool:
     """Return whether a job of a sweep has to run as a separate command.
 
-    It has to if the user sets ``own_process``, or if its Trainer may start several processes: with
-    a strategy, several nodes, or any ``devices`` but one (``auto`` may be several).
+    This is the case if the user sets ``own_process``, or if the job's Trainer may start several
+    processes, because the config sets a strategy, several nodes, or anything but one device for
+    ``devices`` (``auto`` may find several devices).
 
     Args:
         config: the config of the job.
@@ -77,9 +80,11 @@ def end_with_parent(worker: bool) -> None:
 
     Args:
         worker: True if this process is a worker that a launcher started from the sweep's process.
-            A command of :func:`run_apart` has the sweep's process id in an environment variable.
+            It need not be True in a command that :func:`run_apart` started: such a command gets the
+            sweep's process id from an environment variable.
     """
-    named = os.environ.pop(_PARENT, None)  # Processes that this one starts do not inherit it.
+    # Remove the variable, so that the processes that this process starts do not inherit it.
+    named = os.environ.pop(_PARENT, None)
     if named is None and not worker:
         return
     parent = os.getppid() if named is None else int(named)
@@ -96,7 +101,8 @@ def _run_command(arguments: list[str], folder: str) -> int:
     """Run the command in a new process and return its exit status.
 
     A signal is passed on to the command, so that the run can save its state; then this process
-    ends. The command runs in a new session, because a terminal would send Ctrl-C to both processes.
+    ends. The command runs in a new session: in the same session, the terminal would send Ctrl-C to
+    both processes.
 
     Raises:
         SystemExit: if a signal was received, with the exit status of the run.
