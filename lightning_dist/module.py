@@ -31,6 +31,7 @@ from lightning_dist.training.evaluation_module import EvaluationModule
 from lightning_dist.training.fitting import attached_callbacks
 from lightning_dist.training.hyper_parameters import without_objects
 from lightning_dist.training.introduction import log_measured_teacher
+from lightning_dist.training.labels import ignores_unlabeled, mean_over_labels
 from lightning_dist.training.optimization import build_optimizer, build_scheduler, step_scheduler
 
 
@@ -52,7 +53,8 @@ class DistillModule(EvaluationModule):
         teacher: the network to distil from; ``None`` trains without distillation.
         task_loss: the loss of the student's output and the target, cross-entropy by default.
             Validation and test use ``self.eval_loss``, which is the same loss unless a subclass
-            sets another.
+            sets another. With torch's cross-entropy, a label of -100 marks a sample without a
+            label.
         metrics: the metrics to update with the student's output and the target in validation and
             test.
         optimizer: an optimizer class (or a partial of one) or another function of the student's
@@ -154,7 +156,11 @@ class DistillModule(EvaluationModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the task loss of a batch; the callback adds the distillation loss to it."""
         inputs, target = self.split_batch(batch)
-        loss = self.task_loss(self.student(inputs), target)
+        output = self.student(inputs)
+        if ignores_unlabeled(self.task_loss, target):
+            loss = mean_over_labels(self.task_loss, output, target)
+        else:
+            loss = self.task_loss(output, target)
         self.log("train/task", loss.detach())
         return loss
 

@@ -12,6 +12,17 @@ from lightning_dist.checks import UNLABELED
 _LINEAR = ("CrossEntropyLoss", "SoftTargetCrossEntropy")  # torch's and timm's
 
 
+def ignores_unlabeled(loss: Any, target: Any) -> bool:
+    """Return whether a loss is torch's cross-entropy, which ignores the label ``UNLABELED``.
+
+    Args:
+        loss: the loss.
+        target: the target of a batch; a cross-entropy of probabilities ignores nothing.
+    """
+    is_cross_entropy = isinstance(loss, nn.CrossEntropyLoss) and loss.ignore_index == UNLABELED
+    return is_cross_entropy and isinstance(target, Tensor) and not target.is_floating_point()
+
+
 def mean_over_labels(
     loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, target: Tensor
 ) -> Tensor:
@@ -40,8 +51,7 @@ def mean_over_labels(
     labeled = target != UNLABELED
     count = labeled.sum()
     nothing = logits.sum() * 0
-    if isinstance(loss, nn.CrossEntropyLoss) and loss.ignore_index == UNLABELED:
-        # It ignores the other samples; the choice is made without a wait for a GPU.
+    if ignores_unlabeled(loss, target):  # so the choice needs no wait for a GPU
         value = torch.where(count > 0, loss(logits, target), nothing)
     elif labeled.all():
         value = loss(logits, target)

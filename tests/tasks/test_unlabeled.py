@@ -12,6 +12,7 @@ from torchvision.transforms import v2
 
 from lightning_dist.data.digits import DigitsDataModule
 from lightning_dist.functional import dist_loss
+from lightning_dist.module import DistillModule
 from lightning_dist.tasks.classification import ClassificationModule
 
 CLASSES = 4
@@ -114,6 +115,16 @@ def test_a_mixed_image_counts_by_its_labelled_share(make_trainer, mixup, loss, s
     (expected,) = torch.autograd.grad(-(wanted * log_p).sum() / shares.sum(), student.weight)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)  # they mix in float32
     assert mixup.num_classes == CLASSES
+
+
+def test_a_module_with_torchs_cross_entropy_trains_on_batches_without_labels(make_trainer):
+    torch.manual_seed(1)
+    module = DistillModule(nn.Linear(6, CLASSES).double(), nn.Linear(6, CLASSES).double())
+    loader = DataLoader(TensorDataset(*batch_of([-100, -100, 3, 0])), batch_size=2)
+    trainer = make_trainer(precision="64-true")
+    trainer.fit(module, loader)
+    assert all(p.isfinite().all() for p in module.student.parameters())
+    assert trainer.global_step == 2
 
 
 def test_metrics_leave_out_what_has_no_label(make_trainer):
