@@ -50,13 +50,13 @@ def mean_over_labels(
     """
     labeled = target != UNLABELED
     count = labeled.sum()
-    nothing = logits.sum() * 0
     if ignores_unlabeled(loss, target):  # so the choice needs no wait for a GPU
-        value = torch.where(count > 0, loss(logits, target), nothing)
+        value = loss(logits, target)  # NaN without labels, but with a gradient of 0
+        value = torch.where(count > 0, value, torch.zeros_like(value))
     elif labeled.all():
         value = loss(logits, target)
     else:
-        value = loss(logits[labeled], target[labeled]) if labeled.any() else nothing
+        value = loss(logits[labeled], target[labeled]) if labeled.any() else logits.sum() * 0
     return scale_by_share(value, count)
 
 
