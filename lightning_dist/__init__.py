@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # for editors and mypy, which do not follow __getattr__
     from lightning_dist.cache import CachedTeacher
     from lightning_dist.callback import DistillationCallback
-    from lightning_dist.files.card import load_initial_weights
+    from lightning_dist.files.card_files import load_initial_weights
     from lightning_dist.losses import DISTLoss, KDLoss
     from lightning_dist.module import DistillModule
     from lightning_dist.teacher import Teacher
@@ -38,7 +38,7 @@ _HOMES = {
     "Teacher": "teacher",
     "Term": "terms",
     "WeightSchedule": "training",
-    "load_initial_weights": "files.card",
+    "load_initial_weights": "files.card_files",
 }
 
 

@@ -5,7 +5,7 @@ import json
 import sys
 
 from lightning_dist.cli.errors import UserError
-from lightning_dist.files.card import read_card
+from lightning_dist.files.card_files import read_card
 
 
 def main() -> None:

@@ -22,7 +22,8 @@ from lightning_dist.cli.run.channels import channel_errors
 from lightning_dist.cli.run.checkpoint_card import MatchData, card_of_checkpoint, use_weights
 from lightning_dist.cli.run.saved_config import build_data, build_module, read_saved
 from lightning_dist.data.image_files import SUFFIXES, abbreviate, find_images, load_image
-from lightning_dist.files.card import Card, write_card
+from lightning_dist.files.card import Card
+from lightning_dist.files.card_files import write_card
 from lightning_dist.files.text import csv_cell
 from lightning_dist.tasks.classification import ClassificationModule
 from lightning_dist.tasks.detection import DetectionModule

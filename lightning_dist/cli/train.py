@@ -44,7 +44,7 @@ from lightning_dist.cli.run.run import Run
 from lightning_dist.cli.run.saved_config import to_save
 from lightning_dist.cli.run.settings import check_settings
 from lightning_dist.cli.sweep.own_process import end_with_parent, needs_own_process, run_apart
-from lightning_dist.files.card import load_initial_weights
+from lightning_dist.files.card_files import load_initial_weights
 from lightning_dist.files.locking import FolderIsInUse
 from lightning_dist.files.text import error_line
 from lightning_dist.files.weights import weights_only_loads

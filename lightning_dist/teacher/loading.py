@@ -14,7 +14,8 @@ import timm.models
 import torchvision.models
 from torch import nn
 
-from lightning_dist.files.card import Card, card_of_timm, card_of_torchvision, read_card
+from lightning_dist.files.card import Card, card_of_timm, card_of_torchvision
+from lightning_dist.files.card_files import read_card
 from lightning_dist.files.weights import weights_only_loads
 from lightning_dist.teacher.teacher import Teacher
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from lightning_dist.checks import class_axis
-from lightning_dist.files.card import Card, load_with_card
+from lightning_dist.files.card import Card
+from lightning_dist.files.card_files import load_with_card
 from lightning_dist.taps import (
     Snapshot,
     counts,

@@ -7,7 +7,8 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_dist.files.card import CARD_KEY, Card, card_in
+from lightning_dist.files.card import CARD_KEY, Card
+from lightning_dist.files.card_files import card_in
 from lightning_dist.files.text import printable
 
 

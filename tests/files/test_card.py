@@ -15,15 +15,8 @@ from torch import nn
 from lightning_dist import StudentEMA
 from lightning_dist.data.digits import DigitsDataModule
 from lightning_dist.export import export_student
-from lightning_dist.files.card import (
-    CARD_KEY,
-    Card,
-    card_of_timm,
-    card_of_torchvision,
-    load_with_card,
-    read_card,
-    write_card,
-)
+from lightning_dist.files.card import CARD_KEY, Card, card_of_timm, card_of_torchvision
+from lightning_dist.files.card_files import load_with_card, read_card, write_card
 from lightning_dist.models.small import SmallCNN
 from lightning_dist.tasks.classification import ClassificationModule
 

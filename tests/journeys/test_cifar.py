@@ -22,7 +22,7 @@ from journeys import (
     student_state,
 )
 from lightning_dist.data.cifar import CIFAR10DataModule
-from lightning_dist.files.card import read_card
+from lightning_dist.files.card_files import read_card
 from lightning_dist.models.cifar import resnet8
 from lightning_dist.teacher.loading import load_teacher
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from formats import write_yolo
 from journeys import CKPT, LAST, QUIET, metrics, run_in
-from lightning_dist.files.card import read_card
+from lightning_dist.files.card_files import read_card
 from lightning_dist.models.detection import small_retinanet
 
 RETINANET = {"channels": [8, 16, 24], "out_channels": 16, "image_size": 37}

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 from journeys import IMAGES, PIXELS, QUIET, assert_predicted, metrics, read_predictions
 from lightning_dist.data.huggingface import HuggingFaceDataModule
-from lightning_dist.files.card import read_card
+from lightning_dist.files.card_files import read_card
 from lightning_dist.teacher.loading import load_teacher
 
 HUGGING_FACE = [

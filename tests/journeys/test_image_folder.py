@@ -13,7 +13,8 @@ import torch
 from journeys import CKPT, IMAGES, LAST, NAMES, OWN, PIXELS, TEACHER, metrics, write_images
 from lightning_dist.cli.run.checkpoint_card import MatchData
 from lightning_dist.data.image_folder import ImageFolderDataModule
-from lightning_dist.files.card import Card, read_card
+from lightning_dist.files.card import Card
+from lightning_dist.files.card_files import read_card
 from lightning_dist.teacher.loading import load_teacher
 
 

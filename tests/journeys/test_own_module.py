@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from journeys import IMAGES, LAST, NAMES, PIXELS, student_state
 from lightning_dist.data.image_folder import ImageFolderDataModule
-from lightning_dist.files.card import read_card
+from lightning_dist.files.card_files import read_card
 from lightning_dist.module import DistillModule
 from lightning_dist.resume import ExactResume
 from lightning_dist.teacher.loading import load_teacher

@@ -7,7 +7,7 @@ from PIL import Image
 
 from journeys import CKPT, LAST, QUIET, assert_same, metrics, run_in
 from lightning_dist.data.segmentation import MaskFolderDataModule
-from lightning_dist.files.card import read_card
+from lightning_dist.files.card_files import read_card
 from lightning_dist.models.segmentation import deeplabv3, pspnet
 from lightning_dist.teacher.loading import load_teacher
 

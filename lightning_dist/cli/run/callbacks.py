@@ -11,7 +11,7 @@ from lightning_dist.cli.errors import UserError
 from lightning_dist.cli.run.restoring import refuse_other_types
 from lightning_dist.cli.run.result import record_error
 from lightning_dist.cli.run.saved_config import CONFIG_KEY
-from lightning_dist.files.card import read_card
+from lightning_dist.files.card_files import read_card
 from lightning_dist.resume.foreign_paths import drop_foreign_paths
 from lightning_dist.training.cards import card_of_data, differences
 

@@ -14,7 +14,8 @@ from torch import nn
 from lightning_dist.checks import check_flag
 from lightning_dist.cli.errors import UserError
 from lightning_dist.cli.run.saved_config import build_data
-from lightning_dist.files.card import Card, card_in
+from lightning_dist.files.card import Card
+from lightning_dist.files.card_files import card_in
 from lightning_dist.files.text import printable
 from lightning_dist.module import DistillModule
 from lightning_dist.tasks.detection import DetectionModule
