@@ -4,6 +4,7 @@
 """
 
 import argparse
+import json
 import os
 import random
 import signal
@@ -17,7 +18,12 @@ from tests.helpers.interruption import OVERRIDES, differences
 from tests.helpers.processes import Processes
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGKILL)
-STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: -signal.SIGKILL}
+# Before and after training, a signal ends a process as it ends every other one.
+STATUS = {
+    signal.SIGTERM: (143, -signal.SIGTERM),
+    signal.SIGINT: (130, -signal.SIGINT),
+    signal.SIGKILL: (-signal.SIGKILL,),
+}
 VARIANTS = {
     "one-process": ["trainer=cpu"],
     # The run ends within an epoch, and not with a validation.
@@ -27,12 +33,22 @@ VARIANTS = {
         "trainer.max_steps=35",
     ],
     "two-processes": ["trainer=ddp_sim"],
+    "timm-schedule": ["trainer=cpu", "scheduler=timm", "scheduler.factory.warmup_epochs=1"],
+    "warm-up": [
+        *("trainer=cpu", "scheduler=warmup_multistep", "scheduler.factory.milestones=[2]"),
+        "scheduler.factory.warmup_updates=15",
+    ],
+    "validation-within-epochs": ["trainer=cpu", "trainer.val_check_interval=0.3"],
+    "overfitting": ["trainer=cpu", "+trainer.overfit_batches=9"],
+    "overfitting-two-processes": ["trainer=ddp_sim", "+trainer.overfit_batches=9"],
+    "cached-teacher": ["trainer=cpu", "distill.cache={folder}/cache", "module.mixup=null"],
 }
 
 
 def start(processes: Processes, folder: Path, *overrides: str) -> subprocess.Popen:
     """Start a run in the folder, as a command in its own process."""
-    command = ["-m", "lightning_dist", "train", *OVERRIDES, *overrides, f"hydra.run.dir={folder}"]
+    own = [override.format(folder=folder.parent) for override in overrides]
+    command = ["-m", "lightning_dist", "train", *OVERRIDES, *own, f"hydra.run.dir={folder}"]
     with open(folder.with_suffix(".log"), "a") as log:
         return processes.start(*command, stdout=log, stderr=log, start_new_session=True)
 
@@ -40,7 +56,10 @@ def start(processes: Processes, folder: Path, *overrides: str) -> subprocess.Pop
 def interrupt(
     run: subprocess.Popen, folder: Path, rows: int, number: signal.Signals, everyone: bool
 ) -> int | None:
-    """Send a signal after `rows` rows of the log; return the exit status, None without a signal."""
+    """Send a signal after `rows` rows of the log; return the exit status.
+
+    Return None if the run had completed before the signal. A run that ignores it returns 0.
+    """
     log = folder / "logs" / "metrics.csv"
     before, known = log.stat().st_mtime_ns if log.exists() else 0, None
     while run.poll() is None:
@@ -51,10 +70,18 @@ def interrupt(
         if count and known is None:
             known = count if before else 0
         if known is not None and count > max(rows, known):
+            had_completed = has_completed(folder)
             os.killpg(run.pid, number) if everyone else run.send_signal(number)
-            return run.wait(timeout=120)
+            status = run.wait(timeout=120)
+            return None if status == 0 and had_completed else status
         time.sleep(0.002)
     return None
+
+
+def has_completed(folder: Path) -> bool:
+    """Return whether the run in the folder has written its complete result."""
+    result = folder / "result.json"
+    return result.exists() and json.loads(result.read_text())["status"] == "completed"
 
 
 def soak(
@@ -75,7 +102,7 @@ def soak(
             status = interrupt(run, resumed, row, number, everyone)
             whom = "all" if everyone else "the first process"
             history.append(f"{number.name} to {whom} after {row} rows: {status}")
-            if status not in (STATUS[number], None):
+            if status is not None and status not in STATUS[number]:
                 mismatches.append(f"round {index}: exit status {status} after {number.name}")
         if start(processes, resumed, *overrides, "resume=true").wait() != 0:
             raise RuntimeError(resumed.with_suffix(".log").read_text())

@@ -25,6 +25,7 @@ from lightning_dist.data.image_files import SUFFIXES, abbreviate, find_images, l
 from lightning_dist.files.card import Card
 from lightning_dist.files.card_files import write_card
 from lightning_dist.files.text import csv_cell
+from lightning_dist.files.writing import naming
 from lightning_dist.tasks.classification import ClassificationModule
 from lightning_dist.tasks.detection import DetectionModule
 from lightning_dist.tasks.drawing import box_image, class_palette, mask_image
@@ -94,7 +95,8 @@ class Writer(BasePredictionWriter):
         if int(indices[0]) < 0:
             self.unreadable.append(~int(indices[0]))
         else:
-            self.write(prediction, images, indices, (int(height[0]), int(width[0])))
+            with naming(self.out):
+                self.write(prediction, images, indices, (int(height[0]), int(width[0])))
 
     def write(self, prediction: Any, images: Any, indices: Tensor, size: tuple[int, int]) -> None:
         """Write the prediction of a batch.
@@ -208,7 +210,9 @@ class BoxWriter(Writer):
 
     def write_on_epoch_end(self, trainer: Trainer, *args: Any) -> None:
         """Write all boxes, including those whose score is too low to be drawn."""
-        self.fresh("predictions.json").write_text(json.dumps(self.found, indent=1) + "\n")
+        path = self.fresh("predictions.json")
+        with naming(path):
+            path.write_text(json.dumps(self.found, indent=1) + "\n")
 
 
 def _job(config: DictConfig) -> None:

@@ -39,6 +39,7 @@ FORMATS = {
 
 # Arguments of timm.create_model that are not written to model_args: num_classes has an entry of its
 # own in config.json, and the others are not for the network.
+_OWN = ".export-"  # the start of the names of temporary folders; the process id follows
 _OF_CREATION = ("model_name", "num_classes", "cache_dir", "checkpoint_path")
 # Entries of timm's pretrained_cfg that describe the published weights, not the student's weights.
 _OF_OTHER_WEIGHTS = (
@@ -259,7 +260,8 @@ def _staged(path: Path) -> Iterator[Path]:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
+        _remove_left_overs(path.parent)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{_OWN}{os.getpid()}-") as folder:
             temporary = Path(folder) / path.name
             yield temporary
             if temporary.is_dir():
@@ -270,6 +272,18 @@ def _staged(path: Path) -> Iterator[Path]:
                 os.replace(temporary, path)
     except (OSError, safetensors.SafetensorError) as error:
         raise OSError(f"{path} cannot be written ({error}): choose another place") from error
+
+
+def _remove_left_overs(folder: Path) -> None:
+    """Delete the temporary folders of exports of this machine that were killed."""
+    for old in folder.glob(f"{_OWN}*"):
+        process = old.name.removeprefix(_OWN).partition("-")[0]
+        try:
+            os.kill(int(process), 0)  # Signal 0 only asks whether the process exists.
+        except ProcessLookupError:
+            shutil.rmtree(old, ignore_errors=True)
+        except (ValueError, OSError, OverflowError):
+            pass  # It is not of an export, or of one of another user.
 
 
 def _refuse_nonfinite(network: nn.Module) -> None:

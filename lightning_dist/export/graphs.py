@@ -1,6 +1,7 @@
 """Functions that write a network to torch.export or ONNX, read it back and compare the outputs."""
 
 import copy
+import io
 import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -215,7 +216,10 @@ def save_pt2(graph: Graph, path: Path, facts: Mapping[str, Any]) -> None:
     """
     with as_refusal("torch_export", graph.advice):
         program = _exported(graph)
-        torch.export.save(program, path, extra_files={METADATA: json.dumps(facts)})
+        # To memory first: on a full disk, torch's own writer of files ends the process.
+        file = io.BytesIO()
+        torch.export.save(program, file, extra_files={METADATA: json.dumps(facts)})
+        path.write_bytes(file.getbuffer())
         graph.check(torch.export.load(path).module())
 
 

@@ -1,10 +1,10 @@
 """Report on finished runs with a table, a CSV file, a plot, and a single-file HTML page."""
 
-import tempfile
 from pathlib import Path
 
 from rich.table import Table
 
+from lightning_dist.files.writing import naming, replaced_together
 from lightning_dist.report.curves import Curve, read_curves
 from lightning_dist.report.page import write_page
 from lightning_dist.report.plots import plot_runs
@@ -57,6 +57,7 @@ def write_report(folders: Folders, out: PathLike | None = None, metric: str | No
         ValueError: if a folder contains no run or a broken result.json; if `metric` is None and the
             runs do not all optimise one metric; if only other metrics were logged; or if a link is
             in the place of one of the three files.
+        OSError: if a file cannot be written; the three files of an earlier report are then intact.
     """
     runs = read_runs(folders)
     table, figure = report_table(runs, metric), plot_runs(runs, metric)
@@ -70,12 +71,9 @@ def write_report(folders: Folders, out: PathLike | None = None, metric: str | No
                 f"{path} is a link or no regular file: remove it, or choose another folder for the "
                 "report with --out"
             )
-    # The files are renamed, because an existing one may be a hard link to a file outside.
-    with tempfile.TemporaryDirectory(dir=target, prefix=".report-") as folder:
-        new = Path(folder)
-        write_csv(runs, new / csv.name)
-        figure.savefig(new / png.name, bbox_inches="tight")
-        write_page(runs, new / page.name, metric)
-        for path in (csv, png, page):
-            (new / path.name).replace(path)
+    # New files replace the old ones, because an old one may be a hard link to a file outside.
+    with naming(target), replaced_together([csv, png, page]) as parts:
+        write_csv(runs, parts[0])
+        figure.savefig(parts[1], bbox_inches="tight")
+        write_page(runs, parts[2], metric)
     return table

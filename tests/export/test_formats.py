@@ -1,6 +1,7 @@
 """Tests that exported files give the student's outputs without this package, and its facts."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.models.detection import RetinaNet
 
+from disk import almost_full_disk
 from lightning_dist import DistillModule
 from lightning_dist.cli.run.saved_config import CONFIG_KEY
 from lightning_dist.export import FORMATS, export_student
@@ -365,6 +367,25 @@ def test_a_refusal_leaves_the_file_of_before(tmp_path):
     with pytest.raises(ValueError, match="gives other outputs"):
         export_student(Moody(), path, "torch_export", input_size=(1, 8, 8))
     assert [file.read_text() for file in tmp_path.iterdir()] == ["of before"]
+
+
+@pytest.mark.parametrize("format", ["safetensors", "timm", "torch_export"])
+def test_a_full_disk_is_named_and_leaves_nothing(format, tmp_path):
+    student = timm.create_model("resnet10t", num_classes=4) if format == "timm" else resnet8(4)
+    path = tmp_path / "student"
+    with almost_full_disk(4_000), pytest.raises(OSError, match="student cannot be written"):
+        export_student(student.eval(), path, format, input_size=[3, 32, 32])
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_export_removes_what_a_killed_one_left_and_no_more(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for process in (dead.pid, os.getpid()):
+        (tmp_path / f".export-{process}-abc").mkdir()
+    export_student(resnet8(4), tmp_path / "student.safetensors", "safetensors")
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"student.safetensors", f".export-{os.getpid()}-abc"}
 
 
 def test_a_missing_package_is_named_with_the_extra_that_brings_it(tmp_path, monkeypatch):

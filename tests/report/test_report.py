@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from disk import almost_full_disk
 from lightning_dist import report
 from lightning_dist.report import (
     group_runs,
@@ -320,6 +321,18 @@ def test_write_report_writes_to_the_first_folder_or_to_out(
     assert sorted(os.listdir(tmp_path / "new" / "out")) == written
     image = matplotlib.image.imread(tmp_path / "new" / "out" / "report.png")
     assert image.std() > 0.05  # The plot is not empty.
+
+
+def test_a_full_disk_leaves_the_three_files_of_the_report_before(sweep: Path) -> None:
+    write_report(sweep)
+    before = {path: path.read_bytes() for path in sweep.glob("report.*")}
+    (sweep / "0" / "result.json").unlink()
+    (sweep / ".partial-report.csv").write_text("of a killed process")
+    with almost_full_disk(10_000), pytest.raises(OSError, match=f"File too large: '{sweep}"):
+        write_report(sweep)
+    assert {path: path.read_bytes() for path in sweep.glob("*report.*")} == before
+    write_report(sweep)
+    assert (sweep / "report.csv").read_bytes() != before[sweep / "report.csv"]
 
 
 def test_folder_without_runs_is_an_error_that_says_what_is_missing(sweep: Path) -> None:

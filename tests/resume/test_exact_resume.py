@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import resource
 import signal
 import subprocess
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
+from disk import almost_full_disk
 from interruption import Send
 from lightning_dist import DistillModule
 from lightning_dist.data.digits import DigitsDataModule
@@ -222,13 +222,9 @@ def test_a_full_disk_leaves_the_previous_checkpoint_intact(tmp_path):
     path = tmp_path / "last.ckpt"
     AtomicCheckpointIO().save_checkpoint({"weights": torch.zeros(100)}, path)
     whole = path.read_bytes()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
-    try:
-        with pytest.raises(OSError, match=r"File too large.*is intact: delete other files"):
-            AtomicCheckpointIO().save_checkpoint({"weights": torch.zeros(100_000)}, path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    refusal = pytest.raises(OSError, match=r"File too large.*is intact: delete other files")
+    with almost_full_disk(50_000), refusal:
+        AtomicCheckpointIO().save_checkpoint({"weights": torch.zeros(100_000)}, path)
     assert path.read_bytes() == whole
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
 
@@ -237,12 +233,8 @@ def test_a_run_with_a_full_disk_ends_with_one_line_and_resumes(refused, command,
     command(*QUICK, "trainer.max_epochs=1")
     (tmp_path / "run" / "result.json").unlink()
     before = (tmp_path / "run" / "checkpoints" / "last.ckpt").read_bytes()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
-    try:
+    with almost_full_disk(10_000):
         line = refused(*QUICK, "trainer.max_epochs=2", "ckpt_path=run/checkpoints/last.ckpt")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert re.search(r"cannot write the checkpoint .*best.ckpt: .*checkpoint is intact", line)
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").read_bytes() == before
     command(*QUICK, "trainer.max_epochs=2", "ckpt_path=run/checkpoints/last.ckpt")
