@@ -82,7 +82,7 @@ class CocoDataModule(DetectionDataModule):
             what = f"image {_name(image, number)} in {path}"
             name, key = _entry(image, "file_name", what), _entry(image, "id", what)
             size = image.get("width"), image.get("height")
-            known = all(isinstance(side, int) and side > 0 for side in size)
+            known = all(isinstance(side, int) and 0 < side < 2**31 for side in size)
             if key in found:
                 raise ValueError(f"{path} has several images with the id {key!r}: number them")
             file = self.root / images / str(name)
@@ -111,7 +111,7 @@ class CocoDataModule(DetectionDataModule):
         for number, category in enumerate(categories, start=1):
             for key in ("id", "name"):
                 _entry(category, key, f"category {_name(category, number)} in {path}")
-        categories = sorted(categories, key=lambda category: category["id"])
+        categories = sorted(categories, key=lambda x: (isinstance(x["id"], str), x["id"]))
         if len(categories) != self.num_classes:
             raise ValueError(
                 f"{path} has {len(categories)} categories and num_classes is {self.num_classes}"
@@ -137,6 +137,11 @@ def _entry(record: Any, key: str, what: str) -> Any:
     """
     if not isinstance(record, dict) or record.get(key) is None:
         raise ValueError(f"{what} has no {key}: add it, or remove the entry")
+    kinds = (str,) if key == "name" else (int, str)
+    if not isinstance(record[key], kinds):
+        raise ValueError(
+            f"{what} has the {key} {record[key]!r:.100}: give a text or a whole number"
+        )
     return record[key]
 
 
@@ -224,7 +229,7 @@ class VOCDetectionDataModule(DetectionDataModule):
             raise ValueError(f"{file} is no XML ({error}): restore it") from error
         assert self.class_names is not None
         width, height = (root.findtext(f"size/{side}", "0") for side in ("width", "height"))
-        known = width.isdigit() and height.isdigit() and int(width) and int(height)
+        known = all(len(x) < 10 and x.isdecimal() and int(x) for x in (width, height))
         size = (int(width), int(height)) if known else None  # some programs write a size of 0
         entry = Annotated(image, [], [], [], size=size)
         for found in root.iter("object"):
@@ -357,6 +362,6 @@ def _read_json(path: Path, needed: Sequence[str]) -> dict[str, Any]:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON ({error}): restore it") from error
-    if not isinstance(content, dict) or any(key not in content for key in needed):
+    if not isinstance(content, dict) or any(type(content.get(key)) is not list for key in needed):
         raise ValueError(f"{path} is not of COCO's form: expected {', '.join(needed)} in it")
     return content

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_dist.checks import check_labels
+from lightning_dist.data.hub_description import refuse_other_places
 from lightning_dist.data.image_files import (
     UNREADABLE,
     Transform,
@@ -21,6 +22,7 @@ from lightning_dist.data.image_files import (
     warn_once,
 )
 from lightning_dist.data.timm_transform import TimmTransformDataModule
+from lightning_dist.files.text import error_line
 
 _SHARED_LABELS = (  # class_encode_column would number the classes of each split apart
     "Give all splits one ClassLabel: names = sorted({name for split in data.values() for name in "
@@ -188,9 +190,20 @@ class HuggingFaceDataModule(TimmTransformDataModule):
 
     def _load_split(self, split: str) -> Any:
         datasets = import_datasets()
-        if not (Path(self.path) / "dataset_dict.json").is_file():
-            return datasets.load_dataset(self.path, self.config, split=split)
-        splits = datasets.load_from_disk(self.path)
+        folder = Path(self.path)
+        refuse_other_places(folder)
+        is_saved = (folder / "dataset_dict.json").is_file()
+        try:
+            if not is_saved:
+                return datasets.load_dataset(self.path, self.config, split=split)
+            splits = datasets.load_from_disk(self.path)
+        except (FileNotFoundError, ImportError):
+            raise
+        except Exception as error:  # damaged files cause errors of many kinds
+            raise ValueError(
+                f"{self.path} cannot be read as a data set with the split {split}: "
+                f"{error_line(error)}"
+            ) from error
         if split not in splits:
             raise ValueError(
                 f"{self.path} has no split {split} but {', '.join(splits)}: "

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -39,6 +39,16 @@ _FOREIGN = {
 _CLUTTER = {"__MACOSX", "@eaDir", "lost+found"}
 _MOST_VISITS = 32  # of a folder, through different links
 _ORIENTATION = 0x0112  # the EXIF tag with the direction in which the camera was held
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def open_image_folder(
@@ -215,6 +225,9 @@ def decode_image(file: BinaryIO) -> Image.Image:
         Exception: one of :data:`UNREADABLE`, if it cannot be decoded.
     """
     image = Image.open(file, formats=FORMATS)
+    most = Image.MAX_IMAGE_PIXELS
+    if most is not None and image.width * image.height > most:  # Pillow refuses from twice as many
+        raise ValueError(f"it has {image.width} x {image.height} pixels, more than {most}")
     image.load()
     return image
 
@@ -242,7 +255,9 @@ def to_rgb(image: Image.Image, name: str = "an image") -> Image.Image:
     )
     image = upright(image)
     if sixteen_bits:
-        grey = (np.asarray(image).astype(np.int64) + 128) // 257
+        grey = np.asarray(image).astype(np.uint32)
+        grey += 128
+        grey //= 257
         return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         kind = "32-bit" if image.mode == "I" else "floating-point"
@@ -270,8 +285,12 @@ def image_size(path: Path) -> tuple[int, int]:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """Return an image turned as its EXIF orientation says; unreadable EXIF data are ignored."""
-    return image if _orientation(image) == 1 else ImageOps.exif_transpose(image)
+    """Return an image turned as its EXIF orientation says; unreadable EXIF data are ignored.
+
+    Pillow's exif_transpose writes the EXIF data again, which fails for damaged ones.
+    """
+    turn = _TURNS.get(_orientation(image))
+    return image if turn is None else image.transpose(turn)
 
 
 def _orientation(image: Image.Image) -> int:

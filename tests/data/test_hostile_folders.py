@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from hostile import contacts, watched
 from lightning_dist.data.detection import VOCDetectionDataModule, YoloDataModule
+from lightning_dist.data.huggingface import HuggingFaceDataModule
 from lightning_dist.data.image_files import find_images, warn_once
 from lightning_dist.data.segmentation import CityscapesDataModule, VOC2012DataModule
 from lightning_dist.data.tiny_imagenet import TinyImageNetDataModule
@@ -86,3 +88,43 @@ def test_a_warning_has_no_control_characters(caplog: pytest.LogCaptureFixture):
     warn_once("a\x1b[2J.png has boxes without area")
     assert "\x1b" not in caplog.text
     assert r"a\x1b[2J.png" in caplog.text
+
+
+def description(path: str) -> str:
+    files = "".join(f"  - split: {x}\n    path: '{path}'\n" for x in ("train", "validation"))
+    return f"---\nconfigs:\n- config_name: default\n  data_files:\n{files}---\n"
+
+
+def doubled_aliases() -> str:
+    lines = ["a0: &a0 [x, x]"] + [f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 40)]
+    return "---\n" + "\n".join([*lines, "configs: *a39"]) + "\n---\n"
+
+
+@pytest.mark.parametrize("name", ["README.md", ".huggingface.yaml"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        description("http://127.0.0.1:9/x.csv"),
+        description("zip://x.csv::http://127.0.0.1:9/a.zip"),
+        description("hf://datasets/a/b/x.csv"),
+        description("/etc/x.csv"),
+        description("../x.csv"),
+        doubled_aliases(),
+    ],
+    ids=["address", "archive", "hub", "absolute", "above", "aliases"],
+)
+def test_the_description_of_a_data_set_names_nothing_elsewhere(tmp_path: Path, name, text):
+    pytest.importorskip("datasets")
+    (tmp_path / name).write_text(text if name == "README.md" else text.replace("---\n", ""))
+    (tmp_path / "train.csv").write_text("image,label\n")
+    data = HuggingFaceDataModule(path=str(tmp_path), image_size=8)
+    with watched() as record, pytest.raises(ValueError, match=f"{name} (lists|contains YAML)"):
+        data.val_dataset()
+    assert not contacts(record)
+
+
+def test_a_damaged_data_set_is_refused_by_name(tmp_path: Path):
+    pytest.importorskip("datasets")
+    (tmp_path / "dataset_dict.json").write_text("[")
+    with pytest.raises(ValueError, match=rf"{tmp_path} cannot be read as a data set"):
+        HuggingFaceDataModule(path=str(tmp_path), image_size=8).val_dataset()

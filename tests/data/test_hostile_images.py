@@ -2,11 +2,12 @@
 
 import os
 import shutil
+import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin
 
 from hostile import contacts, watched
 from lightning_dist.data.huggingface import HuggingFaceDataModule, RowImages
@@ -108,3 +109,37 @@ def test_a_large_text_in_an_image_is_an_error_that_names_the_file(tmp_path):
     Image.new("L", (2, 2)).save(path, pnginfo=text)
     with pytest.raises(OSError, match=r"a\.png cannot be read as an image"):
         load_image(str(path))
+
+
+@pytest.mark.parametrize("kind", ["L", "I;16"])
+def test_an_image_that_pillow_only_warns_of_is_refused(tmp_path, monkeypatch, kind):
+    """Pillow decodes up to twice its limit, which takes gigabytes."""
+    path = tmp_path / "a.png"
+    Image.new(kind, (12, 10)).save(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(OSError, match=r"a\.png cannot be read .*12 x 10 pixels, more than 100"):
+        load_image(str(path))
+
+
+def test_exif_data_that_cannot_be_written_do_not_hide_an_image(tmp_path, monkeypatch):
+    """Pillow's exif_transpose raises struct.error for some, because it writes the data again."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (3, 2)).save(tmp_path / "a.jpg", exif=exif)
+
+    def broken(self: Image.Exif, offset: int = 8) -> bytes:
+        raise struct.error("required argument is not an integer")
+
+    monkeypatch.setattr(Image.Exif, "tobytes", broken)
+    assert load_image(str(tmp_path / "a.jpg")).size == (2, 3)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_are_turned_as_pillow_turns_them(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels = np.arange(18, dtype=np.uint8).reshape(2, 3, 3)
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    with Image.open(tmp_path / "a.png") as image:
+        expected = np.asarray(ImageOps.exif_transpose(image))
+    np.testing.assert_array_equal(np.asarray(load_image(str(tmp_path / "a.png"))), expected)
