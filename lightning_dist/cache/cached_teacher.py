@@ -303,7 +303,8 @@ class CachedTeacher(TeacherBase):
                 files.release(batch.view)
         try:
             fields = [FINGERPRINT, *map(name_of, self._taps)]
-            self._open[batch.view] = files.open(batch.view, fields)
+            # Only the current view: each open one holds a file descriptor.
+            self._open = {batch.view: files.open(batch.view, fields)}
         except FileNotFoundError as error:
             raise MisconfigurationException(
                 f"{error.filename} exists on the machine of the first process, but not on this "

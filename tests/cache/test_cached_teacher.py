@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import multiprocessing
+import os
 import pickle
 import shutil
 import time
@@ -111,6 +112,19 @@ def test_a_copy_of_the_module_shares_the_teacher_and_a_pickle_holds_no_file(trai
             assert len(pickle.dumps(kept)) < before + 2000
 
     train(kept, epochs=1, callbacks=[Copying()])
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="there is no /proc")
+def test_views_are_open_one_at_a_time(train, tmp_path):
+    opened = []
+
+    class Look(L.Callback):
+        def on_train_epoch_end(self, *args):
+            names = map(os.path.realpath, Path("/proc/self/fd").iterdir())
+            opened.append(sum(name.endswith(".npy") for name in names))
+
+    train(CachedTeacher(teacher(), tmp_path, views=3), epochs=3, callbacks=[Look()])
+    assert opened == [1, 1, 1]
 
 
 def test_float16_changes_the_student_only_by_rounding(train, tmp_path):
