@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # for editors and mypy, which do not follow __getattr__
+if TYPE_CHECKING:  # These imports are for editors and mypy, which do not follow __getattr__.
     from lightning_dist.cache import CachedTeacher
     from lightning_dist.callback import DistillationCallback
     from lightning_dist.files.card_files import load_initial_weights

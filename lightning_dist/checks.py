@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-UNLABELED = -100  # the label of samples without a label, which torch's cross-entropy ignores
+UNLABELED = -100  # It marks samples without a label; torch's cross-entropy ignores it.
 
 
 def check_number(
@@ -69,8 +69,8 @@ def check_labels(
 ) -> None:
     """Raise an error if labels are not classes.
 
-    Without this check, a label of -1 trains a detector's last class or its background, and others
-    end in an error of a CUDA kernel.
+    Without this check, a label of -1 trains a detector's last class or its background, and other
+    wrong labels cause an error of a CUDA kernel that does not name them.
 
     Args:
         labels: the labels, integers of any shape.

@@ -167,7 +167,7 @@ class CachedTeacher(TeacherBase):
         """Make the Trainer's data module load fixed views, and choose the folder of the cache.
 
         All processes call this method. The first process chooses the folder, and compares the
-        teacher's outputs for some samples with the outputs that the folder contains.
+        teacher's outputs for some samples with the stored ones.
 
         Args:
             trainer: the Trainer, before it has created its data loaders.
@@ -180,7 +180,7 @@ class CachedTeacher(TeacherBase):
         Raises:
             MisconfigurationException: if the module, its data module or its terms need more than
                 the outputs for whole images; or if the teacher shares tensors with the module,
-                draws random numbers, or has other outputs than those in the folder.
+                draws random numbers, or if its outputs differ from those in the folder.
         """
         try:
             refuse_shared_parts(self.network, pl_module)

@@ -78,7 +78,7 @@ def main() -> None:
 def _job(config: DictConfig) -> float | None:
     """Run one job; in a sweep, log its error and return NaN, so that the sweep continues."""
     worker = multiprocessing.get_start_method(allow_none=True) == "loky"
-    if worker:  # joblib's start method, which cannot start the workers of a data loader
+    if worker:  # joblib's start method "loky" cannot start the workers of a data loader.
         multiprocessing.set_start_method(None, force=True)
     end_with_parent(worker)
     run = Run(config)
@@ -130,7 +130,7 @@ def train(run: Run) -> dict[str, Any]:
         _print_config(config)
     torch.set_float32_matmul_precision(config.matmul_precision)
     datamodule = instantiate(config.data)
-    # Before the networks are built and loaded, which may take long or fail for this reason.
+    # Check this before the networks are built and loaded, which may take long.
     of_data = getattr(datamodule, "num_classes", None)
     refuse_other_number(config.num_classes, of_data, "the config")
     seed_everything(config.seed, workers=True)
@@ -145,7 +145,7 @@ def train(run: Run) -> dict[str, Any]:
         with channel_errors(module, getattr(datamodule, "in_channels", None)):
             _fit(trainer, module, datamodule, run.checkpoint)
         metrics = saver.validation | logged_metrics(trainer, "val/")
-        if not metrics:  # another program's checkpoint, with no epoch left to train
+        if not metrics:  # The checkpoint is of another program, and no epoch is left to train.
             with without_loggers(trainer):
                 trainer.validate(module, datamodule=datamodule, verbose=False)
             metrics = logged_metrics(trainer, "val/")
@@ -245,11 +245,12 @@ def _test_teacher(
 ) -> dict[str, float]:
     """Test the teacher as the module distils it, then log and return its metrics as ``teacher/``.
 
-    What fails here is logged, because the student's results are complete.
+    An error in this test is logged and not raised, because the student's results are complete.
     """
     student, evaluated = module.student, module.evaluated
     try:
-        with without_loggers(trainer) as metrics:  # they contain the student's metrics as test/
+        # The loggers already contain the student's metrics under the prefix test/.
+        with without_loggers(trainer) as metrics:
             module.evaluate_only(module.teacher_network())
             trainer.test(module, datamodule, verbose=False)
             found = logged_metrics(trainer, "test/").items()

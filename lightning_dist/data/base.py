@@ -120,8 +120,9 @@ class ImageDataModule(LightningDataModule):
         labels: the number of training images that keep their label, or a fraction of them; the
             others get the label -100 and are only distilled. `seed` chooses them, in the
             proportions of the classes. By default all images keep their label.
-        unlabeled: a folder of images without labels, or several, which are distilled beside the
-            training set; for data modules of image files. Images lie at any depth.
+        unlabeled: a folder of images without labels, or several folders; the images, at any depth,
+            are distilled in addition to the training set. Only data modules of image files support
+            it.
         unlabeled_share: the share of images without a label in each batch of each process. An epoch
             is then one pass over the images with a label. By default an epoch is one pass over all
             images.
@@ -346,7 +347,8 @@ class ImageDataModule(LightningDataModule):
         facts: dict[str, Any] = {"size": None if size is None else (size, size)}
         if size is not None:
             facts |= {"crop_mode": "squash", "crop_pct": 1.0, "interpolation": "bilinear"}
-        if not hasattr(self, "mean"):  # a subclass of a user with other inputs, such as tokens
+        # The subclass may be a user's, with other inputs than images, such as tokens.
+        if not hasattr(self, "mean"):
             return facts
         channels = self.in_channels
         mean, std = (
@@ -482,7 +484,7 @@ class ImageDataModule(LightningDataModule):
             dataset: Dataset = getattr(self, f"{split}_dataset")()
             if not len(cast(Sized, dataset)):
                 raise ValueError(f"the {split} set of {self.location} is empty")
-            if split != "predict":  # which needs no labels
+            if split != "predict":  # The predict data set needs no labels.
                 self.check_dataset(split, dataset)
             self._datasets[split] = self._with_unlabeled(dataset) if split == "train" else dataset
         return self._datasets[split]

@@ -24,7 +24,8 @@ from lightning_dist.data.image_files import (
 from lightning_dist.data.timm_transform import TimmTransformDataModule
 from lightning_dist.files.text import error_line
 
-_SHARED_LABELS = (  # class_encode_column would number the classes of each split apart
+# The advice is not class_encode_column, which would number the classes of each split separately.
+_SHARED_LABELS = (
     "Give all splits one ClassLabel: names = sorted({name for split in data.values() for name in "
     "split['label']}); data = data.cast_column('label', datasets.ClassLabel(names=names))"
 )
@@ -42,14 +43,14 @@ class HuggingFaceDataModule(TimmTransformDataModule):
         train_split: the name of the training split.
         val_split: the name of the validation split.
         test_split: the name of the test split; by default the validation split. If all its labels
-            are -1, as often on the hub, a warning says so, and the validation split takes its
-            place. `predict_dataloader` reads its images in any case.
+            are -1, which is common on the hub, a warning says so, and the validation split is used
+            instead. `predict_dataloader` reads its images in any case.
         **settings: the arguments of TimmTransformDataModule and ImageDataModule.
 
     Raises:
         ImportError: when a data set is created, if `datasets` is not installed.
         ValueError: when a data set is created, if a split or column is missing, if the labels are
-            words or no classes, or if two splits number their classes differently.
+            words or are not classes, or if two splits number their classes differently.
         OSError: when a sample is read, if the image cannot be decoded.
     """
 
@@ -128,7 +129,7 @@ class HuggingFaceDataModule(TimmTransformDataModule):
         names = getattr(self._rows(name).features[self.label_column], "names", None)
         try:
             num_classes, trained = self.num_classes, self.class_names
-        except ValueError:  # there is no training split, which evaluation does not need
+        except ValueError:  # Evaluation works without a training split.
             num_classes, trained = len(names or []) or int(labels.max()) + 1, names
         if names and trained and names != trained:
             raise ValueError(

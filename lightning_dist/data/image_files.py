@@ -37,7 +37,7 @@ _FOREIGN = {
 }
 # Folders that an archive program, a file system or a disk station adds.
 _CLUTTER = {"__MACOSX", "@eaDir", "lost+found"}
-_MOST_VISITS = 32  # of a folder, through different links
+_MOST_VISITS = 32  # The most paths to one folder through different links.
 _ORIENTATION = 0x0112  # the EXIF tag with the direction in which the camera was held
 
 _TURNS = {
@@ -80,7 +80,7 @@ def open_image_folder(
 
 
 class ClassFolders(ImageFolder):
-    """torchvision's ImageFolder of the folders and files that `find_images` finds."""
+    """torchvision's ImageFolder, but with the folders and files that `find_images` finds."""
 
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
         """Return the names of the class folders, and a dict from names to labels."""
@@ -196,7 +196,7 @@ def load_image(path: str) -> Image.Image:
 
 
 def open_image(path: Path, kind: str = "an image") -> Image.Image:
-    """Open an image file and decode its pixels.
+    """Open an image file and decode its pixels; see `decode_image`.
 
     Args:
         path: the file.
@@ -207,8 +207,8 @@ def open_image(path: Path, kind: str = "an image") -> Image.Image:
     """
     try:
         _refuse_special_file(path)
-        # Pillow 13 maps an uncompressed TIFF into memory when it gets a path, and mixes up the
-        # width and height of a turned one.
+        # Pillow 13 maps an uncompressed TIFF into memory when it gets a path, and then exchanges
+        # the width and the height if EXIF turns the image.
         with path.open("rb") as file:
             return decode_image(file)
     except UNREADABLE as error:
@@ -251,7 +251,8 @@ def to_rgb(image: Image.Image, name: str = "an image") -> Image.Image:
         ValueError: if its pixels are floating-point or 32-bit numbers, whose range is unknown.
     """
     sixteen_bits = image.mode.startswith("I;16") or (
-        image.mode == "I" and image.format in ("PNG", "PPM")  # Pillow before 11 read PNGs so
+        # Pillow before version 11 gives a 16-bit PNG this mode.
+        image.mode == "I" and image.format in ("PNG", "PPM")
     )
     image = upright(image)
     if sixteen_bits:

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sequential
 
 from lightning_dist.checks import check_number
 
-Key = tuple[int, int]  # (index, epoch); the augmentation of a sample depends on both
+Key = tuple[int, int]  # A Key is (index, epoch); the augmentation of a sample depends on both.
 
 
 def derive_seeds(*parts: int, count: int = 1) -> list[int]:
@@ -84,8 +84,9 @@ class EpochSampler(DistributedSampler):
 class RepeatingSampler(EpochSampler, SequentialSampler):
     """An EpochSampler that yields the same Keys in the same order in every epoch.
 
-    It is for Lightning's `overfit_batches`, and it is a SequentialSampler, because Lightning
-    replaces any other sampler then, also by one that no loader can continue within an epoch.
+    It is for Lightning's `overfit_batches`, and it is a SequentialSampler, because with
+    `overfit_batches` Lightning replaces any other sampler by one that cannot continue within an
+    epoch.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -148,8 +149,8 @@ class SeededDataset(Dataset):
 
     Args:
         dataset: a map-style data set, which is read by index.
-        seed: the seed of the run. None skips the seeding, about 30 us for each sample, and is right
-            if no transform is random.
+        seed: the seed of the run. None skips the seeding, which takes about 30 us for each sample
+            and is not needed if no transform is random.
     """
 
     def __init__(self, dataset: Dataset, seed: int | None) -> None:

@@ -26,8 +26,8 @@ from lightning_dist.data.image_files import (
 )
 from lightning_dist.files.card import Card
 
-MASKS_TO_CHECK = 100  # the number of masks of a split that are read before training starts
-MOSTLY = 0.95  # the fraction of ignored pixels from which a split is warned about
+MASKS_TO_CHECK = 100  # At most this number of masks of a split is read before training starts.
+MOSTLY = 0.95  # A warning is logged for a split with at least this fraction of ignored pixels.
 
 
 class Pair(NamedTuple):
@@ -281,7 +281,8 @@ class SegmentationDataModule(ImageDataModule):
                 f"{meaning}. Set reduce_zero_label and num_classes, or class_ids, such as [0, 255]"
             )
         missing = {str(i) for i in self.class_ids if not counts[i]}
-        # In a part of the masks rare classes may be missing, so that only many are a sign.
+        # Rare classes may be missing from the masks that were read. Only many missing classes are a
+        # sign of wrong ids.
         if split == "train" and missing and (not of or 3 * len(missing) > self.num_classes):
             warn_once(f"{where} have no pixel of the ids {abbreviate(missing)}: {meaning}")
         ignored = 1 - counts[list(self.class_ids)].sum() / counts.sum()

@@ -73,7 +73,7 @@ class TimmTransformDataModule(ImageDataModule):
         )
 
     def unlabeled_transform(self) -> Transform:
-        """Return the training transform, which images without a label get too."""
+        """Return the training transform, which is also used for images without a label."""
         return self.train_transform()
 
     def image_facts(self) -> dict[str, Any]:

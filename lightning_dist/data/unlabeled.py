@@ -26,7 +26,8 @@ def unlabeled_files(folders: str | Path | Sequence[str | Path], evaluated: Itera
 
     Args:
         folders: the folder, or several.
-        evaluated: the paths of the validation images; a warning names those among the found ones.
+        evaluated: the paths of the validation images; a warning names those that are also in the
+            folders.
 
     Raises:
         FileNotFoundError: if a folder is missing or has no images.
@@ -56,7 +57,9 @@ class JoinedImages(Dataset):
 
     def __init__(self, dataset: Dataset, files: Sequence[str], transform: Transform) -> None:
         self.dataset = dataset
-        self.files = np.array(files)  # one object, which workers do not copy as they read it
+        # One array instead of many paths: reading objects in a worker process would copy their
+        # memory.
+        self.files = np.array(files)
         self.transform = transform
         self._first = len(cast(Any, dataset))
 
@@ -72,14 +75,14 @@ class JoinedImages(Dataset):
 class SharedBatches(EpochSampler):
     """An EpochSampler whose batches have a given share of samples without a label.
 
-    An epoch is one pass over the samples with a label. The others come in random orders, one order
-    after the other, and the next epoch goes on where the last one ended, so that all of them are
-    used equally often.
+    An epoch is one pass over the samples with a label. The samples without a label come in a random
+    order. The next epoch continues in this order where the last one ended, and a new order begins
+    when all have been used. So all are used equally often.
 
     Args:
         dataset: the data set to sample.
         labeled: a bool tensor (N,) that is true for the samples with a label.
-        share: the share of the others in each batch of each process, between 0 and 1.
+        share: the share of samples without a label in each batch of each process, between 0 and 1.
         batch_size: the number of samples in a batch of each process.
         seed: the seed of the run.
         num_replicas: the number of processes that share the samples of each epoch.
@@ -87,7 +90,8 @@ class SharedBatches(EpochSampler):
         drop_last: see :class:`lightning_dist.data.seeding.EpochSampler`.
 
     Raises:
-        ValueError: if a batch would have no sample of one kind, or there is none.
+        ValueError: if a batch would have no sample with a label, or no sample without one, or if
+            the data set has no such samples.
     """
 
     def __init__(
@@ -103,7 +107,7 @@ class SharedBatches(EpochSampler):
     ) -> None:
         super().__init__(dataset, seed, num_replicas, rank, drop_last)
         check_number("unlabeled_share", share, least=0, most=1)
-        self.others = round(share * batch_size)  # the samples without a label in a batch
+        self.others = round(share * batch_size)  # The number of samples without a label in a batch.
         self.own = batch_size - self.others
         self.with_label, self.without = (torch.nonzero(x)[:, 0] for x in (labeled, ~labeled))
         for name, each, all_of_them in (
@@ -134,7 +138,8 @@ class SharedBatches(EpochSampler):
                 own[batch * self.own : (batch + 1) * self.own],
                 others[batch * self.others : (batch + 1) * self.others],
             )
-            # Mixed, because Mixup mixes samples by their places in the batch.
+            # The samples of a batch are shuffled, because Mixup pairs them by their positions in
+            # the batch.
             indices += self._order(torch.cat(parts), 2, self.epoch, batch).tolist()
         for index in indices[self.skip :]:
             yield index, self.epoch

@@ -117,7 +117,9 @@ class Views(Dataset):
 
 
 def fingerprints(images: Tensor) -> np.ndarray:
-    """Return a number for each image that differs between images: a sum of pixels with fixed signs.
+    """Return a fingerprint of each image: a sum of its pixels with fixed random signs.
+
+    Two different images have different sums, except by an improbable chance.
 
     Args:
         images: the images ``(N, ...)``, on the CPU.

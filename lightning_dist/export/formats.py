@@ -41,7 +41,7 @@ FORMATS = {
 # own in config.json, and the others are not for the network.
 _OWN = ".export-"  # the start of the names of temporary folders; the process id follows
 _OF_CREATION = ("model_name", "num_classes", "cache_dir", "checkpoint_path")
-# Entries of timm's pretrained_cfg that describe the published weights, not the student's weights.
+# These entries of timm's pretrained_cfg describe the published weights, not the student's weights.
 _OF_OTHER_WEIGHTS = (
     *("url", "file", "hf_hub_id", "hf_hub_filename", "source", "state_dict", "tag", "custom_load"),
     *("test_input_size", "test_crop_pct", "pool_size", "paper_ids", "paper_name", "origin_url"),

@@ -32,7 +32,7 @@ def refuse_strange_safetensors(file: Path) -> None:
 
 
 def refuse_strange_torch_file(file: Path) -> None:
-    """Raise an error if torch.save cannot have written the file, as far as reading it is unsafe.
+    """Raise an error if the file has a structure that is unsafe to read and not from torch.save.
 
     torch.save does not compress. Without compressed entries, a small file cannot fill the memory.
     An entry with a path such as ``../x`` is harmless here, because torch reads entries into memory.
@@ -120,7 +120,7 @@ _END, _LOCATOR, _END64 = "<4s4H2LH", "<4sLQL", "<4sQ2H2L4Q"
 
 
 def _refuse_other_directory(file: Path) -> None:
-    """Raise an error unless the archive's directory is short, and before its end, as it records.
+    """Raise an error if the directory of an archive is long, or not where the archive's end says.
 
     Python looks for the directory directly before the end of the file, and torch at the recorded
     place. An archive can have one directory at each, and Python then checks other entries than

@@ -1,4 +1,7 @@
-"""`FolderLock`: a lock that lets one process at a time write to a folder, and names it."""
+"""`FolderLock`: a lock that lets one process at a time write to a folder.
+
+If the lock is taken, the error names the process that holds it.
+"""
 
 import os
 import socket
@@ -10,8 +13,8 @@ from filelock import FileLock, Timeout
 
 from lightning_dist.files.text import printable
 
-# A sweep that was killed leaves a job that first saves its state; who continues the sweep waits
-# for this job.
+# After a sweep was killed, its job may still be saving its state. A process that continues the
+# sweep waits this long for the job.
 PATIENCE_SECONDS = 10.0
 
 

@@ -29,23 +29,24 @@ _OF_TORCH = (
 )
 _BUILTINS = ("set", "complex", "bytearray")
 _COLLECTIONS = ("OrderedDict", "Counter")
-# It can double the length of bytes in each call; torch.save uses it for bytes, with this encoding.
+# Each call of codecs.encode can double the length of its bytes. torch.save calls it only with this
+# encoding, to store bytes.
 _ENCODE, _ENCODING = "_codecs encode", "latin1"
 
 
 class _Value(NamedTuple):
-    """What is known of a value on the stack: its text or name, and the items of a tuple."""
+    """A description of a value on the stack: its text or name, and the items of a tuple."""
 
     text: str | None = None
     items: tuple["_Value", ...] = ()
-    size: int = 1  # of all values inside, where a value that is in two tuples counts twice
+    size: int = 1  # It counts all values inside; a value that is in two tuples counts twice.
 
 
 class _Effect(NamedTuple):
-    """What an opcode does with the stack: whether it takes all values from the last mark on."""
+    """The effect of an opcode on the stack: the values that it takes and adds."""
 
     to_mark: bool
-    taken: int  # without those from the mark on
+    taken: int  # This number excludes the values from the mark on.
     made: int
 
 
@@ -108,7 +109,7 @@ class _Bounded:
 
 
 def _follow(file: _Bounded) -> None:
-    """Follow the opcodes of a pickle with a stack that contains no values, only what they are."""
+    """Follow the opcodes of a pickle, with descriptions on the stack instead of values."""
     stack: list[_Value] = []
     memo: dict[Any, _Value] = {}
     marks: list[int] = []
@@ -163,7 +164,7 @@ def _tuple_of(items: list[_Value]) -> _Value:
 
 
 def _refuse_encoding(taken: list[_Value]) -> None:
-    """Raise an error for a call of codecs.encode, unless torch.save writes it, for bytes."""
+    """Raise an error for a call of codecs.encode that torch.save would not write."""
     if not taken or taken[0].text != _ENCODE:
         return
     arguments = [value.text for value in taken[-1].items] if len(taken) > 1 else []

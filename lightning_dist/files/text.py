@@ -12,16 +12,16 @@ MOST_SHOWN, MOST_IN_A_LINE = 20_000, 2_000
 # The largest file of JSON or text that is read: a parser needs some twenty times as much memory.
 MOST_READ = 8 * 2**20
 
-# A spreadsheet computes a cell that begins with one of these characters; the last four are the
-# wide forms of the first four.
+# A spreadsheet evaluates a cell as a formula if it begins with one of these characters; the last
+# four are the wide forms of the first four.
 _FORMULA = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")
 
 
 def read_bounded(path: str | Path, most: int = MOST_READ) -> bytes:
     """Return the contents of a file, which must be regular and not too large.
 
-    A pipe and a device may never end, and in a few bytes of an archive can be a sparse file of any
-    size.
+    The reason is that a pipe or a device may never end, and that a few bytes of an archive can
+    unpack to a sparse file of any size.
 
     Args:
         path: the file, or a link to one.
@@ -74,7 +74,7 @@ def error_line(error: BaseException | str) -> str:
 
 
 def csv_cell(value: Any) -> Any:
-    """Return a value for a CSV file: text that a spreadsheet would compute starts with a quote.
+    """Return a value for a CSV file, with a quote before text that a spreadsheet would evaluate.
 
     Args:
         value: the value of a cell; a number, and text that is a number, are returned unchanged.

@@ -35,7 +35,7 @@ _OF_AVERAGE = "student_ema."
 _PREFIXES = ("", "student_ema.module.", "module.", "student.", "model.", "net.", "_orig_mod.")
 
 _COUNTER = "num_batches_tracked"
-_MOST_LEVELS = 16  # of a prefix that all names share
+_MOST_LEVELS = 16  # The largest number of parts of a prefix that all names share.
 
 
 class _Unread:
@@ -73,11 +73,11 @@ def load_weights(
         averaged: load the averaged (EMA) weights if true, the others if false. By default the
             averaged weights are loaded if the file contains both.
         contents: the contents of the file, if :func:`read_checkpoint` has read it already.
-        keep_heads: accept a file whose output layers have another number of outputs, or that has
-            no last layer; these layers of the network stay as they are.
+        keep_heads: accept a file whose output layers have another number of outputs, or that has no
+            last layer; these layers of the network are not changed.
 
     Returns:
-        The names of the layers that stay as they are.
+        The names of the layers that are not changed.
 
     Raises:
         FileNotFoundError: if the file does not exist.
@@ -306,8 +306,8 @@ def _kept_heads(
 ) -> dict[str, list[str]]:
     """Return a dict from the output layers that a file cannot fill to the names of their entries.
 
-    An output layer has another number of outputs in the file, and the same inputs; or it is the
-    last layer of the network, and the file does not have it.
+    Such an output layer has the same inputs but another number of outputs in the file; or it is the
+    last layer of the network, and the file does not contain it.
     """
     layers: dict[str, list[str]] = {}
     for name in expected:

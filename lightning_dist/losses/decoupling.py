@@ -28,8 +28,8 @@ def dkd_loss(
 
     It splits :func:`kd_loss` in two. TCKD is the divergence of the binary decision between the
     target class and all others. NCKD is the divergence of the probabilities of the other classes
-    among themselves; in KD its weight is the teacher's probability of the other classes, so that
-    it hardly counts where the teacher is certain. With two classes NCKD is 0.
+    among themselves; in KD its weight is the teacher's probability of the other classes, so that it
+    has little effect if the teacher is certain. With two classes NCKD is 0.
 
     Args:
         student: logits, as in :func:`kd_loss`.
@@ -46,7 +46,8 @@ def dkd_loss(
         The mean over samples (and pixels), a scalar in float32 (float64 for float64 logits).
 
     Raises:
-        ValueError: as :func:`kd_loss`, and if the target is not one label for each sample.
+        ValueError: in the same cases as :func:`kd_loss`, and if the target does not have one label
+            for each sample.
 
     Reference:
         Zhao et al., Decoupled Knowledge Distillation, CVPR 2022, equation 7.
@@ -79,8 +80,8 @@ def standardise(
 ) -> Tensor:
     """Return logits with mean 0 and standard deviation 1 over the classes of each sample.
 
-    A divergence of standardised logits asks the student for the teacher's relations between the
-    classes, but not for the range of the teacher's logits. A row that is constant up to rounding
+    With standardised logits, a divergence makes the student learn the teacher's relations between
+    the classes, but not the range of the teacher's logits. A row that is constant up to rounding
     becomes 0 and gets no gradient. A logit of -infinity stays, and does not count in mean and
     standard deviation.
 

@@ -31,14 +31,15 @@ def kd_loss(
     """Return the loss of knowledge distillation, ``tau**2 * KL(teacher || student)``.
 
     KL is the Kullback-Leibler divergence of the probabilities ``softmax(logits / tau)``. With
-    ``activation="sigmoid"``, each class is a binary decision of its own: the divergences of
+    ``activation="sigmoid"``, each class is a separate binary decision: the divergences of
     ``sigmoid(logits / tau)`` are summed over the classes.
 
     Args:
         student: logits of shape ``(N, C)`` or ``(N, C, *spatial)``. With ``class_dim``, the classes
             are in another dimension, as in ``(B, T, V)``.
         teacher: logits of the same shape; no gradient flows to them. A class with the logit
-            -infinity has probability 0 and adds nothing where the student rules it out, too.
+            -infinity has probability 0 and adds 0 to the loss, also if the student's logit is
+            -infinity.
         tau: the temperature, above 0.
         activation: ``"softmax"`` or ``"sigmoid"``.
         mask: a boolean tensor with the logits' shape without the classes. Samples where it is
@@ -75,8 +76,9 @@ def reverse_kd_loss(
 ) -> Tensor:
     """Return ``tau**2 * KL(student || teacher)``, the divergence in the other direction.
 
-    The student then prefers the classes to which the teacher gives much probability. The loss is
-    infinite if the teacher rules out a class (logit -infinity) that the student does not.
+    With this direction, the student concentrates on the classes to which the teacher gives a high
+    probability. The loss is infinite if the teacher rules out a class (logit -infinity) that the
+    student does not.
 
     Args:
         student: logits, as in :func:`kd_loss`.

@@ -17,10 +17,10 @@ from lightning_dist.losses.relations import cka_loss, rkd_loss, sp_loss
 
 
 class ProjectedFeatures(nn.Module):
-    """The base of the losses that compare features entry by entry.
+    """The base class of the losses that compare features entry by entry.
 
-    A projection, a 1x1 convolution, gives the student's features the teacher's width. It is trained
-    with the student but does not belong to it.
+    A projection, a 1x1 convolution, gives the student's features as many channels as the teacher's.
+    It is trained with the student but does not belong to it.
 
     Args:
         student_channels: the number of channels of the student's features.
@@ -29,8 +29,8 @@ class ProjectedFeatures(nn.Module):
             of two sizes are refused.
 
     Raises:
-        ValueError: if an option is no such number. A call raises it if the projected features and
-            the teacher's differ in shape.
+        ValueError: if an option is out of range. A call raises it if the projected features and the
+            teacher's differ in shape.
     """
 
     compares_classes = False
@@ -112,14 +112,14 @@ class FeatureMimic(ProjectedFeatures):
 
 
 class DISTFeatureLoss(ProjectedFeatures):
-    """The DIST loss of feature maps, of channels and places, see :func:`dist_feature_loss`.
+    """The DIST loss of feature maps, over channels and over places; see :func:`dist_feature_loss`.
 
     It is this project's reading of the feature-level loss of DIST+.
 
     Args:
         student_channels: the number of channels of the student's map.
-        teacher_channels: the number of channels of the teacher's map. If it is the student's, there
-            is no projection.
+        teacher_channels: the number of channels of the teacher's map. If both numbers are equal,
+            there is no projection.
         resize: average the larger map to the height and width of the smaller one. Without it, maps
             of two sizes are refused.
         channels: the weight of the correlation over the channels at each place.
@@ -192,7 +192,7 @@ class CWDLoss(nn.Module):
 
 
 class FeatureLoss(nn.Module):
-    """The base of the losses of features that need no option at the call."""
+    """The base class of the losses of features whose call takes only the features."""
 
     function: Callable[..., Tensor]
     compares_classes = False

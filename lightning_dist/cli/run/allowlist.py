@@ -92,8 +92,8 @@ _MAX_DEPTH, _MAX_VALUES = 32, 100_000
 def check_allowed(config: Any, path: str) -> None:
     """Refuse a config that can do more than build networks, data, optimizers and schedules.
 
-    What a config may name and load without harm is not refused, but :func:`without_downloads`
-    removes it.
+    Downloads and files of weights are not refused here: :func:`without_downloads` removes them from
+    the config.
 
     Args:
         config: the config as plain data, before Hydra instantiates it.
@@ -103,13 +103,15 @@ def check_allowed(config: Any, path: str) -> None:
         UserError: if a value is refused; the message names the value.
     """
     for count, node in enumerate(_nodes(config, path)):
-        # If each list contains the next list twice, the number of values doubles at every level.
+        # A small config can have endless values: if each list contains the next list twice, the
+        # number of values doubles at every level.
         if count > _MAX_VALUES:
             raise UserError(f"{path} is damaged: its config has more than {_MAX_VALUES} values")
         if isinstance(node, Mapping):
             for key in node:
                 _check_text(key, path)
-                if isinstance(key, str) and "[" in key:  # rich would parse a metric's name
+                # rich would interpret square brackets in a metric's name.
+                if isinstance(key, str) and "[" in key:
                     raise _refusal(path, f"contains markup in {key!r:.100}")
                 if isinstance(key, str) and _TIMM_LOADS.fullmatch(key) and node[key] is not None:
                     raise _refusal(path, f"would load {key}={node[key]!r:.100}")
@@ -135,8 +137,8 @@ def _nodes(config: Any, path: str) -> Iterator[Any]:
 def without_downloads(config: Any) -> Any:
     """Return a copy of an allowed config that downloads nothing and reads no file of weights.
 
-    The checkpoint contains the weights of its network. Weights that torchvision has for a name are
-    not removed here, because with them torchvision builds other layers.
+    The checkpoint contains the weights of its network. Names of torchvision's weights are not
+    removed here, because torchvision builds other layers with them.
 
     Args:
         config: the config as plain data, which :func:`check_allowed` has accepted.
@@ -195,7 +197,7 @@ def _check_call(node: Mapping[str, Any], path: str) -> None:
 
 
 def _check_timm_name(found: Any, node: Mapping[str, Any], path: str) -> None:
-    """Refuse a name that is no network of timm, which timm would load from a file or a hub."""
+    """Refuse a name that is no network of timm: timm would load it from a file or a hub."""
     argument = _TIMM_NAMES[found]
     default = inspect.signature(found).parameters[argument].default
     name = node.get(argument, default)
@@ -226,7 +228,7 @@ def _is_known_function(found: Any) -> bool:
     if found in _FUNCTIONS:
         return True
     if _within(found.__module__, ("lightning_dist.models",)):
-        # The other functions there rename weights, by patterns that may take forever.
+        # The other functions there rename weights by regular expressions, which may take forever.
         built = found.__annotations__.get("return")
         return isinstance(built, type) and issubclass(built, nn.Module)
     name = found.__name__
@@ -252,9 +254,11 @@ def _locate(target: str, path: str) -> Any:
             if not hasattr(found, part):
                 importlib.import_module(module)
             found = getattr(found, part, None)
-        except ModuleNotFoundError:  # Hydra could not import it either
+        except ModuleNotFoundError:  # Hydra could not import it either.
             return None
-        except Exception as error:  # an import, and an attribute such as torch.classes.a.b
+        # Importing a module, or reading an attribute such as torch.classes.a.b, can raise any
+        # error.
+        except Exception as error:
             raise UserError(
                 f"{path} names {target!r:.100}, and the import of {module!r:.100} failed: "
                 f"{error_line(error)}"

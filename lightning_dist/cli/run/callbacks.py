@@ -59,7 +59,7 @@ class SaveConfig(Callback):
 
 
 class CompareStart(Callback):
-    """Warn of data with other images or classes than the file from which the student starts.
+    """Warn if the student's file of weights was trained on other images or classes than the data.
 
     Args:
         file: the file, or ``None`` if the student starts from none.

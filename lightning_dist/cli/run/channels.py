@@ -1,4 +1,4 @@
-"""`channel_errors`: name the channels of images and network where a network cannot take images."""
+"""`channel_errors`: an error for images whose number of channels a network does not accept."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from lightning_dist.files.text import error_line
 
 @contextmanager
 def channel_errors(module: LightningModule, channels: int | None) -> Iterator[None]:
-    """Convert an error of a network that takes other channels than its images have.
+    """Convert an error that a network raises because its images have another number of channels.
 
     The numbers are compared only after an error, because a network of an unknown kind may use its
     first convolution for something else than images.
@@ -34,7 +34,8 @@ def channel_errors(module: LightningModule, channels: int | None) -> Iterator[No
     except RuntimeError as error:
         networks: dict[str, Any] = {"student": getattr(module, "student", None)}
         teacher = getattr(module, "teacher", None)
-        if getattr(teacher, "inputs", None) is None:  # otherwise it gets other images
+        # A teacher with a conversion of its inputs gets other images.
+        if getattr(teacher, "inputs", None) is None:
             networks["teacher"] = getattr(teacher, "network", None)
         for name, network in networks.items():
             takes = _channels(network)

@@ -1,4 +1,4 @@
-"""The card of a checkpoint, the weights that it means, and the conversion of other data."""
+"""The card of a checkpoint: read it, choose the weights that it names, and convert other data."""
 
 import dataclasses
 import logging
@@ -58,7 +58,7 @@ def card_of_checkpoint(checkpoint: Mapping[str, Any], config: Mapping[str, Any],
 
 
 def use_weights(module: DistillModule, card: Card, ema: bool | None, path: str) -> Card:
-    """Make the averaged or the own weights the student of a module, and print the choice.
+    """Give the student of a module its averaged or its own weights, and print the choice.
 
     Args:
         module: the module with the weights of a checkpoint; its student is replaced.
@@ -95,7 +95,7 @@ def use_weights(module: DistillModule, card: Card, ema: bool | None, path: str) 
 class MatchData(Callback):
     """Convert the images and classes of the data of a test to those of the card, or refuse them.
 
-    The size of the images stays: a test in another size is a wish of the user.
+    The size of the images is not converted, because a user may want to test another size.
 
     Args:
         card: the card of the student.

@@ -25,7 +25,7 @@ class LockFolder(Callback):
 
 
 def release_folders() -> None:
-    """Release what :class:`LockFolder` holds."""
+    """Release all folders that :class:`LockFolder` has locked."""
     _held.close()
 
 

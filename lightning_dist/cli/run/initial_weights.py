@@ -1,4 +1,4 @@
-"""The weights that a student starts from: from a file, or left out to rebuild a saved run."""
+"""Functions that remove initial weights from a config, to load them later or not at all."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -57,7 +57,7 @@ def without_initial_weights(config: Any) -> Any:
 
 @contextmanager
 def without_torchvision_weights() -> Iterator[None]:
-    """Make torchvision build its networks as with pretrained weights, but not load the weights.
+    """Let torchvision build its networks as if it loaded pretrained weights, without loading them.
 
     The checkpoint contains the weights. The layers depend on whether there are weights: for its
     detectors, torchvision freezes the batch norms.

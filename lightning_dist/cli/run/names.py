@@ -1,4 +1,4 @@
-"""`names_and_sizes`: what a result says about data, student and teacher, for the report."""
+"""`names_and_sizes`: the names and sizes of data, student and teacher, for the report."""
 
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ def names_and_sizes(module: LightningModule, config: DictConfig) -> dict[str, An
 
 
 def _data(settings: DictConfig) -> str:
-    """Return the name of the data set, with its folder where that says more."""
+    """Return the name of the data set, and its folder, if that adds something to the name."""
     name = HydraConfig.get().runtime.choices.get("data") or "data"
     folder = Path(str(settings.get("path") or settings.get("root") or "")).name
     return name if not folder or folder == "data" or folder in name else f"{name} ({folder})"
@@ -49,13 +49,15 @@ def _network(settings: Any) -> str:
 def _teacher(module: DistillModule, config: DictConfig) -> str:
     """Return the name of the teacher, with the file or the run of its weights."""
     settings = config.module.teacher
-    settings = settings.get("teacher", settings)  # a cached teacher contains them
+    # The config of a cached teacher contains the config of the teacher.
+    settings = settings.get("teacher", settings)
     # A teacher that is loaded by name has a source; the name of others is their file in conf.
     name = settings.get("source") or HydraConfig.get().runtime.choices.get("teacher", "teacher")
     weights = settings.get("weights")
     if not isinstance(weights, str):
         return name
     card = module.teacher.card if module.teacher is not None else None
-    if card is not None and Path(weights).suffix == ".ckpt":  # all runs name their files last.ckpt
+    # Every run has a file last.ckpt, so the name of the file says nothing.
+    if card is not None and Path(weights).suffix == ".ckpt":
         return f"{name} (run {card.source})"
     return f"{name} ({Path(weights).name})"

@@ -1,4 +1,4 @@
-"""Convert what a damaged checkpoint causes while Lightning restores it to an error of one line."""
+"""Convert errors that Lightning raises for a damaged checkpoint to an error of one line."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ from lightning_dist.files.text import error_line
 
 @contextmanager
 def restoring_errors(checkpoint: str | None) -> Iterator[None]:
-    """Convert errors that a checkpoint of another form causes to one that names the file.
+    """Convert errors that a damaged or foreign checkpoint causes to one that names the file.
 
     Lightning, torch and the callbacks raise errors of any kind while they restore states of another
     form, and optimizers in the first step.

@@ -63,7 +63,7 @@ def _last_checkpoint(config: DictConfig, folder: Path) -> str | None:
     return str(path)
 
 
-_MOST_CALLBACKS = 100  # Lightning warns of the names of those that the run has not
+_MOST_CALLBACKS = 100  # Lightning warns of each callback that this run lacks.
 # The entries of a checkpoint that Lightning 2.6 reads without a check.
 _ENTRIES: dict[str, type] = {
     "pytorch-lightning_version": str,

@@ -109,7 +109,8 @@ class Run:
             try:
                 if self._has_begun or not _is_completed(self.folder):
                     write_result(self.folder, self.result)
-            except OSError as error:  # not raised, so that the first error is raised
+            # It is logged, not raised, so that the error of the run is raised.
+            except OSError as error:
                 log.error("cannot write the result in %s: %s", self.folder, error)
 
 

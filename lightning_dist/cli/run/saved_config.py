@@ -93,7 +93,7 @@ def config_in(checkpoint: Mapping[str, Any]) -> Any:
     """
     config = checkpoint.get(CONFIG_KEY)
     nodes, seen = [config], set()
-    while nodes:  # no recursion: a hostile config may contain itself
+    while nodes:  # A loop instead of recursion, because a hostile config may contain itself.
         node = nodes.pop()
         if id(node) in seen:
             continue
@@ -102,7 +102,7 @@ def config_in(checkpoint: Mapping[str, Any]) -> Any:
             target = node.get("_target_")
             if isinstance(target, str):
                 node["_target_"] = _MOVED.get(target, target)
-            node.pop("ema_decay", None)  # an option that DistillModule had before StudentEMA
+            node.pop("ema_decay", None)  # DistillModule had this option before StudentEMA existed.
             nodes += node.values()
         elif isinstance(node, (list, tuple)):
             nodes += node
