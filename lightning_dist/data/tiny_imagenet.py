@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
+from lightning_dist.checks import check_number
 from lightning_dist.data.base import ImageDataModule
 from lightning_dist.data.image_files import abbreviate, load_image, open_image_folder
 from lightning_dist.files.text import read_bounded
@@ -22,13 +23,15 @@ LAYOUT = (
 
 
 class TinyImageNetDataModule(ImageDataModule):
-    """A data module of Tiny-ImageNet: (3, 64, 64), cropped with padding 8 and mirrored at random.
+    """A data module of Tiny-ImageNet: (3, 64, 64), cropped, turned and mirrored at random.
 
     The labels number the sorted WordNet ids. The test set is the validation set, because the
     archive's test images have no labels. Published numbers are from the validation set too.
 
     Args:
         root: the folder that contains wnids.txt, words.txt, train and val.
+        padding: the padding in pixels of the random crops of training images; 0 does not crop.
+        rotation: the largest angle in degrees by which training images are turned at random.
         **settings: the arguments of ImageDataModule.
 
     Raises:
@@ -42,8 +45,18 @@ class TinyImageNetDataModule(ImageDataModule):
     image_size = 64
     tests_on_validation = True
 
-    def __init__(self, *, root: str | Path = "data/tiny-imagenet-200", **settings: Any) -> None:
+    def __init__(
+        self,
+        *,
+        root: str | Path = "data/tiny-imagenet-200",
+        padding: int = 8,
+        rotation: float = 0.0,
+        **settings: Any,
+    ) -> None:
         super().__init__(**settings)
+        check_number("padding", padding, int, least=0)
+        check_number("rotation", rotation, least=0, most=180)
+        self.padding, self.rotation = padding, rotation
         self.root = Path(root)
         self.location = str(self.root)
 
@@ -66,8 +79,11 @@ class TinyImageNetDataModule(ImageDataModule):
 
     def train_dataset(self) -> ImageFolder:
         """Return the training images with augmentation."""
-        crop = transforms.RandomCrop(self.image_size, padding=self.image_size // 8)
-        augment = [crop, transforms.RandomHorizontalFlip()]
+        augment: list[Any] = [transforms.RandomHorizontalFlip()]
+        if self.rotation:
+            augment.insert(0, transforms.RandomRotation(self.rotation))
+        if self.padding:
+            augment.insert(0, transforms.RandomCrop(self.image_size, padding=self.padding))
         transform = transforms.Compose([*augment, self._eval_transform()])
         return open_image_folder(
             self.root / "train", transform, self.wnids, expected_by=self.root / "wnids.txt"
