@@ -27,7 +27,10 @@ def test_verbs_are_completed():
         ("train hydra/la", ["hydra/launcher="]),
         ("train +sw", ["+sweep="]),
         ("train ~exp", ["~experiment"]),
-        ("train experiment=digi", ["experiment=digits", "experiment=digits_teacher"]),
+        (
+            "train experiment=scenes/s",
+            [f"experiment=scenes/segmentation{x}" for x in ("", "_teacher")],
+        ),
         ("train -m experiment=digits distill=none,k", ["distill=none,kd"]),
         ("train callbacks=[default,ea", ["callbacks=[default,early_stopping"]),
         ("train student=cif", ["student=cifar/"]),
@@ -70,9 +73,10 @@ def test_candidates_are_printed_one_per_line_for_the_shell(command, capsys, shel
     space = " " if shell == "bash" else ""
     command("completion", shell, "lightning-dist e")
     assert capsys.readouterr().out == f"eval{space}\nexport{space}\n"
-    command("completion", shell, "lightning-dist train experiment=digits")
+    command("completion", shell, "lightning-dist train experiment=scenes/detection_f")
     printed = capsys.readouterr().out
-    assert printed == f"experiment=digits{space}\nexperiment=digits_teacher{space}\n"
+    name = "experiment=scenes/detection_fasterrcnn"
+    assert printed == f"{name}{space}\n{name}_teacher{space}\n"
     command("completion", shell, "lightning-dist train trainer.max_e")
     assert capsys.readouterr().out == "trainer.max_epochs=\n"
     command("completion", shell, "lightning-dist train ckpt_path=")
@@ -133,10 +137,13 @@ def in_bash(tmp_path):
 
 def test_bash_completes(in_bash):
     assert in_bash("lightning-dist ex") == ["export "]
-    assert in_bash("lightning-dist train -m experiment=digi") == ["digits ", "digits_teacher "]
+    assert in_bash("lightning-dist train -m experiment=digits_t") == ["digits_teacher "]
     assert in_bash("lightning-dist train trainer.max_e") == ["trainer.max_epochs="]
 
 
 def test_bash_completes_whole_words_if_it_does_not_split_at_the_equals_sign(in_bash):
-    line, setup = "lightning-dist train experiment=digits_", "COMP_WORDBREAKS=${COMP_WORDBREAKS//=}"
+    line, setup = (
+        "lightning-dist train experiment=digits_t",
+        "COMP_WORDBREAKS=${COMP_WORDBREAKS//=}",
+    )
     assert in_bash(line, setup) == ["experiment=digits_teacher "]

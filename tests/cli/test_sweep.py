@@ -86,7 +86,7 @@ def test_a_sweep_in_a_folder_with_runs_is_refused_before_its_first_job(refused, 
     put_run(tmp_path / "sweep" / "5", "seed=8")
     line = refused("train", "-m", "seed=0,1", *TINY, "hydra.sweep.dir=sweep")
     assert "sweep contains 2 runs already: continue with resume=true, or choose another" in line
-    assert {path.name for path in (tmp_path / "sweep").iterdir()} == {"0", "5"}
+    assert {path.name for path in (tmp_path / "sweep").iterdir() if path.is_dir()} == {"0", "5"}
 
 
 def test_a_sweep_whose_report_cannot_be_written_fails_and_counts_its_failures(
