@@ -67,9 +67,9 @@ class DistillModule(EvaluationModule):
         scheduler_interval: the interval at which the scheduler is stepped, ``"epoch"`` or
             ``"step"``.
         scheduler_monitor: the name of the metric for a scheduler that lowers the rate on a plateau;
-            give the scheduler ``mode="max"`` if more is better.
-        distill_loss: the loss of student and teacher logits; by default DIST, or with
-            ``distill_terms`` none.
+            give the scheduler ``mode="max"`` if a larger value is better.
+        distill_loss: the loss of student and teacher logits. The default is DIST, but no such loss
+            if ``distill_terms`` is given.
         distill_terms: a dict from names to further terms, such as those of feature maps.
         distill_weight: the weight of ``distill_loss``, a number or a function of the Trainer.
         task_weight: the weight of the task loss during distillation.
@@ -97,8 +97,9 @@ class DistillModule(EvaluationModule):
 
     distill_loss: Callable[[Tensor, Tensor], Tensor] | None
     distill_terms: dict[str, Term]
-    task: str | None = None  # the task in the card; a subclass for a task sets it
-    num_classes: int | None = None  # a subclass sets it, to have it compared with the data's
+    task: str | None = None  # A subclass sets it to its task, which is written to the card.
+    # A subclass sets it, so that it is compared with the number of classes of the data.
+    num_classes: int | None = None
 
     def __init__(
         self,
@@ -131,7 +132,7 @@ class DistillModule(EvaluationModule):
             check_number("distill_weight", distill_weight)
         if channels_last:
             student.to(memory_format=torch.channels_last)
-        self.student_ema: AveragedModel | None = None  # StudentEMA or a checkpoint sets it
+        self.student_ema: AveragedModel | None = None  # StudentEMA or a checkpoint sets it.
         self.register_load_state_dict_pre_hook(make_room_for_average)
         self.teacher = None if teacher is None else as_teacher(teacher)
         self.teacher_inputs: Mapping[str, str] = {"": ""}  # the callback's option "inputs"
@@ -150,7 +151,7 @@ class DistillModule(EvaluationModule):
         self.nonfinite = nonfinite
 
     def _set_hparams(self, hp: Any) -> None:
-        """Leave networks, losses and functions out of what ``save_hyperparameters`` saves."""
+        """Save hyper-parameters as Lightning does, but no networks, losses and functions."""
         super()._set_hparams(without_objects(hp))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -171,7 +172,7 @@ class DistillModule(EvaluationModule):
             self.log("train/loss", loss * self.trainer.accumulate_grad_batches, prog_bar=True)
 
     def teacher_network(self) -> nn.Module:
-        """Return the teacher as a network with the student's inputs and kind of output.
+        """Return the teacher as a network with the same inputs and kind of output as the student.
 
         Raises:
             MisconfigurationException: if there is no teacher, or it has no such output.
@@ -226,7 +227,7 @@ class DistillModule(EvaluationModule):
         )
 
     def _all_terms(self) -> dict[str, Term]:
-        """Return the configured terms and ``distill_terms``, which get labels if they need them."""
+        """Return the configured terms and ``distill_terms``; losses that need labels get them."""
         terms = dict(self.configure_terms())
         if both := sorted(terms.keys() & self.distill_terms):
             raise ValueError(
@@ -255,14 +256,14 @@ class DistillModule(EvaluationModule):
         return []
 
     def on_fit_start(self) -> None:
-        """Refuse a student whose average nothing would update, and data with other classes."""
+        """Refuse averaged weights that no callback updates, and data with other classes."""
         refuse_stale_average(self)
         data = card_of_data(self.trainer)
         if data is not None:
             refuse_other_number(self.num_classes, data.num_classes, type(self).__name__)
 
     def on_train_start(self) -> None:
-        """Log how good the teacher is on the validation set, beside what its card says."""
+        """Log the teacher's metric on the validation set, and the one in its card."""
         if self.measure_teacher:
             log_measured_teacher(self.trainer, self)
 

@@ -33,7 +33,7 @@ class Snapshot:
     versions: dict[int, int]
 
     def was_written(self, tensor: Tensor) -> bool:
-        """Return whether a tensor was changed in place, or, if it is unknown, any of the output."""
+        """Return whether a tensor was changed in place; if it is unknown, whether any was."""
         if id(tensor) in self.versions:
             return self.versions[id(tensor)] != version_of(tensor)
         return self.versions != Snapshot.of(self.output).versions
@@ -103,7 +103,8 @@ def tap(
     compiled = owner.__dict__.get("_compiled_call_impl") if name == "forward" else None
     if before is not None and owner._forward_pre_hooks:
         compiled = None  # these hooks, in the compiled code, change what ``before`` must get
-    through_call: list[bool] = []  # an item while part(x) runs, and not in part.forward(x)
+    # This list has an item while part(x) runs, and none during part.forward(x).
+    through_call: list[bool] = []
     handles = []
     if after is not None and name == "forward" and owner._forward_hooks and compiled is None:
         handles = [
@@ -119,7 +120,8 @@ def tap(
         return _call_between(before, after, [], compiled, args, kwargs, put_back, put)
 
     def put() -> None:
-        owner.__dict__[name] = tapped  # not setattr: a compiled module hands it to the original
+        # Do not use setattr: a compiled module would set the attribute on the original module.
+        owner.__dict__[name] = tapped
 
     def put_back() -> None:
         if kept is None:
@@ -176,7 +178,7 @@ def _call_between(
 def _untraced(function: Callable[..., None], *args: Any) -> None:
     try:
         function(*args)
-    except StopIteration as error:  # Lightning would end the epoch without a word
+    except StopIteration as error:  # Lightning would end the epoch without a message.
         raise RuntimeError("the teacher raised StopIteration: an iterator in it ended") from error
 
 
@@ -203,7 +205,7 @@ def counts() -> bool:
     """Return whether a call of the student at this moment can be distilled.
 
     A call without a gradient trains nothing. A call within a backward pass only repeats an earlier
-    one, whose activations were not kept (``torch.utils.checkpoint``).
+    call to compute its activations again (``torch.utils.checkpoint``).
     """
     return torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1
 
@@ -262,7 +264,8 @@ def recording(root: nn.Module, paths: Sequence[str]) -> Iterator[Recording]:
         yield found
 
 
-# A key, an attribute or an index; or several of them in a dotted path; or a function of the output.
+# An entry is a key, an attribute or an index; or several of them in a dotted path; or a function of
+# the output.
 Entry = str | int | Callable[[Any], Tensor]
 
 
@@ -339,7 +342,7 @@ def with_logits(output: Any, logits: Tensor) -> Any:
     if isinstance(output, Tensor):
         return logits
     entry = _default_entry(output)
-    if hasattr(output, "_fields"):  # a named tuple
+    if hasattr(output, "_fields"):  # The output is a named tuple.
         return output._replace(**{entry if isinstance(entry, str) else output._fields[0]: logits})
     if isinstance(output, (tuple, list)):
         return type(output)([logits, *output[1:]])
@@ -414,7 +417,7 @@ def find_submodule(root: nn.Module, path: str, where: str, what: str) -> nn.Modu
         return root
     try:
         return root.get_submodule(path)
-    except RuntimeError as error:  # TorchScript gives no access to its parts
+    except RuntimeError as error:  # TorchScript gives no access to its parts.
         raise MisconfigurationException(
             f"{where} ({type(root).__name__}) has no sub-module that can be observed, such as "
             f"{path!r} ({error}): let {what} be '', its whole output"
@@ -429,7 +432,7 @@ def find_submodule(root: nn.Module, path: str, where: str, what: str) -> nn.Modu
 
 
 def _default_entry(output: Any) -> str | int:
-    """Return the usual entry of the logits, which the output possibly does not have."""
+    """Return the usual name of the logits for this kind of output, which may not contain it."""
     for name in _LOGITS:
         if hasattr(output, name) or (isinstance(output, Mapping) and name in output):
             return name
@@ -437,7 +440,7 @@ def _default_entry(output: Any) -> str | int:
 
 
 def _at(output: Any, entry: str | int) -> Any:
-    """Return an entry of an output, or what is at a dotted path of entries."""
+    """Return the value at an entry of an output, or at a dotted path of entries."""
     if isinstance(entry, int) or not _is_item(output, entry):
         return output[entry] if isinstance(entry, int) else getattr(output, entry)
     if isinstance(output, Mapping) and entry in output:

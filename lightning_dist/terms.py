@@ -53,14 +53,15 @@ class Term:
             :mod:`lightning_dist.losses`, ``False`` for those of features. Any other loss needs this
             option if it compares a part of a teacher with a ``class_map``.
         rows: how the rows (samples) of the student's part belong to those of the teacher's, if it
-            has k times as many: ``"tiled"`` if all samples come k times in succession, as from an
-            ensemble of students, and ``"interleaved"`` if each sample comes k times in succession,
-            as from repeated augmentation. With either, a teacher that is called once is also
-            compared with several calls of the student, as of crops of several sizes.
-        from_batch: a function of the training batch and of what the term takes from the student,
-            that returns further arguments of the loss by name: ``mask`` for what DISTLoss and
-            KDLoss leave out (ignored pixels, padded tokens, absent objects), ``target`` for a loss
-            that needs labels, such as DKDLoss. It is called once for each call of the part.
+            has k times as many: ``"tiled"`` if the whole batch is repeated (1, 2, 3, 1, 2, 3), as
+            from an ensemble of students, and ``"interleaved"`` if each sample is repeated (1, 1, 2,
+            2, 3, 3), as from repeated augmentation. With either value, a teacher that is called
+            once is also compared with several calls of the student, as of crops of several sizes.
+        from_batch: a function of the training batch and of the tensor that the term takes from the
+            student. It returns a dict of further arguments of the loss: ``mask`` for the entries
+            that DISTLoss and KDLoss leave out (ignored pixels, padded tokens, absent objects), and
+            ``target`` for a loss that needs labels, such as DKDLoss. It is called once for each
+            call of the part.
 
     Example:
         >>> from lightning_dist import KDLoss
@@ -139,7 +140,7 @@ class Term:
         return self.classes
 
     def _takes_the_mapped_logits(self) -> bool:
-        """Return whether the teacher has applied its class map to what the term takes."""
+        """Return whether the teacher has already applied its class map to the term's tensor."""
         return not self.teacher and self.output in (None, "logits", "out", 0, "0")
 
     def value(
@@ -184,7 +185,7 @@ class Term:
         return torch.stack(values).sum()
 
     def _pairs(self, student: list[Any], teacher: list[Any]) -> list[tuple[Tensor, Tensor]]:
-        """Return what the term takes from each pair of calls whose student has a gradient."""
+        """Return the two tensors of each pair of calls in which the student has a gradient."""
         if self.rows != "same" and len(teacher) == 1:
             teacher = teacher * len(student)
         if len(student) != len(teacher):
@@ -211,7 +212,7 @@ class Term:
         times, rest = divmod(count, max(len(teacher), 1))
         if self.rows == "same" or rest:
             if self.compares_classes() is not True:
-                return teacher  # the loss may take it
+                return teacher  # The loss may accept different numbers of rows.
             raise ValueError(
                 f"the student has {count} rows and the teacher {len(teacher)}: if each row of the "
                 "teacher belongs to several of the student, set the term's rows to 'tiled' or "
@@ -260,7 +261,7 @@ class Term:
         return found
 
     def _check_logits(self, logits: list[Tensor], trainer: Trainer) -> None:
-        """Check the first batch of a loss that relates samples.
+        """Check the first batch of a loss that compares the samples of a batch with each other.
 
         One sample is refused, unless it is also the last batch of its epoch. Two softmax classes
         of DIST lead to a warning.

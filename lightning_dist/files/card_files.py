@@ -55,7 +55,7 @@ def read_card(path: str | Path) -> Card | None:
         contents = read(file)
     except PermissionError:
         raise
-    except Exception as error:  # the readers raise errors of many kinds for damaged files
+    except Exception as error:  # The readers raise errors of many kinds for damaged files.
         raise ValueError(f"{path} cannot be read: {error_line(str(error))}") from error
     return card_in(contents, path) if isinstance(contents, Mapping) else None
 
@@ -86,9 +86,10 @@ def load_with_card(network: nn.Module, path: str | Path, ema: bool | None = None
 def load_initial_weights(
     network: nn.Module, path: str | Path, *, ema: bool | None = None
 ) -> list[str]:
-    """Load the weights from which a network starts to train, such as those of a pretrained student.
+    """Load weights into a network before it is trained, such as those of a pretrained student.
 
-    An output layer that has another number of classes in the file stays as it is, and is logged.
+    If an output layer has another number of classes in the file, the layer of the network is not
+    changed, and its name is logged.
 
     Args:
         network: the network.
@@ -98,7 +99,7 @@ def load_initial_weights(
             those that the card names, and without a card the averaged ones.
 
     Returns:
-        The names of the layers that stay as they are, and have to be trained.
+        The names of the layers that are not changed, and have to be trained.
 
     Raises:
         FileNotFoundError, ValueError: as in :func:`lightning_dist.files.weights.load_weights`.
@@ -122,9 +123,10 @@ def load_initial_weights(
 def _load(
     network: nn.Module, path: str | Path, ema: bool | None, keep_heads: bool
 ) -> tuple[Card | None, list[str]]:
-    """Load a weight file; return the card of the weights, and the layers that stay as they are."""
+    """Load a weight file; return the card of the weights, and the names of the unchanged layers."""
     contents = read_checkpoint(path)
-    if resolve_path(path).suffix == ".safetensors":  # one set of weights, and the card is apart
+    # The file has one set of weights, and the card is in another file.
+    if resolve_path(path).suffix == ".safetensors":
         card = read_card(path)
         if ema is not None and card is not None and card.averaged is not ema:
             has = card.describe() or "other weights"
@@ -144,7 +146,7 @@ def _warn_of_old_run(contents: Mapping[str, Any], path: str | Path, averaged: bo
     """Log what is assumed of a checkpoint of this package without a card."""
     names = contents.get("state_dict")
     if "pytorch-lightning_version" not in contents or not isinstance(names, Mapping):
-        return  # a file of another program, whose images and classes the user states
+        return  # The file is from another program: the user sets its images and classes.
     if not any(str(name).startswith("student.") for name in names):
         return
     has_average = any(str(name).startswith("student_ema.") for name in names)

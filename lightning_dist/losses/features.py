@@ -36,7 +36,7 @@ def cwd_loss(
         teacher: a map of the same shape; no gradient flows to it.
         tau: the temperature, above 0.
         mask: a boolean tensor of shape ``(N, *spatial)``; places where it is ``False`` have
-            probability 0. An image without a place adds nothing.
+            probability 0. An image that the mask leaves out completely adds 0 to the loss.
         class_dim: the dimension of the channels; by default 1. Three dimensions need it.
 
     Returns:
@@ -121,7 +121,7 @@ def dist_feature_loss(
     The term of the channels is 1 - the mean over all places of all images of the correlation over
     the channels. The term of the places is 1 - the mean over all channels of all images of the
     correlation over the places of the image. This is this project's reading of the feature-level
-    loss that DIST+ adds for dense tasks; the paper's equations were not at hand.
+    loss that DIST+ adds for dense tasks; the paper's equations were not available.
 
     Args:
         student: a map of shape ``(N, C, *spatial)`` with at least two channels and two places.
@@ -153,14 +153,14 @@ def dist_feature_loss(
 
 
 def to_common_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Return two maps of one size: the smaller height and the smaller width of both.
+    """Return two maps, averaged to one size: the smaller of both heights, and of both widths.
 
     Args:
         student: a map of shape ``(N, C, *spatial)`` with two or three spatial dimensions.
         teacher: a map ``(N, D, *spatial)`` with as many dimensions.
 
     Returns:
-        Both maps, averaged over the places that fall on one place of the smaller size.
+        Both maps with the smaller size; each place is the average of the places that it covers.
     """
     size = tuple(min(pair) for pair in zip(student.shape[2:], teacher.shape[2:], strict=True))
     pool: Any = F.adaptive_avg_pool2d if len(size) == 2 else F.adaptive_avg_pool3d

@@ -34,7 +34,7 @@ def dist_loss(
     sync: bool = False,
     class_dim: int | None = None,
 ) -> Tensor:
-    r"""Return the DIST loss, which correlates student and teacher by samples and by classes.
+    r"""Return the DIST loss, which correlates student and teacher over classes and over samples.
 
     With :math:`y = \mathrm{softmax}(z / \tau)` and :math:`\rho` the Pearson correlation,
 
@@ -190,7 +190,7 @@ def _as_rows_and_classes(tensors: Sequence[Tensor | None], axis: int) -> list[Te
     The mask has one class. It is the last of the tensors and can be None.
     """
     *logits, mask = [None if x is None else x.movedim(axis, -1) for x in tensors]
-    # In this memory format, as of language models or channels_last, the rows already are a matrix.
+    # With this memory format (language models, channels_last), the rows already are a matrix.
     if all(x is not None and _is_matrix(x) for x in logits):
         return [None if x is None else x.flatten(0, -2) for x in (*logits, mask)]
     moved = [None if x is None else x.movedim(-1, 1) for x in (*logits, mask)]

@@ -78,7 +78,7 @@ def check_logits(student: Tensor, teacher: Tensor, class_dim: int | None) -> int
 def features_of(
     student: Tensor, teacher: Tensor, dimensions: tuple[int, ...] = ()
 ) -> tuple[Tensor, Tensor]:
-    """Return features in the dtype of the computation, the teacher's without a gradient.
+    """Return both features in the dtype of the computation; no gradient flows to the teacher's.
 
     Args:
         student: features of shape ``(N, ...)``, any floating dtype.

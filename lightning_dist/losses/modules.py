@@ -20,7 +20,7 @@ from lightning_dist.losses.streaming import Activation
 
 
 class DISTLoss(nn.Module):
-    """The DIST loss: student and teacher shall correlate over the classes and over the samples.
+    """The DIST loss: 0 if student and teacher fully correlate over classes and over samples.
 
     Args:
         tau: the temperature, above 0.
@@ -115,7 +115,7 @@ class DISTLoss(nn.Module):
 
 
 class ProbabilityLoss(nn.Module):
-    """The base of the losses of probabilities, which share their options.
+    """The base class of the losses of probabilities, which have the same options.
 
     Args:
         tau: the temperature, above 0.
@@ -223,7 +223,7 @@ class JSDLoss(ProbabilityLoss):
 
 
 class DKDLoss(nn.Module):
-    """Decoupled KD, which weights the target class and the others apart, see :func:`dkd_loss`.
+    """Decoupled KD: separate weights for the target class and the others, see :func:`dkd_loss`.
 
     It needs the labels: a :class:`lightning_dist.tasks.classification.ClassificationModule` gives
     them, and a :class:`lightning_dist.Term` by ``from_batch``, as ``target``.

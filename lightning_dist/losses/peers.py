@@ -1,10 +1,11 @@
-"""An adapter by which a loss of torchdistill compares two tensors, as a term does."""
+"""An adapter that makes a loss of torchdistill a function of two tensors, as a term needs."""
 
 from typing import Any
 
 from torch import Tensor, nn
 
-# The losses of torchdistill that cannot be terms, and what they need beside the two tensors.
+# For each loss of torchdistill that cannot be a term, the inputs that it needs besides the two
+# tensors.
 _NEEDS = {
     "AuxSSKDLoss": "a self-supervision head on the teacher, and images in four rotations",
     "CRDLoss": "the index of each sample, for its memory of the training set",
@@ -55,7 +56,7 @@ class FromTorchdistill(nn.Module):
                 f"{name} needs the labels: give them by the term's from_batch, as target"
             )
         of_student, of_teacher = _AnyPath(student, name), _AnyPath(teacher.detach(), name)
-        # Some losses write to the teacher's tensor, which other terms may compare, too.
+        # Give a copy: some losses write to the teacher's tensor, which other terms may compare too.
         of_teacher.tensor = of_teacher.tensor.clone()
         value = self.loss(of_student, of_teacher, target)
         if not of_student.read:
@@ -66,7 +67,7 @@ class FromTorchdistill(nn.Module):
 
 
 class _AnyPath(dict):
-    """A dictionary that gives one tensor for the first path that is read, and refuses others."""
+    """A dictionary that returns its tensor for the first path that is read, and refuses others."""
 
     def __init__(self, tensor: Tensor, loss: str) -> None:
         super().__init__()

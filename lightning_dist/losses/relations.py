@@ -12,10 +12,10 @@ from lightning_dist.losses.inputs import features_of, without_autocast
 
 
 def sp_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return the similarity-preserving loss, of the similarities of each two samples of the batch.
+    """Return the similarity-preserving loss, which compares the similarity of each pair of samples.
 
-    The similarity of two samples is the product of their features. The rows of the N x N matrix
-    have norm 1. With one sample, the loss is 0.
+    The similarity of two samples is the product of their features. The rows of the N x N matrix of
+    similarities are divided by their norm. With one sample, the loss is 0.
 
     Args:
         student: features of shape ``(N, ...)``, at least two dimensions.
@@ -40,12 +40,13 @@ def sp_loss(student: Tensor, teacher: Tensor) -> Tensor:
 def rkd_loss(
     student: Tensor, teacher: Tensor, *, distance: float = 25.0, angle: float = 50.0
 ) -> Tensor:
-    """Return the loss of relational knowledge distillation, of distances and angles of samples.
+    """Return the loss of relational knowledge distillation, which compares distances and angles.
 
-    Distances are those of each two samples, divided by their mean. Angles are the cosines at each
-    sample between each two others. Both are compared by the smooth L1 loss. The angles hold N**3
-    numbers and N**2 differences of features: give embeddings, or a small batch. Samples at one
-    place have distance and cosine 0 and get no gradient; with one sample, the loss is 0.
+    The distances of all pairs of samples are divided by their mean. The angles are cosines: for
+    each sample, between the directions to each pair of other samples. Both are compared by the
+    smooth L1 loss. The angles need memory for N**3 numbers and N**2 differences of features: use
+    embeddings, or a small batch. Samples with equal features have distance and cosine 0 and get no
+    gradient; with one sample, the loss is 0.
 
     Args:
         student: features of shape ``(N, ...)``, at least two dimensions.
@@ -77,8 +78,9 @@ def cka_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Return 1 - the linear centred kernel alignment of the features of a batch.
 
     The alignment does not depend on rotations and scales of the features, so the two networks may
-    have any widths. It is the cosine of the angle between the centred N x N similarities. If a side
-    is constant over the batch up to rounding, as with one sample, the loss is 1, without gradient.
+    have any widths. It is the cosine of the angle between the centred N x N similarities. If the
+    features of a network are constant over the batch up to rounding, as with one sample, the loss
+    is 1 and has no gradient.
 
     Args:
         student: features of shape ``(N, ...)``, at least two dimensions.
@@ -105,7 +107,7 @@ def cka_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _relations(z: Tensor, with_angles: bool) -> tuple[Tensor, Tensor | None]:
-    """Return the distances ``(N, N)`` by their mean, and the cosines ``(N, N, N)`` at a sample."""
+    """Return the distances ``(N, N)``, divided by their mean, and the cosines ``(N, N, N)``."""
     differences = z.unsqueeze(0) - z.unsqueeze(1)
     square = differences.square().sum(2)
     same = square <= torch.finfo(z.dtype).eps ** 2 * z.square().sum(1).max()

@@ -55,8 +55,8 @@ def write_report(folders: Folders, out: PathLike | None = None, metric: str | No
 
     Raises:
         ValueError: if a folder contains no run or a broken result.json; if `metric` is None and the
-            runs do not all optimise one metric; if only other metrics were logged; or if a link is
-            in the place of one of the three files.
+            runs do not all optimise one metric; if only other metrics were logged; or if one of the
+            three files exists as a link.
         OSError: if a file cannot be written; the three files of an earlier report are then intact.
     """
     runs = read_runs(folders)

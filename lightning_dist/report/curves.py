@@ -12,7 +12,7 @@ from lightning_dist.report.runs import LARGEST
 # Limits of a file of the logger, far above those of a long run.
 _MOST_BYTES, _MOST_COLUMNS = 16 * 2**20, 1000
 
-LOG_FILE = "logs/metrics.csv"  # the path that conf/logger/csv.yaml sets
+LOG_FILE = "logs/metrics.csv"  # This is the path that conf/logger/csv.yaml sets.
 
 
 @dataclass

@@ -102,7 +102,8 @@ def write_page(runs: Sequence[Run], path: PathLike, metric: str | None = None) -
 
 def _template() -> "Template":
     """Load the page's template, which escapes HTML and control characters in all text."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined  # slow to import
+    # Imported here, because it is slow to import.
+    from jinja2 import Environment, PackageLoader, StrictUndefined
 
     def printable_text(value: Any) -> Any:
         return printable(value) if type(value) is str else value

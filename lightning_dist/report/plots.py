@@ -151,7 +151,8 @@ def plot_curves(groups: Sequence[Group], curves: Mapping[Path, Curve]) -> "Figur
     for number, group in enumerate(groups):
         for curve in [curves[run.folder] for run in group.runs if run.folder in curves]:
             count = len(curve.steps)
-            # A long run logs more points than the plot has pixels: fewer keep the page small.
+            # A long run logs more points than the plot has pixels: leave some out, to keep the page
+            # small.
             at = np.unique(np.linspace(0, count - 1, min(count, _MOST_POINTS)).round().astype(int))
             steps, values = np.array(curve.steps)[at], np.array(curve.values)[at]
             marker = "o" if count == 1 else ""
@@ -184,7 +185,7 @@ def to_svg(figure: "Figure", groups: Sequence[Group]) -> str:
 
     def tag(match: re.Match[str]) -> str:
         number = match[1].removeprefix(_GROUP)
-        if number == match[1]:  # an id from matplotlib, which is not unique in the page
+        if number == match[1]:  # Remove the id from matplotlib, which is not unique in the page.
             return "<g>"
         name = html.escape(groups[int(number)].name)
         return f'<g data-group="{number}"><title>{name}</title>'

@@ -28,7 +28,7 @@ _OPTIONAL_FIELDS: dict[str, type] = {
     **{"student_parameters": int, "teacher_parameters": int, "test_set": str},
 }
 # Limits of a result.json, and the columns of a table, far above those of a run.
-LARGEST = 1e100  # a number that matplotlib can still plot beside others
+LARGEST = 1e100  # matplotlib can plot numbers up to this one together with others.
 _MOST_OVERRIDES, _MOST_METRICS, _MOST_COLUMNS = 1000, 10_000, 50
 
 
@@ -124,7 +124,7 @@ def summarize(numbers: list[float]) -> Summary | None:
     """Return the mean and sample standard deviation of numbers, or None if the list is empty."""
     if not numbers:
         return None
-    with np.errstate(invalid="ignore"):  # if a run diverged, both are nan
+    with np.errstate(invalid="ignore"):  # If a run diverged, both results are nan.
         std = float(np.std(numbers, ddof=1)) if len(numbers) > 1 else None
         return Summary(numbers, float(np.mean(numbers)), std)
 
@@ -150,7 +150,7 @@ def read_runs(folders: Folders) -> list[Run]:
             why = f"a run folder contains the {RESULT_FILE} that `lightning-dist train` writes"
             raise ValueError(f"no runs found under {top}{gone}: {why}")
         for folder in sorted(inside, key=lambda folder: _natural_order(folder.relative_to(top))):
-            found.setdefault(folder.resolve(), folder)  # folders may overlap
+            found.setdefault(folder.resolve(), folder)  # The folders may overlap.
     runs, broken = [], []
     for folder in found.values():
         try:
@@ -290,7 +290,7 @@ def _read_run(folder: Path) -> Run:
 
 
 def _number(value: Any) -> float:
-    """Return a metric; a number that matplotlib cannot plot is infinite, as of a diverged run."""
+    """Return a metric; a number that is too large for matplotlib becomes infinite."""
     number = float(value)
     return math.copysign(math.inf, number) if abs(number) > LARGEST else number
 
@@ -304,7 +304,8 @@ def _parse_override(text: str) -> tuple[str, str]:
         raise ValueError(f"{text!r} is no override like key=value")
     if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
         value = value[1:-1].replace("\\" + value[0], value[0])
-    elif value.lower() in ("true", "false", "null"):  # a Hydra sweep writes True for true
+    # A Hydra sweep writes "True" where the user wrote "true".
+    elif value.lower() in ("true", "false", "null"):
         value = value.lower()
     return key.lstrip("+"), value
 

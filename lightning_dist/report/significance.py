@@ -60,8 +60,9 @@ def compare_groups(groups: Sequence[Group], metric: str) -> list[Comparison]:
 def holm(values: Sequence[float]) -> list[float]:
     """Return p-values with Holm's correction, in the order of the given ones.
 
-    If every pair below a level is called different, the probability that any of these calls is
-    wrong is at most the level, whatever the pairs depend on.
+    If all pairs whose corrected value is below a level are called different, the probability that
+    one or more of these statements are wrong is at most this level. This holds even if the tests
+    depend on each other.
 
     Args:
         values: the p-values of tests that are made together.
@@ -105,7 +106,8 @@ def _compare(setting: Group, base: Group, x: dict[str, float], y: dict[str, floa
     mean = float(differences.mean()) if seeds else None
     if len(seeds) < 2:
         return Comparison(setting, base, len(seeds), mean, None, "fewer than 2 common seeds")
-    # The test divides by the standard deviation of the differences, which would be 0 or rounding.
+    # The test divides by the standard deviation of the differences, which is 0 here, up to
+    # rounding.
     if np.ptp(differences) <= 1e-12 * np.abs([first, second]).max():
         return Comparison(setting, base, len(seeds), mean, None, "the differences are identical")
     return Comparison(setting, base, len(seeds), mean, float(ttest_rel(first, second).pvalue))

@@ -56,7 +56,7 @@ def report_table(runs: Sequence[Run], metric: str | None = None) -> Table:
 def write_csv(runs: Sequence[Run], path: PathLike) -> None:
     """Write a CSV file with one row per run: folder, status, overrides, metrics, and more.
 
-    Text that a spreadsheet would compute, such as ``=1+1``, starts with a quote.
+    Text that a spreadsheet would evaluate as a formula, such as ``=1+1``, gets a quote in front.
 
     Args:
         runs: the runs, as :func:`read_runs` returns them.

@@ -15,8 +15,8 @@ class ResumableCSVLogger(CSVLogger):
     """A CSVLogger that keeps the rows before the checkpoint from which a run resumes.
 
     :class:`lightning_dist.resume.ExactResume` calls :meth:`rewind`. Without that callback, this
-    logger renames the file of an earlier run to ``metrics.before.csv``, where Lightning's logger
-    would delete it. This logger only appends rows to its file, or replaces the file with a complete
+    logger renames the file of an earlier run to ``metrics.before.csv``; Lightning's logger would
+    delete the file. This logger only appends rows to its file, or replaces the file with a complete
     one, so that an interruption cannot damage it.
 
     Args:

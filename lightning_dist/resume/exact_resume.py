@@ -70,12 +70,14 @@ class ExactResume(Callback):
         self.seed = seed
         self._received: int | None = None
         self._saved_step: int | None = None
-        # True after the run was saved because of a signal: no further batch or epoch may begin.
+        # It is True after the run was saved because of a signal: no further batch or epoch may
+        # begin.
         self._must_end = False
         self._batches = 0  # The number of completed batches of this epoch.
         self._resumes = False
         self._trains = False
-        self._is_training = False  # A hook will see a signal and end the run.
+        # While it is True, hooks notice a stored signal and end the run.
+        self._is_training = False
         self._started_epoch = False
 
     # Hooks, in the order in which Lightning calls them
@@ -214,10 +216,10 @@ class ExactResume(Callback):
     # Helpers of the hooks
 
     def _handle_signal(self, trainer: Trainer, number: int) -> None:
-        """Store a signal during training, where a hook ends the run, and else end it at once."""
+        """Store a signal during training, so that a hook ends the run; otherwise end it now."""
         again = self._received is not None
         self._received = number
-        if not self._is_training:  # nothing is left to save
+        if not self._is_training:  # Nothing is left to save.
             self._end_run(trainer)
         if again and number == signal.SIGINT:
             raise KeyboardInterrupt

@@ -21,8 +21,8 @@ _PATHS_AS_KEYS = "best_k_models"
 def follow_moved_folder(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     """Correct the paths in a checkpoint of the run's own folder, if the folder was moved.
 
-    ModelCheckpoint of Lightning 2.6 would forget its best checkpoint, and overwrite it with a worse
-    one.
+    Without this correction, ModelCheckpoint of Lightning 2.6 would forget its best checkpoint, and
+    overwrite it with a worse one.
 
     Args:
         trainer: the trainer, which loads the checkpoint.
@@ -54,7 +54,8 @@ def drop_foreign_paths(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     """Remove the states of callbacks that name a path outside of the run's checkpoint folders.
 
     ModelCheckpoint deletes the files and folders that its state names, when better checkpoints
-    replace them. In a file from elsewhere they can be any files. A warning lists what is dropped.
+    replace them. In a checkpoint from elsewhere, its state can name any file. A warning names each
+    dropped state.
 
     Args:
         trainer: the trainer whose ModelCheckpoints have the folders.
@@ -81,7 +82,7 @@ def drop_foreign_paths(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
 
 
 def _refuse_other_types(state: Mapping[str, Any]) -> None:
-    """Raise an error if scores or paths of ModelCheckpoint, which it uses later, are none.
+    """Raise an error if scores or paths in a state of ModelCheckpoint have another type.
 
     Raises:
         ValueError: if a score or a path has another type.
@@ -113,17 +114,19 @@ def _paths(state: Any, key: str = "") -> Iterator[tuple[Any, bool]]:
 
 
 def _within(path: Any, folders: Sequence[str], is_folder: bool) -> bool:
-    """Return whether a path is one of the folders, if it is to be one, or is inside one of them."""
+    """Return whether a path is inside one of the folders; a folder may also be equal to one."""
     if not isinstance(path, str):
         return False
     if is_folder and path in folders:
         return True
-    if "://" in path or "::" in path:  # an address, which is in a folder that is one
+    # The path is a URL, which can only be in a folder with a URL.
+    if "://" in path or "::" in path:
         own = [folder.rstrip("/") + "/" for folder in folders if "://" in folder]
         return ".." not in path.split("/") and path.startswith(tuple(own))
     try:
         resolved = Path(path).resolve()
         local = [Path(folder).resolve() for folder in folders if "://" not in folder]
-    except (OSError, ValueError, RuntimeError):  # a name that no file can have, or a loop of links
+    # No file can have this name, or the links form a loop.
+    except (OSError, ValueError, RuntimeError):
         return False
     return any(folder in resolved.parents or (is_folder and folder == resolved) for folder in local)

@@ -22,15 +22,15 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 
 def is_of_a_finder(trainer: Trainer) -> bool:
-    """Return whether the checkpoint is one with which a finder of Lightning undoes its trial."""
+    """Return whether a finder of Lightning wrote this checkpoint, to undo its own training."""
     return Path(str(trainer.ckpt_path)).name.startswith((".lr_find_", ".scale_batch_size_"))
 
 
 def refuse_finders(trainer: Trainer) -> None:
     """Refuse to resume with a callback that searches the learning rate or the batch size.
 
-    It would search again, and then load its own checkpoint in the place of the run's: Lightning
-    2.6.6 would train from step 0 with the weights of the run and a new optimizer.
+    The callback would search again, and then load its own checkpoint instead of the run's:
+    Lightning 2.6.6 would train from step 0 with the weights of the run and a new optimizer.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, (BatchSizeFinder, LearningRateFinder)):
@@ -42,12 +42,12 @@ def refuse_finders(trainer: Trainer) -> None:
 
 
 def resume_at_the_right_batch(trainer: Trainer) -> None:
-    """Make a run that resumes at the end of an epoch begin the next one, and another go on in it.
+    """Let a resumed run begin the next epoch, or continue within the epoch of the checkpoint.
 
     Lightning 2.6.6 would repeat a complete epoch with ``max_steps``: the setter of
     ``FitLoop.restarting`` then always stores True, as if the checkpoint were from the middle of an
-    epoch. And it would train the batches before the checkpoint again, if something set the data up
-    before the loops were restored, such as ``Trainer.estimated_stepping_batches`` in
+    epoch. Lightning would also train the batches before the checkpoint again, if the data was set
+    up before the loops were restored, as by ``Trainer.estimated_stepping_batches`` in
     ``configure_optimizers``: ``FitLoop.setup_data`` loads the states of the loaders, but only the
     first time. Lightning calls no hook between the loading of the loops' state and
     ``FitLoop.reset``, so ``reset`` is replaced for one call.
@@ -70,9 +70,10 @@ def resume_at_the_right_batch(trainer: Trainer) -> None:
 
 
 def start_epoch_again(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Do what ``on_train_epoch_start`` does for the state of a run that resumes within an epoch.
+    """Set the state that ``on_train_epoch_start`` sets, in a run that resumes within an epoch.
 
-    Lightning does not call that hook then. A warning names what overrides it.
+    In such a run, Lightning does not call that hook. A warning names the module and the callbacks
+    that override it.
     """
     for part in (pl_module, *trainer.callbacks):  # type: ignore[attr-defined]
         if isinstance(part, GradientAccumulationScheduler):

@@ -1,4 +1,4 @@
-"""The signals that stop a run, and a handler of them that misses none."""
+"""The signals that stop a run, and a handler that receives them from the start of `fit`."""
 
 import os
 import signal
@@ -29,17 +29,17 @@ class Interrupted(SystemExit):
 
 
 def install_handler(trainer: Trainer, handle: Callable[[Trainer, int], None]) -> None:
-    """Handle the signals from the time when Lightning 2.6.6 installs its own handlers.
+    """Install a handler of the signals, right after Lightning 2.6.6 has installed its own handlers.
 
     Lightning's handler stores SIGTERM for the training loop, which raises an exception with the
-    exit status 0; a test ignores it. There is no hook at this time, so the private method that
-    installs the handlers is replaced. It is called in ``fit`` and ``test``, and Lightning restores
-    the previous handlers at their ends.
+    exit status 0; a test ignores it. Lightning calls no hook after it has installed its handlers,
+    so its private method that installs them is replaced. It is called in ``fit`` and ``test``, and
+    Lightning restores the previous handlers at their ends.
 
     Args:
         trainer: the trainer.
-        handle: the function that is called with the trainer and the number of the signal, in the
-            main thread of this process and of no worker process.
+        handle: the function that is called with the trainer and the number of the signal. It runs
+            in the main thread of this process, and not in worker processes of a data loader.
     """
     connector = trainer._signal_connector
     remove_handler(trainer)
@@ -60,5 +60,5 @@ def install_handler(trainer: Trainer, handle: Callable[[Trainer, int], None]) ->
 
 
 def remove_handler(trainer: Trainer) -> None:
-    """Let Lightning install only its own handlers the next time."""
+    """Restore the private method, so that Lightning installs only its own handlers."""
     trainer._signal_connector.__dict__.pop("register_signal_handlers", None)

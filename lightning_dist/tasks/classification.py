@@ -85,7 +85,7 @@ class ClassificationModule(DistillModule):
 
     def _loss(self, inputs: Any, target: Tensor) -> Tensor:
         logits = self._logits(self.student, inputs)
-        if target.is_floating_point():  # probabilities of the classes
+        if target.is_floating_point():  # The labels are probabilities.
             return self.task_loss(logits, target)
         return mean_over_labels(self.task_loss, logits, target)
 
@@ -154,7 +154,7 @@ class ClassificationModule(DistillModule):
 
     def _check_labels(self, labels: Tensor, batch_idx: int) -> None:
         """Refuse labels that are not classes; on a GPU once per epoch, because a check is slow."""
-        if labels.is_floating_point():  # probabilities of the classes
+        if labels.is_floating_point():  # The labels are probabilities.
             return
         if labels.dim() != 1 or labels.dtype not in (torch.int64, torch.uint8):
             raise ValueError(

@@ -27,7 +27,8 @@ from lightning_dist.training.cards import refuse_other_number
 from lightning_dist.training.evaluation import EvaluationMetrics
 
 _MAPS = "head.classification_head.cls_logits"
-# If logging is configured, as by Hydra, faster_coco_eval prints its table in each epoch.
+# Without this line, faster_coco_eval prints its table in each epoch if logging is configured, as
+# Hydra does.
 logging.getLogger("faster_coco_eval").setLevel(logging.WARNING)
 SIZES = ("small", "medium", "large")
 Batch = tuple[Sequence[Tensor], Sequence[dict[str, Tensor]]]
@@ -37,9 +38,9 @@ class DetectionModule(DistillModule):
     """A DistillModule that trains torchvision's detectors on ``(images, targets)`` batches.
 
     ``images`` is a list of tensors ``(3, H, W)`` in 0..1. ``targets`` is a list of mappings with
-    ``boxes``, float ``(K, 4)`` as x1, y1, x2, y2 in pixels, and ``labels``, int64 ``(K,)`` from 0
-    on. The detector normalises and resizes the images. Its teacher gets exactly the images that the
-    student's backbone gets.
+    ``boxes``, float ``(K, 4)`` as x1, y1, x2, y2 in pixels, and ``labels``, int64 ``(K,)``, counted
+    from 0. The detector normalises and resizes the images. Its teacher gets exactly the images that
+    the student's backbone gets.
 
     A two-stage student learns from the teacher's class logits for the boxes that the student
     sampled; the teacher computes them from its own feature maps. A one-stage student learns from
@@ -107,7 +108,8 @@ class DetectionModule(DistillModule):
         kwargs.setdefault("distill_weight", 1.0)
         super().__init__(student, teacher, **kwargs)
         self.two_stage = two_stage
-        self.__dict__["_detector_of_teacher"] = detector  # not a part of the module
+        # In __dict__, it is not a part of the module.
+        self.__dict__["_detector_of_teacher"] = detector
         self.teacher_inputs = {"backbone": ""}
         if two_stage:
             self.teacher_inputs["roi_heads.box_roi_pool"] = "roi"
@@ -189,7 +191,7 @@ class DetectionModule(DistillModule):
         """Log nothing: the metrics are computed and logged at the end of an epoch."""
 
     def teacher_network(self) -> nn.Module:
-        """Return the teacher's detector on the images that it is distilled on.
+        """Return the teacher's detector, which gets the same images as in the distillation.
 
         Raises:
             MisconfigurationException: if the teacher computes class logits, but no boxes.
@@ -209,7 +211,7 @@ class DetectionModule(DistillModule):
         )
 
     def relabel(self, network: nn.Module, class_map: Sequence[int]) -> nn.Module:
-        """Return a detector whose labels are those of other data than it was trained on.
+        """Return a detector whose labels are converted to the classes of other data.
 
         Args:
             network: a detector with the student's classes.
@@ -243,7 +245,8 @@ class DetectionModule(DistillModule):
                 collection.reset()
                 for name in ("map", "map_50", "map_75", *(f"map_{size}" for size in SIZES)):
                     value = values[f"{prefix}{name}"]
-                    if name == "map" or value >= 0:  # -1: the set has no such boxes
+                    # The metric is -1 if the set has no such boxes.
+                    if name == "map" or value >= 0:
                         self.log(f"{prefix}{name}", value.clamp(min=0), prog_bar=name == "map")
 
     def labels_for(self, loss: Any) -> Callable[[Any, Tensor], dict[str, Any]] | None:
@@ -309,8 +312,8 @@ def count_classes(detector: nn.Module) -> int | None:
     """Return the number of a detector's classes, with the background if it has that class.
 
     Args:
-        detector: a detector as in torchvision; for others, such as one with a cascade of heads, the
-            number may be unknown, which is ``None``.
+        detector: a detector as in torchvision. For another kind of detector, such as one with a
+            cascade of heads, the result is ``None`` if the number is unknown.
     """
     for path, name in (
         ("roi_heads.box_predictor.cls_score", "out_features"),

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from lightning_dist.files.card import Card
 from lightning_dist.taps import Entry
 
-Tap = tuple[str, Entry | None]  # the path of a part of the teacher, and the entry of its output
-# From the paths of the student's parts to those of the teacher's parts that get the same inputs; or
-# a function of the batch that returns the teacher's inputs.
+# A tap is the path of a part of the teacher, and the entry of its output.
+Tap = tuple[str, Entry | None]
+# Inputs are a dict from the paths of the student's parts to those of the teacher's parts that get
+# the same inputs; or a function of the batch that returns the teacher's inputs.
 Inputs = Mapping[str, str] | Callable[[Any], Any]
 
 
@@ -34,7 +35,7 @@ class TeacherBase(ABC):
 
     network: nn.Module
     class_map: list[int] | None = None
-    card: Card | None = None  # the card of the network, if it is known
+    card: Card | None = None  # It is the card of the network, if it has one.
 
     def class_map_of(self, part: str) -> list[int] | None:
         """Return the ``class_map`` that applies to a part of the network, or ``None``.
@@ -96,8 +97,8 @@ class TeacherBase(ABC):
     def adapt(self, data: Card | None) -> None:
         """Convert the images and classes of some data to those that the teacher's card names.
 
-        What was given explicitly, such as a class map, stays. The callback calls this before
-        :meth:`attach`.
+        Conversions that the user has given, such as a class map, are not replaced. The callback
+        calls this before :meth:`attach`.
 
         Args:
             data: the card of the data module, or ``None`` if it has none.
@@ -108,7 +109,7 @@ class TeacherBase(ABC):
         return None
 
     def describe(self) -> str:
-        """Return one line with the name of the network and what it is given."""
+        """Return one line with the name of the network and a description of its inputs."""
         return type(self.network).__name__
 
     @abstractmethod

@@ -91,7 +91,7 @@ class InputBridge:
         self.size = (size, size) if isinstance(size, int) else size and tuple(size)
         self.interpolation = interpolation
         self.flip_channels = flip_channels
-        # The values of black and white in the teacher's normalisation.
+        # These are the values of black and white in the teacher's normalisation.
         self.limits = [(-m / s, (1 - m) / s) for m, s in zip(*teacher, strict=True)]
         self._constants: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
 
@@ -142,11 +142,12 @@ class InputBridge:
         return x
 
     def _resized(self, x: Tensor) -> Tensor:
-        """Resize images as Pillow does: first width, then height, each with overshoot clipped."""
+        """Resize images as Pillow does: the width, then the height; clip the values after each."""
         if self.interpolation == "bilinear":
             return F.interpolate(x, self.size, mode="bilinear", antialias=True)
         black, white = self._constant("limits", x.device, x.dtype)
-        # Random erasing may have drawn values beyond black and white, which stay as they are.
+        # Random erasing may have drawn values outside the range from black to white: do not clip
+        # them.
         least = torch.minimum(black, x.amin((2, 3), keepdim=True))
         most = torch.maximum(white, x.amax((2, 3), keepdim=True))
         assert self.size is not None

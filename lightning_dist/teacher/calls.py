@@ -1,4 +1,4 @@
-"""Functions for networks of any origin as teachers: freezing them, and calls that they refuse."""
+"""Functions for networks of any origin as teachers: freeze them, refuse and explain calls."""
 
 import inspect
 from collections.abc import Iterator, Mapping
@@ -10,15 +10,15 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-# torch.export's graphs keep dropout and batch norm as they were: the position of the argument that
-# says whether they train.
+# For each operator, the position of its argument for training mode. Graphs of torch.export keep the
+# mode that dropout and batch norm had during the export.
 _TRAINING_ARGUMENT = {"dropout": 2, "batch_norm": 5}
 
 _WITH_MODES = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase, nn.RReLU)
 
 
 def freeze(network: nn.Module) -> None:
-    """Put a network in eval mode, without gradients, as far as its kind has modes and parameters.
+    """Put a network in eval mode, and turn off the gradients of its parameters.
 
     A module of TorchScript or ``torch.export`` is frozen too.
 
@@ -28,11 +28,11 @@ def freeze(network: nn.Module) -> None:
     """
     try:
         network.eval()
-    except NotImplementedError:  # a graph of torch.export, which has the mode it was exported in
+    except NotImplementedError:  # The network is a graph of torch.export, whose mode cannot change.
         _refuse_training_graph(network)
         for module in network.modules():
             module.training = False
-    for parameter in network.parameters():  # TorchScript has no requires_grad_ of a module
+    for parameter in network.parameters():  # Modules of TorchScript have no method requires_grad_.
         parameter.requires_grad_(False)
 
 
@@ -100,7 +100,7 @@ def refuse_iterators(teacher: Any, args: Any, kwargs: Mapping[str, Any]) -> None
 
 
 def _has_modes(part: nn.Module) -> bool:
-    """Return whether a module may compute something else in training mode than in eval mode."""
+    """Return whether a module may compute different outputs in training mode and in eval mode."""
     if isinstance(part, _WITH_MODES):
         return True
     return not type(part).__module__.startswith("torch.nn.modules.")

@@ -17,9 +17,10 @@ from lightning_dist.teacher.teacher import Teacher, TeacherNetwork
 class EnsembleTeacher(Teacher):
     """A teacher that is the mean of several teachers.
 
-    The mean of probabilities is returned as its logarithm, so that the softmax of the output is the
-    mean; a loss with a temperature then softens that mean, not each teacher. The mean of logits is
-    a (normalised) geometric mean of probabilities, at any temperature.
+    For the mean of probabilities, the output is the logarithm of the mean, so that the softmax of
+    the output is the mean. A loss with a temperature then softens the mean, not the output of each
+    teacher. The mean of logits is a (normalised) geometric mean of probabilities, at any
+    temperature.
 
     Each teacher has its own bridge, class map and dtype. A call returns the mean, ``(N, C)`` or
     ``(N, C, *spatial)``, in float32 or wider.
@@ -58,7 +59,7 @@ class EnsembleTeacher(Teacher):
             raise ValueError(f"mean is {mean!r}: use 'probabilities' or 'logits'")
         self.teachers = [m if isinstance(m, Teacher) else Teacher(m) for m in members]
         self.mean = mean
-        self._averages = True  # False in a run whose terms name parts only
+        self._averages = True  # It is False in a run in which all terms name parts.
         networks = nn.ModuleList([teacher.network for teacher in self.teachers])
         super().__init__(networks, class_dim=class_dim)
 
@@ -91,7 +92,7 @@ class EnsembleTeacher(Teacher):
         return logits if member is None else member.to_student_classes(logits)
 
     def _member(self, part: str) -> Teacher | None:
-        """Return the teacher to which a part belongs; the mean belongs to none."""
+        """Return the teacher to which a part belongs, or None for the mean of all teachers."""
         index = part.partition(".")[0]
         known = index.isdigit() and int(index) < len(self.teachers)
         return self.teachers[int(index)] if known else None

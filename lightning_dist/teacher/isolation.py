@@ -16,11 +16,11 @@ from lightning_dist.taps import attributes_of
 # Objects of these classes are never copied: they hold no data of a batch, or exist only once.
 _SHARED = (nn.Module, torch.Generator, type, types.FunctionType, types.MethodType, weakref.ref)
 _ATOMS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
-_DEPTH = 6  # of objects in objects; PyTorch Geometric's heterogeneous graphs need 4
+_DEPTH = 6  # The depth of objects within objects; PyTorch Geometric's heterogeneous graphs need 4.
 
 
 def own_inputs(inputs: Any, clone: bool) -> tuple[Any, list[Tensor]]:
-    """Return inputs that a call may rearrange without a change to the originals.
+    """Return copies of inputs, so that a call may change containers without changing the originals.
 
     Containers and other objects are copied, and so are the objects in their attributes. So the call
     can assign an entry or an attribute, as graph networks do (``batch.x = self.layer(batch.x)``).
@@ -45,7 +45,7 @@ def own_inputs(inputs: Any, clone: bool) -> tuple[Any, list[Tensor]]:
         if id(leaf) not in copies:
             try:
                 copies[id(leaf)] = copy.copy(leaf)
-            except Exception:  # each class raises errors of its own
+            except Exception:  # Each class may raise errors of its own.
                 return leaf
             own_parts(copies[id(leaf)], leaf, depth + 1)
         return copies[id(leaf)]
@@ -64,8 +64,8 @@ def own_inputs(inputs: Any, clone: bool) -> tuple[Any, list[Tensor]]:
 def differ(copies: Sequence[Tensor], originals: Sequence[Tensor]) -> bool:
     """Return whether the values of tensors differ from those of their copies.
 
-    A write through ``x.data`` or ``x.numpy()`` shows in no version counter. Tensors of other
-    classes and layouts are not compared.
+    The values are compared, because a write through ``x.data`` or ``x.numpy()`` does not change the
+    version counter. Tensors of other classes and layouts are not compared.
     """
     return any(
         type(copied) is Tensor
@@ -80,7 +80,7 @@ def differ(copies: Sequence[Tensor], originals: Sequence[Tensor]) -> bool:
 def own_numbers(generators: Sequence[torch.Generator], seed: int | None) -> Iterator[None]:
     """Restore random generators when the context ends.
 
-    No step waits for a GPU, because the state of its generator is on the CPU.
+    This does not wait for a GPU, because the state of a GPU's generator is on the CPU.
 
     Args:
         generators: the generators, see :func:`generators_of`.
@@ -122,7 +122,7 @@ def _parts(x: Any) -> dict[Any, Any]:
 
 
 def _put(x: Any, key: Any, value: Any) -> None:
-    """Replace a part of an object, without its own methods, which may refuse or convert it."""
+    """Replace a part of an object without its own methods, which may refuse or convert the part."""
     if isinstance(x, dict):
         dict.__setitem__(x, key, value)
     elif isinstance(x, list):

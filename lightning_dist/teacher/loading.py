@@ -19,7 +19,7 @@ from lightning_dist.files.card_files import read_card
 from lightning_dist.files.weights import weights_only_loads
 from lightning_dist.teacher.teacher import Teacher
 
-# The beginnings of names with a slash or a colon that timm knows.
+# The names of timm with a slash or a colon begin with one of these.
 _OF_TIMM = ("timm/", "hf-hub:", "hf_hub:", "local-dir:")
 
 
@@ -80,7 +80,9 @@ def load_teacher(
         given["num_classes"] = num_classes
     network, card = _build(source, pretrained, weights is None, given)
     if student_mean is None and not (pretrained and weights is None):
-        card = None  # The weights are not the library's: they may be from other images.
+        # The weights are not the library's, so they may be trained on images with another
+        # normalisation.
+        card = None
     if card is not None and not (pretrained and weights is None):
         own = "random weights" if weights is None else Path(weights).name
         # The card of a file replaces this one.
@@ -143,10 +145,10 @@ def _from_timm(name: str, load: bool, arguments: dict[str, Any]) -> tuple[nn.Mod
             config = timm.models.get_pretrained_cfg(name)
             _check_head(f"timm's {name}", config.num_classes if config else None, arguments)
     network: Any = timm.create_model(name, pretrained=load, **arguments)
-    if load and ":" in name:  # only now the file has been read
+    if load and ":" in name:  # The card of the file is known only now.
         _check_head(name, network.pretrained_cfg.get("num_classes"), arguments)
     folder = name.removeprefix("local-dir:")
-    own = read_card(folder) if folder != name else None  # of a folder that this package exported
+    own = read_card(folder) if folder != name else None  # The folder was exported by this package.
     config = timm.data.resolve_model_data_config(network)
     return network, own or card_of_timm(config, name, network.num_classes)
 

@@ -39,7 +39,7 @@ def bridge_between(network: Card, data: Card) -> InputBridge | None:
 
 
 def class_map_between(network: Card, data: Card) -> list[int] | None:
-    """Return for each class of the data the index of the network's class of the same name.
+    """Return, for each class of the data, the index of the network's class with the same name.
 
     Args:
         network: the card of the network.

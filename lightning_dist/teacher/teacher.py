@@ -132,15 +132,16 @@ class Teacher(TeacherBase):
         self.dtype = dtype
         self.inputs = inputs
         self._own_inputs, self._own_map = inputs is not None, class_map is not None
-        self._knows_images = inputs is not None  # what images the student gets
+        self._knows_images = inputs is not None  # Whether the images of the student are known.
         self.compile = compile
         self._compiled: Callable[..., Any] | None = None
         self.class_dim = class_dim
         self._map_classes(class_map)
         self._listed: list[nn.Module] | None = None
-        self._writes: dict[str, bool] = {}  # of each part: whether its calls change their inputs
+        self._writes: dict[str, bool] = {}  # For each part, whether its calls change their inputs.
         self.random_numbers = random_numbers
-        self._generators: list[torch.Generator] | None = None  # those that the network may use
+        # The generators that the network may use.
+        self._generators: list[torch.Generator] | None = None
         self._trainer: Trainer | None = None
         # A frozen module of TorchScript has no mode.
         self._found = [(m, m.training) for m in network.modules() if hasattr(m, "training")]
@@ -158,7 +159,8 @@ class Teacher(TeacherBase):
             return
         class_map = class_map_between(self.card, data)
         map_of_detector: Any = getattr(self.network, "map_classes", None)
-        if map_of_detector is not None:  # a detector's heads, which return no logits of images
+        # The network is the heads of a detector, which map the classes themselves.
+        if map_of_detector is not None:
             map_of_detector(class_map)
         elif class_map is not None and self.card.task == "detection":
             raise ValueError(
@@ -171,7 +173,7 @@ class Teacher(TeacherBase):
     def _map_classes(self, class_map: Sequence[int] | None) -> None:
         self.class_map = None if class_map is None else list(class_map)
         self._columns = None if class_map is None else torch.tensor(self.class_map)
-        # A vocabulary has 100,000 classes, so these are not computed at each call.
+        # These are computed once and not at each call, because a vocabulary has 100,000 classes.
         self._largest = max(self.class_map or [0])
         self._takes_the_first = self.class_map == list(range(self._largest + 1))
 
@@ -236,7 +238,8 @@ class Teacher(TeacherBase):
     ) -> Iterator[dict[str, list[Any]]]:
         """Call the network with the student's inputs; see :class:`TeacherBase`."""
         outputs: dict[str, list[Any]] = {part: [] for part in parts}
-        running: list[Snapshot | None] = []  # an item for each call of the student that runs
+        # The list has an item for each call of the student that is running.
+        running: list[Snapshot | None] = []
         number = itertools.count()
 
         def begin(part: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -271,7 +274,7 @@ class Teacher(TeacherBase):
             yield outputs
 
     def _own_numbers(self, call: int) -> AbstractContextManager[None]:
-        """Return a context in which the network draws random numbers of its own.
+        """Return a context in which the network draws the numbers that ``random_numbers`` names.
 
         Args:
             call: the number of the call in this step, so that its numbers differ.
@@ -282,7 +285,7 @@ class Teacher(TeacherBase):
             self._generators = generators_of([*roots, *(x.device for x in tensors)])
         if self.random_numbers == "student":
             return own_numbers(self._generators, None)
-        # A function of the step, and no stream: a run that is resumed draws the same numbers.
+        # The seed is a function of the step, so that a resumed run draws the same numbers.
         step = 0 if self._trainer is None else self._trainer.fit_loop.total_batch_idx
         seed = hash((torch.initial_seed(), step, call)) % 2**63
         return own_numbers(self._generators, seed)
@@ -302,7 +305,7 @@ class Teacher(TeacherBase):
         if writes is None:
             refuse_iterators(self, args, kwargs)
         inputs, tensors = own_inputs((args, kwargs), clone=writes is not False)
-        if any(x.is_inference() for x in tensors):  # a write could not be noticed
+        if any(x.is_inference() for x in tensors):  # A write to these inputs could not be noticed.
             return self.ask(part, *own_inputs(inputs, clone=True)[0])
         before = [x._version for x in tensors]
         output = self.ask(part, *inputs)
@@ -363,7 +366,7 @@ class Teacher(TeacherBase):
     def ask(self, part: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Call the network as in :meth:`__call__`, or a part of it.
 
-        A part gets the inputs without any conversion, also of their dtype.
+        A part gets the inputs without any conversion; their dtype is not converted either.
 
         Args:
             part: the path of a sub-module or a method, see
@@ -428,7 +431,8 @@ class Teacher(TeacherBase):
         teacher.network, teacher._listed, teacher._generators = network, None, None
         if inputs is not None:
             teacher.inputs, teacher._own_inputs = inputs, True
-        teacher._found, teacher._trained = self._found, self._trained  # release() restores these
+        # release() restores these flags and modes.
+        teacher._found, teacher._trained = self._found, self._trained
         teacher.freeze()
         return teacher
 
@@ -467,7 +471,7 @@ class Teacher(TeacherBase):
                 f"{logits.shape[axis]} classes: give indices into the teacher's classes"
             )
         if self._takes_the_first:
-            return logits.narrow(axis, 0, len(self.class_map))  # a view
+            return logits.narrow(axis, 0, len(self.class_map))  # A view needs no memory.
         if self._columns.device != logits.device:
             self._columns = self._columns.to(logits.device)
         return logits.index_select(axis, self._columns)
@@ -484,7 +488,7 @@ class Teacher(TeacherBase):
         }
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Teacher":
-        return self  # a copy of the module, such as an average of it, needs no second teacher
+        return self  # A copy of the module, such as one with averaged weights, shares the teacher.
 
     def __repr__(self) -> str:
         return f"Teacher({type(self.network).__name__})"
@@ -519,7 +523,8 @@ class TeacherNetwork(nn.Module):
 
     def __init__(self, teacher: Teacher) -> None:
         super().__init__()
-        self.network = teacher.network  # registered, so that it moves with this module
+        # It is registered, so that it moves to devices with this module.
+        self.network = teacher.network
         self.teacher = teacher
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

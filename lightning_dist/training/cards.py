@@ -90,7 +90,7 @@ def refuse_other_classes(network: Card | None, data: Card | None, place: str) ->
 def differences(network: Card | None, data: Card | None) -> list[str]:
     """Return a line for each fact in which the images or classes of data differ from a card.
 
-    The size of images, and classes of another number, are not compared.
+    The size of images is not compared, nor are classes if their numbers differ.
 
     Args:
         network: the card of a network, or ``None`` if it has none.
@@ -112,11 +112,11 @@ def _shown(fact: Any) -> str:
 
 
 def refuse_checkpoint_of_other_classes(checkpoint: dict[str, Any], trainer: Trainer) -> None:
-    """Refuse to go on from a checkpoint of a run on data with other classes.
+    """Refuse to continue from a checkpoint of a run on data with other classes.
 
     Args:
         checkpoint: the checkpoint.
-        trainer: the Trainer that goes on.
+        trainer: the Trainer that continues.
 
     Raises:
         MisconfigurationException: if the names or numbers of the classes differ.

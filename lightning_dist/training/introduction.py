@@ -1,4 +1,4 @@
-"""`measure_teacher`: how good a teacher is on a sample of the validation set, before training."""
+"""`measure_teacher`: measure a teacher on some validation samples, before training."""
 
 import time
 from collections.abc import Iterable, Sized
@@ -42,7 +42,7 @@ def log_measured_teacher(trainer: Any, module: Any) -> None:
 def measure_teacher(trainer: Trainer, module: Any, card: Card | None) -> tuple[str, bool]:
     """Measure a teacher on some validation samples, evenly spaced over the whole set.
 
-    The samples are loaded apart from the Trainer's loaders, and no random generator moves.
+    The samples are not loaded by the Trainer's loaders, and no random generator changes its state.
 
     Args:
         trainer: the Trainer, whose validation loaders exist.
@@ -60,7 +60,7 @@ def measure_teacher(trainer: Trainer, module: Any, card: Card | None) -> tuple[s
     try:
         with isolate_rng(), torch.no_grad():
             values, count = _measure(trainer, module, loader, len(dataset))
-    except Exception as error:  # a line at the start must not end a run
+    except Exception as error:  # An error in this measurement must not end a run.
         return f"{_NOT_MEASURED} ({type(error).__name__}: {error})", False
     name = card.metric if card is not None else None
     plain = name and name.replace("/ema_", "/", 1)
@@ -76,19 +76,19 @@ def measure_teacher(trainer: Trainer, module: Any, card: Card | None) -> tuple[s
 
 
 def _is_far_below(value: float, own: float, count: int) -> bool:
-    """Return whether a value is lower than chance and other data explain."""
+    """Return whether a value is lower than random differences and other samples can explain."""
     chance = 2 * (max(own * (1 - own), 0.0) / count) ** 0.5
     return value < own - max(0.05, 0.2 * own, chance)
 
 
 def _measure(trainer: Trainer, module: Any, loader: Any, size: int) -> tuple[dict[str, float], int]:
-    """Return the teacher's metrics, and the number of samples that the time was enough for."""
+    """Return the teacher's metrics, and the number of samples measured in the time limit."""
     network = module.teacher_network()
     before = next((p.device for p in network.parameters()), module.device)
     network.to(module.device)
     metrics = EvaluationMetrics(module.val_metrics, "val/").to(module.device)
     for metric in (*metrics.collection.values(), metrics.mean_loss):
-        metric.distributed_available_fn = lambda: False  # only the first process measures
+        metric.distributed_available_fn = lambda: False  # Only the first process measures.
     begin, count = time.monotonic(), 0
     for batch in _batches(loader, size):
         batch = move_data_to_device(batch, module.device)
@@ -101,7 +101,7 @@ def _measure(trainer: Trainer, module: Any, loader: Any, size: int) -> tuple[dic
     if not count:
         raise ValueError("no sample has a label")
     values = dict(metrics.collection.compute())
-    if metrics.mean_loss.update_called:  # a detector has no loss in eval mode
+    if metrics.mean_loss.update_called:  # A detector has no loss in eval mode.
         values["val/loss"] = metrics.mean_loss.compute()
     found = {name: float(x) for name, x in values.items() if x.numel() == 1}
     return {name: value for name, value in found.items() if value >= 0}, count

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_dist.checks import UNLABELED
 
-_LINEAR = ("CrossEntropyLoss", "SoftTargetCrossEntropy")  # torch's and timm's
+_LINEAR = ("CrossEntropyLoss", "SoftTargetCrossEntropy")  # These losses are from torch and timm.
 
 
 def ignores_unlabeled(loss: Any, target: Any) -> bool:
@@ -34,7 +34,7 @@ def mean_over_labels(
     Args:
         loss: a loss of logits and classes that is a mean over samples.
         logits: shape (N, C).
-        target: the classes, int64 of shape (N,), of which ``UNLABELED`` is no class.
+        target: the classes, int64 of shape (N,); ``UNLABELED`` marks samples without a label.
 
     Returns:
         The mean, a scalar; 0, with a gradient of 0, if no sample has a label.
@@ -50,7 +50,8 @@ def mean_over_labels(
     """
     labeled = target != UNLABELED
     count = labeled.sum()
-    if ignores_unlabeled(loss, target):  # so the choice needs no wait for a GPU
+    # Unlike the other branches, this one does not wait for a GPU.
+    if ignores_unlabeled(loss, target):
         value = loss(logits, target)  # NaN without labels, but with a gradient of 0
         value = torch.where(count > 0, value, torch.zeros_like(value))
     elif labeled.all():

@@ -38,12 +38,14 @@ def build_optimizer(
     try:
         try:
             optimizer = factory(list(parameters) if takes_parameters else student)
-        except TypeError as error:  # also if the student's parameters are expected
+        # The factory may fail because it expects the student's parameters.
+        except TypeError as error:
             if takes_parameters:
                 raise
             try:
                 optimizer = factory(list(parameters))
-            except (AttributeError, TypeError):  # the function does take the student
+            # The factory accepts the student, so its error has another cause.
+            except (AttributeError, TypeError):
                 raise error from None
     except (TypeError, ValueError) as error:
         raise MisconfigurationException(f"the optimizer cannot be built: {error}") from error
@@ -76,7 +78,7 @@ def build_scheduler(
         The entry ``lr_scheduler`` of the dict that ``configure_optimizers`` returns.
 
     Raises:
-        MisconfigurationException: if the metric is a loss and the scheduler waits for it to rise,
+        MisconfigurationException: if the metric is a loss and the scheduler expects it to rise,
             which is the default of timm's plateau scheduler; or if the number of updates in an
             epoch is needed but the data have no length, or the number changes between epochs.
     """
@@ -86,7 +88,8 @@ def build_scheduler(
     scheduler = factory(optimizer, **options)
     if isinstance(scheduler, tuple):  # create_scheduler_v2 also returns the number of epochs
         scheduler = scheduler[0]
-    monitor = getattr(scheduler, "monitor", monitor)  # Lightning's ReduceLROnPlateau names it
+    # Lightning's ReduceLROnPlateau contains the name of its metric.
+    monitor = getattr(scheduler, "monitor", monitor)
     settings = {"scheduler": scheduler, "interval": interval}
     inner = getattr(scheduler, "lr_scheduler", scheduler)  # timm wraps torch's scheduler
     if not isinstance(inner, ReduceLROnPlateau):
@@ -112,8 +115,8 @@ def _count_updates(trainer: Trainer) -> int:
                 "changes their number between epochs: set the Trainer's accumulate_grad_batches "
                 "instead of this callback"
             )
-    # This counts the batches of an epoch. Lightning loads the states of the loaders in this call,
-    # but only after this function; ExactResume makes up for that.
+    # This counts the batches of an epoch, for which Lightning sets the data up. Lightning then does
+    # not load the states of the loaders after a resume; ExactResume corrects that.
     trainer.fit_loop.setup_data()
     if math.isinf(trainer.num_training_batches):
         raise MisconfigurationException(

@@ -25,8 +25,8 @@ class TermsSum:
         values: a dict from names to the values of the terms, before the weights.
         skipped: the number of terms that were left out because they were not finite.
         waiting: the names of the terms whose part of the student is frozen in this step.
-        unused: a dict from the names of the terms that found no call of their part of the student
-            with a gradient, to the reasons.
+        unused: a dict from the name of each unused term to the reason: no call of its part of the
+            student had a gradient.
     """
 
     total: Tensor
@@ -46,7 +46,8 @@ def current_weights(terms: Mapping[str, Term], trainer: Trainer) -> dict[str, fl
     for name, term in terms.items():
         try:
             weights[name] = term.current_weight(trainer)
-        except (ValueError, StopIteration) as error:  # at the latter, Lightning ends the epoch
+        # Lightning would end the epoch at a StopIteration.
+        except (ValueError, StopIteration) as error:
             raise MisconfigurationException(
                 f"term {name!r}: {str(error) or repr(error)}"
             ) from error
@@ -191,7 +192,8 @@ def _nonfinite_error(
 def _broken_samples(batch: Any) -> list[int]:
     """Return the positions in the batch of the samples with a number that is not finite."""
     broken: set[int] = set()
-    _, tensors = own_inputs(batch, clone=False)  # also those in the attributes of objects
+    # This includes the tensors in the attributes of objects.
+    _, tensors = own_inputs(batch, clone=False)
     for tensor in tensors:
         if tensor.is_floating_point() and tensor.dim():
             finite = tensor.isfinite().flatten(1).all(1) if tensor.dim() > 1 else tensor.isfinite()
