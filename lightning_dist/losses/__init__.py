@@ -1,5 +1,6 @@
 """The distillation losses as modules and as functions, and the operator that computes DIST."""
 
+from lightning_dist.losses.adaptive import AdaptiveTeacherHead
 from lightning_dist.losses.feature_modules import (
     ATLoss,
     CKALoss,
@@ -22,6 +23,7 @@ from lightning_dist.losses.peers import from_torchdistill
 
 __all__ = [
     "ATLoss",
+    "AdaptiveTeacherHead",
     "CKALoss",
     "CWDLoss",
     "DISTFeatureLoss",
