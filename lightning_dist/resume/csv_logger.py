@@ -58,11 +58,16 @@ class _ResumableWriter(ExperimentWriter):
         path = Path(self.metrics_file_path)
         if not path.exists():
             return
-        with open(path, newline="") as file:
-            reader = csv.DictReader(file)
-            kept = [row for row in reader if (row.get("step") or "").isdigit()]
-            kept = [row for row in kept if int(row["step"]) < step]
-            keys = list(reader.fieldnames or ())
+        if not path.is_file():
+            raise OSError(f"{path} is no regular file: remove it")
+        try:
+            with open(path, newline="") as file:
+                reader = csv.DictReader(file)
+                kept = [row for row in reader if (row.get("step") or "").isdecimal()]
+                kept = [row for row in kept if int(row["step"]) < step]
+                keys = list(reader.fieldnames or ())
+        except (ValueError, csv.Error) as error:
+            raise ValueError(f"{path} is damaged ({error}): remove it") from error
         # Keep only the columns that still have a value. The other columns are added again when
         # their metrics are logged.
         self.metrics_keys = [key for key in keys if any(row.get(key) for row in kept)]

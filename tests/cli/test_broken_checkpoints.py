@@ -130,6 +130,10 @@ BROKEN: dict[str, Callable[[dict], object]] = {
     "an epoch is a word": lambda c: c.update(epoch="x"),
     "a step is a list": lambda c: c.update(global_step=[1]),
     "a validation is a list": lambda c: c.update({VALIDATION_KEY: [1]}),
+    "a validation has another metric": lambda c: c.update({VALIDATION_KEY: {"test/[/b]": 0.5}}),
+    "a validation has a huge number": lambda c: c.update({VALIDATION_KEY: {"val/a": 10**400}}),
+    "a version has an escape": lambda c: c.update({"pytorch-lightning_version": "2.9.9\x1b[2J"}),
+    "callbacks are many": lambda c: c["callbacks"].update({str(i) * 200: {} for i in range(200)}),
     "a validation has words": lambda c: c.update({VALIDATION_KEY: {"val/loss": "x"}}),
 }
 

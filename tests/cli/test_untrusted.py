@@ -4,6 +4,7 @@ import csv
 import importlib
 import inspect
 import json
+import os
 import typing
 from pathlib import Path
 
@@ -16,9 +17,10 @@ from PIL import Image
 import lightning_dist.data
 from hostile import Runs, contacts, hostile_config, saved, touched, watched
 from lightning_dist.cli.errors import UserError
+from lightning_dist.cli.predict import ClassWriter
 from lightning_dist.cli.run.allowlist import FOLDERS, without_downloads
 from lightning_dist.cli.run.saved_config import CONFIG_KEY, build_module, read_saved
-from lightning_dist.files.card import CARD_KEY
+from lightning_dist.files.card import CARD_KEY, Card
 from lightning_dist.files.text import printable
 from lightning_dist.files.weights import read_checkpoint
 from lightning_dist.models.small import SmallCNN
@@ -403,3 +405,33 @@ def test_a_checkpoint_of_train_is_instantiated_as_it_was_saved():
         "a": [1, [2, {"download": False, "b": "x"}]],
         "_target_": "timm.create_model",
     }
+
+
+def test_a_prediction_is_written_to_no_file_elsewhere(command, refused, tmp_path, images):
+    folder_checkpoint(tmp_path / "x.ckpt", root="x")
+    (tmp_path / "mine").write_text("mine")
+    out = tmp_path / "predictions"
+    out.mkdir()
+    (out / "predictions.csv").symlink_to(tmp_path / "mine")
+    os.link(tmp_path / "mine", out / "card.json")
+    command("predict", "ckpt=x.ckpt", f"images={images}", CPU)
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert "image,class" in (out / "predictions.csv").read_text()
+
+
+def test_a_picture_is_written_through_no_link_out_of_the_folder(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "out" / "sub").symlink_to(tmp_path / "victim")
+    writer = ClassWriter(["sub/deep/a"], tmp_path / "out", Card(), None)
+    with pytest.raises(UserError, match="is a link out of"):
+        writer.png(0)
+    assert not list((tmp_path / "victim").iterdir())
+
+
+def test_markup_in_the_name_of_a_metric_is_refused(tmp_path):
+    """rich would parse it where Lightning prints the table of a test."""
+    metric = {"_target_": "torchmetrics.classification.MulticlassAccuracy", "num_classes": 10}
+    contents = hostile_config()
+    contents[CONFIG_KEY]["module"]["metrics"] = {"acc[/bold]": metric}
+    assert "x.ckpt contains markup in 'acc[/bold]'" in rebuilt(contents, tmp_path)

@@ -253,6 +253,8 @@ BROKEN_COCO: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "image without id": ({}, {"id": None}, r"image number 1 \(without an id\) in .* has no id"),
     "image without file": ({}, {"file_name": None}, "image 5 in .* has no file_name"),
     "image twice": ({}, {"id": 3}, "several images with the id 3"),
+    "id is a list": ({}, {"id": [1]}, r"has the id \[1\]"),
+    "category is a list": ({"category_id": [1]}, {}, r"has the category_id \[1\]"),
     "other size": ({}, {"width": 40}, r"a.jpg has 48 x 32 pixels .*annotations say 40 x 32"),
 }
 

@@ -366,3 +366,13 @@ def test_a_run_in_a_renamed_folder_keeps_its_best_checkpoint(make_trainer, tmp_p
     assert after.best_model_score == before.best_model_score
     kept = torch.load(after.best_model_path, weights_only=True)
     assert kept["global_step"] == saved["global_step"]
+
+
+@pytest.mark.parametrize("contents", [None, "step,a\n1," + 200_000 * "x", "step,a\n" + 5000 * "9"])
+def test_a_log_of_another_program_is_refused_by_name(tmp_path, contents):
+    """None: a link to a device, which never ends."""
+    path = tmp_path / "metrics.csv"
+    path.write_text(contents) if contents else path.symlink_to("/dev/zero")
+    logger = ResumableCSVLogger(tmp_path, name="", version="")
+    with pytest.raises((OSError, ValueError), match=r"metrics\.csv is (no regular|damaged)"):
+        logger.rewind(5)
