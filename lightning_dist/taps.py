@@ -4,6 +4,8 @@ import copy
 import dataclasses
 import difflib
 import functools
+import inspect
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -108,20 +110,27 @@ def tap(
     handles = []
     if after is not None and name == "forward" and owner._forward_hooks and compiled is None:
         handles = [
-            owner.register_forward_pre_hook(lambda *_: through_call.append(True)),
-            owner.register_forward_hook(lambda _, args, output: after(output)),
+            owner.register_forward_pre_hook(
+                lambda part, _: through_call.append(True) if part is owner else None
+            ),
+            owner.register_forward_hook(
+                lambda part, _, output: after(output) if part is owner else None
+            ),
         ]
 
-    @functools.wraps(method)
-    def tapped(*args: Any, **kwargs: Any) -> Any:
+    @functools.wraps(getattr(method, "__func__", method))
+    def tapped(part: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if part is not owner:
+            return _without_tap(part, name, kept)(*args, **kwargs)
         return _call_between(before, after, through_call, method, args, kwargs)
 
     def call_compiled(*args: Any, **kwargs: Any) -> Any:
         return _call_between(before, after, [], compiled, args, kwargs, put_back, put)
 
     def put() -> None:
-        # Do not use setattr: a compiled module would set the attribute on the original module.
-        owner.__dict__[name] = tapped
+        # Do not use setattr: a compiled module would set the attribute on the original module. A
+        # method, because deepcopy binds methods to the copy: so a copy calls its own layers.
+        owner.__dict__[name] = types.MethodType(tapped, owner)
 
     def put_back() -> None:
         if kept is None:
@@ -141,6 +150,19 @@ def tap(
     if compiled is not None:
         owner.__dict__["_compiled_call_impl"] = call_compiled
     return remove
+
+
+def _without_tap(part: nn.Module, name: str, kept: Any) -> Callable[..., Any]:
+    """Return the method that a copy of a tapped part would have if the part had no tap.
+
+    Args:
+        part: the copy.
+        name: the name of the method.
+        kept: what the part had on the instance, or ``None``.
+    """
+    if kept is None:
+        return inspect.getattr_static(type(part), name).__get__(part, type(part))
+    return functools.partial(kept.__func__, part) if isinstance(kept, types.MethodType) else kept
 
 
 @functools.partial(torch.compiler.disable, recursive=False)

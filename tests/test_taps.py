@@ -1,5 +1,8 @@
 """Tests of taps.py: it finds the logits in an output, and records outputs inside a context."""
 
+import copy
+import inspect
+import types
 from collections import OrderedDict, namedtuple
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -74,6 +77,30 @@ def test_logits_are_replaced_in_their_own_entry():
     changed = with_logits(Named(OTHER, LOGITS), OTHER + 2)
     assert changed.features is OTHER
     assert changed.logits.unique() == 2
+
+
+@pytest.mark.parametrize("kind", ["class", "instance", "compiled", "hooked"])
+def test_a_copy_made_during_a_recording_calls_its_own_layers(kind):
+    class Network(nn.Linear):
+        def forward(self, x, scale=1):
+            return scale * super().forward(x)
+
+    network, x = Network(3, 2), torch.ones(1, 3)
+    if kind == "instance":
+        network.forward = types.MethodType(Network.forward, network)
+    elif kind == "compiled":
+        network.compile(backend="eager")
+    elif kind == "hooked":
+        network.register_forward_hook(lambda *_: None)
+    with recording(network, [""]) as outer, recording(network, [""]) as found:
+        assert [*inspect.signature(network.forward).parameters] == ["x", "scale"]
+        copied = copy.deepcopy(network)
+        copied.weight.data.zero_()
+        copied.bias.data.fill_(7)
+        assert torch.equal(copied(x, scale=2), torch.full((1, 2), 14.0))
+        network(x)
+    assert torch.equal(copied(x), torch.full((1, 2), 7.0))
+    assert [len(each.outputs[""]) for each in (outer, found)] == [1, 1]
 
 
 def test_a_recording_ends_with_its_context_even_after_an_error():

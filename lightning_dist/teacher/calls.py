@@ -79,8 +79,10 @@ def refuse_shared_parts(teacher: nn.Module, module: LightningModule) -> None:
             )
 
 
-def refuse_iterators(teacher: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
-    """Refuse a call with an iterator, which the teacher would read before the student.
+def refuse_unreadable(teacher: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
+    """Refuse a call with inputs that teacher and student cannot both read.
+
+    These are iterators, which end at the first reader, and the tensors within ``torch.vmap``.
 
     Args:
         teacher: the teacher, for the message.
@@ -88,9 +90,15 @@ def refuse_iterators(teacher: Any, args: Any, kwargs: Mapping[str, Any]) -> None
         kwargs: the keyword arguments of the call.
 
     Raises:
-        MisconfigurationException: if an argument is an iterator, or contains one.
+        MisconfigurationException: if there is such an input.
     """
     for leaf in tree_leaves((args, kwargs)):
+        if isinstance(leaf, Tensor) and torch._C._functorch.is_batchedtensor(leaf):
+            raise MisconfigurationException(
+                f"the student is called in torch.vmap, where {teacher} gets one sample of many: "
+                "let the step call an nn.Identity on the result of vmap, compare that part, and "
+                "give DistillationCallback(inputs=FUNCTION), a function of the batch"
+            )
         if isinstance(leaf, Iterator):
             raise MisconfigurationException(
                 f"the student is called with a {type(leaf).__name__}, which only one of student "

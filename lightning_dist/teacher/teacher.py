@@ -33,8 +33,8 @@ from lightning_dist.teacher.bridge import InputBridge
 from lightning_dist.teacher.calls import (
     explain_refused_call,
     freeze,
-    refuse_iterators,
     refuse_shared_parts,
+    refuse_unreadable,
 )
 from lightning_dist.teacher.isolation import differ, generators_of, own_inputs, own_numbers
 from lightning_dist.teacher.matching import bridge_between, class_map_between
@@ -298,12 +298,12 @@ class Teacher(TeacherBase):
         version counters reveals a write. Containers and other objects are always copies.
 
         Raises:
-            MisconfigurationException: if the student gets an iterator, which only one of the two
-                can read; or if the network writes to its input, but not in its first call.
+            MisconfigurationException: if the student gets what only one of the two can read, or if
+                the network writes to its input, but not in its first call.
         """
         writes = self._writes.get(part)
         if writes is None:
-            refuse_iterators(self, args, kwargs)
+            refuse_unreadable(self, args, kwargs)
         inputs, tensors = own_inputs((args, kwargs), clone=writes is not False)
         if any(x.is_inference() for x in tensors):  # A write to these inputs could not be noticed.
             return self.ask(part, *own_inputs(inputs, clone=True)[0])

@@ -145,6 +145,26 @@ def test_an_iterator_that_only_one_network_can_read_is_refused(make_trainer, mak
         make_trainer(callbacks=[callback]).fit(Module(), loader)
 
 
+def test_a_student_within_vmap_is_refused_with_a_way_out(make_trainer):
+    class Module(Student):
+        def __init__(self):
+            super().__init__()
+            self.net, self.all = nn.Linear(108, 3), nn.Identity()
+
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self.all(torch.vmap(self.net)(batch[0].flatten(1))), batch[1])
+
+    teacher = nn.Linear(108, 3)
+    loader = DataLoader(TensorDataset(IMAGES, torch.arange(8) % 3), batch_size=4)
+    with pytest.raises(MisconfigurationException, match=r"in torch\.vmap.*call an nn\.Identity"):
+        make_trainer(callbacks=[DistillationCallback(teacher)]).fit(Module(), loader)
+    terms = {"a": Term(F.mse_loss, student="all")}
+    options = {"student": "", "inputs": lambda batch: batch[0].flatten(1), "terms": terms}
+    trainer = make_trainer(callbacks=[DistillationCallback(teacher, **options)])
+    trainer.fit(Module(), loader)
+    assert trainer.callback_metrics["train/distill"] > 0
+
+
 def test_an_iterator_that_ends_in_the_teacher_is_an_error_and_not_the_end_of_the_epoch(
     make_trainer,
 ):
