@@ -18,7 +18,7 @@ import lightning_dist.data
 from hostile import Runs, contacts, hostile_config, saved, touched, watched
 from lightning_dist.cli.errors import UserError
 from lightning_dist.cli.predict import ClassWriter
-from lightning_dist.cli.run.allowlist import FOLDERS, without_downloads
+from lightning_dist.cli.run.allowlist import FOLDERS, ONLY_TRAINING, without_downloads
 from lightning_dist.cli.run.saved_config import CONFIG_KEY, build_module, read_saved
 from lightning_dist.files.card import CARD_KEY, Card
 from lightning_dist.files.text import printable
@@ -354,7 +354,7 @@ def test_every_folder_of_a_data_module_is_known():
     for module in modules:
         hints = typing.get_type_hints(module.__init__)
         paths = {name for name, hint in hints.items() if Path in (hint, *typing.get_args(hint))}
-        assert paths <= set(FOLDERS)
+        assert paths <= {*FOLDERS, *ONLY_TRAINING}
         for name in inspect.signature(module.__init__).parameters:
             assert not name.startswith("url")
 
@@ -427,6 +427,13 @@ def test_a_picture_is_written_through_no_link_out_of_the_folder(tmp_path):
     with pytest.raises(UserError, match="is a link out of"):
         writer.png(0)
     assert not list((tmp_path / "victim").iterdir())
+
+
+def test_a_folder_of_unlabelled_images_is_not_taken_from_a_config(tmp_path):
+    folder_checkpoint(tmp_path / "x.ckpt", root="x", unlabeled=["/etc"], unlabeled_share=0.5)
+    _, config = read_saved("x.ckpt", trust=False)
+    assert config["data"]["unlabeled"] is None
+    assert config["data"]["unlabeled_share"] is None
 
 
 def test_markup_in_the_name_of_a_metric_is_refused(tmp_path):

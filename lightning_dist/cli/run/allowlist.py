@@ -84,6 +84,8 @@ _TIMM_NAMES = {
 
 # The arguments of data modules that name a folder or a data set of a hub.
 FOLDERS = ("root", "path")
+# Arguments that only training reads, and that are removed from a config that is not trusted.
+ONLY_TRAINING = ("unlabeled", "unlabeled_share")
 
 # Limits for the levels and values of a config, far above those of the configs that train saves.
 _MAX_DEPTH, _MAX_VALUES = 32, 100_000
@@ -147,7 +149,7 @@ def without_downloads(config: Any) -> Any:
         return [without_downloads(value) for value in config]
     if not isinstance(config, Mapping):
         return config
-    removed = {"download": False, "backbone_weights": None}
+    removed = {"download": False, "backbone_weights": None} | dict.fromkeys(ONLY_TRAINING)
     if not str(config.get("_target_")).startswith("torchvision."):
         removed["pretrained"] = False
     return {
@@ -209,7 +211,7 @@ def _check_timm_name(found: Any, node: Mapping[str, Any], path: str) -> None:
 def _check_inside(node: Mapping[str, Any], path: str) -> None:
     """Refuse a data module whose files are outside the folder that its ``root`` names."""
     for key, value in node.items():
-        if key in FOLDERS or not isinstance(value, str):
+        if key in (*FOLDERS, *ONLY_TRAINING) or not isinstance(value, str):
             continue
         is_absolute = value.startswith(("/", "\\")) or re.match("[A-Za-z]:", value)
         if is_absolute or ".." in re.split(r"[/\\]", value):
