@@ -28,10 +28,10 @@ settings.load_profile("repeatable")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the slow tests first: at the end one worker would wait for the other's long test.
+    """Run the slow tests first, so that no worker waits at the end for a long test of another one.
 
-    Those of test_distributed.py are the very first, so that one worker runs all of them: a worker
-    that takes some of another's tests would repeat their launches.
+    The tests of test_distributed.py are the very first, so that one worker runs all of them. If a
+    second worker took some of them, it would start the same processes again.
     """
     items.sort(key=lambda item: (item.path.stem != "test_distributed", "slow" not in item.keywords))
 

@@ -65,7 +65,8 @@ def test_at_weight_0_a_disturbing_teacher_changes_nothing(make_trainer, style):
     network = callback.teacher.network
     before = copy.deepcopy(network.state_dict())
     for term in callback.terms.values():
-        term.weight = lambda trainer: torch.zeros(())  # a tensor is not read: the teacher is called
+        # The callback does not read the value of a tensor, so it calls the teacher.
+        term.weight = lambda trainer: torch.zeros(())
     calls = []
     for part in network.modules():
         part.register_forward_hook(lambda *_: calls.append(1))
@@ -105,7 +106,8 @@ def test_at_weight_0_every_validation_is_the_same(make_trainer, style):
         term.weight = lambda trainer: torch.zeros(())
     callback.teacher.network.register_forward_pre_hook(disturb, with_kwargs=True)
     alone, distilled = validations(), validations(callback)
-    assert len(alone) == 2 + 2 * 2 * 4  # those of the sanity check, and those of each half epoch
+    # There are values from the sanity check and from each half epoch.
+    assert len(alone) == 2 + 2 * 2 * 4
     assert len(set(alone)) == len(alone)
     assert distilled == alone
 
@@ -138,7 +140,7 @@ def test_the_explanation_names_the_setting_and_changes_nothing(make_trainer, sty
     torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
     assert "(float32[8, " in text
     if callable(callback.inputs) or "train_step" in callback.inputs:
-        return  # such settings are beyond what it can try
+        return  # explain cannot find these settings by trying.
     part = next(iter(callback.terms.values())).student
     wanted = f"inputs={callback.inputs}, terms=dict(a=Term(loss, student={part!r}))"
     assert (wanted if part else f"student={callback.student!r}") in text.split("settings that")[1]

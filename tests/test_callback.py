@@ -1,4 +1,4 @@
-"""Tests that the callback trains as a plain loop does, whatever the step and the Trainer do."""
+"""Tests that the callback trains as a plain loop does, with many kinds of steps and Trainers."""
 
 import contextlib
 import copy
@@ -83,7 +83,7 @@ def test_a_student_called_several_times_gives_the_sum_of_its_losses(make_trainer
 
 
 class Recursive(nn.Module):
-    """A network that calls itself on rolled inputs, and on half the batch if all are too many."""
+    """A network that calls itself on rolled inputs, and on half of a batch that is too large."""
 
     def __init__(self) -> None:
         super().__init__()

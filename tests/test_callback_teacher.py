@@ -1,4 +1,4 @@
-"""Tests of the callback and its teacher: when it is called, and that it changes nothing else."""
+"""Tests of the callback and its teacher: when it is called, and that it changes nothing."""
 
 import warnings
 
@@ -123,7 +123,7 @@ def test_a_teacher_is_not_called_where_the_student_has_no_gradient(make_trainer)
     assert_same_bits(module, fitted(make_trainer, DistillationCallback(teacher_net()))[0])
 
 
-# Things that a teacher must not change
+# A teacher does not change the training
 
 
 class Scaling(nn.Module):
@@ -248,7 +248,7 @@ def test_members_of_an_ensemble_may_have_other_heads_and_class_maps(make_trainer
         found = trainer.callback_metrics[f"train/distill/{name}"].item()
         assert found == pytest.approx(value.item(), rel=1e-5), name
     with pytest.raises(ValueError, match="give each a class_map"):
-        ensemble(inputs)  # outside of a run, the mean
+        ensemble(inputs)  # Outside of a run, the output is the mean.
 
 
 def test_an_unclear_term_on_a_member_with_a_class_map_is_refused(make_trainer):
@@ -260,7 +260,7 @@ def test_an_unclear_term_on_a_member_with_a_class_map_is_refused(make_trainer):
         fitted(make_trainer, DistillationCallback(ensemble, terms=terms))
 
 
-# What a loss takes from the batch
+# Arguments of a loss from the batch
 
 
 def test_a_loss_gets_what_its_term_takes_from_the_batch(make_trainer):

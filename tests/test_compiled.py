@@ -1,4 +1,4 @@
-"""Tests of the callback on compiled students and modules: torch.compile does not see its code."""
+"""Tests of the callback with compiled students and modules; its own code is not compiled."""
 
 from contextlib import ExitStack
 
@@ -57,7 +57,7 @@ class RefusesToRecompile(L.Callback):
 
 
 def compiled(how: str, **options) -> tuple[Module, nn.Module]:
-    """Return a module of which a part is compiled, and what to give to ``fit``."""
+    """Return a module with a compiled part, and the object to pass to ``fit``."""
     torch._dynamo.reset()
     module = Module()
     if how == "the student in place":
@@ -103,7 +103,7 @@ def test_a_compiled_student_keeps_its_only_graph(make_trainer, how):
     graphs = CompileCounter()
     _, fitted = compiled(how, backend=graphs, fullgraph=True)
     student = "" if how == "the module in place" else "net"
-    teacher = nn.Sequential(Network(), nn.Dropout())  # of other code than the student's
+    teacher = nn.Sequential(Network(), nn.Dropout())  # The teacher has other code than the student.
     fit(make_trainer, fitted, DistillationCallback(teacher, student))
     assert graphs.frame_count == 1
 

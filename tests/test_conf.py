@@ -159,7 +159,7 @@ def test_a_protocol_sets_the_temperature_of_dist_and_leaves_that_of_kd(distill):
 
 @pytest.mark.parametrize("protocol", options("protocol"))
 def test_what_a_protocol_sets_for_dist_leaves_other_losses_alone(protocol):
-    if protocol == "imagenet/base":  # is no protocol by itself
+    if protocol == "imagenet/base":  # This file is no protocol by itself.
         return
     config = composed(f"protocol={protocol}", "distill=at", "teacher=digits")
     assert (config.distill.weight, config.distill.task_weight) == (1000.0, 1.0)

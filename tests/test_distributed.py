@@ -37,7 +37,7 @@ TRAININGS = {
     # `launched` checks that no earlier case caused this warning.
     "find unused": {"strategy": "ddp_find_unused_parameters_true"},
 }
-SETS = {  # the number of images and the batch size
+SETS = {  # The number of images, and the batch size.
     "a-batch-of-copies": (5, 1),
     "a-copy-in-a-batch": (7, 3),
     "even": (6, 2),
@@ -117,7 +117,8 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cases += [{"script": "skip", "out": str(folder / "skip")}]
     for name, options in TRAININGS.items():
         cases += [{"script": "train", "out": str(folder / name), **options}]
-    strategy = "ddp_find_unused_parameters_true"  # each backward leaves out a network
+    # Each backward pass uses only one of the two networks.
+    strategy = "ddp_find_unused_parameters_true"
     cases += [{"script": "manual", "out": str(folder / "manual"), "strategy": strategy}]
     run = launch(cases, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     assert "MEMBER: 2/2" in run.stderr
@@ -285,18 +286,20 @@ def test_every_strategy_trains_the_same_student(launched, spawned, experiment):
         assert parts == {"student", *averaged}  # The teacher is not saved.
         weights.append({key: x for key, x in state.items() if key.startswith("student.")})
     for metrics, state in zip(tested[1:], weights[1:], strict=True):
-        own = {name: metrics[name] for name in tested[0]}  # without those of the average
+        # Leave out the metrics of the averaged weights.
+        own = {name: metrics[name] for name in tested[0]}
         assert own == pytest.approx(tested[0], rel=1e-4, abs=1e-4)
         torch.testing.assert_close(state, weights[0], rtol=1e-3, atol=1e-4)
 
 
 def test_interrupted_processes_resume_to_the_last_bit(launched):
-    """One rank gets a signal, and later both fail: an error saves nothing, as SIGKILL."""
+    """One rank gets a signal, and later both ranks fail; like SIGKILL, an error saves nothing."""
     folder = launched / "interrupted"
     ended = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     assert [status for status, _ in ended[0]] == [0, 143, "the run fails", 0]
     assert [status for status, _ in ended[1]] == [0, 0, "the run fails", 0]
-    # The signal's step was completed and saved; the error left the checkpoint of the first epoch.
+    # After the signal, the step was completed and saved. After the error, the last checkpoint is
+    # that of the first epoch.
     assert [step for _, step in ended[0]] == [20, 7, 10, 20]
     assert differences(folder / "whole", folder / "resumed") == []
 

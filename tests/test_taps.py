@@ -176,7 +176,7 @@ def test_a_tap_sees_calls_of_any_kind_and_restores_what_was_there():
 
     network, calls = Network(3, 2), []
     own = network.forward
-    network.forward = own  # as torch.compile and DDP in Lightning set it
+    network.forward = own  # torch.compile, and DDP in Lightning, set forward on the instance.
     removes = [
         tap(network, path, before=lambda *call: calls.append(call), after=calls.append)
         for path in ("", "embed")

@@ -68,7 +68,7 @@ def fitted(make_trainer, net: nn.Module, callback, data) -> tuple[float, dict[st
     """Return the distillation loss of the one step that was trained, and its batch."""
     loader = DataLoader(data, batch_size=8)
     trainer = make_trainer(max_steps=1, callbacks=[callback])
-    for module in net.modules():  # so that a plain call gives what the step gives
+    for module in net.modules():  # Without dropout, a plain call gives the same output as the step.
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     trainer.fit(Trained(net), loader)

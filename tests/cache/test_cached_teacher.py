@@ -82,7 +82,7 @@ def assert_rows_are_the_teachers_outputs(folder: Path, data: DigitsDataModule) -
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_student_is_the_same_with_a_cached_and_with_a_live_teacher(train, tmp_path, workers):
-    """Without a cache, a run with seed 0 augments its first epochs as the views are augmented."""
+    """Without a cache, a run with seed 0 has the augmentations of the views in its first epochs."""
     live = train(teacher())
     warm = CachedTeacher(teacher(), tmp_path, views=3, dtype="float32")
     assert same_weights(live, train(warm, digits(num_workers=workers)))

@@ -61,10 +61,10 @@ def bomb() -> bytes:
 
 
 def two_directories(end64: bool) -> bytes:
-    """Return a zip file of compressed entries that has a second directory, of other entries.
+    """Return a zip file of compressed entries, with a second directory that lists other entries.
 
-    The end of the file records the place of the first directory, where torch reads it. Directly
-    before the end, where Python reads it, is one that says that nothing is compressed.
+    torch reads the first directory, whose place the end of the file records. Python reads the
+    second directory, which is directly before the end and lists nothing as compressed.
     """
     compressed = io.BytesIO()
     stored = saved(weights() | {"zeros": torch.zeros(2**20)})
@@ -81,7 +81,7 @@ def two_directories(end64: bool) -> bytes:
     directory = contents[start : contents.rindex(b"PK\x05\x06")]
     harmless, at = bytearray(directory), 0
     while at < len(harmless):
-        harmless[at + 10 : at + 12] = b"\0\0"  # the method: stored
+        harmless[at + 10 : at + 12] = b"\0\0"  # The compression method is 0, which means "stored".
         harmless[at + 24 : at + 28] = harmless[at + 20 : at + 24]  # the size
         at += 46 + sum(struct.unpack("<3H", harmless[at + 28 : at + 34]))
     tail = b""
@@ -103,7 +103,7 @@ class Allocates:
 
 
 def nested() -> list:
-    """Return lists that a program takes forever to copy: each contains the one before it twice."""
+    """Return nested lists that take forever to copy, because each contains the next list twice."""
     inside: list = []
     for _ in range(40):
         inside = [inside, inside]
@@ -131,16 +131,17 @@ def pickled(opcodes: bytes, name: str = "data.pkl") -> bytes:
 
 
 def doubled_tuples() -> bytes:
-    """Return a dict whose key is a tuple that contains each tuple before it twice.
+    """Return a dict whose key is a nested tuple, in which each tuple contains the next tuple twice.
 
-    Python computes its hash from 2^24 values, and with a few bytes more forever.
+    Python computes the hash of the key from 2^24 values; with a few more bytes in the file, it
+    would take forever.
     """
     levels = b"".join(b"q%ch%c\x86" % (i, i) for i in range(24))
     return pickled(b"})" + levels + b"Ns")
 
 
 def doubled_bytes() -> bytes:
-    """Return bytes that are encoded again and again, to twice the length."""
+    """Return a pickle that encodes bytes again and again, each time to twice the length."""
     encode = b"c_codecs\nencode\n"
     value = encode + text("x" * 64) + text("latin1") + b"\x86R"
     for _ in range(12):
@@ -149,7 +150,7 @@ def doubled_bytes() -> bytes:
 
 
 def long_directory() -> bytes:
-    """Return an archive that takes Python half a minute to list, with the entries of 9 MB."""
+    """Return an archive with a directory of 9 MB, which takes Python half a minute to list."""
     entry = b"PK\x01\x02" + struct.pack("<6H3L5H2L", 20, 20, *[0] * 7, 1, *[0] * 6) + b"x"
     count, start = 200_000, 34
     where = (count, count, len(entry) * count, start)
@@ -380,7 +381,7 @@ def test_a_config_without_end_is_refused(refused, tmp_path):
 
 @pytest.mark.parametrize("options", [("ckpt_path=run/checkpoints/last.ckpt",), ("resume=true",)])
 def test_a_checkpoint_that_is_a_folder_is_refused(refused, tmp_path, options):
-    """The strategy would unpickle the pieces in the folder."""
+    """Without the refusal, the strategy would unpickle the files in the folder."""
     folder = tmp_path / "run" / "checkpoints" / "last.ckpt"
     folder.mkdir(parents=True)
     (folder / ".metadata").write_bytes(pickle.dumps(Runs()))

@@ -64,7 +64,7 @@ def test_an_old_checkpoint_is_exported(old_run, command, tmp_path, options, pref
 
 @pytest.fixture
 def of_digits(old_run, tmp_path):
-    """Write a checkpoint whose config names other data than the network was trained on."""
+    """Write a checkpoint whose config names other data than that of its training."""
     checkpoint = torch.load(tmp_path / "old.ckpt", weights_only=True)
     checkpoint["lightning_dist_config"] |= {
         "data": {"_target_": "lightning_dist.data.digits.DigitsDataModule"},

@@ -128,8 +128,8 @@ def test_the_error_for_a_folder_of_another_run_says_how_to_merge(ends_badly, put
     assert "another folder (two sweeps are merged by lightning-dist report DIR DIR)" in line
 
 
-# Two jobs: os.abort, called instead of building a callback, kills the process as a crash in C code
-# does; Timer changes nothing.
+# A sweep of two jobs. In one, os.abort is called instead of building a callback, and kills the
+# process as a crash in C code does. The callback Timer of the other changes nothing.
 DIES = "+callbacks.broken._target_=os.abort,lightning.pytorch.callbacks.Timer"
 
 
@@ -220,7 +220,7 @@ def study(folder: Path) -> list[FrozenTrial]:
 def search(tmp_path):
     """Return a function that runs a search without training.
 
-    A job returns its value in `results`, or its own number if it has no value there.
+    A job returns the value for its number in `results`, or its number if `results` has no value.
     """
 
     class Launcher:

@@ -107,7 +107,10 @@ LATER = {
 @pytest.mark.parametrize("name", LATER)
 @pytest.mark.parametrize("place", ["a layer", "a metric"])
 def test_no_network_is_prepared_for_a_later_call(tmp_path, monkeypatch, place, name):
-    """A layer's number of channels would be timm's `pretrained`; a metric calls in the test."""
+    """A layer would call a prepared function of timm with a number of channels as `pretrained`.
+
+    A metric would call a prepared function during the test.
+    """
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     later = LATER[name] | {"_partial_": True}
@@ -186,7 +189,7 @@ NETWORKS = {
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_network_is_built_without_a_download(tmp_path, monkeypatch, name):
-    """A file in torch's folder of downloads is not read either: anybody may have put it there."""
+    """A file in torch's folder of downloads is not read either, because it may be from anybody."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     downloads = tmp_path / "torch" / "hub" / "checkpoints"
@@ -234,7 +237,7 @@ def test_torchvisions_downloads_of_a_student_are_read_as_weights(refused, tmp_pa
 
 
 def folder_checkpoint(path: Path, /, **data: object) -> None:
-    """Write the checkpoint of a student that labels images, by default those of a folder."""
+    """Write the checkpoint of a student that classifies images; by default its data is a folder."""
     target = "lightning_dist.data.image_folder.ImageFolderDataModule"
     contents = hostile_config(data if "_target_" in data else {"_target_": target} | data)
     network = SmallCNN([4], num_classes=2, in_channels=3)
@@ -343,7 +346,10 @@ def test_a_data_set_of_a_hub_is_not_taken_from_a_config(refused, tmp_path, monke
 
 
 def test_every_folder_of_a_data_module_is_known():
-    """A new data module with another name for its folder would read what a checkpoint names."""
+    """A new data module may call its folder by another name.
+
+    Then it would read any folder that a checkpoint names.
+    """
     modules = [
         found
         for file in Path(lightning_dist.data.__file__).parent.glob("*.py")

@@ -17,7 +17,7 @@ from lightning_dist.files.text import read_bounded
 
 
 def test_archives_of_cityscapes_are_not_unpacked(tmp_path: Path):
-    """torchvision would unpack them, and write through the link to a folder elsewhere."""
+    """torchvision would unpack the archives, and write through a link to a folder elsewhere."""
     (tmp_path / "victim").mkdir()
     root = tmp_path / "root"
     root.mkdir()

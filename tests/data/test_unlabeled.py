@@ -31,7 +31,8 @@ def test_an_epoch_has_each_label_once_and_its_share_of_the_others_in_each_batch(
 
 def test_the_images_without_a_label_take_turns_over_the_epochs():
     used = Counter(i for epoch in range(5) for batch in batches(epoch) for i in batch if i >= 10)
-    assert set(used.values()) == {3}  # 5 epochs of 12 are 3 passes over 20
+    # 5 epochs of 12 samples without a label are 3 passes over all 20 of them.
+    assert set(used.values()) == {3}
     assert batches(1) != batches(0)
 
 

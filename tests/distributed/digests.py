@@ -10,7 +10,7 @@ from lightning_dist.cache.digest import digest
 
 
 def digest_of_all() -> str:
-    """Return the digest of a compiled network, a set, an object without data, and a function."""
+    """Return one digest of a compiled network, a set, an object without data, and a function."""
     torch.manual_seed(0)
     network = torch.compile(nn.Linear(2, 2), backend="eager")
     return digest([network, {"a", "b", "c"}, object(), lambda: 1, {"b": 1, "a": 2}])

@@ -28,7 +28,9 @@ class Batches(Dataset):
         generator = torch.Generator().manual_seed(1)
         self.inputs = torch.randn(5, 16, 6, generator=generator).double()
         self.targets = torch.randint(0, 4, (5, 16), generator=generator)
-        if unlabeled:  # the ranks have 0 and 8, 5 and 3, 8 and 6, 1 and 0, 0 and 0 labels
+        # In the five batches, the two ranks have 0 and 8, 5 and 3, 8 and 6, 1 and 0, 0 and 0
+        # labels.
+        if unlabeled:
             self.targets[0, :8] = self.targets[1, 5:13] = self.targets[2, 14:] = -100
             self.targets[3, 1:] = self.targets[4] = -100
         self.rank, self.world, self.uneven = trainer_rank, world, uneven

@@ -1,4 +1,4 @@
-"""Tests that exported files give the student's outputs without this package, and its facts."""
+"""Tests that exported files contain the card, and give the student's outputs by themselves."""
 
 import json
 import os
@@ -44,7 +44,7 @@ FACTS = {"mean": [0.5], "std": [0.25], "class_names": ["a", "b"]}
 
 
 def trained(network: nn.Module) -> nn.Module:
-    """Set the batch norms' statistics, so that evaluation and training mode differ."""
+    """Set the batch norms' statistics, so that eval and training mode give different outputs."""
     with torch.no_grad():
         for module in network.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -174,7 +174,7 @@ def test_timm_reads_its_folder(tmp_path):
 
 
 class Counting(RetinaNet):
-    """A detector that moves its boxes by its number of calls, which a trace does not record."""
+    """A detector that shifts its boxes by the number of its calls, which no trace records."""
 
     calls = 0
 
@@ -234,7 +234,7 @@ def test_the_student_of_a_module_is_exported_from_python(tmp_path):
 
 
 class Moody(nn.Module):
-    """A network that computes another output at each call, which no exporter can record."""
+    """A network whose output differs in each call, which no exporter can record."""
 
     calls = 0
 
@@ -251,7 +251,7 @@ class Stiff(nn.Module):
 
 
 class Scores(nn.Module):
-    """A network whose output has no logits by the rule of terms and evaluation."""
+    """A network with an output in which `taps.logits_of` finds no logits."""
 
     def forward(self, images):
         return {"scores": images.flatten(1)}

@@ -133,7 +133,7 @@ def test_a_damaged_card_is_refused_by_name(tmp_path, field, value):
 
 @pytest.mark.parametrize("name", ["deep.json", "deep.safetensors", "x.onnx", "x.pt2"])
 def test_a_damaged_file_is_refused_by_name(tmp_path, name):
-    """The readers of the formats raise errors of other kinds than ValueError."""
+    """The readers of the formats raise errors of other classes, which have to be converted."""
     deep = 100_000 * "["
     path = tmp_path / name
     if path.suffix == ".onnx":
@@ -142,7 +142,8 @@ def test_a_damaged_file_is_refused_by_name(tmp_path, name):
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("x/extra/metadata.json", "{}")
         contents = bytearray(path.read_bytes())
-        contents[contents.index(b"PK\x01\x02") + 10] = 77  # an unknown compression
+        # The number of a compression method that does not exist.
+        contents[contents.index(b"PK\x01\x02") + 10] = 77
         path.write_bytes(contents)
     elif path.suffix == ".safetensors":
         safetensors.torch.save_file({"a": torch.zeros(1)}, path, metadata={CARD_KEY: deep})
@@ -154,7 +155,7 @@ def test_a_damaged_file_is_refused_by_name(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["x.json", "x.safetensors", "x.onnx"])
 def test_a_card_of_many_megabytes_is_refused_by_name(tmp_path, name):
-    """As Python's lists, it would take twenty times as much memory."""
+    """As Python lists, its values would take twenty times as much memory as the file."""
     path, long = tmp_path / name, json.dumps({"a": 3_000_000 * [[]]}, separators=(",", ":"))
     if path.suffix == ".safetensors":
         header = json.dumps({"__metadata__": {CARD_KEY: long}}).encode()

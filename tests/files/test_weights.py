@@ -305,7 +305,7 @@ def test_read_checkpoint_returns_all_entries(tmp_path):
 
 
 def test_a_name_of_many_levels_is_refused_at_once(tmp_path):
-    """Every level was a prefix to try, so that a name of 1 MB took hours."""
+    """Every level of a name is a prefix to try: without a limit, a name of 1 MB takes hours."""
     torch.save({"a." * 30_000 + "x": torch.zeros(1)}, tmp_path / "deep.pth")
     start = time.monotonic()
     with pytest.raises(ValueError, match=r"deep\.pth does not fit"):

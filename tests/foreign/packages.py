@@ -178,7 +178,8 @@ def test_weight_0_changes_no_weight(make_trainer, package, tmp_path):
     for name, each in (("distilled", trainer), ("alone", other)):
         each.save_checkpoint(tmp_path / name)
     sizes = [(tmp_path / name).stat().st_size for name in ("distilled", "alone")]
-    assert sizes[0] < sizes[1] + 2000  # the state of the callback, and no teacher
+    # The difference is the state of the callback, and no teacher.
+    assert sizes[0] < sizes[1] + 2000
 
 
 @pytest.mark.parametrize("package", PACKAGES)

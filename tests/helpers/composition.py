@@ -37,8 +37,8 @@ def train_two_steps(
     """Train the module of a config on its data for two steps, and validate it.
 
     Returns:
-        The logged metrics, and for the name of each parameter of the student, whether it has
-        changed.
+        The logged metrics, and a dict from the name of each parameter of the student to whether it
+        has changed.
     """
     module = instantiate(config.module)
     before = {name: p.detach().clone() for name, p in module.student.named_parameters()}

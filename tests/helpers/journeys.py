@@ -1,8 +1,8 @@
 """Settings, data and functions of the tests of whole journeys, from training to prediction.
 
-What a run learns about its network reaches every later command. Settings differ from the defaults,
-and the compared numbers are losses or logits, which change with the smallest difference in the
-images.
+They test that the facts about a network reach every later command. The settings differ from the
+defaults, and the compared numbers are losses or logits, because the smallest difference in the
+images changes them.
 """
 
 import csv
@@ -17,8 +17,8 @@ from lightning_dist import cli
 
 QUIET = ["trainer=cpu", "print_config=false", "callbacks.progress=null", "logger=none"]
 NAMES = ["cat", "dog", "elk"]
-# Nothing here is a default: 48 pixels, a crop of 0.8, bicubic, own mean and std, averaged weights
-# that are monitored, bfloat16 and channels_last.
+# No setting has its default value: 48 pixels, a crop of 0.8, bicubic, own mean and std, averaged
+# weights that are monitored, bfloat16 and channels_last.
 IMAGES = {"image_size": 48, "crop_pct": 0.8, "interpolation": "bicubic"}
 PIXELS = {"mean": [0.3, 0.4, 0.6], "std": [0.4, 0.2, 0.3]}
 OWN = [
@@ -38,7 +38,7 @@ CKPT = f"ckpt={LAST}"
 
 
 def write_images(root, names=NAMES, counts=(4, 2), turned=None) -> None:
-    """Write oblong images of each class; ``turned`` stores them turned, with an EXIF mark."""
+    """Write images that are not square; ``turned`` rotates them, and sets the EXIF orientation."""
     rng = np.random.default_rng(0)
     for split, count in zip(("train", "val"), counts, strict=True):
         for label, name in enumerate(names):
@@ -85,6 +85,6 @@ def student_state(run) -> dict[str, torch.Tensor]:
 
 
 def assert_same(run, other) -> None:
-    """Compare all metrics and the student's weights of two runs; they are the same to the bit."""
+    """Check that all metrics and the student's weights of two runs are equal to the last bit."""
     assert metrics(run) == metrics(other)
     torch.testing.assert_close(student_state(run), student_state(other), rtol=0, atol=0)

@@ -53,7 +53,8 @@ FROM_CIFAR = [
     "teacher.network._target_=lightning_dist.models.cifar.resnet8",
     "teacher.weights=teacher/checkpoints/last.ckpt",
 ]
-SWEPT = ["distill=none,dist", "distill.weight=0,3"]  # jobs 0 to 3: none, none, dist and 0, dist
+# Jobs 0 and 1 have distill=none; jobs 2 and 3 have dist, with weight 0 and 3.
+SWEPT = ["distill=none,dist", "distill.weight=0,3"]
 
 
 def test_a_teacher_of_cifar_does_in_its_place_what_it_did_in_its_run(cifar):
@@ -88,7 +89,7 @@ def test_the_report_has_the_results_of_the_runs(cifar):
 
 
 def test_the_result_names_the_run_of_the_teacher(cifar):
-    """The files of all runs have the same name."""
+    """The result names the folder, because the checkpoints of all runs have the same file name."""
     result = json.loads((cifar / "sweep/3/result.json").read_text())
     assert result["teacher"] == "cifar/resnet56 (run teacher)"
     names = f"data {result['data']}; student resnet8; teacher {result['teacher']}."

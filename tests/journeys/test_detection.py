@@ -53,7 +53,7 @@ def boxes_of(split):
 
 
 def write_in_yolos_format(root) -> None:
-    """Write the images; a right box has the class number 0, and a left box 1."""
+    """Write the images; a box on the right has class 0, and a box on the left has class 1."""
     for split in ("train", "val"):
         for name, pixels, side, (left, top) in boxes_of(split):
             place = (left + 10) / 61, (top + 10) / 37, 20 / 61, 20 / 37
@@ -61,7 +61,7 @@ def write_in_yolos_format(root) -> None:
 
 
 def write_in_cocos_format(root, ids) -> None:
-    """Write the images; ``ids`` are the category's ids of a left and of a right box."""
+    """Write the images; ``ids`` are the category ids of a box on the left and on the right."""
     for split in ("train", "val"):
         folder = root / f"{split}2017"
         folder.mkdir(parents=True)
@@ -90,7 +90,7 @@ def boxes(tmp_path_factory):
 
 
 def test_a_teacher_of_cocos_files_detects_in_its_place_as_in_its_run(boxes):
-    """Its student's data, in YOLO's format, has the same images and another order of classes."""
+    """The student's data, in YOLO's format, has the same images but another order of classes."""
     own, found = metrics(boxes / "teacher"), metrics(boxes / "student")
     assert own["test/ema_map"] > 0.02
     assert found["teacher/map"] == pytest.approx(own["test/ema_map"], rel=1e-3)
@@ -100,7 +100,7 @@ def test_a_teacher_of_cocos_files_detects_in_its_place_as_in_its_run(boxes):
 
 @pytest.mark.parametrize("data", ["its own", "of another order"])
 def test_eval_gives_the_test_of_a_detector(boxes, monkeypatch, capsys, data):
-    """Where the data numbers the same classes in another order, eval converts the labels."""
+    """If the data has the same classes in another order, eval converts the labels."""
     root = "coco"
     if data == "of another order":
         root = "others"

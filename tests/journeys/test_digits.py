@@ -46,7 +46,7 @@ def digits(tmp_path_factory):
 
 
 def test_each_member_of_an_ensemble_gets_the_images_of_its_own_run(digits):
-    """The members and the student have three normalisations."""
+    """The two members and the student all have different normalisations."""
     files = ("pkg://lightning_dist/assets/digits_teacher.safetensors", digits / LAST)
     networks = (SmallCNN([32, 64, 128]), SmallCNN([8, 16]))
     facts = ({}, {"mean": (0.1,), "std": (0.6,)})

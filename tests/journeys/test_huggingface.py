@@ -39,7 +39,7 @@ def pets(run, tmp_path, monkeypatch):
 
 
 def test_a_torchvision_student_of_a_hugging_face_set(pets, own, tmp_path, capsys):
-    """Its teacher has learned a folder's classes, whose order is another one."""
+    """The teacher was trained on a folder, in which the classes have another order."""
     pets("train", *HUGGING_FACE, "hydra.run.dir=run")
     found = metrics(tmp_path / "run")
     assert found["teacher/loss"] == pytest.approx(own["test/ema_loss"], rel=5e-3)
@@ -58,7 +58,8 @@ def test_a_torchvision_student_of_a_hugging_face_set(pets, own, tmp_path, capsys
         assert_predicted(read_predictions(tmp_path / "labels"), student(images), OTHER_ORDER)
     for file in ("run/checkpoints/last.ckpt", "labels", "student.safetensors"):
         assert list(read_card(tmp_path / file).class_names) == OTHER_ORDER
-    name = "torchvision/shufflenet_v2_x0_5"  # whose own images have 224 pixels
+    # The images that torchvision names for this network have 224 pixels.
+    name = "torchvision/shufflenet_v2_x0_5"
     checkpoint = tmp_path / "run/checkpoints/last.ckpt"
     teacher = load_teacher(name, weights=checkpoint, num_classes=3)
     others = HuggingFaceDataModule(path=str(tmp_path / "pets"), **IMAGES, **PIXELS)

@@ -1,4 +1,4 @@
-"""Journeys of a folder of images: a teacher in its run, its place, `eval`, `predict`, exports."""
+"""Journeys of a network for a folder of images: as a teacher, in `eval`, `predict` and exports."""
 
 import csv
 import logging
@@ -30,10 +30,14 @@ def test_the_card_of_a_run_names_images_classes_and_weights(journey):
 
 
 def test_an_own_teacher_does_in_its_place_what_it_did_in_its_run(run, own, tmp_path, caplog):
-    """Its student has other normalisation: the teacher gets its own, and its averaged weights."""
+    """The student has another normalisation.
+
+    The teacher gets images in its own normalisation, and uses its averaged weights.
+    """
     teacher = ["teacher=timm", "teacher.source=test_resnet"]
     weights = "teacher.weights=teacher/checkpoints/last.ckpt"
-    lightning = logging.getLogger("lightning.pytorch")  # Hydra removes the handlers of the root
+    # Hydra removes the handlers of the root logger.
+    lightning = logging.getLogger("lightning.pytorch")
     lightning.addHandler(caplog.handler)
     run("train", *OWN, *teacher, weights, "test_teacher=true", "hydra.run.dir=student")
     lightning.removeHandler(caplog.handler)
@@ -57,7 +61,7 @@ def test_ema_chooses_the_weights_of_a_teacher(journey, ema):
 
 
 def test_a_teacher_gives_the_logits_of_its_run_for_the_students_images(journey):
-    """The student's images have another size, and its classes another order."""
+    """The images of the student have another size, and its classes have another order."""
     data = ImageFolderDataModule(root=journey / "images", **IMAGES, mean=(0.5,) * 3, std=(0.2,) * 3)
     plain = ImageFolderDataModule(root=journey / "images", **IMAGES, **PIXELS)
     checkpoint = journey / "teacher/checkpoints/last.ckpt"
@@ -85,7 +89,7 @@ def test_a_teacher_of_other_classes_is_refused_with_both_sides(journey):
 
 
 def test_eval_gives_the_test_of_the_run(run, own, capsys):
-    """In bfloat16, as the run; eval's own default is float32."""
+    """The test is in bfloat16, as in the run; the default of eval is float32."""
     run("eval", CKPT, "+data.root=images", "trainer=cpu")
     printed = capsys.readouterr().out
     assert all(str(own[name]) in printed for name in own if name.startswith("test/"))
@@ -133,7 +137,7 @@ def test_eval_follows_classes_of_another_order_and_another_normalisation():
 
 
 def test_predict_export_and_the_exported_script_agree(run, tmp_path, capsys, monkeypatch):
-    """All use the averaged weights, which the run's monitor names."""
+    """All three use the averaged weights, because the run monitors their metric."""
     run("predict", CKPT, "images=images/val", "out=labels", "trainer=cpu", "trainer.precision=32")
     assert "weights averaged (monitor=val/ema_loss)" in capsys.readouterr().out
     with (tmp_path / "labels/predictions.csv").open() as file:
@@ -153,7 +157,7 @@ def test_predict_export_and_the_exported_script_agree(run, tmp_path, capsys, mon
 
 
 def test_a_student_that_starts_from_a_run_on_other_images_is_warned_of(renamed, run):
-    """Its data has other normalisation, and a class of another name."""
+    """The data has another normalisation, and a class with another name."""
     with pytest.warns(UserWarning, match="the student starts from teacher") as warnings:
         run("train", *OWN, "distill=none", "student.weights=teacher", "trainer.max_epochs=1")
     found = [
@@ -165,7 +169,7 @@ def test_a_student_that_starts_from_a_run_on_other_images_is_warned_of(renamed, 
 
 
 def test_an_exported_folder_teaches_as_the_run(run, tmp_path):
-    """The folder is a source of its own for timm, or its weight file is loaded alone."""
+    """timm builds the teacher from the exported folder, or only the weight file in it is loaded."""
     run("export", CKPT, "format=timm", "file=exported")
     data = ImageFolderDataModule(root=tmp_path / "images", image_size=24)
     images, _ = next(iter(data.val_dataloader()))

@@ -15,7 +15,7 @@ from lightning_dist.teacher.loading import load_teacher
 
 
 class OwnModule(DistillModule):
-    """A module of a user's own: its step mirrors the images, and its loss is another one."""
+    """A module that a user has written: its step mirrors the images, and it has another loss."""
 
     def training_step(self, batch, batch_idx):
         images, labels = batch
@@ -78,7 +78,7 @@ def test_weight_0_trains_a_module_of_the_users_own_as_without_a_teacher(
 
 
 def test_a_module_of_the_users_own_teaches_the_next(own_test, journey, tmp_path):
-    """Its checkpoint has the card; the next student has another normalisation."""
+    """The checkpoint of the module has a card; the next student has another normalisation."""
     checkpoint = tmp_path / "own/checkpoints/last.ckpt"
     card = read_card(checkpoint)
     assert (list(card.class_names), list(card.mean), card.size) == (NAMES, PIXELS["mean"], (48, 48))

@@ -51,7 +51,7 @@ def write_masks(root) -> None:
 
 @pytest.fixture(scope="module")
 def masks(tmp_path_factory):
-    """Train a DeepLabV3 on BGR images, and a PSPNet of it on RGB images, and return the folder."""
+    """Train a DeepLabV3 on BGR images, and distil it into a PSPNet on RGB images."""
     folder = tmp_path_factory.mktemp("masks")
     write_masks(folder / "masks")
     backbone = pspnet("test_resnet", num_classes=3).backbone
@@ -63,7 +63,7 @@ def masks(tmp_path_factory):
 
 
 def test_a_teacher_of_masks_does_in_its_place_what_it_did_in_its_run(masks):
-    """Its student's images have another order of channels, and the run another precision."""
+    """The student's images have another order of channels, and its run has another precision."""
     own, found = metrics(masks / "teacher"), metrics(masks / "student")
     assert found["teacher/loss"] == pytest.approx(own["test/ema_loss"], rel=5e-3)
     assert found["teacher/loss"] != pytest.approx(own["test/loss"], rel=2e-2)
@@ -73,7 +73,7 @@ def test_a_teacher_of_masks_does_in_its_place_what_it_did_in_its_run(masks):
 
 @pytest.mark.parametrize("run", ["teacher", "student"])
 def test_eval_gives_the_test_of_a_segmentation_run(masks, monkeypatch, capsys, run):
-    """The student's in bfloat16; eval's own default is float32."""
+    """The student's run is in bfloat16; the default of eval is float32."""
     ckpt = f"ckpt={run}/checkpoints/last.ckpt"
     run_in(masks, monkeypatch, "eval", ckpt, "+data.root=masks", "trainer=cpu")
     printed, own = capsys.readouterr().out, metrics(masks / run)
@@ -81,7 +81,10 @@ def test_eval_gives_the_test_of_a_segmentation_run(masks, monkeypatch, capsys, r
 
 
 def test_predicted_masks_are_those_of_the_test_with_the_ids_of_the_data(masks, monkeypatch):
-    """The network sees the size of the evaluation, and the pictures keep their size and ids."""
+    """The network gets images in the size of the evaluation.
+
+    The masks have the size of the pictures, and the ids of the data set.
+    """
     source = "images=masks/images/validation"
     run_in(masks, monkeypatch, "predict", CKPT, source, "out=found", "trainer=cpu")
     network = load_teacher(deeplabv3("test_resnet", num_classes=3, width=16), weights=masks / LAST)
@@ -101,7 +104,7 @@ def test_predicted_masks_are_those_of_the_test_with_the_ids_of_the_data(masks, m
 
 
 def test_a_run_goes_on_without_the_file_of_its_initial_weights(masks, monkeypatch):
-    """The checkpoint has the weights, for eval and export too."""
+    """The checkpoint contains the weights; eval and export need no initial weights either."""
     begin = ["train", *STUDENT, "hydra.run.dir=continued"]
     run_in(masks, monkeypatch, *begin, "trainer.max_epochs=1")
     (masks / "backbone.pth").unlink()

@@ -41,7 +41,8 @@ def test_any_class_dim_gives_what_the_matrix_gives(
 ):
     monkeypatch.setattr(streaming, "_BLOCK_CPU", 30)
     student, teacher = torch.randn(2, *shape[:1], shape[1] + 1, *shape[2:]).double().unbind()
-    student, teacher = (x[:, 1:] for x in (student, teacher))  # as for the shift of causal models
+    # These logits are not contiguous, like the shifted logits of causal models.
+    student, teacher = (x[:, 1:] for x in (student, teacher))
     if layout == "contiguous":
         student, teacher = (x.contiguous() for x in (student, teacher))
     rows = [x.movedim(class_dim, -1).flatten(0, -2) for x in (student, teacher)]
@@ -85,7 +86,10 @@ def peak_memory(call) -> int:
 @pytest.mark.parametrize("class_dim", [-1, 1])
 @pytest.mark.parametrize("sliced", [False, True])
 def test_the_loss_of_sequences_takes_the_memory_of_the_matrix(monkeypatch, loss, class_dim, sliced):
-    """Forward and backward; one copy of the logits would add more than the tolerance."""
+    """The memory is that of forward and backward.
+
+    One copy of the logits would add more than the tolerance.
+    """
     monkeypatch.setattr(streaming, "_BLOCK_CPU", 1024)
     student, teacher = torch.randn(2, 8, 33, 64).unbind()
     if sliced:
@@ -169,7 +173,7 @@ def test_sigmoid_kd_is_the_binary_divergence_of_each_class():
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
 def test_the_gradient_of_masked_sequences_is_that_of_finite_differences(loss, activation):
-    """For KD the teacher rules out a class."""
+    """In the case of KD, the teacher also rules out a class."""
     student, teacher = torch.randn(2, 3, 4, 5).double().unbind()
     if loss is kd_loss:
         teacher[..., 2] = -torch.inf

@@ -231,7 +231,7 @@ def test_near_constant_columns_do_not_cancel():
 
 
 def test_sorted_rows_do_not_lose_precision():
-    """Blocks with different means are merged exactly: each block has another part of the range."""
+    """The rows are sorted, so that each block has another mean: blocks must be merged exactly."""
     values = torch.linspace(0, 1, 400_000)
     student = torch.stack((values, values**2), dim=1)
     teacher = torch.stack((values**2, values), dim=1)

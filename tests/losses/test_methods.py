@@ -55,7 +55,7 @@ def lskd_loss(student: Tensor, teacher: Tensor, **options: Any) -> Tensor:
 
 
 def dkd_loss_of_labels(student: Tensor, teacher: Tensor, **options: Any) -> Tensor:
-    """Return DKD with labels that depend on the position in the batch only."""
+    """Return DKD with labels that depend only on the position in the batch."""
     axis = options.get("class_dim") or 1
     shape = student.select(axis, 0).shape
     labels = torch.arange(shape.numel()).reshape(shape) % student.shape[axis]
@@ -368,7 +368,7 @@ def test_widths_may_differ(loss):
     student, teacher = pair((6, 5, 4, 3))
     wide = torch.cat([teacher, teacher], 1)
     assert loss(student, wide).isfinite()
-    if loss is cka_loss:  # all similarities double
+    if loss is cka_loss:  # All similarities are doubled.
         assert loss(student, wide).item() == pytest.approx(loss(student, teacher).item())
 
 
@@ -547,7 +547,7 @@ def test_a_loss_of_torchdistill_that_needs_more_says_what(name):
     if not hasattr(mid_level, name):
         pytest.skip(f"this version of torchdistill has no {name}")
     kind = getattr(mid_level, name)
-    loss = kind.__new__(kind)  # without the many settings of the constructors
+    loss = kind.__new__(kind)  # Skip the constructors, which need many settings.
     nn.Module.__init__(loss)
     with pytest.raises(ValueError, match=REFUSED[name]):
         from_torchdistill(loss)

@@ -85,7 +85,7 @@ def built(config: DictConfig, **others: Any) -> Any:
 
 @functools.cache
 def alone(recipe: str) -> Any:
-    """Build the module that trains a recipe's student without a teacher; all tests share it."""
+    """Build the module that trains a recipe's student without a teacher, once for all tests."""
     return built(composed(recipe, "distill=none"))
 
 
@@ -242,7 +242,8 @@ def test_learning_rate_is_the_papers_at_every_update_of_the_run(recipe):
         rate = paper_lr(paper.lr, paper.epochs, update)
         for group in optimizer.param_groups:
             assert math.isclose(group["lr"], rate, rel_tol=1e-9), f"update {update}"
-        optimizer._opt_called = True  # Otherwise torch warns that the optimizer was never stepped.
+        # Without this attribute, torch warns that the optimizer was never stepped.
+        optimizer._opt_called = True
         trainer.global_step += 1
         trainer.current_epoch = update // UPDATES_PER_EPOCH
         if plan["interval"] == "step" or (update + 1) % UPDATES_PER_EPOCH == 0:

@@ -134,7 +134,8 @@ def test_p_is_corrected_for_the_number_of_tested_pairs(tmp_path: Path, put_run: 
     pairs = compare_groups(group_runs(read_runs(tmp_path)), "test/accuracy")
     tested = [pair for pair in pairs if pair.p is not None]
     assert (len(pairs), len(tested)) == (6, 3)
-    # By hand: the smallest p times 3, the middle one times 2, each at least as large as the last.
+    # Computed by hand: the smallest p times 3, the middle one times 2; each result is at least as
+    # large as the one before.
     first, second, third = sorted(pair.p for pair in tested)
     middle = max(min(1, 3 * first), min(1, 2 * second))
     expected = {first: min(1, 3 * first), second: middle, third: max(middle, third)}
@@ -149,10 +150,10 @@ def test_p_is_corrected_for_the_number_of_tested_pairs(tmp_path: Path, put_run: 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 40])
 def test_holms_correction_is_the_step_down_rule(count: int) -> None:
-    """The independent computation rejects level by level, as Holm's paper describes it."""
+    """The independent computation tests one level after the other, as in Holm's paper."""
     rng = random.Random(count)
     values = [rng.random() ** 3 for _ in range(count)]
-    values[-1] = values[0]  # a tie
+    values[-1] = values[0]  # Two p-values are equal.
     corrected = holm(values)
     for level in [*(x * k for x in values for k in (0.999, 1.001)), 0.01, 0.05, 0.5]:
         level = min(level * rng.randint(1, count), 0.999)

@@ -503,7 +503,7 @@ def test_a_log_that_fills_the_memory_is_left_out(tmp_path: Path, put_run: PutRun
     elif kind == "a sparse file":
         path.write_text("step,val/accuracy\n")
         os.truncate(path, 2**40)
-    else:  # every row was a dict of all columns
+    else:  # A dict of all columns for each row would fill the memory.
         path.write_text("step," + ",".join(map(str, range(20_000))) + 500 * "\n1")
     write_report(tmp_path)
     assert "metrics.csv cannot be read" in (tmp_path / "report.html").read_text()

@@ -58,7 +58,7 @@ def fit(make_trainer: Callable[..., L.Trainer], tmp_path: Path) -> Callable[...,
 
 @pytest.fixture(scope="module")
 def whole_runs() -> dict[str, tuple[dict, str]]:
-    """Return a dict in which a test keeps the weights and curves of uninterrupted runs by limit."""
+    """Return a dict in which tests store the weights and curves of uninterrupted runs."""
     return {}
 
 
@@ -129,7 +129,8 @@ def test_a_second_ctrl_c_ends_the_run_at_once(fit):
     with pytest.raises(SystemExit) as stopped:
         fit("run", Twice())
     assert stopped.value.code == 1
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning leaves the signal ignored.
+    # After its handling, Lightning leaves the signal ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class SendIn(Callback):
@@ -358,7 +359,7 @@ def test_a_run_in_a_renamed_folder_keeps_its_best_checkpoint(make_trainer, tmp_p
         trainer.fit(dropout_module(), data, ckpt_path=known, weights_only=True)
         return best
 
-    before = fit(tmp_path / "run", 1)  # with mode="max", the loss of the first epoch is the best
+    before = fit(tmp_path / "run", 1)  # With mode="max", the loss of the first epoch is the best.
     saved = torch.load(tmp_path / "run" / "best.ckpt", weights_only=True)
     (tmp_path / "run").rename(tmp_path / "renamed")
     after = fit(tmp_path / "renamed", 3)

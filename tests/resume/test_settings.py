@@ -27,7 +27,7 @@ from lightning_dist.data.tensor_images import TensorImages
 from lightning_dist.resume import ExactResume, Interrupted, ResumableCSVLogger
 from lightning_dist.training.optimization import warmup_multistep
 
-BATCHES = 6  # of an epoch
+BATCHES = 6  # The number of batches in an epoch.
 
 
 class Images(ImageDataModule):

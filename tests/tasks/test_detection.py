@@ -515,13 +515,13 @@ def test_training_teaches_the_student(kind, make_trainer):
 
 @both
 def test_a_teacher_is_tested_with_its_class_map_and_in_half_precision(kind, data):
-    """It is the detector that is distilled from: what it finds has the student's labels."""
+    """The tested network is the one that teaches, so its detections have the student's labels."""
     detector = BUILD[kind](8, 16, 16).eval()
     images, _ = next(iter(data.test_dataloader()))
     with torch.no_grad():
         plain = detector(images)
     background = int(kind == "two")
-    chosen = [*range(background), *(background + c for c in (3, 1, 4))]  # four classes are left
+    chosen = [*range(background), *(background + c for c in (3, 1, 4))]  # Four classes are left.
     teacher = Teacher(copy.deepcopy(detector), dtype="bfloat16")
     module = make_module(kind, teacher, class_map=chosen)
     with torch.no_grad():

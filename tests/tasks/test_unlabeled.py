@@ -19,7 +19,7 @@ CLASSES = 4
 
 
 class ArgmaxLoss(nn.Module):
-    """A cross-entropy that knows no label of -100."""
+    """A cross-entropy that does not ignore the label -100."""
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         return -logits.log_softmax(1).gather(1, target[:, None]).mean()
@@ -30,7 +30,7 @@ def batch_of(labels: list[int]) -> tuple[Tensor, Tensor]:
 
 
 def gradient_after_a_step(make_trainer, batch, teacher=None, **options) -> Tensor:
-    """Return the gradient of the student's weight that one step of SGD with rate 1 applied."""
+    """Return the gradient of the student's weight: its change in one step of SGD with rate 1."""
     torch.manual_seed(1)
     student = nn.Linear(6, CLASSES).double()
     before = student.weight.detach().clone()
@@ -113,7 +113,8 @@ def test_a_mixed_image_counts_by_its_labelled_share(make_trainer, mixup, loss, s
     shares = parts[:, labelled].sum(1)
     wanted = (1 - smoothing) * parts @ one_hot.double() + smoothing / CLASSES * shares[:, None]
     (expected,) = torch.autograd.grad(-(wanted * log_p).sum() / shares.sum(), student.weight)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)  # they mix in float32
+    # These functions mix in float32.
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
     assert mixup.num_classes == CLASSES
 
 

@@ -1,4 +1,4 @@
-"""Tests of teachers that are no plain networks, and of calls that a teacher does not take."""
+"""Tests of teachers that are not ordinary networks, and of calls that a teacher does not accept."""
 
 from collections.abc import Callable
 from typing import Any

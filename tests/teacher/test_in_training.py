@@ -1,4 +1,4 @@
-"""Tests of a teacher in fit: what it is called with, how it computes, and that it never changes."""
+"""Tests of a teacher in fit: its inputs, its precision and mode, and that it never changes."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Tests of what a teacher's calls leave unchanged: the student's inputs and the random numbers."""
+"""Tests that a teacher's calls do not change the student's inputs and random numbers."""
 
 import copy
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ class Store:
 
 
 class CopyingStore(Store):
-    """A store that copies its dict itself, as PyTorch Geometric's do."""
+    """A store that copies its dict itself, as the stores of PyTorch Geometric do."""
 
     def __copy__(self):
         return type(self)(**self.__dict__["mapping"])
@@ -96,7 +96,7 @@ class Objects(L.LightningModule):
 
 
 def called_at_weight_0(trainer: L.Trainer) -> Tensor:
-    """Return the weight 0 as a tensor, which is not read, so that the teacher is called."""
+    """Return the weight 0 as a tensor; the callback does not read it, so it calls the teacher."""
     return torch.zeros(())
 
 
@@ -133,7 +133,7 @@ def test_a_write_that_no_version_counter_shows_leaves_the_students_input_alone(m
 def test_a_copy_shares_its_tensors_and_what_is_not_data():
     network, x = nn.Linear(2, 2), torch.ones(2)
     batch = SimpleNamespace(network=network, items={"x": [x, x]}, batch=None)
-    batch.batch = batch  # a circle
+    batch.batch = batch  # The object contains itself.
     stream = iter([1, 2])
     (own, own_stream), tensors = own_inputs((batch, stream), clone=False)
     assert own is not batch

@@ -1,4 +1,4 @@
-"""Tests of the callback beside other callbacks, in checkpoints, and under pytorch_lightning."""
+"""Tests of the callback together with other callbacks, in checkpoints, and in pytorch_lightning."""
 
 import copy
 import importlib
@@ -54,7 +54,8 @@ def test_a_checkpoint_with_the_callback_in_its_hyper_parameters_has_no_network(
         def on_train_batch_end(self, trainer, *args):
             trainer.save_checkpoint(tmp_path / "own.ckpt")
 
-    module.hparams.callbacks[:] = [callback]  # not the copy that save_hyperparameters makes
+    # It is the object itself, not the copy that save_hyperparameters makes.
+    module.hparams.callbacks[:] = [callback]
     make_trainer(callbacks=[callback, Saving()], max_steps=1).fit(module)
     saved = torch.load(tmp_path / "own.ckpt", weights_only=False)
     (loaded,) = saved["hyper_parameters"]["callbacks"]

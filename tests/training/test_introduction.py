@@ -26,12 +26,13 @@ class Sorted(TensorDataset):
 
     def __getitem__(self, index):
         self.read.append(index)
-        torch.rand(1), np.random.rand(), random.random()  # as a data set that augments
+        # Draw a number, as a data set with augmentation does.
+        torch.rand(1), np.random.rand(), random.random()
         return super().__getitem__(index)
 
 
 class KnowsClasses(nn.Module):
-    """A teacher that is right for the given classes only."""
+    """A teacher that predicts only the given classes correctly."""
 
     def __init__(self, *known: int) -> None:
         super().__init__()
@@ -56,7 +57,7 @@ CARD = Card(task="classification", metric="val/ema_accuracy", value=0.9, origin=
 def test_the_measurement_covers_every_class_of_a_sorted_set(make_trainer, caplog):
     caplog.set_level(logging.INFO)
     fit(make_trainer, Teacher(KnowsClasses(0, 1, 3), card=CARD))
-    # The third quarter is wrong: a tie of zeros is class 0.
+    # The third quarter is wrong: for equal zeros, the predicted class is 0.
     line = "teacher on 256 validation samples: val/accuracy 0.75; in its own run 0.9"
     assert line in caplog.text
 

@@ -18,7 +18,7 @@ STEPS = 4
 
 
 class Manual(L.LightningModule):
-    """A module with one optimizer that it steps itself, like the automatic one beside it."""
+    """A module that steps its optimizer itself, with the result of automatic optimization."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Tests that the callback refuses what it cannot distil, before the first step changes a weight."""
+"""Tests that the callback refuses wrong settings before the first step changes a weight."""
 
 import copy
 

@@ -73,7 +73,7 @@ def test_a_part_that_was_not_called_adds_0_and_is_named():
     found = summed({"a": Term(loss, student="head")}, {"head": []}, {"": []})
     assert "term 'a': 'net.head' was not called" in found.unused["a"]
     assert found.total == 0
-    found.total.backward()  # DDP waits for a gradient of each parameter of the loss
+    found.total.backward()  # DDP waits for a gradient of each parameter of the loss.
     assert all(parameter.grad.eq(0).all() for parameter in loss.parameters())
 
 

@@ -1,4 +1,4 @@
-"""Tests of terms that some steps do not use: they are warned of, and refused after an epoch."""
+"""Tests of terms that some steps do not use: a warning first, and an error after an epoch."""
 
 import warnings
 
