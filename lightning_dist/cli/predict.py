@@ -237,7 +237,7 @@ def _job(config: DictConfig) -> None:
     names = _names(paths, Path(config.images), with_suffix=writer is ClassWriter)
     if hasattr(datamodule, "image_facts"):  # config.data may have changed the images
         seen = Card(**datamodule.image_facts())
-        module.convert_evaluated(lambda network: MatchData(card).matched(network, seen))
+        MatchData(card).convert(module, seen)
     written = writer(names, out, card, saved.get("class_colors"))
     trainer = instantiate(
         config.trainer,

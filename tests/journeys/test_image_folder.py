@@ -198,3 +198,18 @@ def test_files_that_a_camera_has_turned_are_upright_everywhere(tmp_path):
     )
     for ours, others in zip(upright.val_dataset(), turned.val_dataset(), strict=True):
         assert torch.equal(ours[0], others[0])
+
+
+def test_eval_and_predict_name_what_they_convert(run, own, capsys, caplog):
+    """The loss is that of the run, whatever the normalisation of the data."""
+    pixels = ["+data.mean=[0.5,0.5,0.5]", "+data.std=[0.2,0.2,0.2]"]
+    line = "trained with mean 0.3, 0.4, 0.6, and the data has 0.5, 0.5, 0.5; std 0.4, 0.2, 0.3, and"
+    with caplog.at_level("WARNING", logger="lightning_dist.cli.run.checkpoint_card"):
+        logging.getLogger("lightning_dist").addHandler(caplog.handler)
+        run("eval", CKPT, "+data.root=images", "trainer=cpu", *pixels)
+        run("predict", CKPT, "images=images/val", "trainer=cpu", *pixels)
+        logging.getLogger("lightning_dist").removeHandler(caplog.handler)
+    assert sum(line in x.getMessage() for x in caplog.records) >= 2
+    printed = capsys.readouterr().out
+    (found,) = (x for x in printed.splitlines() if "test/ema_loss" in x)
+    assert float(found.strip("│ ").split("│")[1]) == pytest.approx(own["test/ema_loss"], rel=5e-3)

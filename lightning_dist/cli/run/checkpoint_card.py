@@ -21,7 +21,7 @@ from lightning_dist.module import DistillModule
 from lightning_dist.tasks.detection import DetectionModule
 from lightning_dist.teacher import Teacher
 from lightning_dist.teacher.matching import class_map_between
-from lightning_dist.training.cards import card_of_data, refuse_other_number
+from lightning_dist.training.cards import card_of_data, differences, refuse_other_number
 
 log = logging.getLogger(__name__)
 
@@ -111,12 +111,29 @@ class MatchData(Callback):
             UserError: if the data has other classes.
         """
         data = card_of_data(trainer)
-        if data is None or not isinstance(pl_module, DistillModule):
-            return
-        if isinstance(pl_module, DetectionModule):
-            self._relabel(pl_module, data)
+        if data is not None and isinstance(pl_module, DistillModule):
+            self.convert(pl_module, data)
+
+    def convert(self, module: DistillModule, data: Card) -> None:
+        """Convert all networks that a module evaluates, and log what differs.
+
+        Args:
+            module: the module.
+            data: the card of the data.
+
+        Raises:
+            UserError: if the data has other classes.
+        """
+        before = module.student
+        if isinstance(module, DetectionModule):
+            self._relabel(module, data)
         else:
-            pl_module.convert_evaluated(lambda network: self.matched(network, data))
+            module.convert_evaluated(lambda network: self.matched(network, data))
+        if module.student is not before:
+            log.warning(
+                "the network was trained with %s: the data is converted",
+                "; ".join(differences(self.card, data)),
+            )
 
     def matched(self, network: nn.Module, data: Card) -> nn.Module:
         """Return the network, with conversions where the data differs from the card.
@@ -135,8 +152,6 @@ class MatchData(Callback):
             raise UserError(str(error)) from error
         advice = "test it on data with all its classes, in any order"
         refuse_other_number(self.card.num_classes, data.num_classes, "the network", advice)
-        if teacher.inputs is not None or teacher.class_map is not None:
-            log.warning("the data differs from what the network was trained on, and is converted")
         return teacher.as_network()
 
     def _relabel(self, module: DetectionModule, data: Card) -> None:
@@ -146,5 +161,4 @@ class MatchData(Callback):
         except ValueError as error:
             raise UserError(str(error)) from error
         if class_map is not None:
-            log.warning("the data has the classes in another order, and the labels are converted")
             module.convert_evaluated(lambda network: module.relabel(network, class_map))
