@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_dist.files.card import CARD_KEY, Card
@@ -112,7 +113,7 @@ def _shown(fact: Any) -> str:
 
 
 def refuse_checkpoint_of_other_classes(checkpoint: dict[str, Any], trainer: Trainer) -> None:
-    """Refuse to continue from a checkpoint of a run on data with other classes.
+    """Refuse to continue a run with other classes, and warn of other images.
 
     Args:
         checkpoint: the checkpoint.
@@ -122,7 +123,10 @@ def refuse_checkpoint_of_other_classes(checkpoint: dict[str, Any], trainer: Trai
         MisconfigurationException: if the names or numbers of the classes differ.
     """
     place = "the checkpoint"
-    refuse_other_classes(card_in(checkpoint, place), card_of_data(trainer), place)
+    card, data = card_in(checkpoint, place), card_of_data(trainer)
+    refuse_other_classes(card, data, place)
+    for line in differences(card, data):
+        rank_zero_warn(f"the run has trained with {line}: it continues with other images")
 
 
 def refuse_other_number(

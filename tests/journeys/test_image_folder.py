@@ -108,6 +108,12 @@ def test_eval_refuses_a_renamed_class(renamed, run, capsys):
     assert "'cat', 'dog', 'elk' and the data has 'dog', 'elk', 'zebra'" in capsys.readouterr().err
 
 
+def test_a_run_that_goes_on_with_another_normalisation_is_warned_of(run):
+    more = ["trainer.max_epochs=3", f"ckpt_path={LAST}", "data.mean=[0.3,0.4,0.5]"]
+    with pytest.warns(UserWarning, match="with mean 0.3, 0.4, 0.6, and the data has 0.3, 0.4, 0.5"):
+        run("train", *TEACHER, *more, "hydra.run.dir=again")
+
+
 def test_eval_refuses_data_without_one_of_the_classes(run, tmp_path, capsys):
     for split in ("train", "val"):
         shutil.rmtree(tmp_path / "images" / split / "cat")
