@@ -47,7 +47,7 @@ from lightning_dist.training.summing import (
 )
 from lightning_dist.training.usage import TermsUsage
 
-ONLY = "distill"  # the name of the term made of loss, weight and output
+ONLY = "distill"  # The name of the term that is made of loss, weight and output.
 
 
 class DistillationCallback(Callback):
@@ -89,8 +89,8 @@ class DistillationCallback(Callback):
 
         backward: only for a module that optimizes manually: the number, counted from 0, of the
             ``manual_backward`` in a step that the terms join. By default, each call of the student
-            joins the next ``manual_backward``, which is refused with several optimizers. Or let the
-            step add :meth:`take_loss` to a loss.
+            joins the next ``manual_backward``; with several optimizers, this default is refused.
+            Instead of this option, the step can add :meth:`take_loss` to a loss.
 
     Raises:
         MisconfigurationException: at the start of ``fit``, if a part does not exist, the teacher
@@ -150,10 +150,10 @@ class DistillationCallback(Callback):
         self.nonfinite = nonfinite
         self.backward = backward
         self.skipped = 0
-        self.owner: LightningModule | None = None  # the module that created this callback
+        self.owner: LightningModule | None = None  # The module that created this callback, if any.
         self._fingerprint: str | None = None
         self._usage = TermsUsage()
-        self._total: Callable[[], TermsSum] | None = None  # within a training step
+        self._total: Callable[[], TermsSum] | None = None  # It is set within a training step.
         self._attached = False
         self._step: WrappedStep | None = None
 
@@ -192,7 +192,7 @@ class DistillationCallback(Callback):
         refuse_pruned_terms(self.terms, trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse to train on if no step of an epoch has used a term."""
+        """Refuse to continue if no step of an epoch has used a term."""
         if self._attached:
             self._usage.refuse_unused(trainer, self.terms)
 
@@ -205,7 +205,7 @@ class DistillationCallback(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove everything from the module when ``fit`` ends."""
-        if stage == "fit":  # not where a callback validates with another Trainer within fit
+        if stage == "fit":  # Another Trainer may validate within fit: then keep everything.
             self._detach(pl_module)
 
     @property
@@ -231,7 +231,7 @@ class DistillationCallback(Callback):
         """
         self.skipped = state_dict.get("skipped", 0)
         saved = state_dict.get("teacher")
-        if self._step is not None and saved is not None:  # outside of fit no teacher is used
+        if self._step is not None and saved is not None:  # Outside of fit, no teacher is used.
             own = self.state_dict()["teacher"]
             if is_other_teacher(saved, own):
                 rank_zero_warn(f"this run was distilled from {saved} and goes on with {own}")
@@ -250,7 +250,7 @@ class DistillationCallback(Callback):
         used = {
             term.teacher: None for name, term in self.terms.items() if not is_zero(weights[name])
         }
-        asking: Any = nullcontext({})  # the teacher is not called if all weights are 0
+        asking: Any = nullcontext({})  # The teacher is not called if all weights are 0.
         if used:
             asking = self.teacher.answers(student, args[0], [*used], self.inputs)
         taps = {term.student: None for term in self.terms.values()}
@@ -265,7 +265,7 @@ class DistillationCallback(Callback):
         if not pl_module.automatic_optimization:
             self._usage.note_unjoined(calls, total, weights)
             return result
-        if result is None or calls.all_taken():  # the step skips this batch, or took the loss
+        if result is None or calls.all_taken():  # The step skips this batch, or took the loss.
             return result
         return add(result)
 

@@ -17,7 +17,7 @@ from lightning_dist.training.evaluation import (
 
 
 class EvaluationModule(LightningModule):
-    """A LightningModule that evaluates a student, and other networks beside it.
+    """A LightningModule that evaluates a student, and other networks in addition.
 
     It logs ``val/loss``, ``val/METRIC``, ``test/loss`` and ``test/METRIC`` for the student, and the
     same with ``val/NAME`` and ``test/NAME`` before the names for each network of
@@ -44,12 +44,12 @@ class EvaluationModule(LightningModule):
         self.student = student
         self.eval_loss = eval_loss
         self.batch_keys = batch_keys
-        self.evaluated: dict[str, nn.Module] = {}  # further networks, by the name of their metrics
+        self.evaluated: dict[str, nn.Module] = {}  # Further networks, by the name of their metrics.
         splits = ("val/", "test/")
         self.metrics = nn.ModuleDict({split: EvaluationMetrics(metrics, split) for split in splits})
 
     def evaluate_too(self, name: str, network: nn.Module) -> None:
-        """Evaluate another network beside the student in validation and test.
+        """Evaluate another network in addition to the student in validation and test.
 
         Args:
             name: the first part of the names of its metrics: ``"ema_"`` gives ``val/ema_METRIC``.
@@ -61,7 +61,7 @@ class EvaluationModule(LightningModule):
         self.metrics.to(self.device)
 
     def evaluate_only(self, network: nn.Module) -> None:
-        """Evaluate a network in the place of the student, and no other network beside it.
+        """Evaluate a network instead of the student, and no other network.
 
         Args:
             network: a network with the student's inputs and the student's kind of output.
@@ -154,7 +154,7 @@ class EvaluationModule(LightningModule):
     def labeled(self, output: Any, target: Any) -> tuple[Any, Any]:
         """Return an output and a target without the samples that have no label.
 
-        Override it if the target can say that a sample has no label.
+        Override it if a target can mark samples without a label.
 
         Args:
             output: the output of a network for a batch.

@@ -129,7 +129,7 @@ def refuse_pruned_terms(terms: Mapping[str, Term], trainer: Trainer) -> None:
 
 
 def introduce_teacher(teacher: TeacherBase | None, trainer: Trainer) -> None:
-    """Convert the data's images and classes to those of a teacher, and log what it is given.
+    """Convert the data's images and classes to those of a teacher, and log its inputs.
 
     Args:
         teacher: the callback's teacher, which pickles and checkpoints do not contain.

@@ -1,4 +1,4 @@
-"""Functions for modules that optimize manually: the terms join what goes to ``manual_backward``."""
+"""Functions for manual optimization: the terms are added to a loss of ``manual_backward``."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from lightning_dist.taps import Recording
 
 
 class StepCalls:
-    """The recorded calls of student and teacher in one step, which are taken out once each.
+    """The recorded calls of student and teacher in one step; each call is taken once.
 
     Args:
         student: the recorded outputs of the student's parts.
@@ -24,13 +24,14 @@ class StepCalls:
         self, student: Recording, teacher: Mapping[str, list[Any]], batch: Any = None
     ) -> None:
         self.student, self.teacher, self.batch = student, teacher, batch
-        # A teacher with a cache or inputs of its own has answered before the student is called.
+        # A teacher with a cache, or with a function of the batch as ``inputs``, is called before
+        # the student.
         none = dict.fromkeys(student.outputs, 0), dict.fromkeys(teacher, 0)
         self._taken = self._last_backward = none
         self.was_taken = False
 
     def all_taken(self) -> bool:
-        """Return whether :meth:`take` has returned all calls of the student, in several or one."""
+        """Return whether all calls of the student have been taken by :meth:`take`."""
         return self.was_taken and not self.pending()
 
     def pending(self) -> bool:
@@ -38,7 +39,7 @@ class StepCalls:
         return self._counts()[0] != self._taken[0]
 
     def mark_backward(self) -> None:
-        """Remember that the calls so far were made before a backward pass."""
+        """Record that a backward pass follows the calls so far."""
         self._last_backward = self._counts()
 
     def take(self) -> tuple[Recording, dict[str, list[Any]]]:
@@ -66,15 +67,15 @@ def joined_backward(
     chosen: int | None,
     add: Callable[[Tensor], Tensor],
 ) -> Iterator[None]:
-    """Add the distillation loss to what a step hands to ``manual_backward`` in this context.
+    """Add the distillation loss to losses that a step gives to ``manual_backward`` in this context.
 
     With automatic optimization, nothing is changed.
 
     Args:
         pl_module: the module.
         calls: the calls of this step.
-        chosen: the number of the backward pass in the step, from 0, that the loss joins; ``None``
-            is each pass before which the student was called.
+        chosen: the number of the backward pass in the step, from 0, that the loss joins; with
+            ``None``, it joins each pass before which the student was called.
         add: a function that returns a loss with the distillation loss of the pending calls added.
     """
     if pl_module.automatic_optimization:

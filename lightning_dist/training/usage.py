@@ -1,4 +1,4 @@
-"""TermsUsage: a record of which terms were used, which warns of unused ones and refuses them."""
+"""TermsUsage: a record of the terms that were used, with a warning or an error for the others."""
 
 from collections.abc import Callable, Iterable, Mapping
 
@@ -11,7 +11,7 @@ from lightning_dist.training.summing import TermsSum, is_zero
 
 
 class TermsUsage:
-    """A record of the terms that were used since ``fit`` started, and of the reasons of the others.
+    """A record of the terms that were used since ``fit`` started, and why others were not.
 
     A step may leave the student out, as in alternating training. So an unused term causes one
     warning, and an error only after an epoch if it has never been used.
@@ -52,7 +52,7 @@ class TermsUsage:
         if calls.was_taken:
             return
         if not calls.pending():
-            total()  # nothing to sum, but it records the reasons
+            total()  # There is nothing to sum, but this records the reasons.
             return
         for name, weight in weights.items():
             if not is_zero(weight):
@@ -65,7 +65,7 @@ class TermsUsage:
                 )
 
     def refuse_unused(self, trainer: Trainer, names: Iterable[str]) -> None:
-        """Refuse to train on after an epoch, if no process has ever used a term.
+        """Refuse to continue after an epoch, if there is a term that no process has ever used.
 
         Args:
             trainer: the Trainer at the end of an epoch.
