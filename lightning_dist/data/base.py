@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Sequence, Sized
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -23,7 +24,9 @@ from lightning_dist.data.seeding import (
     RepeatingSampler,
     ResumableLoader,
     SeededDataset,
+    seeded,
 )
+from lightning_dist.data.shared_memory import refuse_small_shared_memory
 from lightning_dist.data.tensor_images import TensorImages, per_channel
 from lightning_dist.data.unlabeled import JoinedImages, SharedBatches, unlabeled_files
 from lightning_dist.data.views import Views
@@ -393,13 +396,14 @@ class ImageDataModule(LightningDataModule):
             settings["collate_fn"] = dataset.collate
         elif not isinstance(dataset, TensorImages):
             dataset = SeededDataset(dataset, self.seed if self.random_transforms else None)
-        return ResumableLoader(
+        loader = ResumableLoader(
             dataset,
             batch_size=self.batch_size,
             sampler=sampler,
             drop_last=self.drop_last,
             **settings,
         )
+        return self._with_room(loader)
 
     def _train_sampler(self, dataset: Dataset) -> EpochSampler:
         repeats = getattr(self.trainer, "overfit_batches", 0)
@@ -461,7 +465,18 @@ class ImageDataModule(LightningDataModule):
     def _eval_dataloader(self, split: str) -> DataLoader:
         dataset = self._dataset(split)
         batch_size = self.eval_batch_size or self.batch_size
-        return DataLoader(dataset, batch_size=batch_size, **self._loader_settings(dataset))
+        loader = DataLoader(dataset, batch_size=batch_size, **self._loader_settings(dataset))
+        return self._with_room(loader)
+
+    def _with_room(self, loader: DataLoader) -> DataLoader:
+        """Return the loader, if there is room for the batches of its workers."""
+        if loader.num_workers:
+            sample = None
+            # An unreadable sample is reported when its batch is loaded.
+            with suppress(Exception), seeded(self.seed):
+                sample = loader.dataset[0]
+            refuse_small_shared_memory(loader, sample, getattr(self.trainer, "num_devices", 1))
+        return loader
 
     def _loader_settings(self, dataset: Dataset) -> dict[str, Any]:
         return {

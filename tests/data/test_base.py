@@ -13,8 +13,9 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
+from lightning_dist.data import shared_memory
 from lightning_dist.data.base import ImageDataModule
 from lightning_dist.data.digits import DigitsDataModule
 from lightning_dist.data.seeding import EpochSampler
@@ -267,6 +268,23 @@ def test_overfitting_some_batches_repeats_them(make_trainer: Callable[..., L.Tra
     model = fit(NoisyData(), make_trainer, overfit_batches=2)
     assert torch.equal(model.pixels(0), model.pixels(2))
     assert model.pixels(0)[:, 0].tolist() == list(range(8))
+
+
+@pytest.mark.parametrize("kind", ["train", "val"])
+def test_too_little_shared_memory_for_the_workers_is_refused_and_says_what_to_do(monkeypatch, kind):
+    def loader(workers: int) -> DataLoader:
+        return getattr(NoisyData(num_workers=workers), f"{kind}_dataloader")()
+
+    sample = NoisyData().train_dataset()[0][0]
+    batches = 2 * 2 + 1  # torch lets each worker prepare two batches, and one is in use
+    needed = batches * 4 * (sample.numel() * sample.element_size())
+    monkeypatch.setattr(shared_memory, "free_bytes", lambda: needed)
+    loader(2)
+    monkeypatch.setattr(shared_memory, "free_bytes", lambda: needed - 1)
+    with pytest.raises(ValueError, match=r"keeps 5 batches .*data.num_workers=0.*--shm-size"):
+        loader(2)
+    loader(1)
+    loader(0)
 
 
 def test_setup_opens_only_what_the_stage_reads() -> None:
