@@ -35,8 +35,8 @@ def refuse_small_shared_memory(loader: DataLoader, sample: Any, processes: int) 
         raise ValueError(
             f"num_workers={loader.num_workers} keeps {processes * ready} batches of about "
             f"{batch / 1e6:,.1f} MB in shared memory, and {_SHARED_MEMORY} has "
-            f"{free / 1e6:,.1f} MB left: set data.num_workers=0, reduce the batch size, or start the container with more "
-            "(docker run --shm-size=8g)"
+            f"{free / 1e6:,.1f} MB left: set data.num_workers=0, reduce the batch size, or start "
+            "the container with more (docker run --shm-size=8g)"
         )
 
 
