@@ -100,9 +100,11 @@ def features_of(
             )
     shapes = f"student {tuple(student.shape)}, teacher {tuple(teacher.shape)}"
     if len(student) != len(teacher) or (dimensions and student.dim() != teacher.dim()):
-        raise ValueError(f"features of other samples or dimensions ({shapes}): give the same")
+        raise ValueError(
+            f"the features differ in samples or dimensions ({shapes}): compare matching parts"
+        )
     if not len(student):
-        raise ValueError(f"features of no sample ({shapes})")
+        raise ValueError(f"the features have no samples ({shapes})")
     if student.device != teacher.device:
         raise ValueError(f"student is on {student.device} and teacher on {teacher.device}")
     dtype = compute_dtype(student, teacher)

@@ -165,7 +165,7 @@ class Teacher(TeacherBase):
         elif class_map is not None and self.card.task == "detection":
             raise ValueError(
                 f"the detector from {self.card.source} has the classes {self.card.class_names} and "
-                f"the data {data.class_names}: give both in one order"
+                f"the data {data.class_names}: give both the same order"
             )
         else:
             self._map_classes(class_map)

@@ -72,8 +72,8 @@ class CompareStart(Callback):
         card = None if self.file is None else read_card(self.file)
         for line in differences(card, card_of_data(trainer)):
             rank_zero_warn(
-                f"the student starts from {self.file}, which was trained with {line}: unless it "
-                "is to learn them anew, give the data the same"
+                f"the student starts from {self.file}, which was trained with {line}: unless "
+                "the student has to learn the new ones, use the same in the data"
             )
 
 
