@@ -304,6 +304,10 @@ COMMANDS = {
         "train trainer=deepspeed trainer.strategy.stage=3",
         "use stage 2, or trainer=fsdp2",
     ),
+    "forkserver": (
+        "train trainer=ddp_spawn trainer.strategy.start_method=forkserver",
+        "Lightning 2.6.6 does not copy the random states",
+    ),
     "no GPU": ("train trainer=gpu", "No supported gpu backend found"),
     "tau": ("train distill.loss.tau=0", "tau is 0: the temperature must be above 0"),
     "weight": ("train distill.weight=abc", "distill_weight is 'abc': give a number"),

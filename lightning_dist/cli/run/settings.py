@@ -30,6 +30,11 @@ def check_settings(config: DictConfig) -> None:
             "trainer.strategy.stage is 3, but DeepSpeed can load a checkpoint of stage 3 only to "
             "continue training, not to test: use stage 2, or trainer=fsdp2 to shard the parameters"
         )
+    if OmegaConf.is_config(strategy) and strategy.get("start_method") == "forkserver":
+        raise ValueError(
+            "trainer.strategy.start_method is forkserver, for which Lightning 2.6.6 does not copy "
+            "the random states and the weights to the processes: use 'spawn'"
+        )
     teacher = config.distill.teacher
     if OmegaConf.is_config(teacher) and teacher.get("teacher", "") is None:
         raise ValueError(
