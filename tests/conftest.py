@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from hydra._internal.hydra import Hydra
 from hypothesis import settings
+from lightning_utilities.core import rank_zero
 from torch import Tensor
 
 from lightning_dist import cli
@@ -112,6 +114,16 @@ def _compose_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Hydra, "get_mode", lambda *_, **__: None)
         yield
+
+
+@pytest.fixture(autouse=True)
+def _logger_of_lightning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give each test the logger of lightning.pytorch.
+
+    A test that imports pytorch_lightning replaces it, for all later tests of the process.
+    """
+    log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    monkeypatch.setattr(rank_zero, "log", log)
 
 
 @pytest.fixture(autouse=True)

@@ -31,7 +31,7 @@ def test_verbs_are_completed():
             "train experiment=scenes/s",
             [f"experiment=scenes/segmentation{x}" for x in ("", "_teacher")],
         ),
-        ("train -m experiment=digits distill=none,k", ["distill=none,kd"]),
+        ("train -m experiment=digits distill=none,dk", ["distill=none,dkd"]),
         ("train callbacks=[default,ea", ["callbacks=[default,early_stopping"]),
         ("train student=cif", ["student=cifar/"]),
         ("train student=cifar/resnet5", ["student=cifar/resnet50", "student=cifar/resnet56"]),
