@@ -86,10 +86,10 @@ class DistillationCallback(Callback):
             of the student also calls the part of the teacher, with the same inputs. By default
             ``{"": ""}``: the teacher gets the student's inputs. Or a function of the training batch
             that returns the teacher's input, or a tuple of its inputs; it is called once a step.
-
-        backward: only for a module that optimizes manually: the number, counted from 0, of the
-            ``manual_backward`` in a step that the terms join. By default, each call of the student
-            joins the next ``manual_backward``; with several optimizers, this default is refused.
+        backward: only for manual optimization: the index, counted from 0, of the
+            ``manual_backward`` in each step to whose loss the terms are added. By default, the
+            terms of a call of the student are added to the loss of the next ``manual_backward``;
+            with several optimizers, this default is refused.
             Instead of this option, the step can add :meth:`take_loss` to a loss.
 
     Raises:
@@ -97,8 +97,8 @@ class DistillationCallback(Callback):
             shares tensors with the module, the Trainer has a second DistillationCallback, or
             ``backward`` is missing. In a training step, before the update, if the outputs of
             student and teacher cannot be paired, or an output was changed in place. After an epoch,
-            if no step has used a term, because no call of its part had a gradient; the first such
-            step logs a warning.
+            if there is a term that no step has used so far, because its part was never called with
+            a gradient; the first step that does not use it logs a warning.
         FloatingPointError: in a training step, if a term is not finite and ``nonfinite`` is
             ``"raise"``; the message names the term, the step and the side (student or teacher).
 
@@ -192,7 +192,7 @@ class DistillationCallback(Callback):
         refuse_pruned_terms(self.terms, trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse to continue if no step of an epoch has used a term."""
+        """Refuse to continue if there is a term that no step has used so far."""
         if self._attached:
             self._usage.refuse_unused(trainer, self.terms)
 
@@ -215,7 +215,7 @@ class DistillationCallback(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Return the terms' parameters, the number of skipped terms and the teacher's fingerprint.
 
-        No state_dict of a module contains these parameters. If a run continues with a teacher of
+        The module's state_dict leaves these parameters out. If a run continues with a teacher of
         another fingerprint, a warning is logged.
         """
         terms = states_of(self.terms)
@@ -224,7 +224,7 @@ class DistillationCallback(Callback):
         return {"terms": terms, "skipped": self.skipped, "teacher": self._fingerprint}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the terms' parameters; outside of ``fit``, those that do not fit are left out.
+        """Load the terms' parameters; outside of ``fit``, those of another shape are left out.
 
         Raises:
             MisconfigurationException: in ``fit``, if a loss does not fit its checkpointed state.
@@ -281,7 +281,9 @@ class DistillationCallback(Callback):
             RuntimeError: outside of a training step.
         """
         if self._total is None:
-            raise RuntimeError("take_loss is for training_step, while fit runs with this callback")
+            raise RuntimeError(
+                "call take_loss only in training_step, during a fit with this callback"
+            )
         return self._total().total
 
     def _add(self, pl_module: LightningModule, total: Callable[[], TermsSum], result: Any) -> Any:
@@ -317,7 +319,7 @@ class DistillationCallback(Callback):
                 pl_module.log("train/distill_skipped", float(self.skipped), batch_size=1)
         return found
 
-    explain = explain  # callback.explain(module, batch) prints what fits
+    explain = explain  # callback.explain(module, batch) prints the calls of one training step
 
     def _detach(self, pl_module: LightningModule) -> None:
         if self._step is not None:
@@ -328,7 +330,7 @@ class DistillationCallback(Callback):
         TermParameters.leave(pl_module)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the settings without networks: a checkpoint's hyper-parameters may contain them.
+        """Return the attributes without networks, which no checkpoint may contain.
 
         Only a process that Lightning starts (``ddp_spawn``) gets the teacher too.
         """
@@ -344,5 +346,5 @@ class DistillationCallback(Callback):
         return copied
 
     def _idle(self) -> dict[str, Any]:
-        """Return the values of the attributes that are only set while ``fit`` runs."""
+        """Return the attributes that only ``fit`` sets, with their values outside of it."""
         return {"owner": None, "_step": None, "_attached": False, "_total": None}

@@ -83,7 +83,7 @@ def test_a_student_called_several_times_gives_the_sum_of_its_losses(make_trainer
 
 
 class Recursive(nn.Module):
-    """A network that calls itself on rolled inputs, and on half of a batch that is too large."""
+    """A network that calls itself on rolled inputs, and has no memory for more than 4 samples."""
 
     def __init__(self) -> None:
         super().__init__()

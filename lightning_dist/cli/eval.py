@@ -21,7 +21,7 @@ def _job(config: DictConfig) -> None:
     card = card_of_checkpoint(checkpoint, saved, config.ckpt)
     datamodule = build_data(saved, config.data, config.ckpt, config.trust, reads=True)
     module = build_module(checkpoint, saved, config.ckpt, config.trust)
-    if config.ema is not None:  # otherwise both sets are tested
+    if config.ema is not None:  # otherwise the raw and the averaged weights are both tested
         card = use_weights(module, card, config.ema, config.ckpt)
         module.evaluate_only(module.student)
     trainer = instantiate(

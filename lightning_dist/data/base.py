@@ -256,7 +256,8 @@ class ImageDataModule(LightningDataModule):
         labels = getattr(dataset, "labels", getattr(dataset, "targets", None))
         if isinstance(labels, list) and all(isinstance(label, int) for label in labels):
             labels = torch.tensor(labels)
-        if isinstance(labels, Tensor) and not labels.is_floating_point():
+        has_classes = getattr(self, "num_classes", None) is not None
+        if has_classes and isinstance(labels, Tensor) and not labels.is_floating_point():
             ignored = IGNORED if labels.dim() > 1 else UNLABELED
             where = f"the {split} set of {self.location}"
             check_labels(labels, self.num_classes, where, ignored=ignored)

@@ -19,11 +19,12 @@ from lightning_dist.taps import logits_of
 Shape = tuple[int, int, int]
 
 TOLERANCE = 1e-5  # The largest difference allowed: absolute, plus relative to the largest output.
-METADATA = "metadata.json"  # The name of the extra file with the facts inside a .pt2 file.
+# The name of the extra file, inside a .pt2 file, that stores facts about the network.
+METADATA = "metadata.json"
 _TRACED_BATCH = 2  # With one image, torch.export would fix the batch size at 1.
 _CHECKED_BATCHES = (1, 3)
-# A graph with free height and width is also checked on images that are larger by these numbers of
-# pixels, which are multiples of a network's usual strides.
+# A graph with free height and width is also checked on images whose height is larger by the first
+# number of pixels, and whose width by the second. Both are multiples of the usual strides.
 _EXTRA_PIXELS = (32, 64)
 
 
@@ -95,7 +96,7 @@ class LogitsOnly(nn.Module):
 
 
 class Detections(nn.Module):
-    """A network that calls a torchvision detector with one image, with labels that start at 0.
+    """A network that runs a torchvision detector on one image, and returns labels from 0 on.
 
     Args:
         detector: a detector of torchvision.
@@ -140,8 +141,9 @@ def logits_graph(network: nn.Module, shape: Shape, dynamic_size: bool) -> Graph:
             logits_of(output)
         except ValueError as error:
             raise ValueError(
-                f"the student returns a {type(output).__name__} without logits, and a graph holds "
-                f"a network that returns a tensor ({error}): use safetensors"
+                f"the student returns a {type(output).__name__} in which no logits are found "
+                f"({error}), but this format stores only networks that return logits: use "
+                "safetensors"
             ) from error
         network = LogitsOnly(network).eval()
     sizes = [shape]
@@ -327,7 +329,7 @@ def assert_same_outputs(
 
     Args:
         written: the network that was read back, as a function that returns one or more tensors.
-        network: the original network, or a function like it.
+        network: the original network, or a function with the same inputs and outputs.
         inputs: the tensors with which both are called, of shapes that the network takes.
 
     Raises:
@@ -337,7 +339,9 @@ def assert_same_outputs(
         pairs = zip(_tuple(written(images)), _tuple(network(images)), strict=True)
         if not all(_close(output, expected) for output, expected in pairs):
             shape = tuple(images.shape)
-            raise ValueError(f"it gives other outputs on images of the shape {shape}")
+            raise ValueError(
+                f"the file gives other outputs than the student for images of shape {shape}"
+            )
 
 
 def _close(output: Tensor, expected: Tensor) -> bool:

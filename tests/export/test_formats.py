@@ -192,7 +192,9 @@ def test_boxes_are_compared_also_of_a_detector_that_finds_none_in_noise(tmp_path
     run, _ = open_onnx(tmp_path / "student.onnx")
     assert not len(run(torch.rand(3, 48, 48))[0])
     student.__class__ = Counting
-    with pytest.raises(ValueError, match="it gives other outputs on images of the shape"):
+    with pytest.raises(
+        ValueError, match="the file gives other outputs than the student for images of shape"
+    ):
         export_student(student, tmp_path / "student.onnx", "onnx")
 
 
@@ -331,12 +333,12 @@ REFUSED = {
     "an output without logits": (
         Scores,
         {"format": "onnx"},
-        "the student returns a dict without logits.*: use safetensors",
+        "the student returns a dict in which no logits are found .*: use safetensors",
     ),
     "other outputs": (
         Moody,
         {"format": "torch_export"},
-        r"cannot hold this student \(it gives other outputs on images .*\): use safetensors",
+        r"cannot hold this student \(the file gives other outputs .*\): use safetensors",
     ),
     "one batch size": (
         Stiff,

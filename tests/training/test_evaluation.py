@@ -1,4 +1,4 @@
-"""Tests of evaluation: a batch's number of samples, and the copies of a DistributedSampler."""
+"""Tests that count the samples of a batch, and leave out what a DistributedSampler repeats."""
 
 from collections import namedtuple
 from types import SimpleNamespace
@@ -39,7 +39,7 @@ BATCHES = {
 
 @pytest.mark.parametrize("first", BATCHES.values(), ids=BATCHES)
 def test_the_copies_of_a_distributed_sampler_are_left_out(first):
-    """Rank 1 of two ranks gets six of 13 images and a copy, so its last batch has two images."""
+    """Rank 1 of two gets six of 13 images, and a repeated one that its second batch leaves out."""
     sampler = DistributedSampler(range(13), num_replicas=2, rank=1, shuffle=False)
     loader, batch = SimpleNamespace(sampler=sampler, batch_size=4), first(4)
     assert count_samples(*batch) == 4

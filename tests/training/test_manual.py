@@ -158,7 +158,7 @@ def test_a_step_can_take_the_loss_itself(make_trainer, kind):
     callback = DistillationCallback(teacher_net())
     expected = fitted(make_trainer, Automatic(), DistillationCallback(teacher_net()))
     assert_same_bits(fitted(make_trainer, Taking(), callback), expected)
-    with pytest.raises(RuntimeError, match="take_loss is for training_step"):
+    with pytest.raises(RuntimeError, match="call take_loss only in training_step"):
         callback.take_loss()
 
 

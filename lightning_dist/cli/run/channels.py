@@ -42,8 +42,8 @@ def channel_errors(module: LightningModule, channels: int | None) -> Iterator[No
             if channels is not None and takes not in (None, channels):
                 raise UserError(
                     f"the images have {channels} channels and the {name}, a "
-                    f"{type(network).__name__}, takes {takes}: choose a data set and a {name} that "
-                    f"fit together; an experiment= may have chosen one ({error_line(error)})"
+                    f"{type(network).__name__}, takes {takes}: choose a data set and a {name} with "
+                    f"the same number; experiment= may have chosen either ({error_line(error)})"
                 ) from error
         raise
 
