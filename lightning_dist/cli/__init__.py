@@ -38,7 +38,7 @@ def main() -> None:
         sys.exit(0 if arguments else 2)
     if arguments[0] == "--version":
         print(f"lightning-dist {__version__}")
-        sys.exit()
+        sys.exit(0)
     verb = arguments[0]
     if verb not in VERBS:
         near = difflib.get_close_matches(verb, VERBS, n=1) or list(VERBS)
