@@ -166,20 +166,22 @@ def train(run: Run) -> dict[str, Any]:
     }
 
 
-def _initial_file(config: DictConfig) -> str | None:
-    """Return the file of weights from which the student starts, if the config names one."""
-    student = OmegaConf.select(config, "module.student")
-    if not isinstance(student, DictConfig):
-        return None
-    return without_weights_of_student(OmegaConf.to_container(student, resolve=True))[1]
+def _student_and_file(config: DictConfig) -> tuple[Any, str | None]:
+    """Return the config of the student, and the file of weights from which the student starts.
+
+    Both are ``None`` if the config names a LightningModule without such a student.
+    """
+    settings = OmegaConf.select(config, "module.student")
+    if not isinstance(settings, DictConfig):
+        return None, None
+    return without_weights_of_student(OmegaConf.to_container(settings, resolve=True))
 
 
 def _build_module(config: DictConfig, is_resumed: bool) -> LightningModule:
     """Return the module; a resumed run needs no initial weights, because it loads its own."""
-    settings = OmegaConf.select(config, "module.student")
-    if not isinstance(settings, DictConfig):  # a config may name any LightningModule
+    student, file = _student_and_file(config)
+    if student is None:
         return instantiate(config.module)
-    student, file = without_weights_of_student(OmegaConf.to_container(settings, resolve=True))
     if not (is_resumed or file):
         return instantiate(config.module, student=instantiate(student))
     # The teacher is built outside of this context, because it needs its weights.
@@ -197,7 +199,7 @@ def _build_trainer(run: Run, saver: SaveConfig) -> Trainer:
         callbacks=[
             *(instantiate(callback) for callback in config.callbacks.values() if callback),
             saver,
-            CompareStart(None if run.checkpoint else _initial_file(config)),
+            CompareStart(None if run.checkpoint else _student_and_file(config)[1]),
             CheckMonitor(config.monitor),
             LogConfig(config),
             RecordError(run.folder),

@@ -253,9 +253,7 @@ class ImageDataModule(LightningDataModule):
         Raises:
             ValueError: if a label is not a class.
         """
-        labels = getattr(dataset, "labels", getattr(dataset, "targets", None))
-        if isinstance(labels, list) and all(isinstance(label, int) for label in labels):
-            labels = torch.tensor(labels)
+        labels = _labels_in(dataset)
         has_classes = getattr(self, "num_classes", None) is not None
         if has_classes and isinstance(labels, Tensor) and not labels.is_floating_point():
             ignored = IGNORED if labels.dim() > 1 else UNLABELED
@@ -299,9 +297,7 @@ class ImageDataModule(LightningDataModule):
         Raises:
             ValueError: if the data set has no such list of classes.
         """
-        labels = getattr(dataset, "labels", getattr(dataset, "targets", None))
-        if isinstance(labels, list) and all(isinstance(label, int) for label in labels):
-            labels = torch.tensor(labels)
+        labels = _labels_in(dataset)
         if not isinstance(labels, Tensor) or labels.dim() != 1 or labels.is_floating_point():
             raise ValueError(
                 f"labels={self.labels} needs the classes of the training images in one list, which "
@@ -512,3 +508,11 @@ class ImageDataModule(LightningDataModule):
         """
         kwargs = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
         return kwargs or {"num_replicas": 1, "rank": 0}
+
+
+def _labels_in(dataset: Dataset) -> Any:
+    """Return the labels that a data set has in memory, as a tensor if they are whole numbers."""
+    labels = getattr(dataset, "labels", getattr(dataset, "targets", None))
+    if isinstance(labels, list) and all(isinstance(label, int) for label in labels):
+        return torch.tensor(labels)
+    return labels

@@ -155,7 +155,7 @@ def test_a_damaged_file_is_refused_by_name(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["x.json", "x.safetensors", "x.onnx"])
 def test_a_card_of_many_megabytes_is_refused_by_name(tmp_path, name):
-    """As Python lists, its values would take twenty times as much memory as the file."""
+    """Read as Python lists, the card would take twenty times as much memory as the file."""
     path, long = tmp_path / name, json.dumps({"a": 3_000_000 * [[]]}, separators=(",", ":"))
     if path.suffix == ".safetensors":
         header = json.dumps({"__metadata__": {CARD_KEY: long}}).encode()
