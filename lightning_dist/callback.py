@@ -12,8 +12,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_dist.checks import check_number
-from lightning_dist.losses import DISTLoss
 from lightning_dist.taps import Entry, find_submodule, recording
 from lightning_dist.teacher import TeacherBase, as_teacher, is_other_teacher
 from lightning_dist.teacher.base import Inputs
@@ -30,7 +28,6 @@ from lightning_dist.terms import (
 from lightning_dist.training.explaining import explain
 from lightning_dist.training.fitting import (
     check_paths,
-    checked_terms,
     introduce_teacher,
     refuse_earlier_averaging,
     refuse_pruned_terms,
@@ -38,16 +35,9 @@ from lightning_dist.training.fitting import (
 )
 from lightning_dist.training.joining import Step, WrappedStep, add_to_loss, refuse_frozen_step
 from lightning_dist.training.manual import StepCalls, check_backward, joined_backward
-from lightning_dist.training.summing import (
-    TermsSum,
-    current_weights,
-    is_zero,
-    log_sum,
-    sum_terms,
-)
+from lightning_dist.training.options import ONLY, check_options, terms_from
+from lightning_dist.training.summing import TermsSum, current_weights, is_zero, log_sum, sum_terms
 from lightning_dist.training.usage import TermsUsage
-
-ONLY = "distill"  # The name of the term that is made of loss, weight and output.
 
 
 class DistillationCallback(Callback):
@@ -129,23 +119,11 @@ class DistillationCallback(Callback):
         backward: int | None = None,
     ) -> None:
         super().__init__()
-        check_number("task_weight", task_weight)
-        if nonfinite not in ("raise", "skip"):
-            raise ValueError(f"nonfinite is {nonfinite!r}: use 'raise' or 'skip'")
-        if backward is not None:
-            check_number("backward", backward, int, least=0)
-        if not isinstance(student, str):
-            raise TypeError(f"student is a {type(student).__name__}: give its dotted path, a str")
-        if terms is not None and any(x is not None for x in (loss, weight, output)):
-            raise ValueError("give either loss, weight and output, or terms")
+        check_options(task_weight, nonfinite, student, backward)
         self.teacher = as_teacher(teacher)
         self.student = student
         self.task_weight = task_weight
-        if terms is None:
-            # Not "loss or DISTLoss()": bool() of a compiled module fails.
-            loss = DISTLoss() if loss is None else loss
-            terms = {ONLY: Term(loss, 2.0 if weight is None else weight, output=output)}
-        self.terms = checked_terms(terms)
+        self.terms = terms_from(terms, loss, weight, output)
         self.inputs = inputs if callable(inputs) else dict(inputs or {"": ""})
         self.nonfinite = nonfinite
         self.backward = backward
@@ -314,9 +292,8 @@ class DistillationCallback(Callback):
         self._usage.note(found)
         self.skipped += found.skipped
         if not trainer.barebones:
-            log_sum(found, pl_module, each=[*self.terms] != [ONLY])
-            if self.nonfinite == "skip":
-                pl_module.log("train/distill_skipped", float(self.skipped), batch_size=1)
+            skipped = self.skipped if self.nonfinite == "skip" else None
+            log_sum(found, pl_module, each=[*self.terms] != [ONLY], skipped=skipped)
         return found
 
     explain = explain  # callback.explain(module, batch) prints the calls of one training step

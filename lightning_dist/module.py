@@ -14,11 +14,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 
-from lightning_dist.callback import ONLY, DistillationCallback
-from lightning_dist.checks import check_number
-from lightning_dist.losses import DISTLoss
+from lightning_dist.callback import DistillationCallback
 from lightning_dist.teacher import TeacherBase, as_teacher, shard_once, shard_teacher
-from lightning_dist.terms import Nonfinite, Term, Weight, needs_target
+from lightning_dist.terms import Nonfinite, Term, Weight, default_loss, needs_target
 from lightning_dist.training.averaging import make_room_for_average, refuse_stale_average
 from lightning_dist.training.cards import (
     card_of_data,
@@ -33,6 +31,7 @@ from lightning_dist.training.hyper_parameters import without_objects
 from lightning_dist.training.introduction import log_measured_teacher
 from lightning_dist.training.labels import ignores_unlabeled, mean_over_labels
 from lightning_dist.training.optimization import build_optimizer, build_scheduler, step_scheduler
+from lightning_dist.training.options import ONLY, check_options, check_weight
 
 
 class DistillModule(EvaluationModule):
@@ -127,9 +126,8 @@ class DistillModule(EvaluationModule):
         super().__init__(student, task_loss, metrics, batch_keys)
         if scheduler_interval not in ("epoch", "step"):
             raise ValueError(f"scheduler_interval is {scheduler_interval!r}: use 'epoch' or 'step'")
-        check_number("task_weight", task_weight)
-        if not callable(distill_weight):
-            check_number("distill_weight", distill_weight)
+        check_options(task_weight, nonfinite)
+        check_weight("distill_weight", distill_weight)
         if channels_last:
             student.to(memory_format=torch.channels_last)
         self.student_ema: AveragedModel | None = None  # StudentEMA or a checkpoint sets it.
@@ -194,7 +192,7 @@ class DistillModule(EvaluationModule):
     def logits_loss(self) -> Callable[..., Tensor] | None:
         """Return the loss of the logits, or ``None`` if only ``distill_terms`` are compared."""
         if self.distill_loss is None and not self.distill_terms:
-            return DISTLoss(activation=None)
+            return default_loss()
         return self.distill_loss
 
     def labels_for(self, loss: Any) -> Callable[[Any, Tensor], dict[str, Any]] | None:

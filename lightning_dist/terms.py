@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_dist.checks import check_number, class_axis
+from lightning_dist.checks import class_axis
 from lightning_dist.losses import DISTLoss
 from lightning_dist.taps import Entry, logits_of
 
@@ -23,6 +23,11 @@ Nonfinite = Literal["raise", "skip"]
 def needs_target(loss: Any) -> bool:
     """Return whether a loss takes the labels of the batch as ``target``."""
     return getattr(getattr(loss, "_orig_mod", loss), "needs_target", False) is True
+
+
+def default_loss() -> DISTLoss:
+    """Return the loss of logits if no other is given: DIST, whose activation a task may choose."""
+    return DISTLoss(activation=None)
 
 
 @dataclass
@@ -78,40 +83,6 @@ class Term:
     classes: bool | None = None
     rows: Literal["same", "tiled", "interleaved"] = "same"
     from_batch: Callable[[Any, Tensor], Mapping[str, Any]] | None = None
-
-    def check(self, name: str) -> None:
-        """Refuse a loss or a weight of the wrong kind.
-
-        Args:
-            name: the name of the term, for the message.
-
-        Raises:
-            TypeError: if the loss or ``from_batch`` is not a function.
-            ValueError: if the weight is not a finite number.
-        """
-        if not callable(self.loss) or isinstance(self.loss, type):
-            raise TypeError(f"the loss of term {name!r} is {self.loss!r}: give a function")
-        if self.parameters() and ("." in name or not name or hasattr(nn.ModuleDict, name)):
-            raise ValueError(
-                f"term {name!r} has a loss with parameters, which torch cannot register under this "
-                "name: choose another one, without dots"
-            )
-        if self.rows not in ("same", "tiled", "interleaved"):
-            raise ValueError(
-                f"rows of term {name!r} is {self.rows!r}: use 'same', 'tiled' or 'interleaved'"
-            )
-        if self.from_batch is not None and not callable(self.from_batch):
-            raise TypeError(
-                f"from_batch of term {name!r} is {self.from_batch!r}: give a function of the batch "
-                "and the student's output"
-            )
-        if self.from_batch is None and needs_target(self.loss):
-            raise ValueError(
-                f"the loss of term {name!r} needs labels: give the term from_batch, a function "
-                'such as lambda batch, logits: {"target": batch[1]}'
-            )
-        if not callable(self.weight):
-            check_number(f"the weight of term {name!r}", self.weight)
 
     def parameters(self) -> list[nn.Parameter]:
         """Return the parameters of the loss, or an empty list if it has none."""

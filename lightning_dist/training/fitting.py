@@ -62,27 +62,6 @@ def refuse_earlier_averaging(trainer: Trainer, callback: Callback) -> None:
         )
 
 
-def checked_terms(terms: Mapping[str, Term]) -> dict[str, Term]:
-    """Return terms as a dict.
-
-    Args:
-        terms: a mapping from names to terms.
-
-    Raises:
-        TypeError: if it is anything else, or if a term is of the wrong kind.
-        ValueError: if it is empty, or if a term has a wrong value.
-    """
-    if not terms:
-        raise ValueError("terms is empty: name at least one Term")
-    if not isinstance(terms, Mapping):
-        raise TypeError(f"terms is a {type(terms).__name__}: give a dict of names and Terms")
-    for name, term in terms.items():
-        if not isinstance(term, Term):
-            raise TypeError(f"term {name!r} is a {type(term).__name__}: give a Term")
-        term.check(name)
-    return dict(terms)
-
-
 def attached_callbacks(trainer: Trainer) -> list[Callback]:
     """Return the Trainer's callbacks, an attribute that Lightning does not declare."""
     return trainer.callbacks  # type: ignore[attr-defined]

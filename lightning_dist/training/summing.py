@@ -130,19 +130,25 @@ def sum_terms(
     return total
 
 
-def log_sum(found: TermsSum, pl_module: LightningModule, *, each: bool) -> None:
+def log_sum(
+    found: TermsSum, pl_module: LightningModule, *, each: bool, skipped: int | None
+) -> None:
     """Log ``train/distill`` and, for each term, ``train/distill/NAME`` without its weight.
 
     Args:
         found: the sum of the terms of a step.
         pl_module: the module that logs.
         each: log each term too.
+        skipped: the number of terms that were left out so far, to log as
+            ``train/distill_skipped``; ``None`` logs no number.
     """
     # The values are logged per step, so the batch size never weighs a mean. Without batch_size,
     # Lightning would infer the size, which fails if training_step takes a dataloader_iter.
     pl_module.log("train/distill", found.total.detach(), batch_size=1)
     for name, value in found.values.items() if each else ():
         pl_module.log(f"train/distill/{name}", value.detach(), batch_size=1)
+    if skipped is not None:
+        pl_module.log("train/distill_skipped", float(skipped), batch_size=1)
 
 
 def _not_called(name: str, term: Term, part: str, student: Recording) -> str:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from composition import composed
-from lightning_dist import DistillModule, Term
+from lightning_dist import DistillationCallback, DistillModule, Term
 from lightning_dist.cli.run.initial_weights import without_weights_of_student
 from lightning_dist.functional import dkd_loss, sp_loss
 from lightning_dist.losses import (
@@ -123,7 +123,7 @@ def test_labels_that_mixup_mixes_are_not_given_to_dkd(make_trainer):
 
 def test_a_term_without_the_labels_that_its_loss_needs_is_refused():
     with pytest.raises(ValueError, match="needs labels: give the term from_batch"):
-        Term(DKDLoss()).check("logits")
+        DistillationCallback(network(), terms={"logits": Term(DKDLoss())})
 
 
 class Segmenter(nn.Module):

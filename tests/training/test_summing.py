@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_dist import DISTLoss, Term
+from lightning_dist import DistillationCallback, DISTLoss, Term
 from lightning_dist.taps import Recording
 from lightning_dist.terms import refuse_unmapped
 from lightning_dist.training.summing import current_weights, sum_terms
@@ -93,7 +93,7 @@ def test_rows_of_the_teacher_belong_to_several_of_the_student(rows):
     with pytest.raises(MisconfigurationException, match=r"8 rows and the teacher 4.*'tiled'"):
         summed({"a": Term(DISTLoss())}, {"": [x]}, {"": [y]})
     with pytest.raises(ValueError, match=r"rows of term 'a' is 'twice'"):
-        Term(DISTLoss(), rows="twice").check("a")
+        DistillationCallback(nn.Linear(3, 3), terms={"a": Term(DISTLoss(), rows="twice")})
 
 
 def test_an_iterator_that_ends_in_a_function_of_a_term_is_an_error_and_not_the_end_of_the_epoch():
