@@ -16,6 +16,9 @@ Activation = Literal["softmax", "sigmoid", "identity"]
 # 0.4 GB.
 _BLOCK_CPU = 2**17
 _BLOCK_ACCELERATOR = 2**24
+# The least number of rows of a block: merging the statistics of a block takes as long as a few of
+# its rows. So blocks of more than 8,192 classes are larger than a processor's cache.
+_LEAST_ROWS = 16
 # With more classes than this, an accelerator's softmax over a dimension that is not the last one is
 # slow, and it is faster to copy the block transposed first. Measured on an H100: the copy is faster
 # with 720 classes and slower with 150.
@@ -104,7 +107,7 @@ class DISTFunction(torch.autograd.Function):
                     "dist_loss with sync=True cannot gather inside torch.func.vmap: use sync=False"
                 )
             world = torch.distributed.get_world_size()
-            total = total.all_gather(world)
+            total = total.all_reduce()
 
         rows, classes = _at_least_one(total.rows), student.shape[1]
         if isinstance(rows, Tensor) and world > 1:
@@ -303,25 +306,26 @@ class Statistics(NamedTuple):
             _stacked(self.moments).to(wide) + _stacked(other.moments) + between,
         )
 
-    def all_gather(self, world: int) -> "Statistics":
+    def all_reduce(self) -> "Statistics":
         """Return the statistics of the rows of all ranks; they are bitwise equal on every rank.
 
-        Args:
-            world: the number of ranks in the default process group.
+        First the ranks add up their rows and means. Then each rank shifts its moments to the common
+        mean, as in :meth:`merge`, and they add up these. So a rank receives O(C) numbers, however
+        many ranks there are.
 
         Returns:
             The statistics in float64 (float32 on Apple's MPS).
         """
-        total = self.zero(self.mean[0])
-        rows = torch.as_tensor(self.rows, dtype=total.inter.dtype, device=total.inter.device)
-        mean, moments = _stacked(self.mean), _stacked(self.moments)
-        local = torch.cat((rows.view(1), self.inter.view(1), mean.flatten(), moments.flatten()))
-        gathered = [torch.empty_like(local) for _ in range(world)]
-        torch.distributed.all_gather(gathered, local)
-        for packed in gathered:
-            parts = packed[2:].view(5, *mean.shape[1:])
-            total = total.merge(Statistics(packed[0], packed[1], parts[:2], parts[2:]))
-        return total
+        wide = _wide(self.inter.device)
+        rows = torch.as_tensor(self.rows, dtype=wide, device=self.inter.device)
+        mean, moments = _stacked(self.mean).to(wide), _stacked(self.moments).to(wide)
+        sums = torch.cat((rows.view(1), self.inter.to(wide).view(1), (mean * rows).flatten()))
+        torch.distributed.all_reduce(sums)
+        total = sums[2:].view_as(mean) / _at_least_one(sums[0])
+        shift = mean - total
+        moments = moments + torch.cat((shift * shift, shift[:1] * shift[1:])) * rows
+        torch.distributed.all_reduce(moments)
+        return Statistics(sums[0], sums[1], total, moments)
 
 
 def _correlate_rows(
@@ -480,7 +484,7 @@ def _blocks(x: Tensor, whole: bool) -> Iterator[Any]:
     if whole or 0 < x.numel() <= limit:
         yield None
         return
-    rows = max(limit // x.shape[1], 1)
+    rows = max(limit // x.shape[1], _LEAST_ROWS)
     if x.dim() == 2:
         yield from _slices(x.shape[0], rows)
         return

@@ -40,6 +40,7 @@ def test_any_class_dim_gives_what_the_matrix_gives(
     monkeypatch, loss, activation, masked, shape, class_dim, layout
 ):
     monkeypatch.setattr(streaming, "_BLOCK_CPU", 30)
+    monkeypatch.setattr(streaming, "_LEAST_ROWS", 1)
     student, teacher = torch.randn(2, *shape[:1], shape[1] + 1, *shape[2:]).double().unbind()
     # These logits are not contiguous, like the shifted logits of causal models.
     student, teacher = (x[:, 1:] for x in (student, teacher))
@@ -91,6 +92,7 @@ def test_the_loss_of_sequences_takes_the_memory_of_the_matrix(monkeypatch, loss,
     One copy of the logits would add more than the tolerance.
     """
     monkeypatch.setattr(streaming, "_BLOCK_CPU", 1024)
+    monkeypatch.setattr(streaming, "_LEAST_ROWS", 1)
     student, teacher = torch.randn(2, 8, 33, 64).unbind()
     if sliced:
         student, teacher = student[:, 1:], teacher[:, 1:]

@@ -18,6 +18,7 @@ def gradient(loss, student: Tensor, teacher: Tensor, **options) -> Tensor:
 @pytest.fixture(params=[2**17, 30], ids=["one block", "many blocks"], autouse=True)
 def block_size(request, monkeypatch):
     monkeypatch.setattr(streaming, "_BLOCK_CPU", request.param)
+    monkeypatch.setattr(streaming, "_LEAST_ROWS", 1)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
