@@ -16,13 +16,23 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 GROUND = {"checks", "files", "taps"}
 LEAVES = {"data", "models"}
-CORE = {"callback", "functional", "losses", "module", "tasks", "teacher", "terms", "training"}
+CORE = {
+    "callback",
+    "functional",
+    "losses",
+    "metrics",
+    "module",
+    "tasks",
+    "teacher",
+    "terms",
+    "training",
+}
 WINGS = {"cache", "export", "report", "resume"}
 
 # The rooms from the lowest to the highest: a room imports only from rooms that come before it.
 FLOORS = (
-    *("checks", "taps", "files", "losses", "functional", "data", "models", "teacher", "terms"),
-    *("training", "callback", "module", "tasks", "cache", "resume", "export", "report"),
+    *("checks", "taps", "files", "losses", "functional", "metrics", "data", "models", "teacher"),
+    *("terms", "training", "callback", "module", "tasks", "cache", "resume", "export", "report"),
     *("cli", "__main__", "__init__"),
 )
 
