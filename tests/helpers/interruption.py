@@ -10,12 +10,11 @@ from lightning.pytorch import Callback
 
 # An exact resume has to restore the state or the random numbers of all these: random crops, mixup,
 # a schedule, gradient accumulation and averaged weights.
-OVERRIDES = (
+OVERRIDES_OF_ANY_DATA = (
     "experiment=digits",
     "trainer.max_epochs=4",
     "trainer.accumulate_grad_batches=2",
     "trainer.log_every_n_steps=1",
-    "data.augment=true",
     "data.drop_last=true",
     "data.num_workers=1",
     "callbacks=[default,ema]",
@@ -25,6 +24,7 @@ OVERRIDES = (
     "print_config=false",
     "callbacks.progress=null",
 )
+OVERRIDES = (*OVERRIDES_OF_ANY_DATA, "data.augment=true")
 
 
 class Send(Callback):
