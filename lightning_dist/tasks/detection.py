@@ -1,20 +1,19 @@
 """DetectionModule: torchvision's detectors, with DIST on their class logits and COCO's mAP."""
 
 import copy
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
-from torchmetrics.detection import MeanAveragePrecision
 
 from lightning_dist.checks import check_labels
 from lightning_dist.losses import FeatureMimic, StandardisedLogits
 from lightning_dist.losses.modules import ProbabilityLoss
 from lightning_dist.module import DistillModule
 from lightning_dist.taps import find_submodule
+from lightning_dist.tasks.average_precision import NAMES, BoxAveragePrecision
 from lightning_dist.tasks.detection_heads import (
     OneStageClassifier,
     Relabelled,
@@ -27,10 +26,6 @@ from lightning_dist.training.cards import refuse_other_number
 from lightning_dist.training.evaluation import EvaluationMetrics
 
 _MAPS = "head.classification_head.cls_logits"
-# Without this line, faster_coco_eval prints its table in each epoch if logging is configured, as
-# Hydra does.
-logging.getLogger("faster_coco_eval").setLevel(logging.WARNING)
-SIZES = ("small", "medium", "large")
 Batch = tuple[Sequence[Tensor], Sequence[dict[str, Tensor]]]
 
 
@@ -104,7 +99,7 @@ class DetectionModule(DistillModule):
             if not isinstance(teacher.network, (OneStageClassifier, TwoStageClassifier)):
                 detector = teacher.network
             teacher = _adapt(teacher, student, class_map)
-        kwargs.setdefault("metrics", MeanAveragePrecision(backend="faster_coco_eval"))
+        kwargs.setdefault("metrics", BoxAveragePrecision())
         kwargs.setdefault("distill_weight", 1.0)
         super().__init__(student, teacher, **kwargs)
         self.two_stage = two_stage
@@ -223,7 +218,7 @@ class DetectionModule(DistillModule):
     def _without_repeats(self, batch: Batch, batch_idx: int, loaders: Any) -> Batch:
         """Return the batch without repeated images, but with an empty target for each of them.
 
-        The metric gathers results image by image, so all ranks need the same number of targets.
+        torchmetrics' MeanAveragePrecision gathers image by image: all ranks need as many targets.
         """
         images, targets = super()._without_repeats(batch, batch_idx, loaders)
         blank = len(batch[1]) - len(targets)
@@ -243,7 +238,7 @@ class DetectionModule(DistillModule):
                 collection = cast(EvaluationMetrics, metrics).collection
                 values = collection.compute()
                 collection.reset()
-                for name in ("map", "map_50", "map_75", *(f"map_{size}" for size in SIZES)):
+                for name in NAMES:
                     value = values[f"{prefix}{name}"]
                     # The metric is -1 if the set has no such boxes.
                     if name == "map" or value >= 0:
