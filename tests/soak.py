@@ -257,9 +257,10 @@ def main() -> None:
         result = ", ".join(mismatches) or "identical"
         print(f"round {index}, {variant}: {', '.join(history)}; {result}", flush=True)
     for variant in rounds:
+        own = " ".join(x for x in VARIANTS[variant] if x not in OVERRIDES)
         print(
             f"{variant}: {rounds[variant]} rounds, {interruptions[variant]} interruptions, "
-            f"{found[variant]} mismatches: {' '.join(VARIANTS[variant])}"
+            f"{found[variant]} mismatches: {own}"
         )
     print(f"{options.rounds} rounds, {found.total()} mismatches")
     sys.exit(bool(found.total()))

@@ -22,6 +22,7 @@ from lightning_dist.cli.run.channels import channel_errors
 from lightning_dist.cli.run.checkpoint_card import MatchData, card_of_checkpoint, use_weights
 from lightning_dist.cli.run.saved_config import build_data, build_module, read_saved
 from lightning_dist.data.image_files import SUFFIXES, abbreviate, find_images, load_image
+from lightning_dist.data.workers import start_worker
 from lightning_dist.files.card import Card
 from lightning_dist.files.card_files import write_card
 from lightning_dist.files.text import csv_cell
@@ -245,7 +246,11 @@ def _job(config: DictConfig) -> None:
         callbacks=[written],
         precision=config.trainer.precision or card.precision,
     )
-    loader = DataLoader(Files(paths, datamodule.prepare), num_workers=config.num_workers)
+    loader = DataLoader(
+        Files(paths, datamodule.prepare),
+        num_workers=config.num_workers,
+        worker_init_fn=start_worker,
+    )
     with channel_errors(module, len(card.mean) if card.mean else None):
         trainer.predict(module, loader, return_predictions=False)
     rich.print(f"[bold]{len(paths) - len(written.unreadable)} predictions[/bold] {out}")

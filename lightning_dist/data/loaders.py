@@ -1,6 +1,5 @@
 """`Loaders`, the part of a data module that makes its loaders, the same for any worker number."""
 
-import signal
 from collections.abc import Sequence, Sized
 from contextlib import suppress
 from typing import Any, cast
@@ -21,6 +20,7 @@ from lightning_dist.data.shared_memory import refuse_small_shared_memory
 from lightning_dist.data.tensor_images import TensorImages
 from lightning_dist.data.unlabeled import SharedBatches
 from lightning_dist.data.views import Views
+from lightning_dist.data.workers import start_worker
 
 
 def collate_as_lists(samples: Sequence[tuple[Any, Any]]) -> tuple[list[Any], list[Any]]:
@@ -180,7 +180,7 @@ class Loaders(LightningDataModule):
             "collate_fn": getattr(dataset, "collate", None),
             # Without a generator, a DataLoader draws its base seed from torch's global generator.
             "generator": torch.Generator().manual_seed(self.seed),
-            "worker_init_fn": _leave_signals_to_the_run,
+            "worker_init_fn": start_worker,
         }
 
     def _replica(self) -> dict[str, int]:
@@ -190,13 +190,3 @@ class Loaders(LightningDataModule):
         """
         kwargs = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
         return kwargs or {"num_replicas": 1, "rank": 0}
-
-
-def _leave_signals_to_the_run(worker: int) -> None:
-    """Ignore SIGINT and SIGTERM in a loader's worker process.
-
-    A terminal and SLURM send these signals to every process, but the main process decides when to
-    stop, and it needs its workers until then.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
