@@ -1,6 +1,7 @@
 """Functions that find and read image files and class folders, with errors that name the file."""
 
 import functools
+import itertools
 import logging
 import os
 import stat
@@ -16,6 +17,7 @@ from torch import Tensor
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from lightning_dist.data.packed import LabelledPaths
 from lightning_dist.files.text import printable
 
 log = logging.getLogger(__name__)
@@ -76,11 +78,24 @@ def open_image_folder(
             f"missing from {path.name}: {abbreviate(set(class_names) - set(found))}; "
             f"only there: {abbreviate(set(found) - set(class_names))}"
         )
-    return ClassFolders(path, transform, loader=load_image)
+    return ClassFolders(path, transform)
 
 
 class ClassFolders(ImageFolder):
-    """torchvision's ImageFolder, but with the folders and files that `find_images` finds."""
+    """torchvision's ImageFolder, but with the folders and files that `find_images` finds.
+
+    Args:
+        root: the folder that contains the class folders.
+        transform: a function that converts a PIL image to a tensor (C, H, W).
+
+    Attributes:
+        samples: the path and the label of each image.
+        targets: the labels, int64 (N,).
+    """
+
+    def __init__(self, root: Path, transform: Transform) -> None:
+        super().__init__(root, transform, loader=load_image)
+        self.targets = self.samples.labels
 
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
         """Return the names of the class folders, and a dict from names to labels."""
@@ -90,7 +105,7 @@ class ClassFolders(ImageFolder):
     @staticmethod
     def make_dataset(
         directory: str | Path, class_to_idx: dict[str, int], *_: Any, **__: Any
-    ) -> list[tuple[str, int]]:
+    ) -> LabelledPaths:
         """Return the path and the label of each image.
 
         Raises:
@@ -112,7 +127,8 @@ class ClassFolders(ImageFolder):
                 f"{root}: found no image for the classes {abbreviate(empty)}: "
                 f"add images ({', '.join(SUFFIXES)}), or remove the folders"
             )
-        return [(path, class_to_idx[name]) for name, paths in found.items() for path in paths]
+        labels = (class_to_idx[name] for name, paths in found.items() for _ in paths)
+        return LabelledPaths(itertools.chain.from_iterable(found.values()), labels)
 
 
 def class_folders(path: Path) -> list[str]:

@@ -24,6 +24,7 @@ from lightning_dist.data.image_files import (
     upright,
     warn_once,
 )
+from lightning_dist.data.packed import PackedPaths
 from lightning_dist.files.card import Card
 
 MASKS_TO_CHECK = 100  # At most this number of masks of a split is read before training starts.
@@ -68,7 +69,8 @@ class MaskedImages(Dataset):
                 f"{len(missing)} of {2 * len(pairs)} images and masks are missing: "
                 f"{abbreviate(missing)}: restore them, or remove their counterparts"
             )
-        self.pairs = list(pairs)
+        self.images = PackedPaths(pair.image for pair in pairs)
+        self.masks = PackedPaths(pair.mask for pair in pairs)
         self.known = np.zeros(256, dtype=bool)
         self.known[[*class_ids, *ignored_ids]] = True
         self.class_of = np.full(256, IGNORED, dtype=np.uint8)
@@ -76,10 +78,10 @@ class MaskedImages(Dataset):
         self.transform = transform
 
     def __len__(self) -> int:
-        return len(self.pairs)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        pair = self.pairs[index]
+        pair = Pair(Path(self.images[index]), Path(self.masks[index]))
         image = load_image(str(pair.image))
         mask = torch.from_numpy(self.class_of[self.ids(pair.mask)])
         if mask.shape != (image.height, image.width):
@@ -120,7 +122,7 @@ class MaskedImages(Dataset):
         """Return the number of pixels of each id, int64 (256,), in the masks of some samples."""
         counts = np.zeros(256, dtype=np.int64)
         for index in indices:
-            counts += np.bincount(self.ids(self.pairs[index].mask).ravel(), minlength=256)
+            counts += np.bincount(self.ids(Path(self.masks[index])).ravel(), minlength=256)
         return counts
 
 

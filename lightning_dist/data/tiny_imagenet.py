@@ -14,6 +14,7 @@ from torchvision.datasets import ImageFolder
 from lightning_dist.checks import check_number
 from lightning_dist.data.base import ImageDataModule
 from lightning_dist.data.image_files import abbreviate, load_image, open_image_folder
+from lightning_dist.data.packed import LabelledPaths
 from lightning_dist.files.text import read_bounded
 
 LAYOUT = (
@@ -138,17 +139,13 @@ class ListedImages(Dataset):
     def __init__(
         self, samples: list[tuple[Path, int]], transform: Callable[[Image.Image], Tensor]
     ) -> None:
-        self.samples = samples
+        self.samples = LabelledPaths([path for path, _ in samples], [label for _, label in samples])
+        self.targets = self.samples.labels
         self.transform = transform
-
-    @property
-    def targets(self) -> list[int]:
-        """The label of each image."""
-        return [label for _, label in self.samples]
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path, label = self.samples[index]
-        return self.transform(load_image(str(path))), label
+        return self.transform(load_image(path)), label

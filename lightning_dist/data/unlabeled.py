@@ -5,7 +5,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -18,6 +17,7 @@ from lightning_dist.data.image_files import (
     load_image,
     warn_once,
 )
+from lightning_dist.data.packed import PackedPaths
 from lightning_dist.data.seeding import EpochSampler, Key, derive_seeds
 
 
@@ -57,9 +57,7 @@ class JoinedImages(Dataset):
 
     def __init__(self, dataset: Dataset, files: Sequence[str], transform: Transform) -> None:
         self.dataset = dataset
-        # One array instead of many paths: reading objects in a worker process would copy their
-        # memory.
-        self.files = np.array(files)
+        self.files = PackedPaths(files)
         self.transform = transform
         self._first = len(cast(Any, dataset))
 
@@ -69,7 +67,7 @@ class JoinedImages(Dataset):
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         if index < self._first:
             return self.dataset[index]
-        return self.transform(load_image(str(self.files[index - self._first]))), UNLABELED
+        return self.transform(load_image(self.files[index - self._first])), UNLABELED
 
 
 class SharedBatches(EpochSampler):
