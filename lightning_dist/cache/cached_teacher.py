@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -16,13 +16,15 @@ from torch import Tensor, nn
 
 from lightning_dist.cache.digest import digest
 from lightning_dist.cache.files import Claim, ViewFiles
-from lightning_dist.cache.filling import FINGERPRINT, TeacherRows, fill, name_of
+from lightning_dist.cache.filling import end_if_signalled, fill
+from lightning_dist.cache.reading import AnswerReader
 from lightning_dist.cache.refusals import (
     image_data_module,
     refuse_functions,
     refuse_other_images,
     refuse_other_inputs,
 )
+from lightning_dist.cache.rows import TeacherRows, name_of, row_in_file
 from lightning_dist.cache.samples import check_answers
 from lightning_dist.data.views import VIEW_SEED, KeyedBatch
 from lightning_dist.files.card import Card
@@ -34,12 +36,13 @@ from lightning_dist.teacher.calls import refuse_shared_parts
 if TYPE_CHECKING:  # Imported where it is used, because it imports scikit-learn and torchvision.
     from lightning_dist.data.base import ImageDataModule
 
+T = TypeVar("T")
 AUTO = "data/teacher_cache"
 FORMAT = 2  # The version of the files' format, which is part of the folder's digest.
 # The number of samples whose pixels are part of the folder's digest. Each run also compares the
 # teacher's outputs for these samples with the stored ones.
 SAMPLES = 16
-POLL_SECONDS = 30.0
+POLL_SECONDS = 1.0  # A waiting run looks at signals after this time.
 _NO_FOLDERS = ("", "false", "no", "none", "null", "on", "true", "yes")
 # The packages that load and augment images. Their versions are part of the folder's digest.
 _DRAWN_BY = ("lightning-dist", "numpy", "pillow", "timm", "torch", "torchvision")
@@ -52,8 +55,9 @@ class CachedTeacher(TeacherBase):
     has ``views`` fixed augmentations, called views, and each epoch loads the next one. The student
     gets exactly the images that the teacher got. The views do not depend on the run's seed (which
     still shuffles the samples), so that all runs of a sweep share one cache. The first run that
-    needs a view computes it with all of its processes, and later epochs and runs read it. If two
-    runs need a missing view at the same time, one of them computes it and the other one waits.
+    needs a view computes it with all of its processes, and later epochs and runs read it. If that
+    run is stopped, the next one that needs the view computes only the rest. If two runs need a
+    missing view at the same time, one of them computes it and the other one waits.
 
     Each cache has a folder in ``path``. The name of the folder is a digest of the teacher (weights,
     settings, input bridge, class map, dtype), of the parts that the distillation terms compare, and
@@ -106,7 +110,8 @@ class CachedTeacher(TeacherBase):
         self._trainer: Trainer | None = None
         self._data: ImageDataModule | None = None
         self._files: ViewFiles | None = None
-        self._open: dict[int, np.ndarray] = {}
+        self._reader: AnswerReader | None = None
+        self._view: int | None = None  # The view that is complete and open.
 
     @property
     def network(self) -> nn.Module:  # type: ignore[override]
@@ -199,8 +204,11 @@ class CachedTeacher(TeacherBase):
         self._dtype = torch.get_default_dtype()
         try:
             self._data.views = self.views
-            name = _on_first_process(trainer, functools.partial(self._choose_folder, trainer))
+            choose = functools.partial(self._choose_folder, trainer)
+            name, row = _on_first_process(trainer, choose)
             self._files = ViewFiles(self.root / name, len(self._data.train_views()))
+            # The loaders are made later, and their processes read the outputs with the images.
+            self._reader = self._data.add_answers = AnswerReader(self._files, row)
         except BaseException:
             self.detach()
             raise
@@ -248,18 +256,25 @@ class CachedTeacher(TeacherBase):
     def detach(self) -> None:
         """Make the data module draw new augmentations again, and close the files."""
         if self._data is not None:
-            self._data.views = None
+            self._data.views = self._data.add_answers = None
+        if self._reader is not None:
+            self._reader.close()  # The loaders may keep it.
         self.teacher.expect(())
-        self._trainer, self._data, self._files, self._open = None, None, None, {}
+        self._trainer, self._data, self._files = None, None, None
+        self._reader, self._view = None, None
 
     # Helpers of attach and answers
 
-    def _choose_folder(self, trainer: Trainer) -> str:
-        """Return the name of the folder for this teacher and data, after checking the teacher."""
+    def _choose_folder(self, trainer: Trainer) -> tuple[str, np.dtype]:
+        """Return the name of the folder for this teacher and data, after checking the teacher.
+
+        The second value is the dtype of a row of the folder's files.
+        """
         assert self._data is not None
-        views = self._data.train_views()
+        views, size = self._data.train_views(), self._data.batch_size
         some = np.linspace(0, len(views) - 1, min(SAMPLES, len(views))).astype(int).tolist()
-        samples = list(self._data.view_dataloader(0, some))
+        batches = [some[start : start + size] for start in range(0, len(some), size)]
+        samples = list(self._data.view_dataloader(0, batches))
         about = {
             "format": FORMAT,
             "teacher": digest(self.teacher),
@@ -273,63 +288,62 @@ class CachedTeacher(TeacherBase):
         }
         folder = self.root / digest(about)
         rows = TeacherRows(self.teacher, self._taps, np.dtype(np.float32))
-        check_answers(folder, rows, samples, trainer.strategy.root_device)
+        row = check_answers(folder, rows, samples, trainer.strategy.root_device)
         described = folder / "about.json"  # Only for people: no code reads this file.
         if not described.exists():
             described.write_text(json.dumps(about, indent=2) + "\n")
-        return folder.name
+        return folder.name, row_in_file(row, self.stored)
 
     def _provide(self, batch: KeyedBatch) -> None:
         """Open the file of a batch's view; compute it, or wait for it, if it does not exist."""
-        if batch.view in self._open:
+        if batch.view == self._view:
             return
         assert self._data is not None
         assert self._files is not None
+        assert self._reader is not None
         trainer, files = self._attached_to(), self._files
         try:
-            claim = Claim.WAIT
             # Wait in short rounds: a broadcast that blocks for minutes hits the process group's
-            # timeout.
-            while claim is Claim.WAIT:
-                if trainer.is_global_zero:
-                    claim = files.claim(batch.view, POLL_SECONDS)
-                claim = trainer.strategy.broadcast(claim)
+            # timeout, and a signal must not wait.
+            while (claim := self._claim(batch.view)) is Claim.WAIT:
+                end_if_signalled(trainer)
             if claim is Claim.WRITE:
                 rows = TeacherRows(self.teacher, self._taps, self.stored)
                 with _outside_of_precision(trainer.strategy.root_device, self._dtype):
-                    fill(batch.view, files, self._data, rows, trainer)
+                    fill(batch.view, files, self._data, rows, self._reader.row, trainer)
         finally:
             if trainer.is_global_zero:
                 files.release(batch.view)
         try:
-            fields = [FINGERPRINT, *map(name_of, self._taps)]
-            # Only the current view: each open one holds a file descriptor.
-            self._open = {batch.view: files.open(batch.view, fields)}
+            self._reader.open(batch.view)
         except FileNotFoundError as error:
             raise MisconfigurationException(
                 f"{error.filename} exists on the machine of the first process, but not on this "
                 "machine: choose a folder that all machines share (distill.cache=PATH)"
             ) from error
+        self._view = batch.view
+
+    def _claim(self, view: int) -> Claim:
+        """Let the first process claim a view, and return the result in all processes."""
+        assert self._files is not None
+        claim, trainer = Claim.WAIT, self._attached_to()
+        if trainer.is_global_zero:
+            claim = self._files.claim(view, POLL_SECONDS)
+        return trainer.strategy.broadcast(claim)
 
     def _recall(self, batch: KeyedBatch, parts: Sequence[str]) -> dict[str, list[Any]]:
-        """Compare the batch's images with those of its rows, and return the rows' outputs."""
-        rows = self._open[batch.view][batch.indices]
-        same = np.isclose(rows[FINGERPRINT], batch.fingerprints, rtol=1e-6, atol=1e-4)
-        if not same.all():
-            assert self._files is not None
-            raise ValueError(
-                f"sample {batch.indices[~same][0]} in view {batch.view} is another image than when "
-                f"the teacher's outputs in {self._files.path(batch.view)} were computed: the data, "
-                f"or the code that augments it, has changed. Delete {self._files.folder}, so that "
-                "the next run computes it again"
-            )
+        """Return the outputs that the batch was loaded with, or read them if it has none."""
+        assert self._reader is not None
+        answers = batch.answers
+        if answers is None:  # Its view was not complete yet when the batch was loaded.
+            answers = self._reader.read(batch)
         outputs: dict[str, dict[str | int, Tensor]] = {part: {} for part in parts}
         for part, entry in self._taps:
             if part in outputs:
-                column = np.ascontiguousarray(rows[name_of((part, entry))])
-                answer = torch.from_numpy(column).to(batch.inputs.device).float()
+                stored = self._reader.numbers(name_of((part, entry)), answers)
                 assert not callable(entry), "refused in attach"
-                outputs[part]["logits" if entry is None else entry] = answer
+                key = "logits" if entry is None else entry
+                outputs[part][key] = stored.to(batch.inputs.device).float()
         return {part: [output] for part, output in outputs.items()}
 
     def _attached_to(self) -> Trainer:
@@ -342,26 +356,28 @@ class CachedTeacher(TeacherBase):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_trainer": None, "_data": None, "_files": None, "_open": {}}
+        idle = dict.fromkeys(("_trainer", "_data", "_files", "_reader", "_view"))
+        return vars(self) | idle
 
     def __repr__(self) -> str:
         return f"CachedTeacher({self.teacher!r}, {str(self.root)!r})"
 
 
-def _on_first_process(trainer: Trainer, compute: Callable[[], str]) -> str:
-    """Call `compute` in the first process; in all processes, return its text or raise its error."""
-    text, error = "", None
+def _on_first_process(trainer: Trainer, compute: Callable[[], T]) -> T:
+    """Call `compute` in the first process; all processes return its value or raise its error."""
+    value: Any = None
+    error = None
     if trainer.is_global_zero:
         try:
-            text = compute()
+            value = compute()
         except Exception as caught:
-            text, error = str(caught), caught
-    failed, text = trainer.strategy.broadcast((error is not None, text))
+            value, error = str(caught), caught
+    failed, value = trainer.strategy.broadcast((error is not None, value))
     if error is not None:
         raise error
     if failed:
-        raise MisconfigurationException(text)
-    return text
+        raise MisconfigurationException(value)
+    return value
 
 
 @contextmanager

@@ -1,14 +1,20 @@
 """The files of a teacher cache: one for each view, and one for the samples of the check."""
 
 import contextlib
+import io
 import os
+import re
 import shutil
+import zlib
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 
 import numpy as np
 from filelock import FileLock, Timeout
+
+PAGE = 4096  # The bytes that a system reads from a disk at least.
+_LINE = re.compile(r"(\d{1,15}) (\d{1,15}) ([0-9a-f]{8})")
 
 
 class Claim(Enum):
@@ -22,9 +28,10 @@ class Claim(Enum):
 class ViewFiles:
     """A folder that has one ``.npy`` file for each view, with one structured row for each sample.
 
-    A view is written to a temporary file, which is renamed when it is complete and on disk. So a
-    crash cannot leave an incomplete ``.npy`` file. A lock prevents two jobs from writing the same
-    view; the system releases it if the job ends.
+    A view is written in blocks of rows to a temporary file, which is renamed when it is complete
+    and on disk. So a crash cannot leave an incomplete ``.npy`` file. The blocks that are written
+    are listed in text files beside it, so that a later run continues there. A lock prevents two
+    runs from writing the same view; the system releases it if the run ends.
 
     Args:
         folder: the folder of the files; it is created when a view is claimed.
@@ -39,23 +46,6 @@ class ViewFiles:
     def path(self, view: int) -> Path:
         """Return the path that the file of a view has when it is complete."""
         return self.folder / f"view-{view:03d}.npy"
-
-    def open(self, view: int, fields: Sequence[str]) -> np.ndarray:
-        """Memory-map the rows of a view.
-
-        Args:
-            view: the number of the view.
-            fields: the names of the entries that a row must have.
-
-        Returns:
-            A structured array with one row for each sample.
-
-        Raises:
-            FileNotFoundError: if the file does not exist.
-            ValueError: if the file is truncated or has other contents. Nothing is unpickled.
-        """
-        path = self.path(view)
-        return read_rows(path, self.rows, fields, delete=path)
 
     def claim(self, view: int, seconds: float) -> Claim:
         """Wait until this process may write a view, or the view is complete.
@@ -98,47 +88,65 @@ class ViewFiles:
         absent = sum(not self.path(view).exists() for view in range(views))
         return absent * self.rows * row.itemsize
 
-    def create(self, view: int, row: np.dtype) -> None:
-        """Create the temporary file of a view that this process has claimed.
+    def begin(self, view: int, row: np.dtype) -> list[tuple[int, int]]:
+        """Prepare the temporary file of a view that this process has claimed.
+
+        A file that an earlier run has left is continued: the rows of its blocks that are listed as
+        written, and have the listed checksum, are kept.
 
         Args:
             view: the number of the view.
             row: the dtype of a row.
 
+        Returns:
+            The ranges of rows that are still to be written, each as its start and its end.
+
         Raises:
             OSError: if the disk has too little free space.
         """
-        size = self.rows * row.itemsize
-        self._part(view).unlink(missing_ok=True)  # A run that crashed may have left this file.
+        part, header = self._part(view), header_of(row, self.rows)
+        size = len(header) + self.rows * row.itemsize
+        begun = _begins_with(part, header, size)
+        missing = self._missing(view, row) if begun else [(0, self.rows)]
+        needed = sum(end - start for start, end in missing) * row.itemsize
         free = shutil.disk_usage(self.folder).free
-        if size > free:
+        if needed > free:
             raise OSError(
-                f"a view of the teacher cache needs {size / 1e6:,.1f} MB and {self.folder} has "
+                f"a view of the teacher cache needs {needed / 1e6:,.1f} MB and {self.folder} has "
                 f"{free / 1e6:,.1f} MB left: delete other files, choose another folder "
                 "(distill.cache=PATH) or switch the cache off"
             )
-        header = {
-            "descr": np.lib.format.dtype_to_descr(row),
-            "fortran_order": False,
-            "shape": (self.rows,),
-        }
-        with self._part(view).open("wb") as file:
-            np.lib.format.write_array_header_1_0(file, header)
-            file.truncate(file.tell() + size)
+        if not begun:  # There is no file, or one of other rows.
+            part.unlink(missing_ok=True)
+            self._unlist(view)
+            with part.open("wb") as file:
+                file.write(header)
+                file.truncate(size)
+        return missing
 
-    def write(self, view: int, start: int, rows: np.ndarray) -> None:
-        """Write rows to the temporary file of a view. Several processes may write different rows.
+    def write(self, view: int, start: int, rows: np.ndarray, process: int) -> None:
+        """Write a block to the temporary file of a view, and list it as written.
+
+        Several processes may write different blocks.
 
         Args:
             view: the number of the view.
             start: the index of the sample of the first row.
             rows: a structured array with the rows of consecutive samples.
+            process: the number of this process, which has a list of its own.
         """
+        content = rows.tobytes()
         # Use write() instead of a memory map: then a full disk causes an OSError and not a SIGBUS,
         # and two machines never write to one memory page.
         with self._part(view).open("r+b") as file:
             file.seek(-(self.rows - start) * rows.itemsize, os.SEEK_END)
-            file.write(rows.tobytes())
+            file.write(content)
+        # The checksum makes it unnecessary to wait here until the block is on disk: after a power
+        # failure, a listed block whose rows are missing does not have its checksum.
+        # The line feed comes first, because a killed process may have left an incomplete line.
+        line = f"\n{start} {start + len(rows)} {zlib.crc32(content):08x}"
+        with self._list(view, process).open("a") as file:
+            file.write(line)
 
     def flush(self, view: int) -> None:
         """Wait until the rows that this process has written to a view are on disk."""
@@ -148,9 +156,62 @@ class ViewFiles:
     def commit(self, view: int) -> None:
         """Rename the temporary file of a view when all processes have written their rows."""
         _rename(self._part(view), self.path(view))
+        self._unlist(view)
 
     def _part(self, view: int) -> Path:
         return self.path(view).with_suffix(".part")
+
+    def _list(self, view: int, process: int) -> Path:
+        """Return the path of a process's list: a line of start, end and checksum per block."""
+        return self.path(view).with_suffix(f".blocks-{process}")
+
+    def _lists(self, view: int) -> list[Path]:
+        return sorted(self.folder.glob(f"{self.path(view).stem}.blocks-*"))
+
+    def _unlist(self, view: int) -> None:
+        for path in self._lists(view):
+            path.unlink(missing_ok=True)
+
+    def _missing(self, view: int, row: np.dtype) -> list[tuple[int, int]]:
+        """Return the ranges of rows that are not in a listed block with its checksum."""
+        texts = [path.read_text(errors="replace") for path in self._lists(view)]
+        # An incomplete line does not match.
+        found = [_LINE.fullmatch(line) for text in texts for line in text.splitlines()]
+        listed = sorted((int(m[1]), int(m[2]), int(m[3], 16)) for m in found if m)
+        missing, end = [], 0
+        with self._part(view).open("rb") as file:
+            for start, stop, checksum in [*listed, (self.rows, self.rows, 0)]:
+                if not end <= start <= stop <= self.rows:
+                    continue
+                file.seek(-(self.rows - start) * row.itemsize, os.SEEK_END)
+                if zlib.crc32(file.read((stop - start) * row.itemsize)) != checksum:
+                    continue
+                if start > end:
+                    missing.append((end, start))
+                end = stop
+        return missing
+
+
+def header_of(row: np.dtype, rows: int) -> bytes:
+    """Return the header of a ``.npy`` file, filled with spaces so that the rows begin a page."""
+    file = io.BytesIO()
+    descr = np.lib.format.dtype_to_descr(row)
+    np.lib.format.write_array_header_1_0(
+        file, {"descr": descr, "fortran_order": False, "shape": (rows,)}
+    )
+    content = file.getvalue()
+    # 8 bytes of magic, then the length of the text as two bytes, then the text and a line feed.
+    text = content[10:-1].ljust(PAGE - 11) + b"\n"
+    return content[:8] + len(text).to_bytes(2, "little") + text
+
+
+def _begins_with(path: Path, header: bytes, size: int) -> bool:
+    """Return whether a file has this size and begins with this header."""
+    try:
+        with path.open("rb") as file:
+            return os.fstat(file.fileno()).st_size == size and file.read(len(header)) == header
+    except OSError:
+        return False
 
 
 def read_rows(path: Path, rows: int, fields: Sequence[str], delete: Path) -> np.ndarray:

@@ -9,7 +9,8 @@ from filelock import FileLock
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_dist.cache.files import read_rows, write_rows
-from lightning_dist.cache.filling import FINGERPRINT, TeacherRows, kept_generators
+from lightning_dist.cache.filling import kept_generators
+from lightning_dist.cache.rows import FINGERPRINT, TeacherRows
 from lightning_dist.data.views import KeyedBatch
 
 TOLERANCE = "(tolerance)"  # The entry of a row that contains the result of `_tolerance`.
@@ -19,7 +20,7 @@ _TF32_EPS = 2.0**-10
 
 def check_answers(
     folder: Path, answers: TeacherRows, batches: Sequence[KeyedBatch], device: torch.device
-) -> None:
+) -> np.dtype:
     """Compare a teacher's outputs for some samples with the outputs that a folder contains.
 
     The first run with a folder stores its outputs there. The teacher runs without autocast and
@@ -31,6 +32,9 @@ def check_answers(
         batches: batches of the samples, which are the same in all runs.
         device: the device on which the teacher runs.
 
+    Returns:
+        The dtype of a row of these outputs.
+
     Raises:
         MisconfigurationException: if the outputs differ from the stored ones by more than rounding,
             if the teacher draws random numbers, or if :meth:`TeacherRows.rows` refuses a batch.
@@ -39,9 +43,9 @@ def check_answers(
     path = folder / "samples.npy"
     with answers.on_device(device), kept_generators(device) as drawn:
         rows = _rows(answers, batches, device)
-        found = path.exists()
+        row, found = _without_tolerance(rows.dtype), path.exists()
         if found and not drawn() and not _differences(_read(path, rows), rows):
-            return  # This is the usual case: the teacher gets each sample once.
+            return row  # This is the usual case: the teacher gets each sample once.
         again = _rows(answers, batches, device)
         if drawn() or _differences(rows, again):
             raise MisconfigurationException(
@@ -61,6 +65,7 @@ def check_answers(
             "of some samples): its code, or a file or object that it uses, has changed. Delete the "
             "folder, or choose another one (distill.cache=PATH)"
         )
+    return row
 
 
 def _rows(answers: TeacherRows, batches: Sequence[KeyedBatch], device: torch.device) -> np.ndarray:
@@ -72,6 +77,10 @@ def _rows(answers: TeacherRows, batches: Sequence[KeyedBatch], device: torch.dev
         with_tolerance[name] = rows[name]
     with_tolerance[TOLERANCE] = _tolerance(answers, device)
     return with_tolerance
+
+
+def _without_tolerance(row: np.dtype) -> np.dtype:
+    return np.dtype([field for field in row.descr if field[0] != TOLERANCE])
 
 
 def _tolerance(answers: TeacherRows, device: torch.device) -> float:

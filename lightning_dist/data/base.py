@@ -189,7 +189,7 @@ class ImageDataModule(Pixels, TrainingLabels, Loaders):
         loaders = {"global_batch_size", "eval_batch_size", "num_workers", "seed", "pin_memory"}
         others = (
             loaders
-            | {"drop_last", "views", "labels", "unlabeled_share"}
+            | {"drop_last", "views", "add_answers", "labels", "unlabeled_share"}
             | vars(LightningDataModule()).keys()
         )
         return {

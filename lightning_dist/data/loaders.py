@@ -1,16 +1,17 @@
 """`Loaders`, the part of a data module that makes its loaders, the same for any worker number."""
 
-from collections.abc import Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import suppress
 from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lightning_dist.data.seeding import (
     EpochSampler,
+    Key,
     RepeatingSampler,
     ResumableLoader,
     SeededDataset,
@@ -19,7 +20,7 @@ from lightning_dist.data.seeding import (
 from lightning_dist.data.shared_memory import refuse_small_shared_memory
 from lightning_dist.data.tensor_images import TensorImages
 from lightning_dist.data.unlabeled import SharedBatches
-from lightning_dist.data.views import Views
+from lightning_dist.data.views import KeyedBatch, Views
 from lightning_dist.data.workers import start_worker
 
 
@@ -46,6 +47,8 @@ class Loaders(LightningDataModule):
         views: the number of fixed augmentations of each sample, which are the same in every run.
             Each epoch uses the next one, and training batches are KeyedBatches. If it is None, each
             epoch draws a new augmentation.
+        add_answers: a function that is called with each KeyedBatch of the training loader, in the
+            process that loads it, and returns the batch.
         random_transforms: False skips the seeding; a subclass sets it if no transform is random.
         location: the folder or the name of the data set, for error messages.
     """
@@ -58,6 +61,8 @@ class Loaders(LightningDataModule):
     drop_last: bool
     unlabeled_share: float | None
     views: int | None = None  # set by a cached teacher, which needs the same images again
+    # set by a cached teacher, which reads its outputs with the images
+    add_answers: Callable[[KeyedBatch], KeyedBatch] | None = None
     random_transforms: bool = True
     location: str
     _labeled: Tensor | None
@@ -102,7 +107,7 @@ class Loaders(LightningDataModule):
         settings = self._loader_settings(dataset)
         if self.views is not None:
             dataset = self.train_views()
-            settings["collate_fn"] = dataset.collate
+            settings["collate_fn"] = self.add_answers or dataset.collate
         elif not isinstance(dataset, TensorImages):
             dataset = SeededDataset(dataset, self.seed if self.random_transforms else None)
         loader = ResumableLoader(
@@ -129,18 +134,17 @@ class Loaders(LightningDataModule):
         """Return the training set with `views` fixed augmentations of each sample."""
         return Views(self._dataset("train"), self.views or 1, self.random_transforms)
 
-    def view_dataloader(self, view: int, indices: Sequence[int]) -> DataLoader:
-        """Return a loader of one view of some training samples, in the given order.
+    def view_dataloader(self, view: int, batches: Sequence[Sequence[int]]) -> DataLoader:
+        """Return a loader of one view of some training samples.
 
         Args:
             view: the number of the view, from 0.
-            indices: the positions of the samples in the training set.
+            batches: the positions in the training set of the samples of each batch.
         """
         views = self.train_views()
         return DataLoader(
             views,
-            batch_size=self.batch_size,
-            sampler=[(index, view) for index in indices],
+            batch_sampler=_KeysOfView(view, batches),
             **self._loader_settings(views) | {"persistent_workers": False},
         )
 
@@ -168,7 +172,7 @@ class Loaders(LightningDataModule):
             sample = None
             # An unreadable sample is reported when its batch is loaded.
             with suppress(Exception), seeded(self.seed):
-                sample = loader.dataset[0]
+                sample = [loader.dataset[0], getattr(loader.collate_fn, "adds", None)]
             refuse_small_shared_memory(loader, sample, getattr(self.trainer, "num_devices", 1))
         return loader
 
@@ -190,3 +194,17 @@ class Loaders(LightningDataModule):
         """
         kwargs = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
         return kwargs or {"num_replicas": 1, "rank": 0}
+
+
+class _KeysOfView(Sampler[list[Key]]):
+    """A batch sampler that yields the Keys of given samples in one view."""
+
+    def __init__(self, view: int, batches: Sequence[Sequence[int]]) -> None:
+        self.view, self.batches = view, batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        for batch in self.batches:
+            yield [(index, self.view) for index in batch]

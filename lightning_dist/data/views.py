@@ -26,6 +26,9 @@ class KeyedBatch:
         indices: the positions of the samples in the training set, int64 ``(N,)``.
         view: the number of the view, from 0.
         fingerprints: the :func:`fingerprints` of the images, float64 ``(N,)``.
+        answers: what a cached teacher has added to the batch in the process that loaded it: a dict
+            from names to the bytes of numbers, uint8 ``(N, bytes)``, whose dtype no precision of
+            the Trainer changes. None if it has added nothing.
     """
 
     inputs: Tensor
@@ -33,6 +36,7 @@ class KeyedBatch:
     indices: np.ndarray
     view: int
     fingerprints: np.ndarray
+    answers: dict[str, Tensor] | None = None
 
     def __iter__(self) -> Iterator[Any]:
         yield self.inputs
@@ -47,8 +51,9 @@ class KeyedBatch:
     def pin_memory(self) -> "KeyedBatch":
         """Return a copy in pinned memory, for a DataLoader with ``pin_memory=True``."""
         target = self.target.pin_memory() if isinstance(self.target, Tensor) else self.target
+        answers = self.answers and {name: x.pin_memory() for name, x in self.answers.items()}
         return KeyedBatch(
-            self.inputs.pin_memory(), target, self.indices, self.view, self.fingerprints
+            self.inputs.pin_memory(), target, self.indices, self.view, self.fingerprints, answers
         )
 
 

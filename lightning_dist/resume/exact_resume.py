@@ -109,7 +109,7 @@ class ExactResume(Callback):
         refuse_finders(trainer)
         follow_moved_folder(trainer, checkpoint)
         drop_foreign_paths(trainer, checkpoint)
-        self._resumes = True
+        self._resumes, self._saved_step = True, checkpoint["global_step"]
         for logger in _csv_loggers(trainer):
             logger.rewind(checkpoint["global_step"])
         if checkpoint.get(_STOPPED):
@@ -212,6 +212,15 @@ class ExactResume(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the handling of signals to Lightning again."""
         remove_handler(trainer)
+
+    def end_if_signalled(self, trainer: Trainer) -> None:
+        """End the run within a training step if a process received a signal.
+
+        A step that takes minutes calls this, such as one that fills a teacher cache. The batch is
+        not completed and nothing is saved: a resumed run continues from the last checkpoint.
+        """
+        if self._any_received_signal(trainer):
+            self._end_run(trainer)
 
     # Helpers of the hooks
 

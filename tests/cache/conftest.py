@@ -1,9 +1,13 @@
 """Fixtures for the tests of the teacher cache."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from caching import digits
+from caching import SAMPLES, TRAINED, digits
+from counted import CountedCNN
+from lightning_dist import CachedTeacher, Teacher
 from lightning_dist.models.small import SmallCNN
 from lightning_dist.tasks.classification import ClassificationModule
 
@@ -21,3 +25,20 @@ def train(make_trainer):
         return module
 
     return run
+
+
+@pytest.fixture
+def counted(tmp_path, monkeypatch):
+    """Return two functions: one creates a teacher that counts, one returns its batch sizes."""
+    monkeypatch.setenv("COUNTED", str(tmp_path / "counted.txt"))
+
+    def batches() -> list[int]:
+        path = tmp_path / "counted.txt"
+        sizes = [int(line) for line in path.read_text().split()] if path.exists() else []
+        return [size for size in sizes if size != SAMPLES]
+
+    def new() -> CachedTeacher:
+        network = Teacher(CountedCNN([32, 64, 128]), TRAINED)
+        return CachedTeacher(network, tmp_path / "cache", views=2)
+
+    return SimpleNamespace(teacher=new, batches=batches)
