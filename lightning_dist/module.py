@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
+from torchmetrics import MetricCollection
 
 from lightning_dist.callback import DistillationCallback
 from lightning_dist.teacher import TeacherBase, as_teacher, shard_once, shard_teacher
@@ -24,7 +25,7 @@ from lightning_dist.training.cards import (
     refuse_other_number,
     save_card,
 )
-from lightning_dist.training.evaluation import Metrics
+from lightning_dist.training.evaluation import Metrics, refuse_without_labels
 from lightning_dist.training.evaluation_module import EvaluationModule
 from lightning_dist.training.fitting import attached_callbacks
 from lightning_dist.training.hyper_parameters import without_objects
@@ -83,10 +84,12 @@ class DistillModule(EvaluationModule):
             called.
         measure_teacher: log at the start how good the teacher is on up to 256 validation samples,
             which takes up to 5 seconds.
+        teacher_metrics: the metrics to update with the outputs of student and teacher in validation
+            and test, such as :func:`lightning_dist.metrics.teacher_metrics`; they need no labels.
 
     Raises:
         TypeError: if ``student`` is not a module.
-        ValueError: if an option is out of range.
+        ValueError: if an option is out of range, or needs a teacher and there is none.
 
     Example:
         >>> module = DistillModule(nn.Linear(4, 3), teacher=nn.Linear(4, 3))
@@ -121,9 +124,15 @@ class DistillModule(EvaluationModule):
         channels_last: bool = False,
         shard_teacher: bool = False,
         measure_teacher: bool = True,
+        teacher_metrics: MetricCollection | None = None,
     ) -> None:
         task_loss = nn.CrossEntropyLoss() if task_loss is None else task_loss
-        super().__init__(student, task_loss, metrics, batch_keys)
+        super().__init__(student, task_loss, metrics, batch_keys, teacher_metrics)
+        if teacher_metrics is not None and teacher is None:
+            raise ValueError(
+                "teacher_metrics compares the student with a teacher, and there is none: give a "
+                "teacher (on the command line teacher=... and another distill than none)"
+            )
         if scheduler_interval not in ("epoch", "step"):
             raise ValueError(f"scheduler_interval is {scheduler_interval!r}: use 'epoch' or 'step'")
         check_options(task_weight, nonfinite)
@@ -175,9 +184,7 @@ class DistillModule(EvaluationModule):
         Raises:
             MisconfigurationException: if there is no teacher, or it has no such output.
         """
-        if self.teacher is None:
-            raise MisconfigurationException("the module has no teacher: give it one")
-        return self.teacher.as_network()
+        return super().teacher_network() if self.teacher is None else self.teacher.as_network()
 
     def configure_terms(self) -> Mapping[str, Term]:
         """Return a dict from names to distillation terms; override it to distil other parts.
@@ -254,11 +261,16 @@ class DistillModule(EvaluationModule):
         return []
 
     def on_fit_start(self) -> None:
-        """Refuse averaged weights that no callback updates, and data with other classes."""
+        """Refuse averaged weights that no callback updates, and data that does not fit."""
         refuse_stale_average(self)
+        refuse_without_labels(self.trainer, self.teacher is not None, self.compares_teacher)
         data = card_of_data(self.trainer)
         if data is not None:
             refuse_other_number(self.num_classes, data.num_classes, type(self).__name__)
+
+    def on_test_start(self) -> None:
+        """Refuse data without labels if there is no teacher to compare the student with."""
+        refuse_without_labels(self.trainer, self.teacher is not None, self.compares_teacher)
 
     def on_train_start(self) -> None:
         """Log the teacher's metric on the validation set, and the one in its card."""
@@ -267,7 +279,7 @@ class DistillModule(EvaluationModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the card of the student; a subclass that overrides this calls it too."""
-        save_card(self.trainer, self.task, self.num_classes, checkpoint)
+        save_card(self.trainer, self.task, self.num_classes, self.teacher, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to go on with data whose classes differ from those in the checkpoint."""

@@ -39,6 +39,7 @@ from lightning_dist.cli.run.initial_weights import (
 )
 from lightning_dist.cli.run.logger_hooks import LogConfig, closed_loggers, without_loggers
 from lightning_dist.cli.run.names import names_and_sizes
+from lightning_dist.cli.run.num_classes import fill_num_classes
 from lightning_dist.cli.run.restoring import restoring_errors
 from lightning_dist.cli.run.run import Run
 from lightning_dist.cli.run.saved_config import to_save
@@ -105,6 +106,7 @@ def _job(config: DictConfig) -> float | None:
 
 def _run_here(run: Run) -> None:
     with run.recorded():
+        fill_num_classes(run.config)
         check_settings(run.config)
         run.begin()
         run.result |= train(run)

@@ -56,9 +56,9 @@ class ImageDataModule(Pixels, TrainingLabels, Loaders):
         unlabeled: a folder of images without labels, or several folders; the images, at any depth,
             are distilled in addition to the training set. Only data modules of image files support
             it.
-        unlabeled_share: the share of images without a label in each batch of each process. An epoch
-            is then one pass over the images with a label. By default an epoch is one pass over all
-            images.
+        unlabeled_share: the share of images without a label in each batch of each process; 0 leaves
+            them out. An epoch is then one pass over the images with a label. By default an epoch is
+            one pass over all images.
 
     Raises:
         ValueError: if a setting is out of range.
@@ -74,6 +74,8 @@ class ImageDataModule(Pixels, TrainingLabels, Loaders):
         image_size: the height and width in pixels, if all images are squares of one size.
         in_channels: the number of channels of an image.
         tests_on_validation: whether validation and test use the same images.
+        trains_labels: whether training images have labels.
+        evaluates_labels: whether validation and test images have labels.
         views: the number of fixed augmentations of each sample, which are the same in every run.
             Each epoch uses the next one, and training batches are KeyedBatches. If it is None, each
             epoch draws a new augmentation.
@@ -83,6 +85,8 @@ class ImageDataModule(Pixels, TrainingLabels, Loaders):
     class_names: list[str] | None
     class_colors: list[tuple[int, int, int]] | None = None
     tests_on_validation: bool = False
+    trains_labels: bool = True
+    evaluates_labels: bool = True
 
     def __init__(
         self,

@@ -80,7 +80,8 @@ class SharedBatches(EpochSampler):
     Args:
         dataset: the data set to sample.
         labeled: a bool tensor (N,) that is true for the samples with a label.
-        share: the share of samples without a label in each batch of each process, between 0 and 1.
+        share: the share of samples without a label in each batch of each process, from 0 (no such
+            sample is used) to below 1.
         batch_size: the number of samples in a batch of each process.
         seed: the seed of the run.
         num_replicas: the number of processes that share the samples of each epoch.
@@ -88,8 +89,8 @@ class SharedBatches(EpochSampler):
         drop_last: see :class:`lightning_dist.data.seeding.EpochSampler`.
 
     Raises:
-        ValueError: if a batch would have no sample with a label, or no sample without one, or if
-            the data set has no such samples.
+        ValueError: if a batch would have no sample with a label, or, with a share above 0, no
+            sample without one, or if the data set has no such samples.
     """
 
     def __init__(
@@ -112,6 +113,8 @@ class SharedBatches(EpochSampler):
             ("with", self.own, self.with_label),
             ("without", self.others, self.without),
         ):
+            if name == "without" and not share:
+                continue
             if not each or not len(all_of_them):
                 raise ValueError(
                     f"unlabeled_share={share} of {batch_size} samples in a batch leaves {each} "
@@ -144,6 +147,8 @@ class SharedBatches(EpochSampler):
 
     def _others(self) -> Tensor:
         """Return the indices of this epoch and process that have no label."""
+        if not self.others:
+            return self.without[:0]
         size, total = len(self.without), self.batches * self.others * self.num_replicas
         places = torch.arange(self.epoch * total, (self.epoch + 1) * total)
         places = places[self.rank :: self.num_replicas]

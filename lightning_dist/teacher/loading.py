@@ -99,6 +99,33 @@ def load_teacher(
     return teacher
 
 
+def classes_of_weights(
+    source: Any, weights: str | Path | None = None, pretrained: bool | str = True
+) -> int | None:
+    """Return the number of classes of a teacher's weights, or ``None`` if it is unknown.
+
+    Nothing is built or downloaded: the number is that of the weights' card, or that of the library.
+
+    Args:
+        source: the source, as in :func:`load_teacher`.
+        weights: the weight file, as in :func:`load_teacher`.
+        pretrained: the library's weights, as in :func:`load_teacher`.
+    """
+    name = source if isinstance(source, str) else ""
+    file = weights or (name.removeprefix("local-dir:") if name.startswith("local-dir:") else None)
+    if file is not None:
+        card = read_card(file)
+        return None if card is None else card.num_classes
+    if name.startswith("torchvision/"):
+        network = name.removeprefix("torchvision/")
+        if network not in torchvision.models.list_models():
+            _refuse_name("torchvision network", network, torchvision.models.list_models())
+        entry = pretrained if isinstance(pretrained, str) else "DEFAULT"
+        return len(torchvision.models.get_model_weights(network)[entry].meta["categories"]) or None
+    config = timm.models.get_pretrained_cfg(name.removeprefix("timm/")) if name else None
+    return config.num_classes if config is not None and pretrained else None
+
+
 def _build(
     source: str | nn.Module | Callable[..., nn.Module],
     pretrained: bool | str,

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_dist.files.card import CARD_KEY, Card
 from lightning_dist.files.card_files import card_in
 from lightning_dist.files.text import printable
+from lightning_dist.teacher import TeacherBase
 
 
 def card_of_data(trainer: Trainer) -> Card | None:
@@ -23,19 +24,28 @@ def card_of_data(trainer: Trainer) -> Card | None:
     return data.card() if hasattr(data, "card") else None
 
 
-def card_of_run(trainer: Trainer, task: str | None, num_classes: int | None) -> Card:
+def card_of_run(
+    trainer: Trainer,
+    task: str | None,
+    num_classes: int | None,
+    teacher: TeacherBase | None = None,
+) -> Card:
     """Return the card of the student that a Trainer trains.
 
     Args:
         trainer: the Trainer.
         task: the task, as in :class:`lightning_dist.files.card.Card`.
-        num_classes: the number of the student's classes, if the data module has no card.
+        num_classes: the number of the student's classes, if the data module does not name them.
+        teacher: the teacher. If the data module does not name the classes, they are the teacher's.
     """
     data: Any = getattr(trainer, "datamodule", None)
     names = getattr(data, "class_names", None)
     card = card_of_data(trainer) or Card(
-        num_classes=num_classes, class_names=None if names is None else tuple(map(str, names))
+        class_names=None if names is None else tuple(map(str, names))
     )
+    own = None if teacher is None or teacher.class_map is not None else teacher.card
+    if card.class_names is None and own is not None and len(own.class_names or ()) == num_classes:
+        card = dataclasses.replace(card, class_names=own.class_names)
     saver: Any = trainer.checkpoint_callback
     metric = getattr(saver, "monitor", None)
     value = trainer.callback_metrics.get(metric) if metric else None
@@ -43,6 +53,7 @@ def card_of_run(trainer: Trainer, task: str | None, num_classes: int | None) -> 
     folder = folder.parent if folder.name == "checkpoints" else folder
     return dataclasses.replace(
         card,
+        num_classes=num_classes if card.num_classes is None else card.num_classes,
         task=task,
         averaged=is_of_average(metric),
         precision=str(trainer.precision),
@@ -54,10 +65,14 @@ def card_of_run(trainer: Trainer, task: str | None, num_classes: int | None) -> 
 
 
 def save_card(
-    trainer: Trainer, task: str | None, num_classes: int | None, checkpoint: dict[str, Any]
+    trainer: Trainer,
+    task: str | None,
+    num_classes: int | None,
+    teacher: TeacherBase | None,
+    checkpoint: dict[str, Any],
 ) -> None:
     """Put the card of the student into a checkpoint; the arguments are those of `card_of_run`."""
-    checkpoint[CARD_KEY] = card_of_run(trainer, task, num_classes).to_plain()
+    checkpoint[CARD_KEY] = card_of_run(trainer, task, num_classes, teacher).to_plain()
 
 
 def is_of_average(metric: str | None) -> bool:

@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sized
 from typing import Any, cast
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 from torchmetrics import MeanMetric, Metric, MetricCollection
@@ -21,9 +22,13 @@ class EvaluationMetrics(nn.Module):
         metrics: the metrics to compute; they are copied, so that networks and splits share no
             state.
         prefix: the first part of the names of the logged metrics, such as ``"val/"``.
+        of_teacher: the metrics of the outputs of network and teacher, such as those of
+            :func:`lightning_dist.metrics.teacher_metrics`; they are copied too.
     """
 
-    def __init__(self, metrics: Metrics, prefix: str) -> None:
+    def __init__(
+        self, metrics: Metrics, prefix: str, of_teacher: MetricCollection | None = None
+    ) -> None:
         super().__init__()
         if not isinstance(metrics, MetricCollection):
             metrics = MetricCollection(
@@ -32,15 +37,59 @@ class EvaluationMetrics(nn.Module):
         self.collection = metrics.clone(prefix=prefix)
         self.mean_loss = MeanMetric()
         self.prefix = prefix
+        self.of_teacher = None if of_teacher is None else of_teacher.clone(prefix=prefix)
 
     def log(self, module: LightningModule) -> None:
         """Log the metrics and the mean loss as ``PREFIXNAME`` and ``PREFIXloss``.
 
+        If the data has no labels, only the metrics of network and teacher are logged.
+
         Args:
             module: the module in whose validation or test step this is called.
         """
-        module.log(f"{self.prefix}loss", self.mean_loss)
-        module.log_dict(self.collection, prog_bar=self.prefix.startswith("val"))
+        on_bar = self.prefix.startswith("val")
+        if evaluates_labels(module.trainer):
+            module.log(f"{self.prefix}loss", self.mean_loss)
+            module.log_dict(self.collection, prog_bar=on_bar)
+        if self.of_teacher is not None:
+            module.log_dict(self.of_teacher, prog_bar=on_bar)
+
+
+def evaluates_labels(trainer: Any) -> bool:
+    """Return whether the validation and test images have labels, as the data module says.
+
+    Args:
+        trainer: the Trainer. Without a data module, there are labels.
+    """
+    return getattr(getattr(trainer, "datamodule", None), "evaluates_labels", True)
+
+
+def refuse_without_labels(trainer: Trainer, has_teacher: bool, compares_teacher: bool) -> None:
+    """Refuse data without labels if there is nothing to learn from, or nothing to measure.
+
+    Args:
+        trainer: the Trainer.
+        has_teacher: whether the student is distilled.
+        compares_teacher: whether validation and test compare the student with the teacher.
+
+    Raises:
+        MisconfigurationException: if a student without a teacher would be trained on images without
+            labels, or if validation or test would have no metric.
+    """
+    data: Any = getattr(trainer, "datamodule", None)
+    where = getattr(data, "location", type(data).__name__)
+    if trainer.training and not has_teacher and not getattr(data, "trains_labels", True):
+        raise MisconfigurationException(
+            f"the images of {where} have no labels, so a student without a teacher has nothing to "
+            "learn from: give a teacher (on the command line teacher=... and another distill than "
+            "none), or labelled data"
+        )
+    if not (compares_teacher or evaluates_labels(trainer)):
+        raise MisconfigurationException(
+            f"the images of {where} have no labels, and there is no teacher to compare the student "
+            "with: give the data module val_root, a folder VAL_ROOT/CLASS/FILE of labelled images "
+            "(lightning-dist eval: +data.val_root=DIR)"
+        )
 
 
 def without_repeats(batch: Any, batch_idx: int, loaders: Any) -> Any:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
@@ -29,6 +30,8 @@ class EvaluationModule(LightningModule):
         metrics: the metrics to update with an output and the target.
         batch_keys: the keys of the inputs and of the target, for batches that are mappings; see
             :class:`lightning_dist.DistillModule`.
+        of_teacher: the metrics to update with the outputs of a network and of the teacher; they
+            need no labels.
     """
 
     def __init__(
@@ -37,6 +40,7 @@ class EvaluationModule(LightningModule):
         eval_loss: nn.Module | Callable[[Any, Any], Tensor],
         metrics: Metrics = None,
         batch_keys: tuple[str, str] | None = None,
+        of_teacher: MetricCollection | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(student, nn.Module):
@@ -46,7 +50,9 @@ class EvaluationModule(LightningModule):
         self.batch_keys = batch_keys
         self.evaluated: dict[str, nn.Module] = {}  # Further networks, by the name of their metrics.
         splits = ("val/", "test/")
-        self.metrics = nn.ModuleDict({split: EvaluationMetrics(metrics, split) for split in splits})
+        self.metrics = nn.ModuleDict(
+            {split: EvaluationMetrics(metrics, split, of_teacher) for split in splits}
+        )
 
     def evaluate_too(self, name: str, network: nn.Module) -> None:
         """Evaluate another network in addition to the student in validation and test.
@@ -57,7 +63,8 @@ class EvaluationModule(LightningModule):
         """
         self.evaluated[name] = network
         for prefix in (f"val/{name}", f"test/{name}"):
-            self.metrics[prefix] = EvaluationMetrics(self.val_metrics, prefix)
+            of_teacher = cast(EvaluationMetrics, self.metrics["val/"]).of_teacher
+            self.metrics[prefix] = EvaluationMetrics(self.val_metrics, prefix, of_teacher)
         self.metrics.to(self.device)
 
     def evaluate_only(self, network: nn.Module) -> None:
@@ -76,6 +83,11 @@ class EvaluationModule(LightningModule):
         """
         self.student = convert(self.student)
         self.evaluated = {name: convert(other) for name, other in self.evaluated.items()}
+
+    @property
+    def compares_teacher(self) -> bool:
+        """Whether validation and test compare the student with the teacher."""
+        return cast(EvaluationMetrics, self.metrics["val/"]).of_teacher is not None
 
     @property
     def val_metrics(self) -> MetricCollection:
@@ -145,11 +157,26 @@ class EvaluationModule(LightningModule):
         inputs, target = batch
         samples = count_samples(inputs, target)
         count = self.count_labels(target, samples) if samples else 0
+        compared = metrics.of_teacher if samples else None
+        if not count and compared is None:
+            return 0
+        output = self.infer(network, inputs)
+        if compared is not None:
+            teacher = self.teacher_network().to(self.device)
+            compared.update(output, self.infer(teacher, inputs))
         if count:
-            output, target = self.labeled(self.infer(network, inputs), target)
+            output, target = self.labeled(output, target)
             metrics.collection.update(output, target)
             metrics.mean_loss.update(self.eval_loss(output, target), weight=count)
         return count
+
+    def teacher_network(self) -> nn.Module:
+        """Return the teacher as a network with the same inputs and kind of output as the student.
+
+        Raises:
+            MisconfigurationException: if there is no teacher, or it has no such output.
+        """
+        raise MisconfigurationException("the module has no teacher: give it one")
 
     def labeled(self, output: Any, target: Any) -> tuple[Any, Any]:
         """Return an output and a target without the samples that have no label.

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from lightning_dist.files.card import Card
 from lightning_dist.teacher import is_sharded
-from lightning_dist.training.evaluation import EvaluationMetrics
+from lightning_dist.training.evaluation import EvaluationMetrics, evaluates_labels
 
 SAMPLES = 256
 SECONDS = 5.0
@@ -25,14 +25,15 @@ def log_measured_teacher(trainer: Any, module: Any) -> None:
     """Log how good a module's teacher is, and warn if it is far below the value in its card.
 
     Only the first process measures. Nothing is measured in a ``fast_dev_run`` or a barebones run,
-    or if the teacher is sharded, because one process cannot call such a network alone.
+    if the data has no labels, or if the teacher is sharded, because one process cannot call such a
+    network alone.
 
     Args:
         trainer: the Trainer, whose validation loaders exist.
         module: the :class:`lightning_dist.DistillModule`, with its teacher on its device.
     """
     teacher = module.teacher
-    quick = trainer.fast_dev_run or trainer.barebones
+    quick = trainer.fast_dev_run or trainer.barebones or not evaluates_labels(trainer)
     if teacher is None or quick or not trainer.is_global_zero or is_sharded(teacher.network):
         return
     line, is_bad = measure_teacher(trainer, module, teacher.card)

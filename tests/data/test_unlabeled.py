@@ -49,7 +49,14 @@ def test_an_epoch_goes_on_at_any_batch():
     assert batches(epoch=2, skip=8) == batches(epoch=2)[1:]
 
 
-@pytest.mark.parametrize("share", [0.0, 0.001, 1.0, 1.5])
+def test_a_share_of_zero_leaves_out_all_images_without_a_label():
+    sampler = SharedBatches(LABELED, LABELED, 0, 8, seed=3)
+    found = [index for index, _ in sampler]
+    assert len(sampler) == len(found) == 10
+    assert sorted(found) == list(range(10))
+
+
+@pytest.mark.parametrize("share", [0.001, 1.0, 1.5])
 def test_a_share_that_leaves_no_image_of_one_kind_is_refused(share):
     data = DigitsDataModule(labels=100, unlabeled_share=share)
     with pytest.raises(ValueError, match="unlabeled_share"):

@@ -83,7 +83,7 @@ _TIMM_NAMES = {
 }
 
 # The arguments of data modules that name a folder or a data set of a hub.
-FOLDERS = ("root", "path")
+FOLDERS = ("root", "path", "val_root")
 # Arguments that only training reads, and that are removed from a config that is not trusted.
 ONLY_TRAINING = ("unlabeled", "unlabeled_share")
 

@@ -32,7 +32,7 @@ _MOVED = {
 
 
 # The options of a module that describe the distillation or the output, not the student.
-_NOT_SAVED = ("teacher", "distill_loss", "distill_terms", "measure_teacher")
+_NOT_SAVED = ("teacher", "teacher_metrics", "distill_loss", "distill_terms", "measure_teacher")
 
 
 def to_save(config: DictConfig) -> dict[str, Any]:
@@ -156,7 +156,8 @@ def build_data(
         from lightning_dist.cli.run.allowlist import FOLDERS
 
         for key in FOLDERS:
-            if hasattr(data, key) and key not in changes:  # the config's value or the default
+            # The value is the config's, or the default.
+            if getattr(data, key, None) is not None and key not in changes:
                 raise UserError(
                     f"{path} names the folder or data set to read, "
                     f"{key}={str(getattr(data, key))!r:.200}: if that is where you have the data, "
