@@ -18,6 +18,7 @@ from lightning_dist.losses.streaming import (
     DISTFunction,
     EagerDISTFunction,
     inside_torch_func,
+    with_few_classes_first,
 )
 
 
@@ -112,7 +113,7 @@ def dist_loss(
     options = tau, beta, gamma, activation, eps, sync
     if torch.compiler.is_compiling() or inside_torch_func():
         return DISTFunction.apply(*inputs, *options)[0]
-    return EagerDISTFunction.apply(*inputs, *options)
+    return EagerDISTFunction.apply(*with_few_classes_first(inputs), *options)
 
 
 def inter_class_correlation(

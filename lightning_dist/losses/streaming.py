@@ -23,6 +23,13 @@ _LEAST_ROWS = 16
 # slow, and it is faster to copy the block transposed first. Measured on an H100: the copy is faster
 # with 720 classes and slower with 150.
 _MOST_STRIDED_CLASSES = 256
+# With more classes than this, a CPU's softmax over a dimension that is not the last one loses
+# digits, because torch 2.14 adds the classes one after the other, also in the backward pass.
+_MOST_SUMMED_CLASSES = 64
+# With fewer classes than this, a CPU's softmax and sums over the last dimension are slow, because
+# torch uses no vector instructions for them. They are up to seven times as fast on a transposed
+# copy of a block, whose last dimension is the rows.
+_LEAST_CLASSES_IN_ROWS = 16
 # Activations and means have rounding errors of a few units in the last place of the dtype in which
 # the loss is computed. So equal logits may give values that differ by this many units.
 _ROUNDING_UNITS = 8
@@ -176,7 +183,8 @@ class DISTFunction(torch.autograd.Function):
         starts = range(n_columns, len(data), n_rows)
         rows = [_scaled(data[start : start + n_rows], grad_output) for start in starts]
         as_rows, whole = _as_rows(student), len(rows) == 1
-        gradient = None if whole and not as_rows else torch.empty_like(student)
+        transposed = as_rows or _is_transposed(student)
+        gradient = None if whole and not transposed else torch.empty_like(student)
         for index, block in enumerate(_blocks(student, whole)):
             y_student, y_teacher, keep = _activate(
                 student, teacher, mask, block, tau, activation, dtype
@@ -191,7 +199,7 @@ class DISTFunction(torch.autograd.Function):
                 part = _part(gradient, block).transpose(1, 2)
                 part.copy_(slope.view_as(part))
             else:
-                gradient[block] = slope
+                _part(gradient, block).copy_(slope)
         return gradient, *[None] * 8
 
 
@@ -427,9 +435,10 @@ def _before_activation(slope: Tensor, y: Tensor, activation: Activation) -> Tens
         return slope
     if activation == "sigmoid":
         return torch.ops.aten.sigmoid_backward(slope, y)
-    if torch.compiler.is_compiling() and y.device.type == "cpu":  # See _sum.
-        slope = slope * y
-        return slope - y * _sum(slope, (1,))
+    compiled = torch.compiler.is_compiling() and y.device.type == "cpu"  # See _sum.
+    if compiled or _loses_digits(y):
+        slope.mul_(y)
+        return slope.addcmul_(y, _sum(slope, (1,)), value=-1)
     return torch._softmax_backward_data(slope, y, 1, y.dtype)
 
 
@@ -500,6 +509,35 @@ def _as_rows(x: Tensor) -> bool:
     return eager and x.dim() == 3 and x.shape[1] > _MOST_STRIDED_CLASSES
 
 
+def with_few_classes_first(tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """Return matrices ``(R, C)`` with few classes as views ``(1, C, R)``, if this is faster.
+
+    The blocks of such views are copied to a memory layout in which the rows are the last dimension.
+
+    Args:
+        tensors: the logits of student and teacher, and the mask ``(R, 1)`` or ``None``; or
+            ``(N, C, S)``, which are returned unchanged.
+    """
+    student = tensors[0]
+    assert student is not None
+    few = student.dim() == 2 and student.shape[1] < _LEAST_CLASSES_IN_ROWS
+    if not few or student.device.type != "cpu":
+        return tensors
+    return [x if x is None else x.t()[None] for x in tensors]
+
+
+def _is_transposed(x: Tensor) -> bool:
+    """Return True for logits ``(N, C, S)`` whose classes are next to each other in memory."""
+    eager = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return eager and x.dim() == 3 and x.stride(1) == 1 and x.shape[1] < _LEAST_CLASSES_IN_ROWS
+
+
+def _loses_digits(x: Tensor) -> bool:
+    """Return True if torch's softmax adds many classes of a block one after the other."""
+    eager = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return eager and x.dim() == 3 and x.shape[1] > _MOST_SUMMED_CLASSES
+
+
 def _part(x: Tensor, block: Any) -> Tensor:
     """Return the block of a tensor that an index of :func:`_blocks` selects."""
     return x if block is None else x[block]
@@ -526,7 +564,9 @@ def _activate(
 
     def part_of(x: Tensor) -> Tensor:
         x = _part(x, block)
-        return x.transpose(1, 2).flatten(0, 1) if as_rows else x
+        if as_rows:
+            return x.transpose(1, 2).flatten(0, 1)
+        return x.contiguous() if _is_transposed(x) else x
 
     keep = None if mask is None else part_of(mask)
 
@@ -537,7 +577,8 @@ def _activate(
         if keep is not None:  # Rows that are left out may contain any value, including NaN.
             x = x.masked_fill(~keep, 0)
         if activation == "softmax":
-            return x.softmax(1)
+            y = x.softmax(1)
+            return y.div_(y.sum(1, keepdim=True)) if _loses_digits(y) else y
         return x.sigmoid() if activation == "sigmoid" else x
 
     return activated(student), activated(teacher), None if keep is None else keep.to(dtype)
