@@ -241,7 +241,12 @@ class ExactResume(Callback):
         """
         place = (self.seed, trainer.current_epoch, self._batches, trainer.global_rank, phase)
         for_torch, for_numpy, for_random = derive_seeds(*place, count=3)
-        torch.manual_seed(for_torch)
+        if trainer.strategy.root_device.type == "cpu":
+            # torch 2.14's manual_seed also formats a stack trace for CUDA, even if there is no GPU,
+            # which takes longer than the step of a small network.
+            torch.default_generator.manual_seed(for_torch)
+        else:
+            torch.manual_seed(for_torch)
         np.random.seed(for_numpy)
         random.seed(for_random)
 
