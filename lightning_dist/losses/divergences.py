@@ -1,4 +1,7 @@
-"""KD and its relatives: divergences between the probabilities of student and teacher."""
+"""KD and its relatives: divergences between the probabilities of student and teacher.
+
+All have the same arguments, which :func:`kd_loss` describes.
+"""
 
 import math
 from typing import Literal
@@ -80,19 +83,7 @@ def reverse_kd_loss(
     probability. The loss is infinite if the teacher rules out a class (logit -infinity) that the
     student does not.
 
-    Args:
-        student: logits, as in :func:`kd_loss`.
-        teacher: logits of the same shape; no gradient flows to them.
-        tau: the temperature, above 0.
-        activation: ``"softmax"`` or ``"sigmoid"``.
-        mask: the samples that count, as in :func:`kd_loss`.
-        class_dim: the dimension of the classes, as in :func:`dist_loss`.
-
-    Returns:
-        The mean over samples (and pixels), a scalar in float32 (float64 for float64 logits).
-
-    Raises:
-        ValueError: as :func:`kd_loss`.
+    The arguments, the mean over samples and the errors are those of :func:`kd_loss`.
 
     Example:
         >>> student, teacher = torch.tensor([[2.0, 0.0, 1.0]]), torch.tensor([[1.0, 0.0, 2.0]])
@@ -117,19 +108,7 @@ def jeffreys_loss(
 ) -> Tensor:
     """Return the sum of :func:`kd_loss` and :func:`reverse_kd_loss`, Jeffreys' divergence.
 
-    Args:
-        student: logits, as in :func:`kd_loss`.
-        teacher: logits of the same shape; no gradient flows to them.
-        tau: the temperature, above 0.
-        activation: ``"softmax"`` or ``"sigmoid"``.
-        mask: the samples that count, as in :func:`kd_loss`.
-        class_dim: the dimension of the classes, as in :func:`dist_loss`.
-
-    Returns:
-        The mean over samples (and pixels), a scalar in float32 (float64 for float64 logits).
-
-    Raises:
-        ValueError: as :func:`kd_loss`.
+    The arguments, the mean over samples and the errors are those of :func:`kd_loss`.
 
     Reference:
         Jeffreys, An Invariant Form for the Prior Probability in Estimation Problems, 1946.
@@ -152,19 +131,7 @@ def jsd_loss(
     It is the mean of the two divergences from the average of the two distributions, so it is
     finite for all probabilities, and at most ``tau**2 * log(2)`` for the softmax.
 
-    Args:
-        student: logits, as in :func:`kd_loss`.
-        teacher: logits of the same shape; no gradient flows to them.
-        tau: the temperature, above 0.
-        activation: ``"softmax"`` or ``"sigmoid"``.
-        mask: the samples that count, as in :func:`kd_loss`.
-        class_dim: the dimension of the classes, as in :func:`dist_loss`.
-
-    Returns:
-        The mean over samples (and pixels), a scalar in float32 (float64 for float64 logits).
-
-    Raises:
-        ValueError: as :func:`kd_loss`.
+    The arguments, the mean over samples and the errors are those of :func:`kd_loss`.
 
     Reference:
         Lin, Divergence Measures Based on the Shannon Entropy, 1991.
@@ -192,16 +159,7 @@ def log_probabilities(
 
     The softmax has one pair; the sigmoid has one for "yes" and one for "no".
 
-    Args:
-        student: logits, as in :func:`kd_loss`.
-        teacher: logits of the same shape.
-        tau: the temperature, above 0.
-        activation: ``"softmax"`` or ``"sigmoid"``.
-        mask: the samples that count, as in :func:`kd_loss`.
-        class_dim: the dimension of the classes, as in :func:`dist_loss`.
-
-    Raises:
-        ValueError: as :func:`kd_loss`.
+    The arguments and the errors are those of :func:`kd_loss`.
     """
     axis = check_logits(student, teacher, class_dim)
     check_logits_options(tau)
