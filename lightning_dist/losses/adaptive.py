@@ -52,7 +52,7 @@ class AdaptiveTeacherHead(nn.Module):
         super().__init__()
         check_number("task_weight", task_weight)
         check_number("ignore_index", ignore_index, int)
-        self.head = copy.deepcopy(head).requires_grad_(True)
+        self.head = copy.deepcopy(head).requires_grad_(True).train()
         self.loss = DISTLoss() if loss is None else loss
         self.task_weight = task_weight
         self.ignore_index = ignore_index

@@ -1,6 +1,6 @@
 """ClassificationModule: image classification with accuracy, label smoothing and mixup."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,11 +8,13 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
+from lightning_dist.callback import ONLY
 from lightning_dist.checks import UNLABELED, check_labels, check_number
+from lightning_dist.losses import AdaptiveTeacherHead
 from lightning_dist.module import DistillModule
 from lightning_dist.taps import logits_of
 from lightning_dist.teacher import TeacherBase
-from lightning_dist.terms import needs_target
+from lightning_dist.terms import Term, needs_target
 from lightning_dist.training.labels import (
     mean_over_labels,
     mean_over_mixed_labels,
@@ -36,6 +38,10 @@ class ClassificationModule(DistillModule):
         num_classes: the number of classes.
         label_smoothing: the label smoothing of the cross-entropy, from 0 to 1; with ``mixup``, set
             the label smoothing of mixup instead.
+        adaptive_head: the paths of two parts of the teacher: its head, and the part whose output
+            the head takes, such as ``("fc", "global_pool")``. The student is then compared with a
+            copy of the head that is trained too, see
+            :class:`lightning_dist.losses.AdaptiveTeacherHead`.
         mixup: a function that mixes a training batch on its device, such as ``timm.data.Mixup``.
         kwargs: the other arguments of :class:`lightning_dist.DistillModule`.
 
@@ -58,6 +64,7 @@ class ClassificationModule(DistillModule):
         *,
         num_classes: int,
         label_smoothing: float = 0.0,
+        adaptive_head: Sequence[str] | None = None,
         mixup: Callable[[Any, Any], tuple[Any, Any]] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -74,6 +81,40 @@ class ClassificationModule(DistillModule):
         self.eval_loss = nn.CrossEntropyLoss()
         self.mixup = mixup
         self.num_classes = num_classes
+        if adaptive_head is not None and (
+            isinstance(adaptive_head, str) or len(adaptive_head) != 2
+        ):
+            raise ValueError(
+                f"adaptive_head is {adaptive_head!r}: give the paths of the teacher's head and of "
+                "the part whose output the head takes, such as [fc, global_pool]"
+            )
+        self.adaptive_head = adaptive_head
+
+    def configure_terms(self) -> Mapping[str, Term]:
+        """Return the term of the logits, with a trained copy of the head if one is to adapt.
+
+        Raises:
+            ValueError: if ``adaptive_head`` does not fit the loss or the teacher.
+        """
+        loss = self.logits_loss()
+        if self.adaptive_head is None or self.teacher is None:
+            return super().configure_terms()
+        if loss is None or needs_target(loss):
+            name = "none" if loss is None else type(loss).__name__
+            raise ValueError(
+                f"adaptive_head needs a loss of logits without labels, and this one is {name}: "
+                "choose DISTLoss (distill=dist_plus), or leave adaptive_head out"
+            )
+        path, part = self.adaptive_head
+        if self.teacher.class_map_of(path) is not None:
+            raise ValueError(
+                f"adaptive_head={path}: the head has the teacher's classes, and class_map selects "
+                "the student's: leave adaptive_head out, or give a teacher with the same classes"
+            )
+        loss = AdaptiveTeacherHead(_part(self.teacher.network, path), loss)
+        _part(self.teacher.network, part)
+        labels = self.labels_for(loss)
+        return {ONLY: Term(loss, self.distill_weight, teacher=part, from_batch=labels)}
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the task loss of a batch, which ``mixup`` has mixed if it is set."""
@@ -163,3 +204,14 @@ class ClassificationModule(DistillModule):
             )
         if labels.device.type == "cpu" or not batch_idx:
             check_labels(labels, self.num_classes, "a batch", ignored=UNLABELED)
+
+
+def _part(teacher: nn.Module, path: str) -> nn.Module:
+    """Return a part of the teacher, or name the parts that there are."""
+    try:
+        return teacher.get_submodule(path)
+    except AttributeError as error:
+        names = ", ".join(name for name, _ in teacher.named_children())
+        raise ValueError(
+            f"adaptive_head: {type(teacher).__name__} has no part {path!r}, but {names}"
+        ) from error

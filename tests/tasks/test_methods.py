@@ -91,6 +91,36 @@ def test_a_loss_that_makes_no_sense_in_a_task_is_refused(
         make_trainer(max_steps=1, limit_val_batches=0).fit(built(config), instantiate(config.data))
 
 
+def test_a_key_of_the_config_trains_a_copy_of_the_teachers_head(make_trainer):
+    options = ["distill=dist_plus", "distill.loss.tau=4", "module.adaptive_head=[head,features]"]
+    quick = ["trainer=cpu", "data.train_size=32", "module.measure_teacher=false"]
+    module = built(composed("experiment=digits", *options, *quick))
+    callback = module.configure_distillation()
+    (copy,) = (term.loss for term in callback.terms.values() if term.teacher == "features")
+    assert copy.loss.tau == 4
+    head = module.teacher.network.head.weight
+    module.configure_distillation = lambda: callback
+    datamodule = instantiate(composed("experiment=digits", *options, *quick).data)
+    make_trainer(max_steps=2, limit_val_batches=0).fit(module, datamodule)
+    assert not copy.head.weight.equal(head.cpu())
+    assert head.equal(built(composed("experiment=digits")).teacher.network.head.weight)
+
+
+@pytest.mark.parametrize(
+    ("paths", "loss", "message"),
+    [
+        (["2"], None, "give the paths of the teacher's head and of the part"),
+        (["3", "1"], None, "Sequential has no part '3', but 0, 1, 2"),
+        (["2", "1"], DKDLoss(), "needs a loss of logits without labels, and this one is DKDLoss"),
+    ],
+)
+def test_a_head_that_cannot_adapt_is_refused(paths, loss, message):
+    with pytest.raises(ValueError, match=message):
+        ClassificationModule(
+            network(), network(), num_classes=4, adaptive_head=paths, distill_loss=loss
+        ).configure_distillation()
+
+
 def value_of(module: DistillModule, data: DataLoader, trainer: Any) -> float:
     trainer.fit(module, data)
     return trainer.callback_metrics["train/distill"].item()
