@@ -55,7 +55,7 @@ def batches(size: int = 8, last: int | None = None) -> DataLoader:
         *((DIGITS, name) for name in ("fitnet", "dist_plus")),
         *((SEGMENTATION, name) for name in ("dkd", "jeffreys", "cwd", "dist_plus")),
         *((RETINANET, name) for name in ("lskd", "jsd", "cwd", "at")),
-        *((FASTERRCNN, name) for name in ("lskd", "dist_plus")),
+        *((FASTERRCNN, name) for name in ("lskd", "fitnet", "dist_plus")),
     ],
 )
 def test_a_loss_of_conf_trains_a_task(experiment, distill, make_trainer):
@@ -81,6 +81,7 @@ def test_a_loss_of_conf_trains_a_task(experiment, distill, make_trainer):
         (DIGITS, "cwd", "compares the places of a map"),
         (FASTERRCNN, "cwd", "compares the places of a map"),
         (RETINANET, "dkd", "DKDLoss needs a label for each row"),
+        (FASTERRCNN, "dkd", "DKDLoss needs a label for each row"),
     ],
 )
 def test_a_loss_that_makes_no_sense_in_a_task_is_refused(
