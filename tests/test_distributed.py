@@ -115,6 +115,8 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
         cases += [{"script": "evaluate", "out": f"{folder / name}.json", **sizes}]
     cases += [{"script": "evaluate_detection", "out": f"{folder}/detection.json", "devices": 2}]
     cases += [{"script": "skip", "out": str(folder / "skip")}]
+    for task in ("segmentation", "detection"):
+        cases += [{"script": "unlabeled", "out": str(folder / f"unlabeled {task}"), "task": task}]
     for name, options in TRAININGS.items():
         cases += [{"script": "train", "out": str(folder / name), **options}]
     # Each backward pass uses only one of the two networks.
@@ -189,6 +191,17 @@ def test_ranks_with_unequal_numbers_of_labels_train_the_student_of_the_joined_ba
 ):
     alone = joined(sync=True, unlabeled=True)
     for rank in saved(launched / "unlabeled"):
+        torch.testing.assert_close(rank["weights"], alone["weights"], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("task", ["segmentation", "detection"])
+def test_ranks_with_unequal_numbers_of_labelled_images_train_as_one_process(
+    launched, tmp_path, task
+):
+    script("unlabeled").main(tmp_path / "alone", task, devices=1)
+    (alone,), ranks = saved(tmp_path / "alone"), saved(launched / f"unlabeled {task}")
+    assert [rank["steps"] for rank in ranks] == [alone["steps"]] * 2 == [4, 4]
+    for rank in ranks:
         torch.testing.assert_close(rank["weights"], alone["weights"], rtol=1e-10, atol=1e-12)
 
 

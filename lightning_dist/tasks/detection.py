@@ -20,13 +20,15 @@ from lightning_dist.tasks.detection_heads import (
     TeacherDetector,
     TwoStageClassifier,
 )
+from lightning_dist.tasks.detection_labels import losses_over_labels, no_objects
 from lightning_dist.teacher import InputBridge, TeacherBase, as_teacher
 from lightning_dist.terms import Term, needs_target
 from lightning_dist.training.cards import refuse_other_number
 from lightning_dist.training.evaluation import EvaluationMetrics
+from lightning_dist.training.labels import scale_by_share
 
 _MAPS = "head.classification_head.cls_logits"
-Batch = tuple[Sequence[Tensor], Sequence[dict[str, Tensor]]]
+Batch = tuple[Sequence[Tensor], Sequence[dict[str, Tensor] | None]]
 
 
 class DetectionModule(DistillModule):
@@ -36,6 +38,10 @@ class DetectionModule(DistillModule):
     ``boxes``, float ``(K, 4)`` as x1, y1, x2, y2 in pixels, and ``labels``, int64 ``(K,)``, counted
     from 0. The detector normalises and resizes the images. Its teacher gets exactly the images that
     the student's backbone gets.
+
+    A target of ``None`` marks an image without a label; an image without boxes is background. The
+    task loss is the mean over the images with a label (of all processes) and the metrics leave out
+    the others, but these are distilled like all.
 
     A two-stage student learns from the teacher's class logits for the boxes that the student
     sampled; the teacher computes them from its own feature maps. A one-stage student learns from
@@ -141,7 +147,7 @@ class DetectionModule(DistillModule):
             ValueError: if a label is not a class of the student.
         """
         images, targets = super().split_batch(batch)
-        labels = [target["labels"].flatten() for target in targets]
+        labels = [target["labels"].flatten() for target in targets if target is not None]
         if labels and self.num_classes is not None:
             check_labels(torch.cat(labels), self.num_classes, "a target")
         return images, targets
@@ -149,9 +155,11 @@ class DetectionModule(DistillModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the sum of the detector's losses, and log each loss as ``train/NAME``."""
         images, targets = self.split_batch(batch)
-        shifted = [{**t, "labels": t["labels"] + self.label_offset} for t in targets]
-        losses = self.student(list(images), shifted)
+        shifted = [t and {**t, "labels": t["labels"] + self.label_offset} for t in targets]
+        losses = losses_over_labels(self.student, images, shifted)
         loss = torch.stack(list(losses.values())).sum()
+        count = torch.tensor(sum(t is not None for t in targets), device=loss.device)
+        loss = scale_by_share(loss, count)
         self.log("train/task", loss.detach())
         self.log_dict({f"train/{name}": value.detach() for name, value in losses.items()})
         return loss
@@ -174,13 +182,18 @@ class DetectionModule(DistillModule):
         return [{**one, "labels": one["labels"] - self.label_offset} for one in found]
 
     def update_metrics(self, batch: Batch, network: nn.Module, metrics: EvaluationMetrics) -> int:
-        """Update the metrics of one network, and return the number of images in the batch."""
+        """Update the metrics of one network, and return the number of images with a label.
+
+        An image without a label counts as an image without objects, in which none was found. It
+        changes no metric, and all ranks keep the same number of images.
+        """
         images, targets = batch
         found = self.infer(network, images) if len(images) else []
-        blank = len(targets) - len(found)
-        found = [*found, *[_nothing(self.device) for _ in range(blank)]]
-        metrics.collection.update(found, list(targets))
-        return len(images)
+        nothing = no_objects(self.device)
+        found += [nothing] * (len(targets) - len(found))
+        found = [nothing if t is None else one for one, t in zip(found, targets, strict=True)]
+        metrics.collection.update(found, [nothing if t is None else t for t in targets])
+        return sum(t is not None for t in targets[: len(images)])
 
     def _log_metrics_of_batch(self, metrics: EvaluationMetrics) -> None:
         """Log nothing: the metrics are computed and logged at the end of an epoch."""
@@ -222,7 +235,7 @@ class DetectionModule(DistillModule):
         """
         images, targets = super()._without_repeats(batch, batch_idx, loaders)
         blank = len(batch[1]) - len(targets)
-        return images, [*targets, *(_nothing(self.device) for _ in range(blank))]
+        return images, [*targets, *(no_objects(self.device) for _ in range(blank))]
 
     def on_validation_epoch_end(self) -> None:
         """Compute and log ``val/*``."""
@@ -319,13 +332,6 @@ def count_classes(detector: nn.Module) -> int | None:
         except (AttributeError, TypeError):
             continue
     return None
-
-
-def _nothing(device: torch.device) -> dict[str, Tensor]:
-    """Return the prediction or the target for an image without objects."""
-    labels = torch.zeros(0, dtype=torch.int64, device=device)
-    boxes = torch.zeros(0, 4, device=device)
-    return {"boxes": boxes, "labels": labels, "scores": boxes[:, 0]}
 
 
 def _adapt(

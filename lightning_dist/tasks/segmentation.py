@@ -7,15 +7,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
 from lightning_dist.checks import check_flag, check_labels
 from lightning_dist.module import DistillModule
-from lightning_dist.taps import find_submodule, logits_of
+from lightning_dist.taps import find_submodule, logits_of, tensors_in
 from lightning_dist.teacher import TeacherBase
 from lightning_dist.terms import Term, Weight, needs_target
+from lightning_dist.training.labels import scale_by_share
 
 SLIDE_OVERLAP = 1 / 3
 
@@ -28,6 +30,10 @@ class SegmentationModule(DistillModule):
     task loss, the logits are resized to the mask. Distillation compares the outputs of the
     sub-modules ``head`` and ``aux_head`` at the network's own resolution, before any resizing. The
     auxiliary heads are compared by a second term if student and teacher both have one.
+
+    The task loss is the mean over the pixels of the batch that are not ignored (of all processes),
+    and the metrics leave out the ignored pixels. A mask that is ignored everywhere marks an image
+    without a label, which is only distilled.
 
     ``METRIC`` is ``miou``, the mean intersection over union of the classes that occur in the whole
     set, and ``pixel_accuracy``; ``val/loss`` is the cross-entropy of the main output.
@@ -102,8 +108,32 @@ class SegmentationModule(DistillModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the task loss of a batch, after a check of the masks."""
-        self._check_masks(self.split_batch(batch)[1], batch_idx)
-        return super().training_step(batch, batch_idx)
+        inputs, masks = self.split_batch(batch)
+        self._check_masks(masks, batch_idx)
+        output = self.student(inputs)
+        loss, count = self.task_loss(output, masks), (masks != self.ignore_index).sum()
+        if not isinstance(self.task_loss, PixelLoss):  # It may be NaN if there is no label.
+            loss = loss if count else 0 * sum(x.sum() for x in tensors_in(output))
+        loss = scale_by_share(loss, count)
+        self.log("train/task", loss.detach())
+        return loss
+
+    def on_fit_start(self) -> None:
+        """Refuse images without a label if ``distill_ignored`` leaves out their pixels.
+
+        Raises:
+            MisconfigurationException: if the data module has such images.
+        """
+        super().on_fit_start()
+        data = getattr(self.trainer, "datamodule", None)
+        for name in ("labels", "unlabeled"):
+            value = getattr(data, name, None)
+            if self.teacher is not None and not self.distill_ignored and value is not None:
+                raise MisconfigurationException(
+                    f"{name}={value} gives images whose pixels are all ignored, and "
+                    "distill_ignored=False does not distil such pixels, so these images would "
+                    f"teach nothing: set distill_ignored=True, or leave out {name}"
+                )
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Update ``val/*``; Lightning's sanity check before training finds wrong masks early."""
