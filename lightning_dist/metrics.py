@@ -8,7 +8,7 @@ from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
 from lightning_dist.checks import check_logits_options, check_number, class_axis
-from lightning_dist.functional import dist_loss
+from lightning_dist.losses.functional import dist_loss
 from lightning_dist.losses.inputs import check_logits, mask_for, refuse_one_class
 from lightning_dist.losses.streaming import Activation
 

@@ -12,7 +12,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_dist.checks import class_axis
 from lightning_dist.losses import DISTLoss
 from lightning_dist.taps import Entry, logits_of
 
@@ -232,37 +231,14 @@ class Term:
         return found
 
     def _check_logits(self, logits: list[Tensor], trainer: Trainer) -> None:
-        """Check the first batch of a loss that compares the samples of a batch with each other.
-
-        One sample is refused, unless it is also the last batch of its epoch. Two softmax classes
-        of DIST lead to a warning.
-        """
+        """Let the loss check the first batch, if it has a method for that."""
         loss = getattr(self.loss, "_orig_mod", self.loss)  # unwrap a compiled loss
-        if trainer.fit_loop.total_batch_idx:
+        check = getattr(loss, "check_first_batch", None)
+        if check is None or trainer.fit_loop.total_batch_idx:
             return
-        relates_samples = getattr(loss, "relates_samples", False) is True
-        if relates_samples and not trainer.is_last_batch and all(len(x) == 1 for x in logits):
-            raise ValueError(
-                f"the batch has one sample, but {type(loss).__name__} compares each two samples of "
-                "a batch: use larger batches"
-            )
-        if not isinstance(loss, DISTLoss):
-            return
-        logits = [x for x in logits if x.dim() > 1]
-        classes = [x.shape[class_axis(x.shape, loss.class_dim)] for x in logits]
-        if loss.activation == "softmax" and loss.beta and 2 in classes:
-            rank_zero_warn(
-                "DIST compares two softmax classes: its inter-class term is a correlation of two "
-                "numbers, which is 1 or -1, so it has no gradient. Only the intra-class term "
-                "trains the student: set beta=0, and choose gamma for it alone"
-            )
-        if not loss.gamma or (loss.sync and trainer.world_size > 1) or trainer.is_last_batch:
-            return
-        if logits and all(x.numel() == n for x, n in zip(logits, classes, strict=True)):
-            raise ValueError(
-                "the batch has one sample, but an intra-class relation needs several: use larger "
-                "batches, sync=True over several processes, or gamma=0"
-            )
+        warning = check(logits, processes=trainer.world_size, is_last=trainer.is_last_batch)
+        if warning:
+            rank_zero_warn(warning)
 
 
 class TermParameters(nn.ModuleDict):

@@ -1,6 +1,6 @@
 """The losses of features as modules: options go to the constructor, tensors go to the call."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -215,6 +215,25 @@ class FeatureLoss(nn.Module):
             The loss, a scalar in float32 or float64.
         """
         return type(self).function(student, teacher, **self.options)
+
+    def check_first_batch(
+        self, features: Sequence[Tensor], *, processes: int, is_last: bool
+    ) -> None:
+        """Refuse a first batch of one sample, if the loss compares each two samples.
+
+        Args:
+            features: the student's features, of each of its calls in the step.
+            processes: the number of processes that train.
+            is_last: whether the batch is also the last one of its epoch.
+
+        Raises:
+            ValueError: if the batch has one sample.
+        """
+        if self.relates_samples and not is_last and all(len(x) == 1 for x in features):
+            raise ValueError(
+                f"the batch has one sample, but {type(self).__name__} compares each two samples of "
+                "a batch: use larger batches"
+            )
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.options.items())

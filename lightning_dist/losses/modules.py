@@ -1,11 +1,11 @@
 """The losses of logits as modules: options go to the constructor, tensors go to the call."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_dist.checks import check_logits_options, check_number
+from lightning_dist.checks import check_logits_options, check_number, class_axis
 from lightning_dist.losses.decoupling import dkd_loss, standardise
 from lightning_dist.losses.divergences import (
     Probability,
@@ -105,6 +105,38 @@ class DISTLoss(nn.Module):
             sync=self.sync,
             class_dim=self.class_dim,
         )
+
+    def check_first_batch(
+        self, logits: Sequence[Tensor], *, processes: int, is_last: bool
+    ) -> str | None:
+        """Refuse a first batch of one sample; :class:`lightning_dist.Term` calls this method.
+
+        Args:
+            logits: the student's logits, of each of its calls in the step.
+            processes: the number of processes that train.
+            is_last: whether the batch is also the last one of its epoch.
+
+        Returns:
+            A warning if there are two softmax classes, and otherwise ``None``.
+
+        Raises:
+            ValueError: if the batch has one sample, but the loss compares several.
+        """
+        logits = [x for x in logits if x.dim() > 1]
+        classes = [x.shape[class_axis(x.shape, self.class_dim)] for x in logits]
+        one = bool(logits) and all(x.numel() == n for x, n in zip(logits, classes, strict=True))
+        if one and self.gamma and not (self.sync and processes > 1) and not is_last:
+            raise ValueError(
+                "the batch has one sample, but an intra-class relation needs several: use larger "
+                "batches, sync=True over several processes, or gamma=0"
+            )
+        if self.activation == "softmax" and self.beta and 2 in classes:
+            return (
+                "DIST compares two softmax classes: its inter-class term is a correlation of two "
+                "numbers, which is 1 or -1, so it has no gradient. Only the intra-class term "
+                "trains the student: set beta=0, and choose gamma for it alone"
+            )
+        return None
 
     def extra_repr(self) -> str:
         return (

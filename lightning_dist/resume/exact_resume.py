@@ -14,7 +14,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_dist.checks import check_number
-from lightning_dist.data.seeding import derive_seeds
 from lightning_dist.resume.checkpoint_io import AtomicCheckpointIO, refuse_unwritable
 from lightning_dist.resume.csv_logger import ResumableCSVLogger
 from lightning_dist.resume.foreign_paths import drop_foreign_paths, follow_moved_folder
@@ -240,7 +239,8 @@ class ExactResume(Callback):
         Phase 0 seeds the transfer of a batch to its device, and phase 1 its training step.
         """
         place = (self.seed, trainer.current_epoch, self._batches, trainer.global_rank, phase)
-        for_torch, for_numpy, for_random = derive_seeds(*place, count=3)
+        generated = np.random.SeedSequence(place).generate_state(3)
+        for_torch, for_numpy, for_random = generated.tolist()
         if trainer.strategy.root_device.type == "cpu":
             # torch 2.14's manual_seed also formats a stack trace for CUDA, even if there is no GPU,
             # which takes longer than the step of a small network.
