@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_dist.callback import ONLY
 from lightning_dist.checks import UNLABELED, check_labels, check_number
 from lightning_dist.losses import AdaptiveTeacherHead
 from lightning_dist.module import DistillModule
@@ -21,6 +20,7 @@ from lightning_dist.training.labels import (
     mix,
     scale_by_share,
 )
+from lightning_dist.training.options import ONLY
 
 
 class ClassificationModule(DistillModule):
