@@ -59,16 +59,16 @@ def is_users(error: Exception) -> bool:
         "antlr4",
     ):  # these packages parse the command line
         return True
-    kinds = (ValueError, OSError, FloatingPointError, ImportError)
-    of_package = raiser.startswith("lightning_dist.") or error_of_worker(error) is not None
-    return isinstance(error, kinds) and of_package
+    of_package = raiser.startswith("lightning_dist.") and isinstance(error, _PACKAGE_ERRORS)
+    return of_package or error_of_worker(error) is not None
 
 
 def error_of_worker(error: Exception) -> str | None:
-    """Return the message of an error that this package raised in a worker of a data loader.
+    """Return the message of an error that the user can fix, from a worker of a data loader.
 
-    torch raises such an error again in the main process, with the worker's traceback as its
-    message. The result is ``None`` for every other error.
+    This package raised it, or torch because the shared memory is full. torch raises such an error
+    again in the main process, with the worker's traceback as its message. The result is ``None``
+    for every other error.
 
     Args:
         error: an error that the code of a verb raised.
@@ -77,8 +77,13 @@ def error_of_worker(error: Exception) -> str | None:
     files = re.findall(r'File "([^"]+)", line', text)
     if "in DataLoader worker process" not in text or not files:
         return None
-    own = os.path.join("lightning_dist", "") in files[-1]
-    return text.rpartition(f"\n{type(error).__name__}: ")[2].strip() if own else None
+    message = text.rpartition(f"\n{type(error).__name__}: ")[2].strip()
+    if os.path.join("lightning_dist", "") in files[-1]:
+        return message if isinstance(error, _PACKAGE_ERRORS) else None
+    from lightning_dist.data.shared_memory import with_advice  # This imports torch, which is slow.
+
+    advised = with_advice(message)
+    return None if advised == message else advised
 
 
 def fail(message: str, status: int = 1) -> NoReturn:
@@ -145,6 +150,9 @@ def _kinds_of_libraries() -> tuple[type[Exception], ...]:
         if module in sys.modules
     )
 
+
+# The kinds of errors with which this package reports what the user can fix.
+_PACKAGE_ERRORS = (ValueError, OSError, FloatingPointError, ImportError)
 
 # The user can fix a full disk, a missing permission or a file in the place of a folder, whichever
 # code raises the error.

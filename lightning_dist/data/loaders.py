@@ -142,11 +142,12 @@ class Loaders(LightningDataModule):
             batches: the positions in the training set of the samples of each batch.
         """
         views = self.train_views()
-        return DataLoader(
+        loader = DataLoader(
             views,
             batch_sampler=_KeysOfView(view, batches),
             **self._loader_settings(views) | {"persistent_workers": False},
         )
+        return self._with_room(loader)
 
     def val_dataloader(self) -> DataLoader:
         """Return a loader of the validation set, in order."""

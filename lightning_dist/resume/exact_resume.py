@@ -24,7 +24,12 @@ from lightning_dist.resume.loops import (
     resume_at_the_right_batch,
     start_epoch_again,
 )
-from lightning_dist.resume.signals import Interrupted, install_handler, remove_handler
+from lightning_dist.resume.signals import (
+    Interrupted,
+    install_handler,
+    keep_status,
+    remove_handler,
+)
 
 # This entry of a checkpoint is True if a callback, such as EarlyStopping, has ended the training.
 _STOPPED = "lightning_dist_stopped"
@@ -208,9 +213,21 @@ class ExactResume(Callback):
         if self._resumes and not self._trains:
             count_last_batch_and_epoch(trainer)
 
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Keep the exit status of a run that a signal ends."""
+        if isinstance(exception, Interrupted):
+            keep_status(trainer)
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave the handling of signals to Lightning again."""
+        """Leave the handling of signals to Lightning again, and end the run after a signal.
+
+        Python ignores an exception that a signal's handler raises while an object is deleted.
+        """
         remove_handler(trainer)
+        if self._received is not None:
+            self._end_run(trainer)
 
     def end_if_signalled(self, trainer: Trainer) -> None:
         """End the run within a training step if a process received a signal.

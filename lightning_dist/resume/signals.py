@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_info
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -62,3 +63,26 @@ def install_handler(trainer: Trainer, handle: Callable[[Trainer, int], None]) ->
 def remove_handler(trainer: Trainer) -> None:
     """Restore the private method, so that Lightning installs only its own handlers."""
     trainer._signal_connector.__dict__.pop("register_signal_handlers", None)
+
+
+def keep_status(trainer: Trainer) -> None:
+    """Let no error of Lightning's clean-up replace the exception that ends the run.
+
+    A signal can end a stage while Lightning 2.6.6 starts or ends it. Then its private method
+    ``_teardown``, which is called after each exception, can raise an error about loaders that are
+    half set up. The run would end with the status 1 of that error.
+
+    Args:
+        trainer: the trainer, after :class:`Interrupted` was raised.
+    """
+    teardown = trainer._teardown
+
+    def teardown_once() -> None:
+        del trainer.__dict__["_teardown"]
+        try:
+            teardown()
+        except Exception as error:
+            rank_zero_info(f"after the signal, Lightning could not clean up: {error}")
+            trainer._signal_connector.teardown()  # the last step of the clean-up
+
+    trainer.__dict__["_teardown"] = teardown_once

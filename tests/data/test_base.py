@@ -270,10 +270,11 @@ def test_overfitting_some_batches_repeats_them(make_trainer: Callable[..., L.Tra
     assert model.pixels(0)[:, 0].tolist() == list(range(8))
 
 
-@pytest.mark.parametrize("kind", ["train", "val"])
+@pytest.mark.parametrize("kind", ["train", "val", "view"])
 def test_too_little_shared_memory_for_the_workers_is_refused_and_says_what_to_do(monkeypatch, kind):
     def loader(workers: int) -> DataLoader:
-        return getattr(NoisyData(num_workers=workers), f"{kind}_dataloader")()
+        arguments = (0, range(SAMPLES)) if kind == "view" else ()
+        return getattr(NoisyData(num_workers=workers), f"{kind}_dataloader")(*arguments)
 
     sample = NoisyData().train_dataset()[0][0]
     batches = 2 * 2 + 1  # torch lets each worker prepare two batches, and one is in use

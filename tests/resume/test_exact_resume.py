@@ -13,6 +13,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import nn
 
 from disk import almost_full_disk
@@ -185,6 +186,45 @@ def test_a_signal_before_the_first_hook_of_a_stage_is_not_missed(make_trainer, m
         getattr(trainer, stage)(module, DigitsDataModule())
     assert stopped.value.code == 143
     assert trainer.global_step == 0
+
+
+@pytest.mark.parametrize("stage", ["fit", "test"])
+def test_a_signal_while_lightning_ends_a_stage_keeps_its_status(make_trainer, monkeypatch, stage):
+    trainer = make_trainer(limit_train_batches=2, limit_val_batches=0, limit_test_batches=1)
+    trainer.callbacks += [ExactResume()]
+    clean_up = CombinedLoader.reset
+
+    def interrupted(loader: CombinedLoader) -> None:
+        monkeypatch.undo()
+        clean_up(loader)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(CombinedLoader, "reset", interrupted)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted) as stopped:
+        getattr(trainer, stage)(dropout_module(), DigitsDataModule())
+    assert stopped.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("stage", ["fit", "test"])
+def test_a_signal_while_an_object_is_deleted_is_not_missed(make_trainer, stage):
+    class Deleted:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    class Delete(Callback):
+        def on_train_end(self, trainer, pl_module) -> None:
+            Deleted()
+
+        on_test_end = on_train_end
+
+    trainer = make_trainer(limit_train_batches=2, limit_val_batches=0, limit_test_batches=1)
+    trainer.callbacks += [ExactResume(), Delete()]
+    with pytest.raises(Interrupted) as stopped:
+        getattr(trainer, stage)(dropout_module(), DigitsDataModule())
+    assert stopped.value.code == 143
 
 
 def test_a_run_without_checkpoints_stops_and_says_that_nothing_is_saved(make_trainer, caplog):
