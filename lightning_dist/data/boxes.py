@@ -1,6 +1,6 @@
 """Functions that clip boxes to their image, and refuse boxes that are no boxes."""
 
-import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,7 +63,9 @@ def as_numbers(values: Any, count: int, what: str) -> list[float]:
         ValueError: if the object is no list of `count` finite numbers.
     """
     numbers = isinstance(values, (list, tuple)) and all(
-        isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x) for x in values
+        # False for NaN, and for infinity and larger whole numbers
+        isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) <= sys.float_info.max
+        for x in values
     )
     if not numbers or len(values) != count:
         raise ValueError(f"{what} is {values!r}: give a list of {count} numbers, or remove it")

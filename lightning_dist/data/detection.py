@@ -1,8 +1,7 @@
 """Data modules for detection: COCO, Pascal VOC, and folders in YOLO's format."""
 
-import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -11,8 +10,10 @@ from torchvision.datasets import VOCDetection
 from torchvision.datasets.voc import DATASET_YEAR_DICT
 from torchvision.models.segmentation import DeepLabV3_ResNet50_Weights
 
+from lightning_dist.data.annotations import Annotated, AnnotatedFiles
 from lightning_dist.data.boxes import as_numbers, check_fractions
-from lightning_dist.data.detection_base import Annotated, DetectionDataModule
+from lightning_dist.data.coco_file import CocoFile, no_garbage_collection
+from lightning_dist.data.detection_base import DetectionDataModule
 from lightning_dist.data.image_files import abbreviate, find_files, find_images, warn_once
 from lightning_dist.files.text import read_bounded
 
@@ -66,7 +67,7 @@ class CocoDataModule(DetectionDataModule):
             "val": (val_images, val_annotations),
         }
 
-    def entries(self, split: str) -> list[Annotated]:
+    def entries(self, split: str) -> AnnotatedFiles:
         """Return the images of a split and their boxes, in the order of the annotation file.
 
         Raises:
@@ -74,88 +75,22 @@ class CocoDataModule(DetectionDataModule):
             ValueError: if the annotations are invalid; the docstring of the class lists the cases.
         """
         images, annotations = self.files["train" if split == "train" else "val"]
-        path = self.root / annotations
-        content = _read_json(path, ("images", "annotations", "categories"))
-        label_of = self._labels_by_category(content["categories"], path)
-        found = {}
-        for number, image in enumerate(content["images"], start=1):
-            what = f"image {_name(image, number)} in {path}"
-            name, key = _entry(image, "file_name", what), _entry(image, "id", what)
-            size = image.get("width"), image.get("height")
-            known = all(isinstance(side, int) and 0 < side < 2**31 for side in size)
-            if key in found:
-                raise ValueError(f"{path} has several images with the id {key!r}: number them")
-            file = self.root / images / str(name)
-            found[key] = Annotated(file, [], [], [], [], size if known else None)
-        for number, annotation in enumerate(content["annotations"], start=1):
-            what = f"annotation {_name(annotation, number)} in {path}"
-            entry = found.get(_entry(annotation, "image_id", what))
-            if entry is None:
-                raise ValueError(
-                    f"{what} is of image {annotation['image_id']}, which the file does not list: "
-                    "remove the annotation, or add the image"
-                )
-            what = f"{what}, of {entry.image.name},"
-            category = _entry(annotation, "category_id", what)
-            if category not in label_of:
-                raise ValueError(
-                    f"{what} has category {category}, which the file does not list: correct the "
-                    "annotation, or add the category"
-                )
-            _add_coco_box(entry, annotation, what)
-            entry.labels.append(label_of[category])
-        return list(found.values())
+        with no_garbage_collection():
+            file = CocoFile(self.root / annotations)
+            self._take_names(file)
+            return file.images(self.root / images)
 
-    def _labels_by_category(self, categories: list[dict[str, Any]], path: Path) -> dict[int, int]:
-        """Set `class_names`, and return the label of each category id."""
-        for number, category in enumerate(categories, start=1):
-            for key in ("id", "name"):
-                _entry(category, key, f"category {_name(category, number)} in {path}")
-        categories = sorted(categories, key=lambda x: (isinstance(x["id"], str), x["id"]))
-        if len(categories) != self.num_classes:
+    def _take_names(self, file: CocoFile) -> None:
+        """Set `class_names`, or refuse the file if it has other categories."""
+        if len(file.categories) != self.num_classes:
             raise ValueError(
-                f"{path} has {len(categories)} categories and num_classes is {self.num_classes}"
+                f"{file.path} has {len(file.categories)} categories and num_classes is "
+                f"{self.num_classes}"
             )
-        names = [category["name"] for category in categories]
+        names = [category["name"] for category in file.categories]
         if self.class_names not in (None, names):
-            raise ValueError(f"{path} and the training annotations differ in their categories")
+            raise ValueError(f"{file.path} and the training annotations differ in their categories")
         self.class_names = names
-        return {category["id"]: label for label, category in enumerate(categories)}
-
-
-def _name(record: Any, number: int) -> Any:
-    """Return the id of an entry of a COCO file, or its position if it has no id."""
-    named = isinstance(record, dict) and record.get("id") is not None
-    return record["id"] if named else f"number {number} (without an id)"
-
-
-def _entry(record: Any, key: str, what: str) -> Any:
-    """Return an item of an entry of a COCO file.
-
-    Raises:
-        ValueError: if the entry is no mapping, or the item is missing or null.
-    """
-    if not isinstance(record, dict) or record.get(key) is None:
-        raise ValueError(f"{what} has no {key}: add it, or remove the entry")
-    kinds = (str,) if key == "name" else (int, str)
-    if not isinstance(record[key], kinds):
-        raise ValueError(
-            f"{what} has the {key} {record[key]!r:.100}: give a text or a whole number"
-        )
-    return record[key]
-
-
-def _add_coco_box(entry: Annotated, annotation: dict[str, Any], what: str) -> None:
-    """Add the box, the area and the crowd flag of a COCO annotation to its image."""
-    x, y, width, height = as_numbers(annotation.get("bbox"), 4, f"the bbox of {what}")
-    area = annotation.get("area")
-    crowd = annotation.get("iscrowd") or 0
-    if crowd not in (0, 1):
-        raise ValueError(f"{what} has iscrowd {crowd!r}: give 0 or 1")
-    entry.boxes.append([x, y, x + width, y + height])
-    entry.crowd.append(bool(crowd))
-    assert entry.areas is not None
-    entry.areas.append(width * height if area is None else as_numbers([area], 1, what)[0])
 
 
 class VOCDetectionDataModule(DetectionDataModule):
@@ -199,7 +134,7 @@ class VOCDetectionDataModule(DetectionDataModule):
         if self.download and not (self.root / "VOCdevkit" / f"VOC{self.year}").is_dir():
             VOCDetection(self.root, self.year, download=True)
 
-    def entries(self, split: str) -> list[Annotated]:
+    def entries(self, split: str) -> Iterator[Annotated]:
         """Return the images that `ImageSets/Main` lists for a split, and their boxes.
 
         Raises:
@@ -218,7 +153,7 @@ class VOCDetectionDataModule(DetectionDataModule):
                 f"with ImageSets/Main in it, or set download=true ({error})"
             ) from error
         pairs = zip(data.images, data.annotations, strict=True)
-        return [self._entry(Path(image), Path(file)) for image, file in pairs]
+        return (self._entry(Path(image), Path(file)) for image, file in pairs)
 
     def _entry(self, image: Path, file: Path) -> Annotated:
         if not file.is_file():
@@ -292,7 +227,7 @@ class YoloDataModule(DetectionDataModule):
         self.splits = {"train": train, "val": val, "test": test or val}
         self.tests_on_validation = self.splits["test"] == val
 
-    def entries(self, split: str) -> list[Annotated]:
+    def entries(self, split: str) -> Iterator[Annotated]:
         """Return all images of the split's folder and their boxes, sorted by path.
 
         Raises:
@@ -326,7 +261,7 @@ class YoloDataModule(DetectionDataModule):
                 f"{len(absent)} of {len(images)} images in {folder} have no text file and count as "
                 f"images without objects: {abbreviate(absent)}"
             )
-        return [self._entry(image, file) for image, file in zip(images, files, strict=True)]
+        return (self._entry(image, file) for image, file in zip(images, files, strict=True))
 
     def _entry(self, image: Path, file: Path) -> Annotated:
         entry = Annotated(image, [], [], [])
@@ -353,15 +288,3 @@ class YoloDataModule(DetectionDataModule):
             entry.labels.append(label)
             entry.crowd.append(False)
         return entry
-
-
-def _read_json(path: Path, needed: Sequence[str]) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: expected COCO's annotations there")
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON ({error}): restore it") from error
-    if not isinstance(content, dict) or any(type(content.get(key)) is not list for key in needed):
-        raise ValueError(f"{path} is not of COCO's form: expected {', '.join(needed)} in it")
-    return content

@@ -1,9 +1,11 @@
 """`DetectionDataModule`, the base class that reads, checks and mirrors image files with boxes."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -13,6 +15,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
 from lightning_dist.checks import check_labels
+from lightning_dist.data.annotations import Annotated, AnnotatedFiles
 from lightning_dist.data.base import ImageDataModule, collate_as_lists
 from lightning_dist.data.boxes import clip_boxes
 from lightning_dist.data.image_files import (
@@ -26,20 +29,6 @@ from lightning_dist.data.image_files import (
 SIZES_TO_CHECK = 32  # the number of images of a split whose sizes are read before training starts
 _LEAST_FRACTION = 1e-6  # of the side of an image whose size is not known yet
 _ROUNDING = 1e-4  # a part of the image; fractions and pixels in text files are rounded
-
-
-class Annotated(NamedTuple):
-    """An image file with its boxes.
-
-    A box is [x1, y1, x2, y2], in pixels or as fractions of the image's width and height.
-    """
-
-    image: Path
-    boxes: list[list[float]]
-    labels: list[int]
-    crowd: list[bool]  # COCO's iscrowd: such boxes affect neither training nor the metrics
-    areas: list[float] | None = None  # in square pixels; None if they are the areas of the boxes
-    size: tuple[int, int] | None = None  # width and height that the annotations give, in pixels
 
 
 class AnnotatedImages(Dataset):
@@ -62,9 +51,11 @@ class AnnotatedImages(Dataset):
     """
 
     def __init__(
-        self, entries: Sequence[Annotated], transform: Any, crowd: bool, relative: bool = False
+        self, entries: Iterable[Annotated], transform: Any, crowd: bool, relative: bool = False
     ) -> None:
-        missing = {str(entry.image) for entry in entries if not entry.image.is_file()}
+        if not isinstance(entries, AnnotatedFiles):
+            entries = AnnotatedFiles.pack(entries)
+        missing = {path for path in entries.images if not os.path.isfile(path)}
         if missing:
             raise FileNotFoundError(
                 f"{len(missing)} of {len(entries)} images are missing: {abbreviate(missing)}: "
@@ -72,60 +63,56 @@ class AnnotatedImages(Dataset):
             )
         self.transform = transform
         self.relative = relative
-        self.entries = [entry if crowd else _without_crowd(entry) for entry in entries]
+        self.entries = entries if crowd else entries.with_boxes(~entries.crowd)
         self._clip_all()
 
     def _clip_all(self) -> None:
-        """Clip the boxes of images whose size is known, so that one warning counts them all."""
-        sizes: dict[int, tuple[int, int]] = {}
-        for index, entry in enumerate(self.entries):
-            size = (1, 1) if self.relative else entry.size
-            if entry.boxes and size is not None:
-                sizes[index] = size
-        of_box = [index for index in sizes for _ in self.entries[index].boxes]
-        if not of_box:
+        """Leave out boxes without area in images whose size is known, with one warning for all."""
+        owners = self.entries.owners()
+        sizes = np.ones((1, 2), np.int32) if self.relative else self.entries.sizes[owners]
+        known = np.broadcast_to(sizes.all(1), len(owners))
+        if not known.any():
             return
-        boxes = torch.tensor([box for index in sizes for box in self.entries[index].boxes])
-        limits = torch.tensor([sizes[index] for index in of_box])
+        boxes = torch.from_numpy(self.entries.boxes[known])
+        limits = torch.from_numpy(np.broadcast_to(sizes, (len(owners), 2))[known])
         clipped, kept = clip_boxes(boxes, limits, *[_LEAST_FRACTION] if self.relative else [])
         moved = (clipped - boxes).abs().amax(1) > _ROUNDING * limits.amax(1)
-        dropped: dict[int, list[bool]] = {of_box[i]: [] for i in (~kept).nonzero().flatten()}
-        for index, keep in zip(of_box, kept.tolist(), strict=True):
-            if index in dropped:
-                dropped[index].append(keep)
-        for index, keeps in dropped.items():
-            chosen = [position for position, keep in enumerate(keeps) if keep]
-            self.entries[index] = _chosen(self.entries[index], chosen)
         for some, what in (
             (~kept, "without area in their image are left out"),
             (moved & kept, "reach beyond their image and are clipped to it"),
         ):
             if some.any():
-                files = {str(self.entries[of_box[i]].image) for i in some.nonzero().flatten()}
+                files = {self.entries.images[index] for index in np.unique(owners[known][some])}
                 warn_once(f"{int(some.sum())} boxes {what}: {abbreviate(files)}")
+        if not kept.all():
+            chosen = np.ones(len(owners), dtype=bool)
+            chosen[known] = kept.numpy()
+            self.entries = self.entries.with_boxes(chosen)
 
     def __len__(self) -> int:
         return len(self.entries)
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
-        entry = self.entries[index]
-        image = tv_tensors.Image(tvf.pil_to_tensor(load_image(str(entry.image))))
+        entries, rows = self.entries, self.entries.rows(index)
+        file = entries.images[index]
+        image = tv_tensors.Image(tvf.pil_to_tensor(load_image(file)))
         height, width = image.shape[1:]
-        refuse_other_size(entry, (width, height))
-        boxes = torch.tensor(entry.boxes, dtype=torch.float32).reshape(-1, 4)
+        refuse_other_size(file, entries.size(index), (width, height))
+        boxes = torch.from_numpy(entries.boxes[rows])
         if self.relative:
-            boxes *= torch.tensor([width, height, width, height])
+            boxes = boxes * torch.tensor([width, height, width, height])
         boxes, kept = clip_boxes(boxes, torch.tensor([width, height]))
         if not kept.all():
-            warn_once(f"{entry.image} has boxes without area, which are left out")
-            entry, boxes = _chosen(entry, kept.nonzero().flatten().tolist()), boxes[kept]
+            warn_once(f"{file} has boxes without area, which are left out")
         target = {
-            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width)),
-            "labels": torch.tensor(entry.labels, dtype=torch.int64),
-            "iscrowd": torch.tensor(entry.crowd, dtype=torch.int64),
+            "boxes": tv_tensors.BoundingBoxes(
+                boxes[kept], format="XYXY", canvas_size=(height, width)
+            ),
+            "labels": torch.from_numpy(entries.labels[rows]).long()[kept],
+            "iscrowd": torch.from_numpy(entries.crowd[rows]).long()[kept],
         }
-        if entry.areas is not None:
-            target["area"] = torch.tensor(entry.areas, dtype=torch.float32)
+        if entries.areas is not None:
+            target["area"] = torch.from_numpy(entries.areas[rows])[kept]
         image, target = self.transform(image, target)
         plain = {name: value.as_subclass(Tensor) for name, value in target.items()}
         return image.as_subclass(Tensor), plain
@@ -133,34 +120,21 @@ class AnnotatedImages(Dataset):
     collate = staticmethod(collate_as_lists)
 
 
-def _without_crowd(entry: Annotated) -> Annotated:
-    return _chosen(entry, [index for index, crowd in enumerate(entry.crowd) if not crowd])
-
-
-def _chosen(entry: Annotated, indices: Sequence[int]) -> Annotated:
-    """Return an image with only some of its boxes."""
-    return entry._replace(
-        boxes=[entry.boxes[index] for index in indices],
-        labels=[entry.labels[index] for index in indices],
-        crowd=[entry.crowd[index] for index in indices],
-        areas=None if entry.areas is None else [entry.areas[index] for index in indices],
-    )
-
-
-def refuse_other_size(entry: Annotated, size: tuple[int, int]) -> None:
+def refuse_other_size(file: str, annotated: tuple[int, int] | None, size: tuple[int, int]) -> None:
     """Refuse an image whose file has another size than its annotations give.
 
     Args:
-        entry: the image and its annotations.
+        file: the image file.
+        annotated: the width and height that its annotations give, or None.
         size: the width and height of the upright image in pixels.
 
     Raises:
         ValueError: if the annotations give another size; without a size nothing is refused.
     """
-    if entry.size is not None and entry.size != size:
+    if annotated is not None and annotated != size:
         raise ValueError(
-            f"{entry.image} has {size[0]} x {size[1]} pixels (width x height), upright by its EXIF "
-            f"orientation, and its annotations say {entry.size[0]} x {entry.size[1]}: the boxes "
+            f"{file} has {size[0]} x {size[1]} pixels (width x height), upright by its EXIF "
+            f"orientation, and its annotations say {annotated[0]} x {annotated[1]}: the boxes "
             "are of another image; annotate this one, or restore the annotated one"
         )
 
@@ -186,7 +160,7 @@ class DetectionDataModule(ImageDataModule):
         self.flip = flip
         self.skip_empty = skip_empty
 
-    def entries(self, split: str) -> list[Annotated]:
+    def entries(self, split: str) -> Iterable[Annotated]:
         """Return the images and boxes of a split: "train", "val" or "test"."""
         raise NotImplementedError
 
@@ -211,7 +185,7 @@ class DetectionDataModule(ImageDataModule):
             self.entries("train"), self.train_transform(), False, self.relative_boxes
         )
         if self.skip_empty:
-            data.entries = [entry for entry in data.entries if entry.boxes]
+            data.entries = data.entries.without_empty()
         return data
 
     def val_dataset(self) -> AnnotatedImages:
@@ -232,24 +206,23 @@ class DetectionDataModule(ImageDataModule):
         if not isinstance(dataset, AnnotatedImages):
             return super().check_dataset(split, dataset)
         where = f"the {split} set of {self.location}"
-        labels = [label for entry in dataset.entries for label in entry.labels]
-        if not labels:
+        labels = torch.from_numpy(dataset.entries.labels)
+        if not len(labels):
             raise ValueError(
                 f"{where} has {len(dataset)} images and no box: every image would be background. "
                 "Look whether the annotations are where they are expected"
             )
-        check_labels(torch.tensor(labels), self.num_classes, where)
+        check_labels(labels, self.num_classes, where)
         self._refuse_other_unit(dataset, where)
         for index in pick_evenly(len(dataset), SIZES_TO_CHECK):
-            entry = dataset.entries[index]
-            if entry.size is not None:
-                refuse_other_size(entry, image_size(entry.image))
+            size, file = dataset.entries.size(index), dataset.entries.images[index]
+            if size is not None:
+                refuse_other_size(file, size, image_size(Path(file)))
 
     def _refuse_other_unit(self, dataset: AnnotatedImages, where: str) -> None:
         if self.relative_boxes:
             return
-        longest = max(max(box) for entry in dataset.entries for box in entry.boxes)
-        if longest <= 1:
+        if dataset.entries.boxes.max() <= 1:
             raise ValueError(
                 f"all boxes in {where} lie within the first pixel of their image: they are "
                 "fractions of its size; multiply them by its width and height"

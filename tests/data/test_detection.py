@@ -245,6 +245,7 @@ BROKEN_COCO: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "no bbox": ({"bbox": None}, {}, "bbox of annotation 1 in .*, of a.jpg, is None"),
     "empty bbox": ({"bbox": []}, {}, r"annotation 1 .* is \[\]: give a list of 4 numbers"),
     "words": ({"bbox": ["1", "2", "3", "4"]}, {}, "annotation 1 .* give a list of 4 numbers"),
+    "too large": ({"bbox": [1, 2, 10**400, 4]}, {}, "annotation 1 .* list of 4 numbers"),
     "NaN": ({"bbox": [1, 2, float("nan"), 4]}, {}, "annotation 1 .* list of 4 numbers"),
     "no category": ({"category_id": None}, {}, "annotation 1 .*a.jpg, has no category_id"),
     "no image": ({"image_id": None}, {}, "annotation 1 .* has no image_id"),
@@ -282,6 +283,38 @@ def test_null_is_as_good_as_missing_for_optional_items(root: Path):
     target = data.train_dataset()[0][1]
     assert target["boxes"].tolist() == [[1, 2, 11, 22]]
     assert target["area"].tolist() == [200]
+
+
+@pytest.mark.parametrize("usual", [True, False])
+def test_boxes_come_to_their_images_in_the_order_of_the_file(root: Path, usual: bool):
+    """Annotations that lack an optional item are checked one by one, with the same result."""
+    content = coco()
+    sides = np.random.default_rng(0).uniform(1, 12, (20, 4)).round(2).tolist()
+    content["annotations"] = [
+        {"id": number, "image_id": (5, 3)[number % 3 == 0], "category_id": (7, 90)[number % 2]}
+        | {"bbox": bbox, "iscrowd": int(number % 7 == 0), "area": number + 0.5}
+        | {"segmentation": [[1, 2.5, -3e2, 4], [5]] if number % 5 else {"counts": [1, 2]}}
+        for number, bbox in enumerate(sides)
+    ]
+    content["annotations"][4] |= {"note": 'a "segmentation": [[1]] in a text'}
+    expected = {5: [], 3: [], 9: []}
+    for one in content["annotations"]:
+        x, y, width, height = one["bbox"]
+        expected[one["image_id"]].append(
+            ([x, y, x + width, y + height], one["category_id"] // 90, one["iscrowd"], one["area"])
+        )
+    if not usual:
+        del content["annotations"][0]["iscrowd"], expected[3][0]
+        content["annotations"][0]["bbox"] = [0, 0, 0, 0]
+    write_coco(root, content, "val2017")
+    data = module(root).val_dataset()
+    for index, boxes in enumerate(expected.values()):
+        target = data[index][1]
+        columns = (target[name].tolist() for name in ("labels", "iscrowd", "area"))
+        torch.testing.assert_close(
+            target["boxes"], torch.tensor([box for box, *_ in boxes]).reshape(-1, 4), rtol=0, atol=0
+        )
+        assert list(zip(*columns, strict=True)) == [tuple(rest) for _, *rest in boxes]
 
 
 ODD_BOXES: dict[str, tuple[list[float], list[float] | None]] = {
