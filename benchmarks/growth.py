@@ -1,6 +1,9 @@
 """`Row` and `Cost`: what ``benchmarks.scale`` measures at two sizes, and how the cost grows."""
 
+import json
 import math
+import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +40,37 @@ class Row:
     sizes: tuple[int, int]
     measure: Callable[[int, Path], Cost]
     of_bytes: str = ""
+
+
+def forked(call: Callable[[], object], field: str) -> Cost:
+    """Run a function in a forked process, and return its CPU seconds and how a field has grown.
+
+    Args:
+        call: the function.
+        field: "Private_Dirty", the memory that the process does not share, or "VmHWM", the peak of
+            its memory. Linux counts both; elsewhere there are no bytes.
+    """
+    read_end, write_end = os.pipe()
+    process = os.fork()
+    if process == 0:
+        try:
+            before, start = _memory(field), time.process_time()
+            call()
+            found = time.process_time() - start, _memory(field) - before
+            os.write(write_end, json.dumps(found).encode())
+        finally:
+            os._exit(0)
+    os.close(write_end)
+    with open(read_end) as pipe:
+        seconds, size = json.loads(pipe.read())
+    os.waitpid(process, 0)
+    return Cost(seconds, size or None)
+
+
+def _memory(field: str) -> int:
+    file = Path("/proc/self/status" if field == "VmHWM" else "/proc/self/smaps_rollup")
+    lines = file.read_text().splitlines() if file.exists() else []
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
 def exponent(sizes: tuple[int, int], small: float | None, large: float | None) -> float | None:
