@@ -17,6 +17,7 @@ import psutil
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from interruption import OVERRIDES, differences
 from lightning_dist import cli
@@ -117,6 +118,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cases += [{"script": "skip", "out": str(folder / "skip")}]
     for task in ("segmentation", "detection"):
         cases += [{"script": "unlabeled", "out": str(folder / f"unlabeled {task}"), "task": task}]
+    cases += [{"script": "joined", "out": str(folder / "joined")}]
     for name, options in TRAININGS.items():
         cases += [{"script": "train", "out": str(folder / name), **options}]
     # Each backward pass uses only one of the two networks.
@@ -270,6 +272,37 @@ def test_metrics_of_two_processes_equal_those_of_the_whole_set(launched, name):
         accuracy = table.diagonal().sum() / table.sum()
         assert found[f"{split}/pixel_accuracy"] == pytest.approx(accuracy, rel=1e-5)
         assert found[f"{split}/loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+    with torch.no_grad():
+        teacher = evaluate.new_student(seed=4).eval()(images)
+    rows = [x.movedim(1, -1).flatten(0, -2).softmax(1).double() for x in (logits, teacher)]
+    of_teacher = {
+        "agreement": (rows[0].argmax(1) == rows[1].argmax(1)).double().mean().item(),
+        "inter_class_correlation": correlation(rows[0].T, rows[1].T),
+        "intra_class_correlation": correlation(*rows),
+    }
+    for name, value in of_teacher.items():
+        assert found[f"val/{name}"] == found[f"test/{name}"] == pytest.approx(value, rel=1e-5)
+
+
+def test_both_of_two_joined_loaders_are_shared_by_the_processes(launched):
+    ranks, joined = saved(launched / "joined"), script("joined")
+    for rank in ranks:
+        # Of each batch, 3 samples have a label; 4 batches are a pass over the longer loader.
+        assert [[y == -100 for y in labels] for _, labels in rank["seen"]] == 4 * [
+            3 * [False] + 3 * [True]
+        ]
+    numbers = [n for rank in ranks for inputs, _ in rank["seen"] for n in inputs]
+    more = [n for n in numbers if n >= 100]
+    assert sorted(more) == list(range(100, 100 + joined.UNLABELED))
+    # The labelled samples are used twice.
+    assert sorted(n for n in numbers if n < 100) == sorted(2 * list(range(joined.LABELED)))
+    torch.testing.assert_close(ranks[0]["weights"], ranks[1]["weights"], rtol=0, atol=0)
+
+
+def correlation(student: Tensor, teacher: Tensor) -> float:
+    """Return the mean correlation of the columns."""
+    pairs = zip(student.T, teacher.T, strict=True)
+    return float(np.mean([np.corrcoef(a, b)[0, 1] for a, b in pairs]))
 
 
 def test_mean_average_precision_of_two_processes_equals_that_of_one(launched, tmp_path):

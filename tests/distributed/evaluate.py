@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_dist.metrics import teacher_metrics
 from lightning_dist.tasks.segmentation import SegmentationModule
 
 CLASSES = 4
@@ -23,8 +24,8 @@ def samples(count: int) -> TensorDataset:
     return TensorDataset(torch.randn(count, 3, 8, 12, generator=generator), masks)
 
 
-def new_student() -> nn.Module:
-    torch.manual_seed(3)
+def new_student(seed: int = 3) -> nn.Module:
+    torch.manual_seed(seed)
     return nn.Sequential(nn.Conv2d(3, CLASSES, 1), nn.BatchNorm2d(CLASSES))
 
 
@@ -41,6 +42,8 @@ def main(out: str, count: int, batch: int) -> None:
     )
     module = SegmentationModule(
         new_student(),
+        teacher=new_student(seed=4),
+        teacher_metrics=teacher_metrics(CLASSES),
         num_classes=CLASSES,
         head="",
         optimizer=lambda student: torch.optim.SGD(student.parameters(), lr=0.0),
