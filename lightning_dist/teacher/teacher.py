@@ -3,6 +3,7 @@
 import copy
 import functools
 import itertools
+import operator
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -137,7 +138,8 @@ class Teacher(TeacherBase):
         self._compiled: Callable[..., Any] | None = None
         self.class_dim = class_dim
         self._map_classes(class_map)
-        self._listed: list[nn.Module] | None = None
+        # The attributes of the modules with a mode, and the modules that have it elsewhere.
+        self._modes: tuple[list[dict[str, Any]], list[nn.Module]] | None = None
         self._writes: dict[str, bool] = {}  # For each part, whether its calls change their inputs.
         self.random_numbers = random_numbers
         # The generators that the network may use.
@@ -228,7 +230,7 @@ class Teacher(TeacherBase):
             raise
         self.expect(taps)
         self.freeze()
-        self._writes, self._listed, self._generators = {}, None, None
+        self._writes, self._modes, self._generators = {}, None, None
         self._trainer = trainer
         self.to(trainer.strategy.root_device)
 
@@ -377,7 +379,7 @@ class Teacher(TeacherBase):
         Returns:
             The output of the call.
         """
-        if any(getattr(module, "training", False) for module in self._modules()):
+        if self._is_training():
             self.freeze()
         if part:
             module, name = find_part(self.network, part)
@@ -385,11 +387,19 @@ class Teacher(TeacherBase):
             return self._run(method, args, kwargs)
         return self._answer(args, kwargs)
 
-    def _modules(self) -> list[nn.Module]:
-        """Return all modules of the network; the list is kept, because building it is slow."""
-        if self._listed is None:
-            self._listed = list(self.network.modules())
-        return self._listed
+    def _is_training(self) -> bool:
+        """Return whether a module of the network is in training mode.
+
+        This looks at each module in each call, so it does as little as possible for each.
+        """
+        if self._modes is None:
+            modules = list(self.network.modules())
+            others = [m for m in modules if "training" not in vars(m)]  # such as TorchScript's
+            self._modes = [vars(m) for m in modules if "training" in vars(m)], others
+        attributes, others = self._modes
+        if True in map(operator.itemgetter("training"), attributes):
+            return True
+        return any(getattr(module, "training", False) for module in others)
 
     def _answer(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Return the output of a call of the frozen network; an ensemble overrides this method."""
@@ -428,7 +438,7 @@ class Teacher(TeacherBase):
     def with_network(self, network: nn.Module, inputs: InputBridge | None = None) -> "Teacher":
         """Return a teacher with the same settings and another network; see :class:`TeacherBase`."""
         teacher = copy.copy(self)
-        teacher.network, teacher._listed, teacher._generators = network, None, None
+        teacher.network, teacher._modes, teacher._generators = network, None, None
         if inputs is not None:
             teacher.inputs, teacher._own_inputs = inputs, True
         # release() restores these flags and modes.
@@ -479,7 +489,7 @@ class Teacher(TeacherBase):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {
             "_compiled": None,
-            "_listed": None,
+            "_modes": None,
             "_writes": {},
             "_generators": None,
             "_trainer": None,
