@@ -3,6 +3,7 @@
 import functools
 import importlib.metadata
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -287,10 +288,14 @@ class CachedTeacher(TeacherBase):
             "versions": {name: importlib.metadata.version(name) for name in _DRAWN_BY},
         }
         folder = self.root / digest(about)
+        if folder.is_symlink():
+            raise MisconfigurationException(
+                f"{folder} is a link, perhaps out of the cache: remove it"
+            )
         rows = TeacherRows(self.teacher, self._taps, np.dtype(np.float32))
         row = check_answers(folder, rows, samples, trainer.strategy.root_device)
         described = folder / "about.json"  # Only for people: no code reads this file.
-        if not described.exists():
+        if not os.path.lexists(described):  # A link there could lead to a file elsewhere.
             described.write_text(json.dumps(about, indent=2) + "\n")
         return folder.name, row_in_file(row, self.stored)
 

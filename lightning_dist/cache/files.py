@@ -5,16 +5,25 @@ import io
 import os
 import re
 import shutil
+import stat
 import zlib
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from filelock import FileLock, Timeout
 
+from lightning_dist.files.locking import file_lock
+from lightning_dist.files.text import read_bounded
+
 PAGE = 4096  # The bytes that a system reads from a disk at least.
 _LINE = re.compile(r"(\d{1,15}) (\d{1,15}) ([0-9a-f]{8})")
+_CHUNK = 2**24  # bytes that are read at once
+_MOST_TRIED = 4  # times that all rows may be listed
+# The version 1.0 of NumPy's format; the header of a later version can have 4 GB.
+_START = b"\x93NUMPY\x01\x00"
 
 
 class Claim(Enum):
@@ -59,7 +68,7 @@ class ViewFiles:
             if another process is still writing it after this time.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        lock = self._locks.setdefault(view, FileLock(self.path(view).with_suffix(".lock")))
+        lock = self._locks.setdefault(view, file_lock(self.path(view).with_suffix(".lock")))
         if not self.path(view).exists():
             try:
                 lock.acquire(timeout=seconds)
@@ -174,22 +183,52 @@ class ViewFiles:
 
     def _missing(self, view: int, row: np.dtype) -> list[tuple[int, int]]:
         """Return the ranges of rows that are not in a listed block with its checksum."""
-        texts = [path.read_text(errors="replace") for path in self._lists(view)]
+        texts = [_text_of(path) for path in self._lists(view)]
         # An incomplete line does not match.
         found = [_LINE.fullmatch(line) for text in texts for line in text.splitlines()]
         listed = sorted((int(m[1]), int(m[2]), int(m[3], 16)) for m in found if m)
-        missing, end = [], 0
+        missing, end, tried = [], 0, 0
         with self._part(view).open("rb") as file:
             for start, stop, checksum in [*listed, (self.rows, self.rows, 0)]:
                 if not end <= start <= stop <= self.rows:
                     continue
+                tried += stop - start
+                # A list from elsewhere can have the same rows in any number of blocks.
+                if start < stop and tried > _MOST_TRIED * self.rows:
+                    continue
                 file.seek(-(self.rows - start) * row.itemsize, os.SEEK_END)
-                if zlib.crc32(file.read((stop - start) * row.itemsize)) != checksum:
+                if _checksum(file, (stop - start) * row.itemsize) != checksum:
                     continue
                 if start > end:
                     missing.append((end, start))
                 end = stop
         return missing
+
+
+def _is_own(path: Path) -> bool:
+    """Return whether a path is a regular file, and no link to a file elsewhere."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return False
+    return stat.S_ISREG(found.st_mode) and found.st_nlink == 1
+
+
+def _text_of(path: Path) -> str:
+    """Return the text of a list of blocks; delete the file if it is a link or too long."""
+    with contextlib.suppress(OSError, ValueError):
+        if _is_own(path):
+            return read_bounded(path).decode(errors="replace")
+    path.unlink(missing_ok=True)
+    return ""
+
+
+def _checksum(file: BinaryIO, size: int) -> int:
+    checksum = 0
+    while size > 0 and (content := file.read(min(size, _CHUNK))):
+        checksum = zlib.crc32(content, checksum)
+        size -= len(content)
+    return checksum
 
 
 def header_of(row: np.dtype, rows: int) -> bytes:
@@ -208,6 +247,8 @@ def header_of(row: np.dtype, rows: int) -> bytes:
 def _begins_with(path: Path, header: bytes, size: int) -> bool:
     """Return whether a file has this size and begins with this header."""
     try:
+        if not _is_own(path):
+            return False
         with path.open("rb") as file:
             return os.fstat(file.fileno()).st_size == size and file.read(len(header)) == header
     except OSError:
@@ -233,6 +274,11 @@ def read_rows(path: Path, rows: int, fields: Sequence[str], delete: Path) -> np.
     """
     advice = f"delete {'it' if delete == path else delete}, so that the next run computes it again"
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is no regular file")
+        with path.open("rb") as file:
+            if file.read(len(_START)) != _START:
+                raise ValueError("it is of another version of NumPy's format")
         found = np.load(path, mmap_mode="r", allow_pickle=False)
     except OSError:
         raise
@@ -253,6 +299,7 @@ def write_rows(path: Path, rows: np.ndarray) -> None:
         rows: a structured array.
     """
     part = path.with_suffix(".part")
+    part.unlink(missing_ok=True)  # A link there could lead to a file elsewhere.
     with part.open("wb") as file:
         np.save(file, rows)
         file.flush()

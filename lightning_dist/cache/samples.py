@@ -5,13 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_dist.cache.files import read_rows, write_rows
 from lightning_dist.cache.filling import kept_generators
 from lightning_dist.cache.rows import FINGERPRINT, TeacherRows
 from lightning_dist.data.views import KeyedBatch
+from lightning_dist.files.locking import file_lock
 
 TOLERANCE = "(tolerance)"  # The entry of a row that contains the result of `_tolerance`.
 # The machine epsilon of TensorFloat-32, in which GPUs compute float32 convolutions by default.
@@ -55,7 +55,7 @@ def check_answers(
                 "cache (distill.cache=off)"
             )
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix(".lock")):
+    with file_lock(path.with_suffix(".lock")):
         if not path.exists():
             write_rows(path, rows)
         different = _differences(_read(path, rows), rows)

@@ -2,7 +2,10 @@
 
 import difflib
 import importlib
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from lightning_dist import __version__
 from lightning_dist.cli.errors import fail, one_line_errors
@@ -43,5 +46,24 @@ def main() -> None:
     if verb not in VERBS:
         near = difflib.get_close_matches(verb, VERBS, n=1) or list(VERBS)
         fail(f"there is no verb {verb!r}: use {' or '.join(near)}", status=2)
-    with one_line_errors():
+    with one_line_errors(), _safe_path():
         importlib.import_module(f"lightning_dist.cli.{verb}").main()
+
+
+@contextmanager
+def _safe_path() -> Iterator[None]:
+    """Let the processes that the block starts import no module from the working folder.
+
+    Python does that with ``-c`` and ``-m``, by which workers of launchers, of ``ddp_spawn`` and of
+    data loaders are started. With ``python -m lightning_dist`` they do what this process does.
+    Python 3.10 ignores the variable.
+    """
+    name = "PYTHONSAFEPATH"
+    if name in os.environ or {"", os.path.realpath(os.curdir)} & set(sys.path):
+        yield
+        return
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from lightning_dist.cli.errors import FULL_ERROR, one_line_errors
+from lightning_dist.cli.errors import FULL_ERROR, UserError, one_line_errors
 
 
 def hydra_app(verb: str, job: Callable[[Any], Any]) -> None:
@@ -24,6 +24,7 @@ def hydra_app(verb: str, job: Callable[[Any], Any]) -> None:
 
     Raises:
         Exception: if Hydra cannot compose the config.
+        UserError: if an option makes Hydra unpickle a config.
         SystemExit: with status 1, if the job raised an error that the user can fix.
     """
     import hydra  # Imported here, because it is slow and completion and help do not need it.
@@ -45,11 +46,28 @@ def hydra_app(verb: str, job: Callable[[Any], Any]) -> None:
     del sys.argv[1]
     _set_full_error("1")
     try:
+        _refuse_pickled_config()
         hydra.main(version_base="1.3", config_path="pkg://lightning_dist.conf", config_name=verb)(
             run
         )()
     finally:
         _set_full_error(users)
+
+
+def _refuse_pickled_config() -> None:
+    """Refuse Hydra's option --experimental-rerun, also abbreviated.
+
+    Raises:
+        UserError: if the command line has it.
+    """
+    from hydra._internal.utils import get_args
+
+    file = getattr(get_args(), "experimental_rerun", None)
+    if file is not None:
+        raise UserError(
+            f"--experimental-rerun would unpickle {file}, which can run code: give the overrides "
+            "of that run, which are in the file overrides.yaml beside it"
+        )
 
 
 def _set_full_error(value: str | None) -> None:

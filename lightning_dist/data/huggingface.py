@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -193,11 +194,16 @@ class HuggingFaceDataModule(TimmTransformDataModule):
         datasets = import_datasets()
         folder = Path(self.path)
         refuse_other_places(folder)
+        # By the name of one of its readers, `datasets` would read the files in the working folder;
+        # the reader "pandas" unpickles them.
+        path = str(folder.absolute()) if folder.is_dir() else self.path
+        if path in getattr(datasets.packaged_modules, "_PACKAGED_DATASETS_MODULES", {}):
+            raise ValueError(f"there is no folder {path}: give one, or OWNER/NAME of the hub")
         is_saved = (folder / "dataset_dict.json").is_file()
         try:
             if not is_saved:
-                return datasets.load_dataset(self.path, self.config, split=split)
-            splits = datasets.load_from_disk(self.path)
+                return datasets.load_dataset(path, self.config, split=split)
+            splits = datasets.load_from_disk(path)
         except (FileNotFoundError, ImportError):
             raise
         except Exception as error:  # damaged files cause errors of many kinds
@@ -256,6 +262,8 @@ class RowImages(Dataset):
                 contents = image["bytes"]
                 path = None if contents is not None else Path(image["path"])
                 image = open_image(path) if path else decode_image(io.BytesIO(contents))
+            elif not isinstance(image, Image.Image):
+                raise ValueError(f"it is a {type(image).__name__}")
         except UNREADABLE as error:
             raise OSError(f"{name} cannot be read as an image: {error}") from error
         image = to_rgb(image, name)

@@ -6,6 +6,7 @@ import logging
 import os
 import stat
 import struct
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,9 @@ from lightning_dist.data.packed import LabelledPaths
 from lightning_dist.files.text import printable
 
 log = logging.getLogger(__name__)
+
+# A small image can have thousands of broken tags, with a warning for each.
+warnings.filterwarnings("ignore", module=r"PIL\.TiffImagePlugin")
 
 Transform = Callable[[Image.Image], Tensor]
 
@@ -40,6 +44,9 @@ _FOREIGN = {
 # Folders that an archive program, a file system or a disk station adds.
 _CLUTTER = {"__MACOSX", "@eaDir", "lost+found"}
 _MOST_VISITS = 32  # The most paths to one folder through different links.
+_MOST_LEVELS = 100  # The most levels of folders inside a folder.
+# The marker of a scan in a JPEG file, of which a progressive one has about ten.
+_SCAN, _MOST_SCANS, _MOST_OF_SCANS = b"\xff\xda", 200, 64 * 2**20
 _ORIENTATION = 0x0112  # the EXIF tag with the direction in which the camera was held
 
 _TURNS = {
@@ -183,6 +190,10 @@ def _walk(folder: Path, left_out: set[str]) -> Iterator[Path]:
     start = {str(path) for path in Path(os.path.realpath(folder)).parents}
     visits: Counter[str] = Counter()
     for top, folders, files in os.walk(folder, followlinks=True):
+        if top.count(os.sep) - str(folder).count(os.sep) > _MOST_LEVELS:
+            left_out.add(f"{top} (more than {_MOST_LEVELS} levels deep)")
+            folders.clear()
+            continue
         place, parents = os.path.realpath(top), above.get(os.path.dirname(top), start)
         visits[place] += 1
         # Folders with links to each other have one path for each order of these folders.
@@ -244,8 +255,23 @@ def decode_image(file: BinaryIO) -> Image.Image:
     most = Image.MAX_IMAGE_PIXELS
     if most is not None and image.width * image.height > most:  # Pillow refuses from twice as many
         raise ValueError(f"it has {image.width} x {image.height} pixels, more than {most}")
+    if image.format in ("JPEG", "MPO"):
+        _refuse_many_scans(file)
     image.load()
     return image
+
+
+def _refuse_many_scans(file: BinaryIO) -> None:
+    """Raise an error for a JPEG file that takes minutes, because each of its scans has all pixels.
+
+    Raises:
+        ValueError: if the file has much more scans than a progressive JPEG.
+    """
+    place = file.tell()
+    file.seek(0)
+    if file.read(_MOST_OF_SCANS).count(_SCAN) > _MOST_SCANS:
+        raise ValueError(f"it has more than {_MOST_SCANS} scans")
+    file.seek(place)
 
 
 def _refuse_special_file(path: Path) -> None:

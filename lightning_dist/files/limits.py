@@ -1,5 +1,6 @@
 """Checks of weight files that bound the time and the memory that reading them takes."""
 
+import os
 import re
 import struct
 import zipfile
@@ -17,6 +18,37 @@ _MOST_HEADER = 8 * 2**20
 _MOST_DEPTH, _MOST_VALUES = 64, 2_000_000
 # The tensors in a file share storages, such as tied weights, but not in large numbers.
 _MOST_SHARED, _SMALL = 8, 64 * 2**20
+
+
+def refuse_holes(file: Path) -> None:
+    """Raise an error if a file is mostly holes, which take no place on the disk.
+
+    A few bytes of an archive can unpack to such a file, and it would be read as zeros.
+
+    Raises:
+        ValueError: if the file is much larger than what the disk stores of it.
+    """
+    size = file.stat().st_size
+    if size > _SMALL and size > _MOST_SHARED * (stored := _stored_bytes(file)) + _SMALL:
+        raise ValueError(f"it has {size} bytes, and only {stored} of them are on the disk")
+
+
+def _stored_bytes(file: Path) -> int:
+    """Return the size of a file without its holes; a file system may not tell where they are."""
+    seek_data, seek_hole = getattr(os, "SEEK_DATA", None), getattr(os, "SEEK_HOLE", None)
+    size = file.stat().st_size
+    if seek_data is None or seek_hole is None:
+        return size
+    stored = end = 0
+    with open(file, "rb", buffering=0) as opened:
+        while end < size:
+            try:
+                start = opened.seek(end, seek_data)
+            except OSError:  # There are no more data.
+                break
+            end = opened.seek(start, seek_hole)
+            stored += end - start
+    return stored
 
 
 def refuse_strange_safetensors(file: Path) -> None:

@@ -11,11 +11,28 @@ from types import TracebackType
 
 from filelock import FileLock, Timeout
 
-from lightning_dist.files.text import printable
+from lightning_dist.files.text import printable, read_bounded
 
 # After a sweep was killed, its job may still be saving its state. A process that continues the
 # sweep waits this long for the job.
 PATIENCE_SECONDS = 10.0
+_MOST_OF_HOLDER = 2000  # bytes
+
+
+def file_lock(path: Path) -> FileLock:
+    """Return the lock of a file, which may not be a link, nor a hard link.
+
+    Earlier versions of filelock empty the file to which a link leads.
+
+    Args:
+        path: the path of the file, which need not exist.
+
+    Raises:
+        OSError: if there is something else than a regular file.
+    """
+    if path.is_symlink() or (path.exists() and not (path.is_file() and path.stat().st_nlink == 1)):
+        raise OSError(f"{path} is a link or no regular file: remove it")
+    return FileLock(path)
 
 
 class FolderIsInUse(OSError):  # noqa: N818 - the name says what is wrong
@@ -38,10 +55,10 @@ class FolderLock:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._lock = FileLock(folder / ".lock")
 
     def __enter__(self) -> "FolderLock":
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = file_lock(self.folder / ".lock")
         try:
             self._lock.acquire(timeout=PATIENCE_SECONDS)
         except Timeout:
@@ -50,6 +67,7 @@ class FolderLock:
                 "choose another folder"
             ) from None
         now = datetime.now().isoformat(" ", "seconds")
+        self._holder.unlink(missing_ok=True)  # A link there could lead to a file elsewhere.
         self._holder.write_text(f"process {os.getpid()} on {socket.gethostname()} since {now}")
         return self
 
@@ -68,6 +86,7 @@ class FolderLock:
 
     def _read_holder(self) -> str:
         try:
-            return printable(self._holder.read_text(errors="replace"), 200) or "another process"
-        except OSError:
+            text = read_bounded(self._holder, _MOST_OF_HOLDER).decode(errors="replace")
+        except (OSError, ValueError):
             return "another process"
+        return printable(text, 200) or "another process"

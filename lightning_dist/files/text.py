@@ -1,6 +1,7 @@
 """Functions that read small files, and make text safe for a terminal, a log and a spreadsheet."""
 
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ MOST_READ = 8 * 2**20
 # A spreadsheet evaluates a cell as a formula if it begins with one of these characters; the last
 # four are the wide forms of the first four.
 _FORMULA = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")
+
+
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def read_bounded(path: str | Path, most: int = MOST_READ) -> bytes:
@@ -55,12 +59,19 @@ def printable(text: str, most: int = MOST_SHOWN) -> str:
         half = most // 2
         middle = f" ... ({len(text) - 2 * half} characters) ... "
         text = text[:half] + middle + text[len(text) - half :]
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "".join(c if c.isprintable() else _escaped(c) for c in text)
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode()
 
 
 def has_controls(text: str) -> bool:
-    """Return whether text contains control characters, with which escape sequences begin."""
-    return any(ord(c) < 32 or 127 <= ord(c) < 160 for c in text)
+    """Return whether text contains control characters, with which escape sequences begin.
+
+    Surrogates, which cannot be encoded, count as control characters.
+    """
+    return _CONTROLS.search(text) is not None
 
 
 def error_line(error: BaseException | str) -> str:
@@ -76,6 +87,8 @@ def error_line(error: BaseException | str) -> str:
 def csv_cell(value: Any) -> Any:
     """Return a value for a CSV file, with a quote before text that a spreadsheet would evaluate.
 
+    Control characters, which a terminal would execute, are escaped.
+
     Args:
         value: the value of a cell; a number, and text that is a number, are returned unchanged.
 
@@ -87,7 +100,10 @@ def csv_cell(value: Any) -> Any:
         return value
     text = str(value)
     # A spreadsheet drops leading blanks.
-    return f"'{text}" if text.lstrip(" ").startswith(_FORMULA) and not _is_number(text) else text
+    is_formula = text.lstrip(" ").startswith(_FORMULA) and not _is_number(text)
+    if has_controls(text):
+        text = "".join(_escaped(c) if has_controls(c) else c for c in text)
+    return f"'{text}" if is_formula else text
 
 
 def _is_number(text: str) -> bool:

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dist.files.limits import (
+    refuse_holes,
     refuse_strange_safetensors,
     refuse_strange_torch_file,
     refuse_too_much,
 )
 from lightning_dist.files.pickles import BESIDE_WEIGHTS
-from lightning_dist.files.text import error_line, printable
+from lightning_dist.files.text import error_line, printable, read_bounded
 
 # Training programs store weights under these entries of a checkpoint, and put these prefixes before
 # the names. Averaged weights come first, because a program that averages weights evaluates and
@@ -35,6 +36,7 @@ _OF_AVERAGE = "student_ema."
 _PREFIXES = ("", "student_ema.module.", "module.", "student.", "model.", "net.", "_orig_mod.")
 
 _COUNTER = "num_batches_tracked"
+_LONGEST_NAME = 255  # bytes; a system call raises an error for a longer name of a file
 _MOST_LEVELS = 16  # The largest number of parts of a prefix that all names share.
 
 
@@ -139,6 +141,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"there is no weight file {path}")
     try:
+        refuse_holes(file)
         if file.suffix == ".safetensors":
             refuse_strange_safetensors(file)
             return safetensors.torch.load_file(file)
@@ -216,11 +219,14 @@ def _weights_in(folder: Path) -> Path:
     names, result = ["last.ckpt"], folder / "result.json"
     if result.is_file():
         try:
-            tested = json.loads(result.read_text())["checkpoint"]
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            tested = json.loads(read_bounded(result))["checkpoint"]
+            # The name alone: the folder of the run may have been moved.
+            name = Path(tested or "").name
+            if len(os.fsencode(name)) > _LONGEST_NAME:
+                raise ValueError("no file has such a name")
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             raise ValueError(f"{result} is damaged: name a file in {folder}/checkpoints") from error
-        # The name alone: the folder of the run may have been moved.
-        names.insert(0, Path(str(tested)).name)
+        names.insert(0, name)
     files = [*(folder / "checkpoints" / name for name in names), folder / "model.safetensors"]
     return next((file for file in files if file.is_file()), folder)
 

@@ -44,21 +44,24 @@ def read_curves(folder: Path) -> dict[str, Curve]:
         names = next(rows, [])
         if len(names) > _MOST_COLUMNS:
             raise ValueError(f"it has more than {_MOST_COLUMNS} columns")
+        at = names.index("step") if "step" in names else len(names)
+        found = [
+            None if name in ("step", "epoch") else curves.setdefault(name, Curve())
+            for name in names
+        ]
         for row in rows:
-            fields = dict(zip(names, row, strict=False))
-            step = _parse_number(fields.get("step"))
-            for name in fields.keys() - {"step", "epoch"} if step is not None else ():
-                value = _parse_number(fields[name])
-                # A row has only some of the metrics, and the last row of a killed run may be cut
-                # off.
-                if value is not None and step is not None:
-                    curve = curves.setdefault(name, Curve())
+            step = _parse_number(row[at]) if at < len(row) else None
+            # A row has only some of the metrics, and the last row of a killed run may be cut off.
+            for curve, text in zip(found, row, strict=False) if step is not None else ():
+                value = _parse_number(text) if text and curve is not None else None
+                if value is not None and curve is not None and step is not None:
                     curve.steps.append(step)
                     curve.values.append(value)
     except FileNotFoundError:
         raise ValueError(f"{folder} has no {LOG_FILE}, which logger=csv writes") from None
     except (OSError, ValueError, csv.Error) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
+    curves = {name: curve for name, curve in curves.items() if curve.steps}
     if not curves:
         raise ValueError(f"{path} has no row with a step and a metric")
     return curves

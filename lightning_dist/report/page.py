@@ -25,7 +25,7 @@ from lightning_dist.report.runs import (
     all_keys,
     group_runs,
     names_of,
-    note_on_test,
+    notes_on,
     optimized_metric,
     table_metrics,
 )
@@ -91,7 +91,7 @@ def write_page(runs: Sequence[Run], path: PathLike, metric: str | None = None) -
         tested=tested,
         without_curves=without_curves,
         names=names_of(runs),
-        note=note_on_test(runs),
+        notes=notes_on(runs),
         group_table=_group_table(groups, runs, metric),
         test_table=_test_table(tested),
         run_table=_run_table(groups, runs, metric),

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ _OPTIONAL_FIELDS: dict[str, type] = {
 # Limits of a result.json, and the columns of a table, far above those of a run.
 LARGEST = 1e100  # matplotlib can plot numbers up to this one together with others.
 _MOST_OVERRIDES, _MOST_METRICS, _MOST_COLUMNS = 1000, 10_000, 50
+_MOST_SHOWN = 1000  # characters of a value or of all values of a group
 
 
 @dataclass(frozen=True)
@@ -98,16 +100,17 @@ class Group:
         """The runs that ended without an error."""
         return [run for run in self.runs if run.completed]
 
-    @property
+    @cached_property
     def labels(self) -> list[str]:
         """The values as text without control characters, for a table or a plot."""
-        return ["(default)" if x is None else printable(x) or "''" for x in self.values.values()]
+        values = self.values.values()
+        return ["(default)" if x is None else printable(x, _MOST_SHOWN) or "''" for x in values]
 
-    @property
+    @cached_property
     def name(self) -> str:
-        """The keys and values as one line of text."""
-        pairs = zip(map(printable, self.values), self.labels, strict=True)
-        return ", ".join("=".join(pair) for pair in pairs) or "all runs"
+        """The keys and values as one line of text; the page has it for each pair of groups."""
+        pairs = zip(self.values, self.labels, strict=True)
+        return printable(", ".join("=".join(x) for x in pairs), _MOST_SHOWN) or "all runs"
 
     @property
     def count(self) -> str:
@@ -144,7 +147,7 @@ def read_runs(folders: Folders) -> list[Run]:
     """
     found: dict[Path, Path] = {}
     for top in as_paths(folders):
-        inside = [path.parent for path in top.rglob(RESULT_FILE)]
+        inside = [path.parent for path in result_files(top)]
         if not inside:
             gone = "" if top.is_dir() else " (no such folder)"
             why = f"a run folder contains the {RESULT_FILE} that `lightning-dist train` writes"
@@ -164,14 +167,36 @@ def read_runs(folders: Folders) -> list[Run]:
     return runs
 
 
+def result_files(top: Path) -> list[Path]:
+    """Return the paths of the results in a folder, at any depth, without following links.
+
+    Raises:
+        ValueError: if folders in it are nested too deeply for the system.
+    """
+    try:
+        return list(top.rglob(RESULT_FILE))
+    except (RecursionError, OSError) as error:
+        reason = type(error).__name__ if isinstance(error, RecursionError) else error.strerror
+        raise ValueError(f"{top} cannot be searched for runs: {reason}") from error
+
+
 def group_runs(runs: Sequence[Run]) -> list[Group]:
-    """Make one group of all runs, also failed ones, whose overrides differ only in the seed."""
-    keys = [key for key in all_keys(run.overrides for run in runs) if key not in _NOT_SETTINGS]
-    keys = [key for key in keys if len({run.overrides.get(key) for run in runs}) > 1]
+    """Make one group of all runs, also failed ones, whose overrides differ only in the seed.
+
+    If more settings vary than fit in a table, the groups show the first of them.
+    """
+    keys = _varying(runs)
     groups: dict[tuple[str | None, ...], list[Run]] = {}
     for run in runs:
         groups.setdefault(tuple(run.overrides.get(key) for key in keys), []).append(run)
-    return [Group(dict(zip(keys, group, strict=True)), groups[group]) for group in groups]
+    shown = keys[:_MOST_COLUMNS]
+    return [Group(dict(zip(shown, group, strict=False)), groups[group]) for group in groups]
+
+
+def _varying(runs: Sequence[Run]) -> list[str]:
+    """Return the settings in which runs differ."""
+    keys = [key for key in all_keys(run.overrides for run in runs) if key not in _NOT_SETTINGS]
+    return [key for key in keys if len({run.overrides.get(key) for run in runs}) > 1]
 
 
 def optimized_metric(runs: Sequence[Run], metric: str | None = None) -> str:
@@ -197,13 +222,18 @@ def optimized_metric(runs: Sequence[Run], metric: str | None = None) -> str:
     return metric
 
 
-def note_on_test(runs: Sequence[Run]) -> str | None:
-    """Return a sentence if the test of runs is on their validation set, otherwise None."""
-    count = sum(run.test_set == "validation" for run in runs)
-    if not count:
-        return None
-    which = "all runs" if count == len(runs) else f"{count} of {len(runs)} runs"
-    return f"test/ of {which} is on the validation set: their data has no other test set"
+def notes_on(runs: Sequence[Run]) -> list[str]:
+    """Return a sentence for each thing that a reader of a table of the runs has to know."""
+    notes = []
+    if count := sum(run.test_set == "validation" for run in runs):
+        which = "all runs" if count == len(runs) else f"{count} of {len(runs)} runs"
+        notes.append(f"test/ of {which} is on the validation set: their data has no other test set")
+    if (number := len(_varying(runs))) > _MOST_COLUMNS:
+        notes.append(
+            f"the runs differ in {number} settings: the first {_MOST_COLUMNS} are shown, and "
+            "report.csv has all"
+        )
+    return notes
 
 
 def names_of(runs: Sequence[Run]) -> str | None:

@@ -12,7 +12,7 @@ from lightning_dist.report.runs import (
     Run,
     all_keys,
     group_runs,
-    note_on_test,
+    notes_on,
     optimized_metric,
     table_metrics,
 )
@@ -38,8 +38,7 @@ def report_table(runs: Sequence[Run], metric: str | None = None) -> Table:
     groups, metric = group_runs(runs), optimized_metric(runs, metric)
     metrics = table_metrics(runs, metric)
     notes = [printable(f"failed: {x.folder}: {x.reason}") for x in runs if not x.completed]
-    if note := note_on_test(runs):
-        notes.append(note)
+    notes += notes_on(runs)
     # rich parses [brackets] in a str as markup, but not in a Text. It wraps a caption to the width
     # of the table, so a table with notes gets a minimum width.
     caption, width = Text("\n".join(notes)), 79 if notes else 0

@@ -13,11 +13,13 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import draw_bounding_boxes
 
+from lightning_dist.files.text import printable
 from lightning_dist.training.batches import split_batch
 
 Color = tuple[int, int, int]
 
 _GOLDEN_RATIO = 0.618034
+_MOST_DRAWN = 60  # characters of a class's name
 
 
 def class_palette(num_classes: int, colors: Sequence[Color] | None = None) -> list[Color]:
@@ -82,7 +84,7 @@ def box_image(
         image = draw_bounding_boxes(
             image.cpu(),
             found["boxes"][drawn].cpu(),
-            [f"{names[i]} {found['scores'][i]:.2f}" for i in drawn],
+            [f"{printable(names[i], _MOST_DRAWN)} {found['scores'][i]:.2f}" for i in drawn],
             [palette[int(found["labels"][i]) + 1] for i in drawn],
         )
     return Image.fromarray(image.cpu().movedim(0, 2).numpy())

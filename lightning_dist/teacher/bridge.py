@@ -1,7 +1,9 @@
 """Conversion from student to teacher: ``InputBridge`` for images, ``match_classes`` for classes."""
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_dist.files.text import read_bounded
+
+_MOST_LISTED = 20  # classes in an error message
 
 
 class InputBridge:
@@ -193,24 +197,34 @@ def match_classes(
         [2, 0]
     """
     students, teachers = _read_names(student_names), _read_names(teacher_names)
-    places: dict[str, list[int]] = {}
-    for index, name in enumerate(teachers):
-        places.setdefault(_normalise_name(name), []).append(index)
-    missing = [name for name in students if _normalise_name(name) not in places]
+    wanted, offered = map(_normalise_name, students), [_normalise_name(x) for x in teachers]
+    keys = dict(zip(students, wanted, strict=True))
+    place = {key: index for index, key in reversed(list(enumerate(offered)))}
+    missing = [name for name in students if keys[name] not in place]
     if missing:
         raise ValueError(
             f"{len(missing)} of the student's {len(students)} classes have no partner among the "
-            f"teacher's {len(teachers)}: {', '.join(map(repr, missing))}. Write them in "
+            f"teacher's {len(teachers)}: {_first(map(repr, missing))}. Write them in "
             "student_names as in teacher_names, or give class_map as a list of indices"
         )
-    several = [name for name in students if len(places[_normalise_name(name)]) > 1]
+    counts = Counter(offered)
+    several = [name for name in keys if counts[keys[name]] > 1]
     if several:
-        found = ", ".join(f"{name!r} at {places[_normalise_name(name)]}" for name in several)
+        found = _first(
+            f"{name!r} at [{_first(str(i) for i, x in enumerate(offered) if x == keys[name])}]"
+            for name in several
+        )
         raise ValueError(
             f"the teacher has several classes of one name: {found}. Give class_map as a list of "
             "indices, or make teacher_names distinct"
         )
-    return [places[_normalise_name(name)][0] for name in students]
+    return [place[keys[name]] for name in students]
+
+
+def _first(texts: Iterable[str]) -> str:
+    """Join the first texts; a file can have so many that all of them would fill the memory."""
+    first = list(islice(texts, _MOST_LISTED + 1))
+    return ", ".join(first[:_MOST_LISTED]) + ", ..." * (len(first) > _MOST_LISTED)
 
 
 def is_same_name(one: str, other: str) -> bool:

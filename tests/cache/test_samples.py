@@ -3,9 +3,11 @@
 import collections
 import functools
 import importlib
+import os
 import random
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +18,8 @@ from torch import nn
 
 from caching import digits, files, same_weights, teacher
 from lightning_dist import CachedTeacher, DistillationCallback, Term
+from lightning_dist.cache import files as cache_files
+from lightning_dist.cache.files import ViewFiles, read_rows, write_rows
 from lightning_dist.models.small import SmallCNN
 from lightning_dist.tasks.classification import ClassificationModule
 from lightning_dist.teacher import EnsembleTeacher
@@ -268,3 +272,81 @@ def test_all_processes_end_with_the_same_error(train, tmp_path):
     texts = [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)]
     assert "outputs differ from those stored" in texts[0]
     assert texts[0] == texts[1]
+
+
+def test_rows_are_not_written_through_a_link(tmp_path):
+    mine = tmp_path / "mine"
+    mine.write_text("mine")
+    (tmp_path / "samples.part").symlink_to(mine)
+    write_rows(tmp_path / "samples.npy", np.zeros(2, [("a", "f4")]))
+    assert mine.read_text() == "mine"
+    assert len(read_rows(tmp_path / "samples.npy", 2, ["a"], delete=tmp_path)) == 2
+
+
+@pytest.mark.parametrize("kind", ["a pipe", "a device", "a long header"])
+def test_rows_that_never_end_are_not_read(tmp_path, kind):
+    path = tmp_path / "samples.npy"
+    if kind == "a pipe":
+        os.mkfifo(path)
+    elif kind == "a device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.write_bytes(b"\x93NUMPY\x02\x00" + b"\xff" * 4)
+        os.truncate(path, 2**33)
+    with pytest.raises(
+        ValueError, match=r"samples\.npy is damaged \(it is (no regular|of another)"
+    ):
+        read_rows(path, 2, ["a"], delete=tmp_path)
+
+
+ROW = np.dtype([("a", "f4")])
+
+
+def begun(folder: Path) -> ViewFiles:
+    """Begin or continue view 0 of a cache, and write its first two rows."""
+    files = ViewFiles(folder, 4)
+    files.begin(0, ROW)
+    files.write(0, 0, np.ones(2, ROW), process=0)
+    return files
+
+
+@pytest.mark.parametrize("link", [Path.symlink_to, Path.hardlink_to])
+@pytest.mark.parametrize("name", ["view-000.part", "view-000.blocks-0"])
+def test_a_view_is_not_continued_through_a_link(tmp_path, name, link):
+    begun(tmp_path)
+    mine = (tmp_path / name).rename(tmp_path / "mine")
+    before = mine.read_bytes()
+    link(tmp_path / name, mine)
+    files = begun(tmp_path)
+    files.write(0, 2, np.ones(2, ROW), process=0)
+    files.commit(0)
+    assert mine.read_bytes() == before
+    rows = read_rows(files.path(0), 4, ["a"], delete=tmp_path)
+    assert rows["a"].tolist() == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("kind", ["a pipe", "a device"])
+@pytest.mark.parametrize("name", ["view-000.part", "view-000.blocks-7"])
+def test_a_view_that_never_ends_is_begun_anew(tmp_path, name, kind):
+    begun(tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    if kind == "a pipe":
+        os.mkfifo(tmp_path / name)
+    else:
+        (tmp_path / name).symlink_to("/dev/zero")
+    assert ViewFiles(tmp_path, 4).begin(0, ROW)[-1][1] == 4
+
+
+def test_rows_that_are_listed_many_times_are_read_a_few_times(tmp_path, monkeypatch):
+    begun(tmp_path)
+    with (tmp_path / "view-000.blocks-1").open("w") as file:
+        file.writelines(f"\n0 4 {number:08x}" for number in range(1000))
+    read = []
+
+    def wrong(file: object, size: int) -> int:
+        read.append(size)
+        return -size  # The last range is empty, and fits.
+
+    monkeypatch.setattr(cache_files, "_checksum", wrong)
+    assert ViewFiles(tmp_path, 4).begin(0, ROW) == [(0, 4)]
+    assert sum(read) <= 4 * 4 * ROW.itemsize

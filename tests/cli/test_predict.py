@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import time
 
 import numpy as np
 import pytest
@@ -100,6 +101,16 @@ def test_boxes_are_drawn_where_the_score_is_high():
     drawn = np.array(box_image(image, found, ["cat", "dog"]))
     assert drawn[15:31, 5].any(axis=1).all()
     assert not drawn[:, 70:].any()
+
+
+def test_a_long_name_of_a_class_is_cut_in_a_picture():
+    """Drawing 900,000 characters takes minutes."""
+    found = {"boxes": torch.tensor([[1.0, 1, 9, 9]]), "labels": torch.tensor([0])}
+    found["scores"] = torch.ones(1)
+    image = torch.zeros(3, 16, 16, dtype=torch.uint8)
+    begin = time.process_time()
+    assert box_image(image, found, ["x" * 900_000 + "\x1b[2J"]).size == (16, 16)
+    assert time.process_time() - begin < 5
 
 
 @pytest.mark.slow

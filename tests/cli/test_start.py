@@ -1,10 +1,13 @@
 """Tests that commands that do not train import none of the slow packages for training."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from lightning_dist.cli import card
 
 PROGRAM = """
 import sys
@@ -70,3 +73,20 @@ def test_a_report_is_refused_without_torch(tmp_path):
     status, packages = loaded(tmp_path, "report", "nowhere")
     assert status == 1
     assert not packages & {"torch", "lightning", "hydra", "timm"}
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 has no safe path")
+@pytest.mark.parametrize("option", ["-c", "-m"])
+@pytest.mark.parametrize("with_module", [False, True], ids=["lightning-dist", "python -m"])
+def test_processes_import_modules_of_the_working_folder_only_if_the_command_does(
+    command, tmp_path, monkeypatch, option, with_module
+):
+    """Workers of `ddp_spawn` and of joblib start with -c and -m, and import multiprocessing."""
+    (tmp_path / "probe.py").write_text("open('trace', 'w').close()")
+    arguments = [option, "import probe" if option == "-c" else "probe"]
+    folder = [str(tmp_path.resolve())] if with_module else []
+    monkeypatch.setattr(sys, "path", folder + [path for path in sys.path if path])
+    monkeypatch.setattr(card, "main", lambda: subprocess.run([sys.executable, *arguments]))
+    command("card", "x")
+    assert (tmp_path / "trace").exists() == with_module
+    assert "PYTHONSAFEPATH" not in os.environ

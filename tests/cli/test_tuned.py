@@ -20,7 +20,8 @@ METHODS = ["at", "dist", "dist_plus", "dkd", "kd", "lskd", "sp"]
 def config(sweep: Path, *, distill: str = "kd", protocol: str = "mine", monitor: str = "val/x"):
     choices = {"protocol": protocol}
     hydra = {"sweep": {"dir": str(sweep)}, "runtime": {"choices": choices}}
-    hydra["sweeper"] = {"params": {"distill": distill}}
+    params = {"distill": distill, "distill.weight": "0.5,1,4", "distill.loss.tau": "2"}
+    hydra["sweeper"] = {"params": params}
     return OmegaConf.create({"hydra": hydra, "monitor": monitor, "monitor_mode": "max"})
 
 
@@ -66,13 +67,14 @@ def test_a_sweep_whose_best_settings_have_no_place_is_refused(tmp_path, options,
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind", ["other key", "failed", "nan", "one setting"])
+@pytest.mark.parametrize("kind", ["other key", "failed", "nan", "one setting", "foreign"])
 def test_settings_that_cannot_be_compared_are_not_written(tmp_path, put_run, kind, capsys):
     message = {
         "other key": "varies optimizer.lr",
         "failed": "resume=true",
         "nan": "no run has a finite val/x",
         "one setting": "varies no setting",
+        "foreign": "runs of other sweeps, which set 'distill.loss._target_'",
     }[kind]
     sweep, nan = tmp_path / "sweep", float("nan")
     values = {"1": [0.5, 0.6], "2": [0.7, 0.8]} if kind != "nan" else {"1": [nan], "2": [nan]}
@@ -80,6 +82,10 @@ def test_settings_that_cannot_be_compared_are_not_written(tmp_path, put_run, kin
     if kind == "failed":
         own = ["distill=kd", "distill.weight=2", "distill.loss.tau=2", "seed=9"]
         put_run(sweep / "broken", *own, status="failed", error="x", metrics={})
+    if kind == "foreign":
+        for seed in range(2):
+            own = ["distill=kd", "distill.loss._target_=os.system", f"seed={seed}"]
+            put_run(sweep / f"foreign{seed}", *own, metrics={"val/x": 1.0})
     if kind == "other key":
         put_run(sweep / "lr", "distill=kd", "optimizer.lr=1", metrics={"val/x": 0.9})
     with pytest.raises(SystemExit):

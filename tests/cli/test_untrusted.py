@@ -5,6 +5,7 @@ import importlib
 import inspect
 import json
 import os
+import pickle
 import typing
 from pathlib import Path
 
@@ -448,3 +449,11 @@ def test_markup_in_the_name_of_a_metric_is_refused(tmp_path):
     contents = hostile_config()
     contents[CONFIG_KEY]["module"]["metrics"] = {"acc[/bold]": metric}
     assert "x.ckpt contains markup in 'acc[/bold]'" in rebuilt(contents, tmp_path)
+
+
+@pytest.mark.parametrize("option", ["--experimental-rerun", "--experimental-re"])
+@pytest.mark.parametrize("verb", ["train", "eval", "predict", "export"])
+def test_a_pickled_config_of_hydra_is_refused(refused, tmp_path, verb, option):
+    (tmp_path / "config.pickle").write_bytes(pickle.dumps(Runs()))
+    assert "would unpickle config.pickle" in refused(verb, option, "config.pickle")
+    assert not (tmp_path / "trace").exists()

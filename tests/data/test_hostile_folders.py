@@ -1,6 +1,8 @@
 """Tests that a data folder from elsewhere writes nothing, and that reading it ends."""
 
+import json
 import os
+import subprocess
 import zipfile
 from pathlib import Path
 
@@ -123,8 +125,75 @@ def test_the_description_of_a_data_set_names_nothing_elsewhere(tmp_path: Path, n
     assert not contacts(record)
 
 
-def test_a_damaged_data_set_is_refused_by_name(tmp_path: Path):
+@pytest.mark.parametrize("text", ["[", "[]", '{"splits": 3}'])
+def test_a_damaged_data_set_is_refused_by_name(tmp_path: Path, text):
     pytest.importorskip("datasets")
-    (tmp_path / "dataset_dict.json").write_text("[")
-    with pytest.raises(ValueError, match=rf"{tmp_path} cannot be read as a data set"):
+    (tmp_path / "dataset_dict.json").write_text(text)
+    with pytest.raises(
+        ValueError, match=rf"{tmp_path}.* (cannot be read as a data set|is no JSON)"
+    ):
         HuggingFaceDataModule(path=str(tmp_path), image_size=8).val_dataset()
+
+
+def test_folders_that_are_nested_without_end_are_left_out(tmp_path: Path, caplog):
+    """Finding the real path of each folder takes a time that grows with the cube of the depth."""
+    Image.new("L", (1, 1)).save(tmp_path / "a.png")
+    at = os.open(tmp_path, os.O_RDONLY)
+    for _ in range(1500):
+        os.mkdir("d", dir_fd=at)
+        inner = os.open("d", os.O_RDONLY, dir_fd=at)
+        os.close(at)
+        at = inner
+    os.close(at)
+    try:
+        assert [path.name for path in find_images(tmp_path)] == ["a.png"]
+        assert "more than 100 levels deep" in caplog.text
+    finally:
+        subprocess.run(["rm", "-rf", tmp_path / "d"], check=True)  # rmtree of shutil would fail
+
+
+@pytest.mark.parametrize("text", ["x:\n" + 60_000 * "- [a]\n", "x: " + 200_000 * "["])
+def test_a_description_of_a_data_set_that_takes_minutes_is_refused(tmp_path: Path, text):
+    pytest.importorskip("datasets")
+    (tmp_path / "README.md").write_text(f"---\n{text}\n---\n")
+    with pytest.raises(ValueError, match=r"README\.md (has more than|is no YAML)"):
+        HuggingFaceDataModule(path=str(tmp_path), image_size=8).val_dataset()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("dataset_dict.json", {"splits": ["../secret"]}),
+        ("train/state.json", {"_data_files": [{"filename": "/secret.arrow"}]}),
+    ],
+)
+def test_a_saved_data_set_names_nothing_elsewhere(tmp_path: Path, name, value):
+    pytest.importorskip("datasets")
+    (tmp_path / "train").mkdir()
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    (tmp_path / name).write_text(json.dumps(value))
+    with pytest.raises(ValueError, match=f"{name} lists .*secret.*, which is not in the folder"):
+        HuggingFaceDataModule(path=str(tmp_path), image_size=8).val_dataset()
+
+
+def test_a_folder_with_the_name_of_a_reader_of_datasets_is_the_folder(tmp_path: Path, monkeypatch):
+    """By this name `datasets` reads the working folder, and the reader "pandas" unpickles files."""
+    pytest.importorskip("datasets")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    (tmp_path / "json").mkdir()
+    for folder, image in ((tmp_path, "outside"), (tmp_path / "json", "inside")):
+        (folder / "train.json").write_text(json.dumps([{"image": image, "label": 0}]))
+    rows = HuggingFaceDataModule(path="json", val_split="train", image_size=8).val_dataset().rows
+    assert rows["image"][:] == ["inside"]
+    with pytest.raises(ValueError, match="there is no folder pandas"):
+        HuggingFaceDataModule(path="pandas", image_size=8).val_dataset()
+
+
+def test_text_in_the_column_of_images_is_refused_by_row(tmp_path: Path, monkeypatch):
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    (tmp_path / "train.json").write_text(json.dumps([{"image": "a", "label": 0}]))
+    data = HuggingFaceDataModule(path=str(tmp_path), val_split="train", image_size=8)
+    with pytest.raises(OSError, match=r"row 0 of .* cannot be read as an image: it is a str"):
+        data.val_dataset()[0]

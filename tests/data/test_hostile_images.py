@@ -143,3 +143,32 @@ def test_images_are_turned_as_pillow_turns_them(tmp_path, orientation):
     with Image.open(tmp_path / "a.png") as image:
         expected = np.asarray(ImageOps.exif_transpose(image))
     np.testing.assert_array_equal(np.asarray(load_image(str(tmp_path / "a.png"))), expected)
+
+
+def many_scans(side: int, scans: int) -> bytes:
+    """Return a progressive JPEG file; a scan with a few bytes decodes to all pixels."""
+
+    def segment(marker: int, content: bytes) -> bytes:
+        return bytes([255, marker]) + struct.pack(">H", len(content) + 2) + content
+
+    blocks = (side // 8) ** 2
+    start = segment(0xDB, b"\0" + 64 * b"\1")
+    start += segment(0xC2, b"\x08" + struct.pack(">HH", side, side) + b"\1\1\x11\0")
+    # Two codes of one bit: "no difference" for the mean of a block, "end" for up to 32767 blocks.
+    start += segment(0xC4, b"\0\1" + 15 * b"\0" + b"\0") + segment(
+        0xC4, b"\x10\1" + 15 * b"\0" + b"\xe0"
+    )
+    means = segment(0xDA, b"\1\1\0\0\0\0") + bytes(-(-blocks // 8))
+    empty = segment(0xDA, b"\1\1\0\1\x3f\0") + (b"\x7f\xff\0" * -(-blocks // 32767))[:-1]
+    return b"\xff\xd8" + start + means + scans * empty + b"\xff\xd9"
+
+
+@pytest.mark.parametrize(("scans", "read"), [(20, True), (1000, False)])
+def test_a_jpeg_with_thousands_of_scans_is_not_decoded(tmp_path, scans, read):
+    """A scan of 12 bytes takes as long as decoding all pixels."""
+    (tmp_path / "a.jpg").write_bytes(many_scans(64, scans))
+    if read:
+        assert load_image(str(tmp_path / "a.jpg")).size == (64, 64)
+    else:
+        with pytest.raises(OSError, match=r"a\.jpg cannot be read as an image .* than 200 scans"):
+            load_image(str(tmp_path / "a.jpg"))

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ import timm
 import timm.data
 import torch
 from lightning.pytorch import Trainer
+from PIL import Image, UnidentifiedImageError
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.models.detection import RetinaNet
@@ -22,6 +25,7 @@ from lightning_dist import DistillModule
 from lightning_dist.cli.run.saved_config import CONFIG_KEY
 from lightning_dist.export import FORMATS, export_student
 from lightning_dist.export.graphs import METADATA
+from lightning_dist.files.card import Card
 from lightning_dist.files.weights import load_weights, read_checkpoint
 from lightning_dist.models.cifar import resnet8
 from lightning_dist.models.detection import small_faster_rcnn, small_retinanet
@@ -493,3 +497,16 @@ def test_the_command_exports_a_detector(command, refused, tmp_path):
     assert "use safetensors or onnx" in refused("export", CKPT, "format=torch_export")
     assert "use safetensors, timm, torch_export or onnx" in refused("export", CKPT, "format=tf")
     assert "give height and width" in refused("export", CKPT, "format=onnx", "input_size=48")
+
+
+def test_the_script_of_an_export_shows_names_and_opens_images_safely(tmp_path, capsys, monkeypatch):
+    """A class may have any name, and Pillow would hand a PostScript file to Ghostscript."""
+    card = Card(class_names=("a\x1b[2J", "b\x1b[2J"), num_classes=2)
+    student = trained(timm.create_model("test_resnet", num_classes=2))
+    folder = export_student(student, tmp_path / "out", "timm", card=card)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EOF\n")
+    monkeypatch.setattr(sys, "argv", ["predict.py", f"{tmp_path}/a.png", f"{tmp_path}/b.png"])
+    with pytest.raises(UnidentifiedImageError):
+        runpy.run_path(str(folder / "predict.py"), run_name="__main__")
+    assert re.fullmatch(r".*/a\.png,[ab]\?\[2J,0\.\d{4}\n", capsys.readouterr().out)

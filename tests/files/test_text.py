@@ -40,7 +40,18 @@ def test_an_error_is_one_line_with_its_type():
 @pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t=", "\r=", " =", "\uff1d", "\uff0d"])
 def test_a_formula_is_text_in_a_spreadsheet(start):
     cell = f'{start}HYPERLINK("http://x","y")'
-    assert csv_cell(cell) == f"'{cell}"
+    assert csv_cell(cell) == "'" + printable(cell)
+
+
+@pytest.mark.parametrize("text", ["\x1b[2J", "\x9b2J", "a\rb", "\ud800", "\x7f"])
+def test_a_cell_has_no_control_characters(text):
+    assert csv_cell(text) == printable(text)
+
+
+def test_a_name_of_a_file_is_the_same_in_a_cell():
+    """Screenshots of macOS have a narrow no-break space in their names."""
+    name = "12.00.00\u202fPM \u3000 é.png"
+    assert csv_cell(name) == name
 
 
 @pytest.mark.parametrize("value", [-1.5, "-1.5", "+3", "1e-3", "-inf", None, 7, "a=b", ""])

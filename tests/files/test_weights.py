@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import json
 import os
 import pickle
 import time
@@ -311,3 +312,64 @@ def test_a_name_of_many_levels_is_refused_at_once(tmp_path):
     with pytest.raises(ValueError, match=r"deep\.pth does not fit"):
         load_weights(nn.Linear(2, 2), tmp_path / "deep.pth")
     assert time.monotonic() - start < 1
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        json.dumps({"checkpoint": "x" * 5000}),
+        json.dumps({"checkpoint": "\ud800"}),
+        json.dumps({"checkpoint": ["last.ckpt"]}),
+        '{"checkpoint": ' + 960 * "[" + 960 * "]" + "}",
+        "[" * 100_000,
+        2**40,
+    ],
+    ids=["a long name", "no name", "a list", "nested", "no JSON", "a sparse file"],
+)
+def test_a_damaged_result_of_a_run_is_refused_by_name(tmp_path, result):
+    (tmp_path / "checkpoints").mkdir()
+    torch.save({"a": torch.ones(1)}, tmp_path / "checkpoints" / "last.ckpt")
+    (tmp_path / "result.json").write_text(result if isinstance(result, str) else "")
+    if isinstance(result, int):
+        os.truncate(tmp_path / "result.json", result)
+    with pytest.raises(ValueError, match=r"result\.json is damaged: name a file in .*checkpoints"):
+        read_checkpoint(tmp_path)
+
+
+def test_a_result_without_a_checkpoint_means_the_last_one(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    torch.save({"a": torch.ones(1)}, tmp_path / "checkpoints" / "last.ckpt")
+    (tmp_path / "result.json").write_text('{"checkpoint": null}')
+    assert read_checkpoint(tmp_path).keys() == {"a"}
+
+
+@pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
+def test_a_file_that_is_mostly_holes_is_refused(tmp_path, name):
+    """A few bytes of an archive unpack to a file that would fill the memory with zeros."""
+    size = 2**30
+    if name == "w.pth":
+        with torch.serialization.skip_data():
+            torch.save({"a": torch.empty(size // 4)}, tmp_path / name)
+    else:
+        data = {"a": {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}}
+        header = json.dumps(data).encode()
+        (tmp_path / name).write_bytes(len(header).to_bytes(8, "little") + header)
+        os.truncate(tmp_path / name, 8 + len(header) + size)
+    with open(tmp_path / name, "r+b") as file:  # many parts before the largest hole
+        for part in range(1, 200):
+            file.seek(part * 2**14)
+            file.write(b"\0")
+    with pytest.raises(
+        ValueError, match=r"w\..* has \d+ bytes, and only \d+ of them are on the disk"
+    ):
+        read_checkpoint(tmp_path / name)
+
+
+def test_a_file_with_some_holes_is_read(tmp_path):
+    torch.save({"a": torch.ones(9 * 2**20), "b": torch.zeros(9 * 2**20)}, tmp_path / "w.pth")
+    contents, nothing = (tmp_path / "w.pth").read_bytes(), bytes(2**20)
+    with open(tmp_path / "w.pth", "wb") as file:
+        for start in range(0, len(contents), len(nothing)):
+            block = contents[start : start + len(nothing)]
+            file.seek(len(block), os.SEEK_CUR) if block == nothing else file.write(block)
+    assert read_checkpoint(tmp_path / "w.pth")["b"].sum() == 0

@@ -542,3 +542,35 @@ def test_a_result_of_too_many_entries_is_broken(tmp_path: Path, put_run: PutRun,
     put_run(tmp_path / "0", *overrides, **(many if name == "metrics" else {}))
     with pytest.raises(ValueError, match=rf"result\.json is broken .* more than \d+ {name}"):
         read_runs(tmp_path)
+
+
+def test_many_settings_are_cut_in_the_page_and_whole_in_the_csv_file(tmp_path, put_run):
+    """The page has the name of a setting for each pair of settings."""
+    for run in range(40):
+        values = [f"key{i}={'x' * 2000}{run // 2}" for i in range(60)]
+        result = {"test/accuracy": 0.9 + 0.01 * (run % 2) ** (run + 1)}
+        put_run(tmp_path / str(run), *values, f"seed={run % 2}", metrics=result)
+    table = write_report(tmp_path)
+    assert len(table.columns) == 52
+    note = "the runs differ in 60 settings: the first 50 are shown, and report.csv has all"
+    page = (tmp_path / "report.html").read_text()
+    assert note in page
+    assert note in str(table.caption)
+    assert len(page) < 10_000_000
+    assert "key59" in (tmp_path / "report.csv").read_text()
+
+
+def test_folders_that_are_nested_without_end_are_refused(tmp_path, put_run):
+    put_run(tmp_path / "run")
+    at = os.open(tmp_path, os.O_RDONLY)
+    for _ in range(1500):
+        os.mkdir("d", dir_fd=at)
+        inner = os.open("d", os.O_RDONLY, dir_fd=at)
+        os.close(at)
+        at = inner
+    os.close(at)
+    try:
+        with pytest.raises(ValueError, match=f"{tmp_path} cannot be searched for runs"):
+            read_runs(tmp_path)
+    finally:
+        subprocess.run(["rm", "-rf", tmp_path / "d"], check=True)  # rmtree of shutil would fail

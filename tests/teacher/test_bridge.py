@@ -1,5 +1,7 @@
 """Tests of the bridge, which converts the teacher's input images and output classes."""
 
+import time
+
 import pytest
 import torch
 from PIL import Image
@@ -137,3 +139,14 @@ def test_class_names_without_a_partner_are_listed():
         match_classes(["emu", "pug", "yak"], ["beagle", "pug"])
     with pytest.raises(ValueError, match=r"'crane' at \[0, 2\]"):
         match_classes(["crane"], ["crane", "pug", "Crane"])
+
+
+@pytest.mark.parametrize("own", [["a"], [f"b{i}" for i in range(100_000)]], ids=["equal", "other"])
+def test_classes_of_a_file_are_compared_in_bounded_time(own):
+    """A list of all places of each class would have 10^10 numbers."""
+    names = ["a"] * 100_000
+    begin = time.process_time()
+    with pytest.raises(ValueError, match=r"classes of one name|have no partner") as caught:
+        match_classes(names, own * 100_000 if len(own) == 1 else own)
+    assert time.process_time() - begin < 10
+    assert len(str(caught.value)) < 5000

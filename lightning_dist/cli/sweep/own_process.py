@@ -122,9 +122,6 @@ def _run_command(arguments: list[str], folder: str) -> int:
         for number in SIGNALS if on_main_thread else ():
             signal.signal(number, pass_on)
         environment = os.environ | {_PARENT: str(os.getpid())}
-        if not {"", folder} & set(sys.path):
-            # With -m, Python would import modules from the folder. Python 3.10 ignores this.
-            environment["PYTHONSAFEPATH"] = "1"
         process = subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True)
         if received:
             process.send_signal(received[0])

@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 from lightning_dist.cli.errors import fail
 from lightning_dist.cli.report import print_report
 from lightning_dist.cli.run.result import read_result
-from lightning_dist.report.runs import RESULT_FILE
+from lightning_dist.report.runs import result_files
 
 
 class ReportAfterSweep(Callback):
@@ -22,7 +22,7 @@ class ReportAfterSweep(Callback):
         if config.hydra.job.config_name != "train" or config.resume:
             return
         folder = Path(config.hydra.sweep.dir)
-        runs = len(list(folder.rglob(RESULT_FILE)))
+        runs = len(_result_files(folder))
         if runs:
             fail(
                 f"{folder} contains {runs} run{'s' * (runs > 1)} already: continue with "
@@ -40,7 +40,7 @@ class ReportAfterSweep(Callback):
             reasons.append(f"there is no report: {error}")
         # An unreadable result counts as a failed job.
         results = [
-            read_result(path.parent) or {"status": "failed"} for path in folder.rglob(RESULT_FILE)
+            read_result(path.parent) or {"status": "failed"} for path in _result_files(folder)
         ]
         failed = sum(result["status"] != "completed" for result in results)
         failed -= sum(str(result.get("error")).startswith("Pruned") for result in results)
@@ -49,3 +49,10 @@ class ReportAfterSweep(Callback):
             reasons.append(f"{failed} of {len(results)} jobs failed{why}")
         if reasons:
             fail("; ".join(reasons))
+
+
+def _result_files(folder: Path) -> list[Path]:
+    try:
+        return result_files(folder)
+    except ValueError as error:  # Hydra 1.3 would log a warning and continue.
+        fail(str(error))

@@ -9,7 +9,7 @@ from typing import Any
 import rich
 import yaml
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from lightning_dist.cli.errors import fail
 from lightning_dist.files.text import printable
@@ -52,6 +52,9 @@ class WriteTuned(Callback):
         except ValueError as error:
             fail(f"no tuned settings were written: {error}")
         values = {k: v for k, v in best.runs[0].overrides.items() if k.startswith(PART)}
+        if foreign := values.keys() - _settings(config):
+            folder = config.hydra.sweep.dir
+            fail(f"{folder} has runs of other sweeps, which set {min(foreign)!r:.100}")
         text = "".join(f"# {line}\n" for line in _origin(best, metric, len(groups)))
         path = self.folder / "distill" / _method(config) / f"{protocol}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -91,6 +94,16 @@ def _method(config: DictConfig) -> str:
     params = config.hydra.sweeper.get("params") or {}
     name = str(params.get("distill", config.hydra.runtime.choices.get("distill", "")))
     return "" if "," in name else name
+
+
+def _settings(config: DictConfig) -> set[str]:
+    """Return the settings that the command line or the config of the sweep names.
+
+    A result that is not from this sweep could set others, such as the function of a loss.
+    """
+    overrides = OmegaConf.select(config, "hydra.overrides.task") or []
+    overrides = [override.partition("=")[0] for override in overrides]
+    return {key.lstrip("+~") for key in (*overrides, *(config.hydra.sweeper.get("params") or {}))}
 
 
 def _origin(best: Group, metric: str, trials: int) -> list[str]:
