@@ -1,14 +1,11 @@
 """DistillModule: a LightningModule with a trainable student and a frozen teacher."""
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -16,7 +13,8 @@ from torch.optim.swa_utils import AveragedModel
 from torchmetrics import MetricCollection
 
 from lightning_dist.callback import DistillationCallback
-from lightning_dist.teacher import TeacherBase, as_teacher, shard_once, shard_teacher
+from lightning_dist.teacher import TeacherBase, as_teacher
+from lightning_dist.teacher.sharding import shard_with_trainer
 from lightning_dist.terms import Nonfinite, Term, Weight, default_loss, needs_target
 from lightning_dist.training.averaging import make_room_for_average, refuse_stale_average
 from lightning_dist.training.cards import (
@@ -27,12 +25,12 @@ from lightning_dist.training.cards import (
 )
 from lightning_dist.training.evaluation import Metrics, refuse_without_labels
 from lightning_dist.training.evaluation_module import EvaluationModule
-from lightning_dist.training.fitting import attached_callbacks
+from lightning_dist.training.fitting import put_first
 from lightning_dist.training.hyper_parameters import without_objects
 from lightning_dist.training.introduction import log_measured_teacher
 from lightning_dist.training.labels import ignores_unlabeled, mean_over_labels
 from lightning_dist.training.optimization import build_optimizer, build_scheduler, step_scheduler
-from lightning_dist.training.options import ONLY, check_options, check_weight
+from lightning_dist.training.options import ONLY, check_options, check_weight, with_further_terms
 
 
 class DistillModule(EvaluationModule):
@@ -225,39 +223,15 @@ class DistillModule(EvaluationModule):
         return DistillationCallback(
             self.teacher,
             student="student",
-            terms=self._all_terms(),
+            terms=with_further_terms(self.configure_terms(), self.distill_terms, self.labels_for),
             inputs=self.teacher_inputs,
             task_weight=self.task_weight,
             nonfinite=self.nonfinite,
         )
 
-    def _all_terms(self) -> dict[str, Term]:
-        """Return the configured terms and ``distill_terms``; losses that need labels get them."""
-        terms = dict(self.configure_terms())
-        if both := sorted(terms.keys() & self.distill_terms):
-            raise ValueError(
-                f"distill_terms has the name {both[0]!r}, which the module uses itself"
-            )
-        for name, term in self.distill_terms.items():
-            given = term.from_batch or self.labels_for(term.loss)
-            terms[name] = dataclasses.replace(term, from_batch=given)
-        return terms
-
     def configure_callbacks(self) -> list[Callback]:
         """Put the distillation callback before the Trainer's callbacks, unless they include one."""
-        attached = attached_callbacks(self.trainer)
-        present = [c for c in attached if isinstance(c, DistillationCallback)]
-        # Replace a callback that another module created for the same Trainer.
-        if any(c.owner in (None, self) for c in present):
-            return []
-        callback = self.configure_distillation()
-        if callback is None:
-            return []
-        callback.owner = self
-        # Lightning would append the callback, but it must be first: WeightAveraging must find the
-        # parameters of the callback's terms when it copies the module.
-        others = [c for c in attached if c not in present]
-        self.trainer.callbacks = [callback, *others]  # type: ignore[attr-defined]
+        put_first(self.trainer, self, DistillationCallback, self.configure_distillation)
         return []
 
     def on_fit_start(self) -> None:
@@ -296,18 +270,7 @@ class DistillModule(EvaluationModule):
                 ModelParallelStrategy.
         """
         teacher = self.teacher if self.shard_teacher else None
-        strategy = getattr(self._trainer, "strategy", None)
-        if isinstance(strategy, ModelParallelStrategy):
-            assert self.device_mesh is not None
-            mesh = self.device_mesh["data_parallel"]
-            shard_once(self.student, mesh)
-            if teacher is not None:
-                shard_teacher(teacher, mesh)
-        elif teacher is not None and strategy is not None:
-            raise MisconfigurationException(
-                "shard_teacher needs ModelParallelStrategy (trainer=fsdp2), but the strategy "
-                f"is {type(strategy).__name__}: leave shard_teacher out"
-            )
+        shard_with_trainer(self._trainer, self.device_mesh, self.student, teacher)
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer and, if there is one, the learning-rate schedule.

@@ -2,7 +2,11 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -34,6 +38,34 @@ def shard_teacher(teacher: TeacherBase, mesh: DeviceMesh) -> None:
     ensemble = isinstance(teacher.network, nn.ModuleList)
     for network in teacher.network.children() if ensemble else [teacher.network]:
         shard_once(network, mesh)
+
+
+def shard_with_trainer(
+    trainer: Trainer | None, meshes: Any, student: nn.Module, teacher: TeacherBase | None
+) -> None:
+    """Shard the networks of a module, each as one unit, if its Trainer uses FSDP2.
+
+    Args:
+        trainer: the Trainer, if there is one.
+        meshes: the module's ``device_mesh``, whose dimension ``data_parallel`` is used.
+        student: the student.
+        teacher: the teacher, or ``None`` if it must stay whole.
+
+    Raises:
+        MisconfigurationException: if there is a teacher to shard, but the strategy is not
+            ModelParallelStrategy.
+    """
+    strategy = getattr(trainer, "strategy", None)
+    if isinstance(strategy, ModelParallelStrategy):
+        mesh = meshes["data_parallel"]
+        shard_once(student, mesh)
+        if teacher is not None:
+            shard_teacher(teacher, mesh)
+    elif teacher is not None and strategy is not None:
+        raise MisconfigurationException(
+            "shard_teacher needs ModelParallelStrategy (trainer=fsdp2), but the strategy "
+            f"is {type(strategy).__name__}: leave shard_teacher out"
+        )
 
 
 def is_sharded(network: nn.Module) -> bool:

@@ -1,6 +1,7 @@
 """Functions that check, at the start of ``fit``, whether module, teacher and terms fit together."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
@@ -65,6 +66,36 @@ def refuse_earlier_averaging(trainer: Trainer, callback: Callback) -> None:
 def attached_callbacks(trainer: Trainer) -> list[Callback]:
     """Return the Trainer's callbacks, an attribute that Lightning does not declare."""
     return trainer.callbacks  # type: ignore[attr-defined]
+
+
+def put_first(
+    trainer: Trainer,
+    owner: LightningModule,
+    kind: type[Any],
+    make: Callable[[], Any | None],
+) -> None:
+    """Put a module's own callback before those of the Trainer, unless they include one.
+
+    A callback that another module created for the same Trainer is replaced.
+
+    Args:
+        trainer: the Trainer.
+        owner: the module.
+        kind: the class, DistillationCallback.
+        make: a function that returns the module's own callback, or ``None`` if it needs none.
+    """
+    attached = attached_callbacks(trainer)
+    present = [callback for callback in attached if isinstance(callback, kind)]
+    if any(callback.owner in (None, owner) for callback in present):
+        return
+    own = make()
+    if own is None:
+        return
+    own.owner = owner
+    # Lightning would append the callback, but it must be first: WeightAveraging must find the
+    # parameters of the callback's terms when it copies the module.
+    others = [callback for callback in attached if callback not in present]
+    trainer.callbacks = [own, *others]  # type: ignore[attr-defined]
 
 
 def refuse_second_callback(trainer: Trainer, kind: type) -> None:

@@ -1,6 +1,8 @@
 """Functions that check the options of a DistillationCallback, and make terms from them."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -76,6 +78,30 @@ def terms_from(
             raise TypeError(f"term {name!r} is a {type(term).__name__}: give a Term")
         _check_term(name, term)
     return dict(terms)
+
+
+def with_further_terms(
+    own: Mapping[str, Term],
+    further: Mapping[str, Term],
+    labels_for: Callable[[Any], Callable[[Any, Tensor], dict[str, Any]] | None],
+) -> dict[str, Term]:
+    """Return the terms of a module together with further ones, whose losses may need labels.
+
+    Args:
+        own: a dict from names to the module's own terms.
+        further: a dict from other names to further terms.
+        labels_for: a function that returns ``from_batch`` for a loss, or ``None``.
+
+    Raises:
+        ValueError: if a name occurs twice.
+    """
+    terms = dict(own)
+    for name, term in further.items():
+        if name in own:
+            raise ValueError(f"distill_terms has the name {name!r}, which the module uses itself")
+        given = term.from_batch or labels_for(term.loss)
+        terms[name] = dataclasses.replace(term, from_batch=given)
+    return terms
 
 
 def _check_term(name: str, term: Term) -> None:
