@@ -15,16 +15,7 @@ from torch import Tensor, nn
 from lightning_dist.taps import Entry, find_submodule, recording
 from lightning_dist.teacher import TeacherBase, as_teacher, is_other_teacher
 from lightning_dist.teacher.base import Inputs
-from lightning_dist.terms import (
-    Nonfinite,
-    Term,
-    TermParameters,
-    Weight,
-    load_states,
-    refuse_unmapped,
-    refuse_untrained,
-    states_of,
-)
+from lightning_dist.terms import Nonfinite, Term, Weight, refuse_unmapped
 from lightning_dist.training.explaining import explain
 from lightning_dist.training.fitting import (
     check_paths,
@@ -37,6 +28,12 @@ from lightning_dist.training.joining import Step, WrappedStep, add_to_loss, refu
 from lightning_dist.training.manual import StepCalls, check_backward, joined_backward
 from lightning_dist.training.options import ONLY, check_options, terms_from
 from lightning_dist.training.summing import TermsSum, current_weights, is_zero, log_sum, sum_terms
+from lightning_dist.training.term_parameters import (
+    TermParameters,
+    load_states,
+    refuse_untrained,
+    states_of,
+)
 from lightning_dist.training.usage import TermsUsage
 
 
