@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from benchmarks import scale_data, scale_ranks, scale_step
+from benchmarks import scale_cache, scale_data, scale_ranks, scale_step
 from benchmarks.common import show
 from benchmarks.growth import Cost, Row, exponent
 
 # To add rows, write a module with a list of them, and add it here.
-ROWS = [*scale_data.ROWS, *scale_step.ROWS, *scale_ranks.ROWS]
+ROWS = [*scale_data.ROWS, *scale_cache.ROWS, *scale_step.ROWS, *scale_ranks.ROWS]
 
 
 def measure(row: Row) -> list[Cost]:
