@@ -29,6 +29,7 @@ from lightning_dist.cache.rows import TeacherRows, name_of, row_in_file
 from lightning_dist.cache.samples import check_answers
 from lightning_dist.data.views import VIEW_SEED, KeyedBatch
 from lightning_dist.files.card import Card
+from lightning_dist.files.writing import naming
 from lightning_dist.taps import check_part, tap
 from lightning_dist.teacher import Teacher
 from lightning_dist.teacher.base import Inputs, Tap, TeacherBase
@@ -296,7 +297,8 @@ class CachedTeacher(TeacherBase):
         row = check_answers(folder, rows, samples, trainer.strategy.root_device)
         described = folder / "about.json"  # Only for people: no code reads this file.
         if not os.path.lexists(described):  # A link there could lead to a file elsewhere.
-            described.write_text(json.dumps(about, indent=2) + "\n")
+            with naming(described):
+                described.write_text(json.dumps(about, indent=2) + "\n")
         return folder.name, row_in_file(row, self.stored)
 
     def _provide(self, batch: KeyedBatch) -> None:

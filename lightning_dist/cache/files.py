@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 
 from lightning_dist.files.locking import file_lock
 from lightning_dist.files.text import read_bounded
+from lightning_dist.files.writing import naming
 
 PAGE = 4096  # The bytes that a system reads from a disk at least.
 _LINE = re.compile(r"(\d{1,15}) (\d{1,15}) ([0-9a-f]{8})")
@@ -128,7 +129,7 @@ class ViewFiles:
         if not begun:  # There is no file, or one of other rows.
             part.unlink(missing_ok=True)
             self._unlist(view)
-            with part.open("wb") as file:
+            with naming(part), part.open("wb") as file:
                 file.write(header)
                 file.truncate(size)
         return missing
@@ -147,19 +148,21 @@ class ViewFiles:
         content = rows.tobytes()
         # Use write() instead of a memory map: then a full disk causes an OSError and not a SIGBUS,
         # and two machines never write to one memory page.
-        with self._part(view).open("r+b") as file:
+        part, written = self._part(view), self._list(view, process)
+        with naming(part), part.open("r+b") as file:
             file.seek(-(self.rows - start) * rows.itemsize, os.SEEK_END)
             file.write(content)
         # The checksum makes it unnecessary to wait here until the block is on disk: after a power
         # failure, a listed block whose rows are missing does not have its checksum.
         # The line feed comes first, because a killed process may have left an incomplete line.
         line = f"\n{start} {start + len(rows)} {zlib.crc32(content):08x}"
-        with self._list(view, process).open("a") as file:
+        with naming(written), written.open("a") as file:
             file.write(line)
 
     def flush(self, view: int) -> None:
         """Wait until the rows that this process has written to a view are on disk."""
-        with self._part(view).open("r+b") as file:
+        part = self._part(view)
+        with naming(part), part.open("r+b") as file:
             os.fsync(file.fileno())
 
     def commit(self, view: int) -> None:
@@ -300,7 +303,7 @@ def write_rows(path: Path, rows: np.ndarray) -> None:
     """
     part = path.with_suffix(".part")
     part.unlink(missing_ok=True)  # A link there could lead to a file elsewhere.
-    with part.open("wb") as file:
+    with naming(part), part.open("wb") as file:
         np.save(file, rows)
         file.flush()
         os.fsync(file.fileno())

@@ -1,6 +1,7 @@
 """`hydra_app`: run a verb of the command line, such as `train`, as a Hydra app."""
 
 import functools
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -29,6 +30,8 @@ def hydra_app(verb: str, job: Callable[[Any], Any]) -> None:
     """
     import hydra  # Imported here, because it is slow and completion and help do not need it.
 
+    # On a full disk, logging would print a traceback for each line that it cannot write.
+    logging.raiseExceptions = False
     users = os.environ.get(FULL_ERROR)
 
     @functools.wraps(job)
@@ -50,6 +53,11 @@ def hydra_app(verb: str, job: Callable[[Any], Any]) -> None:
         hydra.main(version_base="1.3", config_path="pkg://lightning_dist.conf", config_name=verb)(
             run
         )()
+    except OSError as error:
+        if error.filename is None and error.errno is not None:  # such as that of a full disk
+            place = "the files of Hydra in hydra.run.dir or hydra.sweep.dir"
+            raise OSError(error.errno, error.strerror, place) from error
+        raise
     finally:
         _set_full_error(users)
 

@@ -186,7 +186,8 @@ class ClassWriter(Writer):
         self._write(zip(names, self.class_names(best.indices), numbers, strict=True))
 
     def _write(self, rows: Any) -> None:
-        with (self.out / "predictions.csv").open("a", newline="") as file:
+        path = self.out / "predictions.csv"
+        with naming(path), path.open("a", newline="") as file:
             csv.writer(file).writerows(map(csv_cell, row) for row in rows)
 
 

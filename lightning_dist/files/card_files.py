@@ -16,6 +16,7 @@ from lightning_dist.files.limits import refuse_strange_safetensors, refuse_stran
 from lightning_dist.files.onnx_metadata import onnx_metadata
 from lightning_dist.files.text import MOST_READ, error_line, printable, read_bounded
 from lightning_dist.files.weights import load_weights, read_checkpoint, resolve_path
+from lightning_dist.files.writing import naming
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +63,8 @@ def read_card(path: str | Path) -> Card | None:
 
 def write_card(card: Card, path: Path) -> None:
     """Write a card to a ``.json`` file, which :func:`read_card` reads."""
-    path.write_text(json.dumps({CARD_KEY: card.to_plain()}, indent=2) + "\n")
+    with naming(path):
+        path.write_text(json.dumps({CARD_KEY: card.to_plain()}, indent=2) + "\n")
 
 
 def load_with_card(network: nn.Module, path: str | Path, ema: bool | None = None) -> Card | None:

@@ -12,6 +12,7 @@ from types import TracebackType
 from filelock import FileLock, Timeout
 
 from lightning_dist.files.text import printable, read_bounded
+from lightning_dist.files.writing import naming
 
 # After a sweep was killed, its job may still be saving its state. A process that continues the
 # sweep waits this long for the job.
@@ -67,8 +68,15 @@ class FolderLock:
                 "choose another folder"
             ) from None
         now = datetime.now().isoformat(" ", "seconds")
-        self._holder.unlink(missing_ok=True)  # A link there could lead to a file elsewhere.
-        self._holder.write_text(f"process {os.getpid()} on {socket.gethostname()} since {now}")
+        try:
+            self._holder.unlink(missing_ok=True)  # A link there could lead to a file elsewhere.
+            with naming(self._holder):
+                self._holder.write_text(
+                    f"process {os.getpid()} on {socket.gethostname()} since {now}"
+                )
+        except OSError:
+            self._lock.release()
+            raise
         return self
 
     def __exit__(

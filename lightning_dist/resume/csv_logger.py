@@ -10,6 +10,8 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
+from lightning_dist.files.writing import naming
+
 
 class ResumableCSVLogger(CSVLogger):
     """A CSVLogger that keeps the rows before the checkpoint from which a run resumes.
@@ -75,6 +77,11 @@ class _ResumableWriter(ExperimentWriter):
             self._replace(kept)
         else:
             path.unlink()
+
+    def log_hparams(self, params: dict[str, Any]) -> None:
+        """Write the settings to a file of their own, and name it if that fails."""
+        with naming(Path(self.log_dir) / self.NAME_HPARAMS_FILE):
+            super().log_hparams(params)
 
     def save(self) -> None:
         """Append the new rows to the file; before its first rows, rename an earlier run's file."""

@@ -375,7 +375,7 @@ def test_a_refusal_leaves_the_file_of_before(tmp_path):
     assert [file.read_text() for file in tmp_path.iterdir()] == ["of before"]
 
 
-@pytest.mark.parametrize("format", ["safetensors", "timm", "torch_export"])
+@pytest.mark.parametrize("format", ["safetensors", "timm", "torch_export", "onnx"])
 def test_a_full_disk_is_named_and_leaves_nothing(format, tmp_path):
     student = timm.create_model("resnet10t", num_classes=4) if format == "timm" else resnet8(4)
     path = tmp_path / "student"

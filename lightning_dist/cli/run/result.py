@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_dist.files.text import MOST_SHOWN, error_line, read_bounded
+from lightning_dist.files.writing import naming, replaced_together
 from lightning_dist.report.runs import RESULT_FILE
 
 log = logging.getLogger(__name__)
@@ -49,10 +50,8 @@ def write_result(folder: Path, result: dict[str, Any]) -> None:
         OSError: if the disk is full, or the folder is not writable.
     """
     path = folder / RESULT_FILE
-    partial = path.with_suffix(".partial")
-    partial.unlink(missing_ok=True)  # A link there could lead to a file elsewhere.
-    partial.write_text(json.dumps(result, indent=2) + "\n")
-    partial.replace(path)
+    with naming(path), replaced_together([path]) as (partial,):
+        partial.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def record_error(folder: Path, error: BaseException) -> None:

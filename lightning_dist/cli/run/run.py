@@ -95,23 +95,28 @@ class Run:
         """Write the result when the block ends, as completed or as failed with the reason.
 
         If the block ends before :meth:`begin`, the result of a completed run is not replaced.
+
+        Raises:
+            OSError: if the result of a completed run cannot be written.
         """
         start = time.monotonic()
         try:
             yield
-            self.result |= {"status": "completed", "error": None}
         except BaseException as error:
             reason = first_error(self.folder) or f"{type(error).__name__}: {error}"
             self.result["error"] = with_extra(error_line(reason))
-            raise
-        finally:
-            self.result["seconds"] = round(time.monotonic() - start, 2)
             try:
                 if self._has_begun or not _is_completed(self.folder):
-                    write_result(self.folder, self.result)
-            # It is logged, not raised, so that the error of the run is raised.
-            except OSError as error:
-                log.error("cannot write the result in %s: %s", self.folder, error)
+                    self._write_result(start)
+            except OSError as unwritten:  # The error of the run is raised.
+                log.error("cannot write the result in %s: %s", self.folder, unwritten)
+            raise
+        self.result |= {"status": "completed", "error": None}
+        self._write_result(start)
+
+    def _write_result(self, start: float) -> None:
+        self.result["seconds"] = round(time.monotonic() - start, 2)
+        write_result(self.folder, self.result)
 
 
 def config_folders() -> list[str]:

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lightning_dist.cli.errors import fail
 from lightning_dist.files.text import printable
+from lightning_dist.files.writing import naming, replaced_together
 from lightning_dist.report.runs import Group, group_runs, read_runs
 
 PART = "distill."
@@ -58,7 +59,8 @@ class WriteTuned(Callback):
         text = "".join(f"# {line}\n" for line in _origin(best, metric, len(groups)))
         path = self.folder / "distill" / _method(config) / f"{protocol}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"# @package distill\n{text}{yaml.safe_dump(_nested(values))}")
+        with naming(path), replaced_together([path]) as (part,):
+            part.write_text(f"# @package distill\n{text}{yaml.safe_dump(_nested(values))}")
         rich.print(f"[bold]tuned settings[/bold] {path}: {best.name}")
 
 
