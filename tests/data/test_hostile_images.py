@@ -10,8 +10,10 @@ import pytest
 from PIL import Image, ImageOps, PngImagePlugin
 
 from hostile import contacts, watched
+from lightning_dist.cli.errors import one_line_errors
 from lightning_dist.data.huggingface import HuggingFaceDataModule, RowImages
 from lightning_dist.data.image_files import FORMATS, image_size, load_image
+from lightning_dist.data.image_folder import ImageFolderDataModule
 from lightning_dist.data.segmentation_base import MaskedImages, Pair
 
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
@@ -93,6 +95,23 @@ def test_only_a_regular_file_is_read(tmp_path, kind):
         path.mkdir()
     with pytest.raises(OSError, match=r"a\.png cannot be read as an image"):
         load_image(str(path))
+
+
+@pytest.mark.parametrize("kind", ["a pipe", "a damaged file"])
+def test_a_bad_image_in_a_worker_is_one_line_with_its_name(tmp_path, capsys, kind):
+    for name in ("a", "b"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(tmp_path / "train" / name / "good.png")
+    bad = tmp_path / "train" / "b" / "good.png"
+    bad.unlink()
+    os.mkfifo(bad) if kind == "a pipe" else bad.write_bytes(b"\x89PNG\r\n")
+    data = ImageFolderDataModule(root=tmp_path, val_dir="train", image_size=8, num_workers=1)
+    loader = data.val_dataloader()
+    with pytest.raises(SystemExit), one_line_errors():
+        list(loader)
+    loader._iterator._shutdown_workers()  # The garbage collector would wait for the worker.
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{bad} cannot be read as an image" in line
 
 
 def test_a_huge_image_is_an_error_that_names_the_file(tmp_path, monkeypatch):
