@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 UNLABELED = -100  # It marks samples without a label; torch's cross-entropy ignores it.
+IGNORED = 255  # the label of the pixels of a mask that the loss and the metrics ignore
 
 
 def check_number(

@@ -10,8 +10,8 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_dist.checks import UNLABELED, check_labels, check_number
-from lightning_dist.data.labels import IGNORED, TrainingLabels, labels_in, stratified_split
+from lightning_dist.checks import IGNORED, UNLABELED, check_labels, check_number
+from lightning_dist.data.labels import TrainingLabels, labels_in, stratified_split
 from lightning_dist.data.loaders import Loaders, collate_as_lists, count_samples
 from lightning_dist.data.pixels import Pixels
 
@@ -51,11 +51,11 @@ class ImageDataModule(Pixels, TrainingLabels, Loaders):
         mean: one value per channel, for pixels scaled to 0..1; by default the class attribute.
         std: one value per channel, for pixels scaled to 0..1; by default the class attribute.
         labels: the number of training images that keep their label, or a fraction of them; the
-            others get the label -100 and are only distilled. `seed` chooses them, in the
-            proportions of the classes. By default all images keep their label.
+            others are only distilled. `seed` chooses them, in the proportions of the classes if
+            each image has one class. By default all images keep their label.
         unlabeled: a folder of images without labels, or several folders; the images, at any depth,
-            are distilled in addition to the training set. Only data modules of image files support
-            it.
+            are distilled in addition to the training set, with the same augmentation. Training
+            images among them are left out.
         unlabeled_share: the share of images without a label in each batch of each process; 0 leaves
             them out. An epoch is then one pass over the images with a label. By default an epoch is
             one pass over all images.
@@ -163,8 +163,8 @@ class ImageDataModule(Pixels, TrainingLabels, Loaders):
         for split in SPLITS_OF_STAGE[stage]:
             self._dataset(split)
         # A test set that cannot be used must not be noticed only when all training is done.
-        if stage == "fit" and type(self).test_dataset is not ImageDataModule.test_dataset:
-            self._dataset("test")
+        for split in self._evaluated_splits() if stage == "fit" else ():
+            self._dataset(split)
 
     def check_dataset(self, split: str, dataset: Dataset) -> None:
         """Refuse a data set that cannot be trained on or evaluated, before training starts.
@@ -187,6 +187,11 @@ class ImageDataModule(Pixels, TrainingLabels, Loaders):
             check_labels(labels, self.num_classes, where, ignored=ignored)
             if split != "train" and (labels == ignored).all():
                 raise ValueError(f"{where} has no label: metrics need labelled images")
+
+    def _evaluated_splits(self) -> Sequence[str]:
+        """Return the names of the splits for evaluation; a subclass may have no test set."""
+        has_test = type(self).test_dataset is not ImageDataModule.test_dataset
+        return ("val", "test") if has_test else ("val",)
 
     def sample_settings(self) -> dict[str, Any]:
         """Return the settings that can change a sample's pixels: all except the loader settings."""

@@ -1,7 +1,7 @@
 """`DetectionDataModule`, the base class that reads, checks and mirrors image files with boxes."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,11 @@ class AnnotatedImages(Dataset):
             chosen[known] = kept.numpy()
             self.entries = self.entries.with_boxes(chosen)
 
+    @property
+    def paths(self) -> Sequence[str]:
+        """The path of each image."""
+        return self.entries.images
+
     def __len__(self) -> int:
         return len(self.entries)
 
@@ -139,6 +144,25 @@ def refuse_other_size(file: str, annotated: tuple[int, int] | None, size: tuple[
         )
 
 
+class WithoutBoxes:
+    """A function that transforms an image and gives it the target None, which is no label.
+
+    Args:
+        transform: the transform of an image and its target; see `AnnotatedImages`.
+    """
+
+    def __init__(self, transform: Any) -> None:
+        self.transform = transform
+
+    def __call__(self, image: Image.Image) -> tuple[Tensor, None]:
+        none = torch.zeros(0, 4)
+        size = (image.height, image.width)
+        boxes = tv_tensors.BoundingBoxes(none, format="XYXY", canvas_size=size)
+        target = {"boxes": boxes, "labels": torch.zeros(0, dtype=torch.int64)}
+        pixels, _ = self.transform(tv_tensors.Image(tvf.pil_to_tensor(image)), target)
+        return pixels.as_subclass(Tensor), None
+
+
 class DetectionDataModule(ImageDataModule):
     """A base class for image files with boxes: pixels in 0..1, mirrored at random in training.
 
@@ -167,6 +191,10 @@ class DetectionDataModule(ImageDataModule):
     def train_transform(self) -> v2.Compose:
         """Return the training transform, which takes and returns an image and its target."""
         return v2.Compose([v2.RandomHorizontalFlip(self.flip), *self._last_steps()])
+
+    def unlabeled_transform(self) -> "WithoutBoxes":
+        """Return the function that makes a training sample of an image without a label."""
+        return WithoutBoxes(self.train_transform())
 
     def eval_transform(self) -> v2.Compose:
         """Return the evaluation transform, which takes and returns an image and its target."""

@@ -1,6 +1,7 @@
 """A training set in which only some images keep their label, for experiments with few labels."""
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_dist.checks import UNLABELED
+from lightning_dist.checks import IGNORED, UNLABELED
 from lightning_dist.data.seeding import derive_seeds
 from lightning_dist.data.tensor_images import TensorImages
 
@@ -46,21 +47,53 @@ def without_other_labels(dataset: Dataset, chosen: Tensor) -> Dataset:
     """Return a data set whose images have no label, except the chosen ones.
 
     Args:
-        dataset: a data set of images and classes.
+        dataset: a data set of images and classes, masks or boxes.
         chosen: a bool tensor (N,) that is true for the images that keep their label.
     """
     if isinstance(dataset, TensorImages):
         other = copy.copy(dataset)
-        other.labels = torch.where(chosen, dataset.labels, UNLABELED)
+        of_each = chosen.view(-1, *[1] * (dataset.labels.dim() - 1))
+        other.labels = torch.where(of_each, dataset.labels, dataset.no_label)
         return other
     return FewLabels(dataset, chosen)
 
 
-class FewLabels(Dataset):
-    """A wrapper of a data set that replaces the labels of the images that are not chosen by -100.
+def without_label(target: Any) -> Any:
+    """Return a target of the same kind that marks an image without a label.
 
     Args:
-        dataset: the wrapped data set of images and classes, which is read by index.
+        target: a class, as an int or a tensor of no dimension; a mask of classes (H, W); or a dict
+            of boxes and labels.
+
+    Returns:
+        -100; a mask that is ignored everywhere; or None.
+
+    Raises:
+        TypeError: if the target is of another kind.
+
+    Example:
+        >>> without_label(3), without_label({"boxes": torch.zeros(1, 4)})
+        (-100, None)
+        >>> without_label(torch.zeros(1, 2, dtype=torch.int64))
+        tensor([[255, 255]])
+    """
+    if isinstance(target, Mapping):
+        return None
+    if isinstance(target, (int, np.integer)):
+        return UNLABELED
+    if not isinstance(target, Tensor) or target.dim() not in (0, 2) or target.is_floating_point():
+        raise TypeError(
+            f"the target of a training image is a {type(target).__name__}, for which the option "
+            "labels has no mark for images without a label: give a class, a mask or boxes"
+        )
+    return torch.full_like(target, IGNORED if target.dim() else UNLABELED)
+
+
+class FewLabels(Dataset):
+    """A wrapper of a data set that removes the labels of the images that are not chosen.
+
+    Args:
+        dataset: the wrapped data set of images and targets, which is read by index.
         chosen: a bool tensor (N,) that is true for the images that keep their label.
     """
 
@@ -74,8 +107,8 @@ class FewLabels(Dataset):
         return len(self.chosen)
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
-        image, label = self.dataset[index]
-        return image, label if self.chosen[index] else UNLABELED
+        image, target = self.dataset[index]
+        return image, target if self.chosen[index] else without_label(target)
 
 
 def stratified_order(labels: Tensor) -> Tensor:

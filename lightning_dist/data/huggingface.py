@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_dist.checks import check_labels
+from lightning_dist.checks import UNLABELED, check_labels
 from lightning_dist.data.hub_description import refuse_other_places
 from lightning_dist.data.image_files import (
     UNREADABLE,
@@ -138,7 +138,8 @@ class HuggingFaceDataModule(TimmTransformDataModule):
                 f"has {', '.join(trained)} and {name} has {', '.join(names)}. "
                 f"{_SHARED_LABELS}"
             )
-        check_labels(labels, max(num_classes, 1), dataset.location)
+        ignored = UNLABELED if split == "train" else None
+        check_labels(labels, max(num_classes, 1), dataset.location, ignored=ignored)
 
     def train_labels(self, dataset: Dataset) -> Tensor:
         """Return the classes of the training split, int64 (N,)."""

@@ -97,12 +97,13 @@ class ClassFolders(ImageFolder):
 
     Attributes:
         samples: the path and the label of each image.
+        paths: the paths.
         targets: the labels, int64 (N,).
     """
 
     def __init__(self, root: Path, transform: Transform) -> None:
         super().__init__(root, transform, loader=load_image)
-        self.targets = self.samples.labels
+        self.paths, self.targets = self.samples.paths, self.samples.labels
 
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
         """Return the names of the class folders, and a dict from names to labels."""

@@ -1,20 +1,28 @@
 """`TrainingLabels`, the part of a data module that decides which training images have a label."""
 
-from collections.abc import Sequence, Sized
+from collections.abc import Iterable, Sequence, Sized
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
+from PIL import Image
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lightning_dist.checks import UNLABELED
 from lightning_dist.data.few_labels import choose_labels, without_other_labels
-from lightning_dist.data.image_files import Transform
-from lightning_dist.data.unlabeled import JoinedImages, unlabeled_files
+from lightning_dist.data.image_files import load_image
+from lightning_dist.data.tensor_images import TensorImages
+from lightning_dist.data.unlabeled import (
+    JoinedImages,
+    Sample,
+    image_paths,
+    unlabeled_files,
+    without_known_files,
+)
 
-IGNORED = 255  # the label of the pixels that the loss and the metrics ignore
 SPLIT_SEED = 0  # constant, so that runs with different seeds hold out the same images
 
 
@@ -24,64 +32,87 @@ class TrainingLabels:
     Attributes:
         labels: the number of training images that keep their label, or a fraction of them.
         unlabeled: a folder of images without labels, or several folders.
+        unlabeled_share: the share of images without a label in each batch, if it is fixed.
         seed: the seed that chooses the images that keep their label.
+        location: the folder or the name of the data set, for error messages.
     """
 
     labels: float | None
     unlabeled: str | Path | Sequence[str | Path] | None
+    unlabeled_share: float | None
     seed: int
+    location: str
     _labeled: Tensor | None = None  # which training images have a label, once they are read
 
     def _dataset(self, split: str) -> Dataset:
         """Return the data set of a split."""
         raise NotImplementedError
 
-    def with_unlabeled(self, dataset: Dataset) -> Dataset:
-        """Return the training set with the images that have no label.
+    def _evaluated_splits(self) -> Sequence[str]:
+        """Return the names of the splits for evaluation."""
+        raise NotImplementedError
 
-        Args:
-            dataset: the training set, in which all images have a label.
-        """
+    def _to_square(self, image: Image.Image) -> Tensor:
+        """Convert an image to uint8 pixels (C, H, W) of the size of the training images."""
+        raise NotImplementedError
+
+    def with_unlabeled(self, dataset: Dataset) -> Dataset:
+        """Return the training set with the images that have no label."""
         labeled = torch.ones(len(cast(Sized, dataset)), dtype=torch.bool)
-        if self.labels is not None:
-            labeled = choose_labels(self.train_labels(dataset), self.labels, self.seed)
-            dataset = without_other_labels(dataset, labeled)
+        if self.labels is not None or self.unlabeled_share is not None:
+            classes = self.train_labels(dataset)
+            if classes is None:
+                classes = torch.zeros(len(labeled), dtype=torch.int64)
+            labeled = classes != UNLABELED
+            if self.labels is not None:
+                chosen = choose_labels(classes[labeled], self.labels, self.seed)
+                labeled[labeled.clone()] = chosen
+                dataset = without_other_labels(dataset, labeled)
         if self.unlabeled:
-            transform = self.unlabeled_transform()
-            evaluated = getattr(self._dataset("val"), "samples", ())
-            files = unlabeled_files(self.unlabeled, (str(path) for path, _ in evaluated))
-            dataset = JoinedImages(dataset, files, transform)
+            files = unlabeled_files(self.unlabeled)
+            files = without_known_files(files, self.location, *self._known_files(dataset))
+            dataset = self._joined(dataset, files)
             labeled = torch.cat([labeled, torch.zeros(len(files), dtype=torch.bool)])
         self._labeled = labeled
         return dataset
 
-    def unlabeled_transform(self) -> Transform:
-        """Return the function that converts images of the folder `unlabeled` for training.
+    def _known_files(self, dataset: Dataset) -> tuple[Iterable[str], Iterable[str]]:
+        """Return the paths of the training images, and those of the images for evaluation."""
+        evaluated = (self._dataset(split) for split in self._evaluated_splits())
+        return image_paths(dataset), (path for other in evaluated for path in image_paths(other))
+
+    def _joined(self, dataset: Dataset, files: Sequence[str]) -> Dataset:
+        """Return a training set with the images of some files, which have no label, at its end."""
+        if not isinstance(dataset, TensorImages):
+            return JoinedImages(dataset, files, self.unlabeled_transform())
+        pixels = torch.empty(len(files), *dataset.images.shape[1:], dtype=torch.uint8)
+        for place, file in zip(pixels, files, strict=True):
+            place.copy_(self._to_square(load_image(file)))
+        return dataset.with_unlabeled(pixels)
+
+    def unlabeled_transform(self) -> Sample:
+        """Return the function that makes a training sample of an image without a label.
+
+        It augments the image as the training images. A data set in memory (TensorImages) does not
+        need it.
 
         Raises:
-            ValueError: if a data module of this kind reads no image files.
+            ValueError: if a data module of this kind defines no such function.
         """
         raise ValueError(
-            f"unlabeled={self.unlabeled} is for data modules that read image files with timm's "
-            f"transforms, such as data=image_folder, but this is a {type(self).__name__}"
+            f"unlabeled={self.unlabeled} needs the method unlabeled_transform, which a "
+            f"{type(self).__name__} does not define: define it, or leave out unlabeled"
         )
 
-    def train_labels(self, dataset: Dataset) -> Tensor:
-        """Return the classes of the training images, int64 (N,); only the option `labels` needs it.
+    def train_labels(self, dataset: Dataset) -> Tensor | None:
+        """Return the classes of the training images, int64 (N,), or None if there is no such list.
 
         Args:
             dataset: the training set.
-
-        Raises:
-            ValueError: if the data set has no such list of classes.
         """
         labels = labels_in(dataset)
-        if not isinstance(labels, Tensor) or labels.dim() != 1 or labels.is_floating_point():
-            raise ValueError(
-                f"labels={self.labels} needs the classes of the training images in one list, which "
-                f"a {type(self).__name__} does not have: leave it out"
-            )
-        return labels
+        has_list = isinstance(labels, Tensor) and labels.dim() == 1
+        return labels if has_list and not labels.is_floating_point() else None
 
 
 def stratified_split(labels: Tensor, fraction: float) -> tuple[Tensor, Tensor]:

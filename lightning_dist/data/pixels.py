@@ -29,8 +29,12 @@ class Pixels:
 
     def prepare(self, image: Image.Image) -> Tensor:
         """Convert an image of any size as the evaluation loaders do, to a tensor (C, H, W)."""
+        return self._normalise(self._to_square(image))
+
+    def _to_square(self, image: Image.Image) -> Tensor:
+        """Convert an image of any size to uint8 pixels (C, H, W) of `image_size`."""
         size = (self.image_size, self.image_size)
-        return self._to_tensor(to_rgb(image).resize(size, Image.Resampling.BILINEAR))
+        return self._to_pixels(to_rgb(image).resize(size, Image.Resampling.BILINEAR))
 
     def card(self) -> Card:
         """Return the card of these data: their images and classes.
@@ -62,9 +66,11 @@ class Pixels:
 
     def _to_tensor(self, image: Image.Image) -> Tensor:
         """Convert an image to a normalised tensor (C, H, W) without resizing it."""
-        image = to_rgb(image)
-        pixels = pil_to_tensor(image.convert("L") if self.in_channels == 1 else image)
-        return self._normalise(pixels)
+        return self._normalise(self._to_pixels(to_rgb(image)))
+
+    def _to_pixels(self, image: Image.Image) -> Tensor:
+        """Convert an RGB image to uint8 pixels (C, H, W)."""
+        return pil_to_tensor(image.convert("L") if self.in_channels == 1 else image)
 
     def _normalise(self, pixels: Tensor) -> Tensor:
         """Normalise a uint8 image (C, H, W) by `mean` and `std`."""

@@ -11,9 +11,11 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.transforms import ToTensor
 
 from lightning_dist.data.base import ImageDataModule, collate_as_lists, stratified_split
 from lightning_dist.data.tensor_images import TensorImages
+from lightning_dist.data.unlabeled import WithTarget
 
 SPLITS = ("train", "val", "test")
 
@@ -213,6 +215,10 @@ class SceneDetectionDataModule(ScenesDataModule):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self.class_names = [str(digit) for digit in range(10)]
+
+    def unlabeled_transform(self) -> WithTarget:
+        """Return the function that makes a training sample of an image without a label."""
+        return WithTarget(ToTensor(), None)
 
     def _to_dataset(self, scenes: list[Scene]) -> SceneBoxes:
         return SceneBoxes(scenes)

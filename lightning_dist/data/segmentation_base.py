@@ -69,7 +69,7 @@ class MaskedImages(Dataset):
                 f"{len(missing)} of {2 * len(pairs)} images and masks are missing: "
                 f"{abbreviate(missing)}: restore them, or remove their counterparts"
             )
-        self.images = PackedPaths(pair.image for pair in pairs)
+        self.paths = PackedPaths(pair.image for pair in pairs)
         self.masks = PackedPaths(pair.mask for pair in pairs)
         self.known = np.zeros(256, dtype=bool)
         self.known[[*class_ids, *ignored_ids]] = True
@@ -78,10 +78,10 @@ class MaskedImages(Dataset):
         self.transform = transform
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        pair = Pair(Path(self.images[index]), Path(self.masks[index]))
+        pair = Pair(Path(self.paths[index]), Path(self.masks[index]))
         image = load_image(str(pair.image))
         mask = torch.from_numpy(self.class_of[self.ids(pair.mask)])
         if mask.shape != (image.height, image.width):
@@ -124,6 +124,21 @@ class MaskedImages(Dataset):
         for index in indices:
             counts += np.bincount(self.ids(Path(self.masks[index])).ravel(), minlength=256)
         return counts
+
+
+class IgnoredMask:
+    """A function that gives an image a mask that is ignored everywhere, and transforms both.
+
+    Args:
+        transform: the transform of an image and its mask; see `MaskedImages`.
+    """
+
+    def __init__(self, transform: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
+        self.transform = transform
+
+    def __call__(self, image: Image.Image) -> tuple[Tensor, Tensor]:
+        mask = torch.full((image.height, image.width), IGNORED, dtype=torch.uint8)
+        return self.transform(tv_tensors.Image(tvf.pil_to_tensor(image)), tv_tensors.Mask(mask))
 
 
 class RandomScale:
@@ -211,6 +226,10 @@ class SegmentationDataModule(ImageDataModule):
             fill = {tv_tensors.Image: colour, tv_tensors.Mask: IGNORED}
             steps.append(v2.RandomCrop(self.crop_size, pad_if_needed=True, fill=fill))
         return v2.Compose([*steps, v2.RandomHorizontalFlip(self.flip), self._to_tensors])
+
+    def unlabeled_transform(self) -> "IgnoredMask":
+        """Return the function that makes a training sample of an image without a mask."""
+        return IgnoredMask(self.train_transform())
 
     def eval_transform(self) -> v2.Compose:
         """Return the evaluation transform, which resizes an image and its mask to `eval_size`."""

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from lightning_dist.checks import IGNORED, UNLABELED
 from lightning_dist.data.seeding import Key, derive_seeds
 
 
@@ -15,7 +16,7 @@ class TensorImages(Dataset):
     """A data set in memory that is read by Key or by index, one sample or a whole batch at once.
 
     Args:
-        images: the uint8 pixels, shape (N, C, H, W), where H equals W.
+        images: the pixels, usually uint8, shape (N, C, H, W), where H equals W.
         labels: the int64 class indices, shape (N,), or masks, shape (N, H, W).
         mean: one value per channel, for pixels scaled to 0..1.
         std: one value per channel, for pixels scaled to 0..1.
@@ -68,6 +69,25 @@ class TensorImages(Dataset):
             images = self._augment(images, indices, epoch=pairs[0][1])
         pixels = images.float().div_(self.white).sub_(self.mean).div_(self.std)
         return pixels, self.labels[indices]
+
+    @property
+    def no_label(self) -> int:
+        """The label of an image without a label, or of each pixel of its mask."""
+        return UNLABELED if self.labels.dim() == 1 else IGNORED
+
+    def with_unlabeled(self, images: Tensor) -> "TensorImages":
+        """Return a copy with further images, which have no label.
+
+        Args:
+            images: uint8 pixels in 0..255, shape (M, C, H, W).
+        """
+        other = copy.copy(self)
+        if self.white != 255:
+            images = images * (self.white / 255)
+        other.images = torch.cat([self.images, images])
+        labels = self.labels.new_full((len(images), *self.labels.shape[1:]), self.no_label)
+        other.labels, other._draws = torch.cat([self.labels, labels]), None
+        return other
 
     @property
     def random(self) -> bool:

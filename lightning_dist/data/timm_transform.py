@@ -6,8 +6,10 @@ from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from torch import Tensor
 
+from lightning_dist.checks import UNLABELED
 from lightning_dist.data.base import ImageDataModule
 from lightning_dist.data.image_files import Transform, to_rgb
+from lightning_dist.data.unlabeled import WithTarget
 
 
 class TimmTransformDataModule(ImageDataModule):
@@ -72,9 +74,9 @@ class TimmTransformDataModule(ImageDataModule):
             std=self.std,
         )
 
-    def unlabeled_transform(self) -> Transform:
-        """Return the training transform, which is also used for images without a label."""
-        return self.train_transform()
+    def unlabeled_transform(self) -> WithTarget:
+        """Return the function that makes a training sample of an image without a label."""
+        return WithTarget(self.train_transform(), UNLABELED)
 
     def image_facts(self) -> dict[str, Any]:
         """Return the fields of a Card that describe the images of the evaluation transform."""

@@ -11,10 +11,11 @@ from torch.utils.data import Dataset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from lightning_dist.checks import check_number
+from lightning_dist.checks import UNLABELED, check_number
 from lightning_dist.data.base import ImageDataModule
 from lightning_dist.data.image_files import abbreviate, load_image, open_image_folder
 from lightning_dist.data.packed import LabelledPaths
+from lightning_dist.data.unlabeled import WithTarget
 from lightning_dist.files.text import read_bounded
 
 LAYOUT = (
@@ -80,15 +81,30 @@ class TinyImageNetDataModule(ImageDataModule):
 
     def train_dataset(self) -> ImageFolder:
         """Return the training images with augmentation."""
+        return open_image_folder(
+            self.root / "train",
+            self._train_transform(),
+            self.wnids,
+            expected_by=self.root / "wnids.txt",
+        )
+
+    def unlabeled_transform(self) -> WithTarget:
+        """Return the function that makes a training sample of an image without a label.
+
+        It resizes the image to `image_size` before the augmentation, because all images of
+        Tiny-ImageNet have this size.
+        """
+        size = (self.image_size, self.image_size)
+        steps = [transforms.Resize(size), self._train_transform()]
+        return WithTarget(transforms.Compose(steps), UNLABELED)
+
+    def _train_transform(self) -> transforms.Compose:
         augment: list[Any] = [transforms.RandomHorizontalFlip()]
         if self.rotation:
             augment.insert(0, transforms.RandomRotation(self.rotation))
         if self.padding:
             augment.insert(0, transforms.RandomCrop(self.image_size, padding=self.padding))
-        transform = transforms.Compose([*augment, self._eval_transform()])
-        return open_image_folder(
-            self.root / "train", transform, self.wnids, expected_by=self.root / "wnids.txt"
-        )
+        return transforms.Compose([*augment, self._eval_transform()])
 
     def val_dataset(self) -> "ListedImages":
         """Return the validation images with the labels from val_annotations.txt."""
@@ -140,7 +156,7 @@ class ListedImages(Dataset):
         self, samples: list[tuple[Path, int]], transform: Callable[[Image.Image], Tensor]
     ) -> None:
         self.samples = LabelledPaths([path for path, _ in samples], [label for _, label in samples])
-        self.targets = self.samples.labels
+        self.paths, self.targets = self.samples.paths, self.samples.labels
         self.transform = transform
 
     def __len__(self) -> int:

@@ -1,15 +1,18 @@
 """Images without labels beside a training set, and batches with a given share of them."""
 
+import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.datasets import ImageFolder
 
-from lightning_dist.checks import UNLABELED, check_number
+from lightning_dist.checks import check_number
 from lightning_dist.data.image_files import (
     Transform,
     abbreviate,
@@ -20,14 +23,16 @@ from lightning_dist.data.image_files import (
 from lightning_dist.data.packed import PackedPaths
 from lightning_dist.data.seeding import EpochSampler, Key, derive_seeds
 
+log = logging.getLogger(__name__)
 
-def unlabeled_files(folders: str | Path | Sequence[str | Path], evaluated: Iterable[str]) -> list:
+Sample = Callable[[Image.Image], tuple[Tensor, Any]]
+
+
+def unlabeled_files(folders: str | Path | Sequence[str | Path]) -> list[str]:
     """Return the paths of the images in some folders, at any depth, sorted folder by folder.
 
     Args:
         folders: the folder, or several.
-        evaluated: the paths of the validation images; a warning names those that are also in the
-            folders.
 
     Raises:
         FileNotFoundError: if a folder is missing or has no images.
@@ -37,29 +42,93 @@ def unlabeled_files(folders: str | Path | Sequence[str | Path], evaluated: Itera
         found = find_images(Path(folder))
         if not found:
             raise FileNotFoundError(f"unlabeled={folder}: there is no such folder with images")
-        files += map(os.path.abspath, found)
-    if both := set(files) & {os.path.abspath(path) for path in evaluated}:
+        files += real_paths(found)
+    return list(dict.fromkeys(files))
+
+
+def without_known_files(
+    files: Sequence[str], location: str, trained: Iterable[str], evaluated: Iterable[str]
+) -> list[str]:
+    """Return the files that are not training images; warn of those that are for evaluation.
+
+    Args:
+        files: the paths of the images without a label, with no links in them.
+        location: the name of the data set, for the messages.
+        trained: the paths of the training images.
+        evaluated: the paths of the validation and test images.
+
+    Raises:
+        ValueError: if all files are training images.
+    """
+    if both := set(files) & set(real_paths(evaluated)):
         warn_once(
-            f"images of the validation set are also among the unlabelled ones: {abbreviate(both)}: "
-            "the student then trains on what it is evaluated on; give another folder"
+            f"images of the validation set or the test set of {location} are also among the "
+            f"unlabelled ones: {abbreviate(both)}: the student then trains on what it is evaluated "
+            "on; give another folder"
         )
-    return files
+    known = set(real_paths(trained))
+    others = [file for file in files if file not in known]
+    if len(others) < len(files):
+        left_out = (
+            f"{len(files) - len(others)} of {len(files)} unlabelled images are also training "
+        )
+        left_out += f"images of {location}"
+        if not others:
+            raise ValueError(f"{left_out}: leave out unlabeled, or give a folder with other images")
+        log.info("%s, and are used only once", left_out)
+    return others
+
+
+def image_paths(dataset: Dataset) -> Iterable[str]:
+    """Return the paths of the images of a data set, or nothing if it has no list of files."""
+    if isinstance(dataset, ImageFolder):
+        return (path for path, _ in dataset.samples)
+    return getattr(dataset, "paths", ())
+
+
+def real_paths(paths: Iterable[str | Path]) -> Iterator[str]:
+    """Yield the absolute path of each file, with no links in it."""
+    folders: dict[str, str] = {}
+    for path in paths:
+        folder, name = os.path.split(path)
+        if folder not in folders:
+            folders[folder] = os.path.realpath(folder)
+        file = os.path.join(folders[folder], name)
+        yield os.path.realpath(file) if os.path.islink(file) else file
+
+
+class WithTarget:
+    """A function that transforms an image and gives it a constant target.
+
+    Args:
+        transform: a function that converts a PIL image to a tensor (C, H, W).
+        target: the target, such as -100.
+    """
+
+    def __init__(self, transform: Transform, target: Any) -> None:
+        self.transform = transform
+        self.target = target
+
+    def __call__(self, image: Image.Image) -> tuple[Tensor, Any]:
+        return self.transform(image), self.target
 
 
 class JoinedImages(Dataset):
     """A data set with the samples of another one, and after them images without a label.
 
     Args:
-        dataset: a data set of images and classes, which is read by index.
+        dataset: a data set of images and targets, which is read by index.
         files: the paths of the images without a label.
-        transform: a function that converts a PIL image to a tensor (C, H, W).
+        sample: a function that makes a sample of an RGB image.
     """
 
-    def __init__(self, dataset: Dataset, files: Sequence[str], transform: Transform) -> None:
+    def __init__(self, dataset: Dataset, files: Sequence[str], sample: Sample) -> None:
         self.dataset = dataset
         self.files = PackedPaths(files)
-        self.transform = transform
-        self._first = len(cast(Any, dataset))
+        self.sample = sample
+        self._first = len(cast(Sized, dataset))
+        if hasattr(dataset, "collate"):
+            self.collate = dataset.collate
 
     def __len__(self) -> int:
         return self._first + len(self.files)
@@ -67,7 +136,7 @@ class JoinedImages(Dataset):
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         if index < self._first:
             return self.dataset[index]
-        return self.transform(load_image(self.files[index - self._first])), UNLABELED
+        return self.sample(load_image(self.files[index - self._first]))
 
 
 class SharedBatches(EpochSampler):

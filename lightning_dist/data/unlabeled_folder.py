@@ -18,7 +18,7 @@ from lightning_dist.data.image_files import (
 from lightning_dist.data.labels import SPLIT_SEED
 from lightning_dist.data.packed import PackedPaths
 from lightning_dist.data.timm_transform import TimmTransformDataModule
-from lightning_dist.data.unlabeled import unlabeled_files
+from lightning_dist.data.unlabeled import image_paths, unlabeled_files, without_known_files
 
 
 class UnlabeledFolderDataModule(TimmTransformDataModule):
@@ -96,11 +96,11 @@ class UnlabeledFolderDataModule(TimmTransformDataModule):
     @cached_property
     def _files(self) -> tuple[PackedPaths, PackedPaths]:
         """The paths of the images for training, and of those that are held out."""
+        files = unlabeled_files(self.root)
         if self.val_root is not None:
-            labelled: Any = self._dataset("val")
-            files = unlabeled_files(self.root, (str(path) for path, _ in labelled.samples))
+            evaluated = image_paths(self._dataset("val"))
+            files = without_known_files(files, self.location, (), evaluated)
             return PackedPaths(files), PackedPaths([])
-        files = unlabeled_files(self.root, ())
         held_out = round(self.val_fraction * len(files))
         if not 0 < held_out < len(files):
             raise ValueError(

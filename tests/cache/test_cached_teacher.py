@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -271,6 +272,17 @@ def test_runs_of_all_seeds_compute_each_view_once(train, tmp_path):
     train(kept, digits(seed=1), epochs=5)
     train(kept, digits(seed=2, num_workers=1, global_batch_size=32, drop_last=True), epochs=5)
     assert Counting.images == 2 * SIZE + 4 * SAMPLES
+
+
+def test_a_view_computes_each_image_without_a_label_once(train, tmp_path):
+    (tmp_path / "more").mkdir()
+    for number in range(7):
+        Image.new("L", (8, 8), 30 * number).save(tmp_path / "more" / f"{number}.png")
+    settings = {"unlabeled": tmp_path / "more", "labels": 20}
+    kept = CachedTeacher(Counting(), tmp_path / "cache", views=2)
+    train(kept, digits(**settings), epochs=3)
+    train(kept, digits(**settings, unlabeled_share=0.25), epochs=3)
+    assert Counting.images == 2 * (SIZE + 7) + 3 * SAMPLES
 
 
 def test_a_run_with_a_filled_cache_calls_the_teacher_for_the_samples_only(train, tmp_path):

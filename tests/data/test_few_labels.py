@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_dist.data.digits import DigitsDataModule
 from lightning_dist.data.image_folder import ImageFolderDataModule
-from lightning_dist.data.scenes import SceneDetectionDataModule
+from lightning_dist.data.scenes import SceneDetectionDataModule, ScenesDataModule
 
 
 def epoch_of(**settings) -> tuple[Tensor, Tensor]:
@@ -69,7 +69,27 @@ def test_numbers_of_labels_that_cannot_be_are_refused(labels):
         DigitsDataModule(labels=labels).setup("fit")
 
 
-def test_data_without_classes_in_a_list_are_refused():
-    data = SceneDetectionDataModule(labels=10, train_size=16, val_size=4, test_size=4)
-    with pytest.raises(ValueError, match=r"labels=10 needs the classes .* SceneDetection"):
+@pytest.mark.parametrize("kind", [ScenesDataModule, SceneDetectionDataModule])
+def test_masks_and_boxes_of_some_images_are_kept(kind):
+    sizes = {"train_size": 8, "val_size": 2, "test_size": 2, "scene_size": 16}
+
+    def epoch(**settings):
+        data = kind(**sizes, **settings)
         data.setup("fit")
+        batches = list(data.train_dataloader())
+        return [sample for batch in batches for sample in zip(*batch, strict=True)]
+
+    def has_label(target) -> bool:
+        return (
+            target is not None if kind is SceneDetectionDataModule else bool((target < 255).any())
+        )
+
+    whole, few, fewer = epoch(), epoch(labels=4), epoch(labels=0.25)
+    for (image, target), (same, kept) in zip(whole, few, strict=True):
+        assert torch.equal(image, same)
+        if has_label(kept):
+            torch.testing.assert_close(kept, target, rtol=0, atol=0)
+    assert sum(has_label(target) for _, target in few) == 4
+    assert sum(has_label(target) for _, target in fewer) == 2
+    assert all(has_label(b) for (_, a), (_, b) in zip(fewer, few, strict=True) if has_label(a))
+    assert sum(has_label(target) for _, target in epoch(labels=4, unlabeled_share=0.5)) == 4

@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+from lightning_dist.data.base import ImageDataModule
 from lightning_dist.data.digits import DigitsDataModule
 from lightning_dist.data.image_folder import ImageFolderDataModule
 from lightning_dist.data.unlabeled import SharedBatches
@@ -116,8 +117,17 @@ def test_folders_without_images_and_data_without_files_are_refused(images):
     for name in ("empty", "missing"):
         with pytest.raises(FileNotFoundError, match=f"unlabeled=.*{name}"):
             folder(images, unlabeled=[images / "more", images / name])
-    with pytest.raises(ValueError, match="but this is a DigitsDataModule"):
-        DigitsDataModule(unlabeled=images).setup("fit")
+
+    class Own(ImageDataModule):
+        location = "here"
+
+        def train_dataset(self):
+            return [(torch.zeros(1), 0)]
+
+        val_dataset = train_dataset
+
+    with pytest.raises(ValueError, match="needs the method unlabeled_transform, which a Own"):
+        Own(unlabeled=images / "more").setup("fit")
 
 
 def test_a_validation_image_among_the_unlabelled_ones_is_named(images, caplog):

@@ -5,9 +5,11 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_dist.data.scenes import ScenesDataModule
 from lightning_dist.losses import DKDLoss
 from lightning_dist.tasks.segmentation import SegmentationModule
 
@@ -137,3 +139,11 @@ def test_a_label_of_minus_one_is_not_no_label(make_trainer):
     masks[0] = -1
     with pytest.raises(ValueError, match="a mask has the label -1"):
         train(make_trainer, [(images, masks)])
+
+
+def test_images_without_a_label_that_would_not_be_distilled_are_refused(make_trainer):
+    data = ScenesDataModule(train_size=4, val_size=2, test_size=2, scene_size=16, labels=2)
+    student, teacher = (TwoHeads() for _ in range(2))
+    module = SegmentationModule(student, teacher, num_classes=11, distill_ignored=False)
+    with pytest.raises(MisconfigurationException, match=r"labels=2 .*distill_ignored=True"):
+        make_trainer().fit(module, data)
