@@ -19,6 +19,7 @@ from lightning_dist.report.plots import (
     to_svg,
 )
 from lightning_dist.report.runs import (
+    TUNED,
     Group,
     PathLike,
     Run,
@@ -28,6 +29,7 @@ from lightning_dist.report.runs import (
     notes_on,
     optimized_metric,
     table_metrics,
+    tuned_column,
 )
 from lightning_dist.report.significance import Comparison, compare_groups, numbers_by_seed
 
@@ -166,7 +168,7 @@ def _plots(
 def _group_table(
     groups: Sequence[Group], runs: Sequence[Run], metric: str
 ) -> tuple[list[str], list[Row]]:
-    metrics = table_metrics(runs, metric)
+    metrics, tuned = table_metrics(runs, metric), tuned_column(groups)
     rows = []
     for number, group in enumerate(groups):
         summaries = map(group.summary, metrics)
@@ -175,8 +177,9 @@ def _group_table(
             for x in summaries
         ]
         count = Cell(group.count, str(len(group.completed)), "number")
-        rows.append(Row([*map(Cell, group.labels), count, *cells], number))
-    return [*groups[0].values, "runs", *metrics], rows
+        labels = [*group.labels, *(group.tuned for _ in tuned)]
+        rows.append(Row([*map(Cell, labels), count, *cells], number))
+    return [*groups[0].values, *tuned, "runs", *metrics], rows
 
 
 def _test_table(tested: Sequence[Comparison]) -> tuple[list[str], list[Row]]:
@@ -198,7 +201,7 @@ def _run_table(
     rows = []
     for number, group in enumerate(groups):
         for run in group.runs:
-            values = [run.overrides.get(key) for key in keys]
+            values = [run.tuned if key == TUNED else run.overrides.get(key) for key in keys]
             status = (
                 Cell(run.status) if run.completed else Cell(f"failed: {run.reason}", kind="bad")
             )

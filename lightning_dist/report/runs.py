@@ -20,12 +20,13 @@ log = logging.getLogger(__name__)
 PathLike = str | os.PathLike[str]
 Folders = PathLike | Sequence[PathLike]
 RESULT_FILE = "result.json"
+TUNED = "tuned values"  # the name of their column
 # Runs that differ only in these overrides are in the same group.
 _NOT_SETTINGS = ("seed", "print_config", "own_process")
 # The types of the fields that can be None, also where they are missing in an earlier version.
 _OPTIONAL_FIELDS: dict[str, type] = {
     **{"metric": str, "checkpoint": str, "error": str, "teacher": str},
-    **{"student": str, "data": str},
+    **{"student": str, "data": str, "tuned": str},
     **{"student_parameters": int, "teacher_parameters": int, "test_set": str},
 }
 # Limits of a result.json, and the columns of a table, far above those of a run.
@@ -58,6 +59,7 @@ class Run:
     test_set: str | None = None  # "validation" if the test used the validation set
     student: str | None = None
     data: str | None = None
+    tuned: str | None = None  # the values of its tuned settings, such as "lr 0.1, tau 4"
 
     @property
     def completed(self) -> bool:
@@ -89,7 +91,7 @@ class Group:
     """Runs that differ in nothing but the seed.
 
     ``values`` maps each setting that varies between groups to its value; None means that the runs
-    have the default.
+    have the default. It has the key TUNED only if nothing else distinguishes two groups.
     """
 
     values: dict[str, str | None]
@@ -99,6 +101,11 @@ class Group:
     def completed(self) -> list[Run]:
         """The runs that ended without an error."""
         return [run for run in self.runs if run.completed]
+
+    @property
+    def tuned(self) -> str:
+        """The values of the runs' tuned settings as text without control characters, or "-"."""
+        return printable(self.runs[0].tuned or "-", _MOST_SHOWN)
 
     @cached_property
     def labels(self) -> list[str]:
@@ -188,15 +195,26 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     keys = _varying(runs)
     groups: dict[tuple[str | None, ...], list[Run]] = {}
     for run in runs:
-        groups.setdefault(tuple(run.overrides.get(key) for key in keys), []).append(run)
+        groups.setdefault((*map(run.overrides.get, keys), run.tuned), []).append(run)
     shown = keys[:_MOST_COLUMNS]
-    return [Group(dict(zip(shown, group, strict=False)), groups[group]) for group in groups]
+    if len({group[:-1] for group in groups}) < len(groups):  # the values were tuned again
+        return [
+            Group(dict(zip([*shown, TUNED], [*x[: len(shown)], x[-1]], strict=True)), groups[x])
+            for x in groups
+        ]
+    return [Group(dict(zip(shown, x, strict=False)), groups[x]) for x in groups]
 
 
 def _varying(runs: Sequence[Run]) -> list[str]:
     """Return the settings in which runs differ."""
     keys = [key for key in all_keys(run.overrides for run in runs) if key not in _NOT_SETTINGS]
     return [key for key in keys if len({run.overrides.get(key) for run in runs}) > 1]
+
+
+def tuned_column(groups: Sequence[Group]) -> list[str]:
+    """Return [TUNED] if a table of groups needs this further column, otherwise an empty list."""
+    shown = TUNED in groups[0].values or all(x.runs[0].tuned is None for x in groups)
+    return [] if shown else [TUNED]
 
 
 def optimized_metric(runs: Sequence[Run], metric: str | None = None) -> str:

@@ -15,14 +15,16 @@ from lightning_dist.report.runs import (
     notes_on,
     optimized_metric,
     table_metrics,
+    tuned_column,
 )
 
 
 def report_table(runs: Sequence[Run], metric: str | None = None) -> Table:
     """Make a table with one row per group, that is per set of runs that differ only in the seed.
 
-    Its columns are the settings that vary, the number of runs, and the ``mean ± std`` of the metric
-    to compare by, of the other metrics of its split, and of the teacher's own result.
+    Its columns are the settings that vary, the tuned values, the number of runs, and the
+    ``mean ± std`` of the metric to compare by, of the other metrics of its split, and of the
+    teacher's own result.
 
     Args:
         runs: the runs, as :func:`read_runs` returns them.
@@ -43,12 +45,15 @@ def report_table(runs: Sequence[Run], metric: str | None = None) -> Table:
     # of the table, so a table with notes gets a minimum width.
     caption, width = Text("\n".join(notes)), 79 if notes else 0
     table = Table(caption=caption, caption_justify="left", min_width=width)
-    for name in [*groups[0].values, "runs", *metrics]:
+    tuned = tuned_column(groups)
+    for name in [*groups[0].values, *tuned, "runs", *metrics]:
         table.add_column(Text(printable(name)), overflow="fold")
     for group in groups:
         summaries = map(group.summary, metrics)
         numbers = [x.text(len(group.completed)) if x else "-" for x in summaries]
-        table.add_row(*map(Text, [*group.labels, group.count, *numbers]))
+        table.add_row(
+            *map(Text, [*group.labels, *(group.tuned for _ in tuned), group.count, *numbers])
+        )
     return table
 
 
@@ -62,12 +67,13 @@ def write_csv(runs: Sequence[Run], path: PathLike) -> None:
         path: the path of the file.
     """
     keys, metrics = all_keys(run.overrides for run in runs), all_keys(run.metrics for run in runs)
+    tuned = tuned_column(group_runs(runs))
     # Rows are lists and not dicts, because an override may have the same name as a column.
     with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.writer(file)
-        header = ["folder", "status", "seconds", "error", *keys, *metrics, "command"]
+        header = ["folder", "status", "seconds", "error", *keys, *metrics, *tuned, "command"]
         writer.writerow(map(csv_cell, header))
         for run in runs:
             row = [run.folder, run.status, run.seconds, run.error, *map(run.overrides.get, keys)]
-            row += [*map(run.metrics.get, metrics), run.command]
+            row += [*map(run.metrics.get, metrics), *(run.tuned for _ in tuned), run.command]
             writer.writerow(map(csv_cell, row))

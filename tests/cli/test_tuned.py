@@ -1,5 +1,6 @@
 """Tests that a sweep writes its best settings to a config, and that the config is used."""
 
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,8 @@ from lightning_dist.cli.sweep.tuned import WriteTuned
 from lightning_dist.report import read_runs
 
 PutRun = Callable[..., Path]
-METHODS = ["at", "dist", "dist_plus", "dkd", "kd", "lskd", "sp"]
+METHODS = ["at", "dist", "dist_plus", "dkd", "kd", "lskd", "none", "sp"]
+TUNED = ["dist", "kd", "none"]  # the methods with a file in conf/tuned/digits_300/
 
 
 def config(sweep: Path, *, distill: str = "kd", protocol: str = "mine", monitor: str = "val/x"):
@@ -46,9 +48,9 @@ def test_the_settings_with_the_best_mean_on_the_validation_are_written(
     arguments = ["train", "-m", "+sweep=tune/kd", "hydra.sweep.dir=/somewhere"]
     monkeypatch.setattr(sys, "argv", arguments)
     WriteTuned(str(tmp_path / "tuned")).on_multirun_end(config(sweep))
-    text = (tmp_path / "tuned" / "distill" / "kd" / "mine.yaml").read_text()
-    assert yaml.safe_load(text) == {"weight": 1, "loss": {"tau": 2}}
-    assert text.startswith("# @package distill\n")
+    text = (tmp_path / "tuned" / "tuned" / "mine" / "kd.yaml").read_text()
+    assert yaml.safe_load(text) == {"distill": {"weight": 1}, "tuned_keys": ["distill.weight"]}
+    assert text.startswith("# @package _global_\n")
     assert "lightning-dist train -m +sweep=tune/kd\n" in text
     assert "val/x 0.65 ± 0.07071 over 2 seeds, the best of 3 settings" in text
 
@@ -67,10 +69,10 @@ def test_a_sweep_whose_best_settings_have_no_place_is_refused(tmp_path, options,
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind", ["other key", "failed", "nan", "one setting", "foreign"])
+@pytest.mark.parametrize("kind", ["experiment", "failed", "nan", "one setting", "foreign"])
 def test_settings_that_cannot_be_compared_are_not_written(tmp_path, put_run, kind, capsys):
     message = {
-        "other key": "varies optimizer.lr",
+        "experiment": "varies experiment",
         "failed": "resume=true",
         "nan": "no run has a finite val/x",
         "one setting": "varies no setting",
@@ -86,37 +88,47 @@ def test_settings_that_cannot_be_compared_are_not_written(tmp_path, put_run, kin
         for seed in range(2):
             own = ["distill=kd", "distill.loss._target_=os.system", f"seed={seed}"]
             put_run(sweep / f"foreign{seed}", *own, metrics={"val/x": 1.0})
-    if kind == "other key":
-        put_run(sweep / "lr", "distill=kd", "optimizer.lr=1", metrics={"val/x": 0.9})
+    if kind == "experiment":
+        put_run(sweep / "other", "distill=kd", "experiment=digits", metrics={"val/x": 0.9})
     with pytest.raises(SystemExit):
         WriteTuned(str(tmp_path / "tuned")).on_multirun_end(config(sweep))
     assert message in capsys.readouterr().err
     assert not (tmp_path / "tuned").exists()
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_is_tuned_with_the_same_number_of_trials(method):
-    with initialize_config_module("lightning_dist.conf", version_base="1.3"):
-        options = [f"+sweep=tune/{method}", "experiment=digits_300"]
-        sweeper = compose("train", options, return_hydra_config=True).hydra.sweeper
+def test_every_method_is_tuned_with_the_same_budget_and_learning_rates():
+    budgets = set()
+    for method in METHODS:
+        with initialize_config_module("lightning_dist.conf", version_base="1.3"):
+            options = [f"+sweep=tune/{method}", "experiment=digits_300"]
+            composed_sweep = compose("train", options, return_hydra_config=True)
+        sweeper = composed_sweep.hydra.sweeper
+        assert composed_sweep.hydra.runtime.choices.distill == method
         params = OmegaConf.to_container(sweeper.params)
-    assert params.pop("distill") == method
-    assert params.pop("seed") == "100,101"
-    trials = 1
-    for key, values in params.items():
-        assert OmegaConf.select(composed("experiment=digits_300", f"distill={method}"), key)
-        trials *= len(str(values).split(","))
-    assert trials == 12
+        budgets.add((sweeper.n_trials, params.pop("seed"), params["optimizer.lr"]))
+        assert all(OmegaConf.select(composed_sweep, key) for key in params)
+        config = composed("experiment=digits_300", f"distill={method}")
+        assert config.tuned_keys == (list(params) if method in TUNED else [])
+        for key in config.tuned_keys:
+            low, high = map(float, re.findall(r"[0-9.]+", params[key]))
+            assert low < OmegaConf.select(config, key) < high
+    assert len(budgets) == 1
 
 
 @pytest.mark.slow
-def test_a_tuned_config_is_used_by_the_next_sweep(tmp_path, command):
+def test_a_tuned_config_is_used_by_the_next_sweep_and_shown_by_its_report(
+    tmp_path, command, capsys
+):
     quick = ["print_config=false", "callbacks.progress=null", "trainer=cpu", "trainer.max_epochs=1"]
-    sweep = ["experiment=digits_300", "seed=1", "distill.weight=3,5", "distill.loss.tau=2.5"]
+    sweep = ["experiment=digits_300", "hydra.sweeper.n_trials=2", "distill.loss.tau=2.5"]
     command("train", "-m", "+sweep=tune/kd", *sweep, *quick, "hydra.sweep.dir=sweep")
     runs = read_runs(tmp_path / "sweep")
-    best = max(runs, key=lambda run: run.metrics["val/accuracy"]).overrides["distill.weight"]
+    best = max(runs, key=lambda run: run.metrics["val/accuracy"]).overrides
+    lr, weight = float(best["optimizer.lr"]), float(best["distill.weight"])
     with initialize_config_dir(str(tmp_path / "tuned"), version_base="1.3"):
-        found = compose("distill/kd/digits_300")
-    assert found.distill == {"weight": int(best), "loss": {"tau": 2.5}}
-    command("train", "experiment=digits_300", "distill=kd", *quick, "--config-dir", "tuned")
+        found = compose("tuned/digits_300/kd")
+    assert found.optimizer.lr == lr
+    assert found.distill.weight == weight
+    options = ["hydra.sweep.dir=table", *quick, "--config-dir", "tuned"]
+    command("train", "-m", "experiment=digits_300", "distill=kd", *options)
+    assert read_runs(tmp_path / "table")[0].tuned == f"lr {lr:.3g}, weight {weight:.3g}"

@@ -46,6 +46,20 @@ def test_the_table_shows_the_teachers_own_result(tmp_path: Path, put_run: PutRun
     assert "teacher/loss" not in columns
 
 
+def test_the_table_shows_tuned_values_and_separates_runs_by_them(tmp_path: Path, put_run: PutRun):
+    put_run(tmp_path / "0", "distill=none", "seed=0")
+    put_run(tmp_path / "1", "distill=kd", "seed=0", tuned="lr 0.1, tau 4")
+    table = report_table(read_runs(tmp_path))
+    assert headers(table)[:3] == ["distill", "tuned values", "runs"]
+    assert [row[:2] for row in rows(table)] == [["none", "-"], ["kd", "lr 0.1, tau 4"]]
+    put_run(tmp_path / "2", "distill=kd", "seed=0", tuned="lr 0.2, tau 4")  # tuned again
+    groups = group_runs(read_runs(tmp_path))
+    assert [group.labels for group in groups][1:] == [
+        ["kd", "lr 0.1, tau 4"],
+        ["kd", "lr 0.2, tau 4"],
+    ]
+
+
 @pytest.fixture
 def sweep(tmp_path: Path, put_run: PutRun) -> Path:
     """Write runs of three settings with three seeds each, in numbered folders."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from lightning_dist.checks import check_flag
 from lightning_dist.cli.errors import UserError, with_extra
@@ -139,8 +139,20 @@ def _unfinished_result(config: DictConfig) -> dict[str, Any]:
         "overrides": overrides,
         "command": shlex.join(["lightning-dist", "train", *alone, *config_folders()]),
         "metric": str(config.monitor).replace("val/", "test/", 1),
+        "tuned": _tuned(config),
         "seconds": 0.0,
     }
+
+
+def _tuned(config: DictConfig) -> str | None:
+    """Return the values of the tuned settings as a short text, or None if there are none."""
+    keys = [str(key) for key in config.get("tuned_keys") or []]
+    names = [key.rpartition(".")[2] for key in keys]
+    if len(set(names)) < len(names):
+        names = keys
+    values = [OmegaConf.select(config, key) for key in keys]
+    shown = [f"{x:.3g}" if isinstance(x, float) else str(x) for x in values]
+    return ", ".join(map(" ".join, zip(names, shown, strict=True))) or None
 
 
 def _settings(overrides: Sequence[Any]) -> list[str]:

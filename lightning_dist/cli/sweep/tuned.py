@@ -16,16 +16,15 @@ from lightning_dist.files.text import printable
 from lightning_dist.files.writing import naming, replaced_together
 from lightning_dist.report.runs import Group, group_runs, read_runs
 
-PART = "distill."
-
 
 class WriteTuned(Callback):
-    """Write the settings of distill with the best mean over the seeds to a config.
+    """Write the settings of a sweep with the best mean over the seeds to a config.
 
-    The sweep varies settings ``distill.*`` of one method. They are judged by the metric that
-    ``monitor`` names, which must be of the validation. The config is for the method and the
-    protocol of the sweep: ``FOLDER/distill/METHOD/PROTOCOL.yaml``. With ``--config-dir FOLDER``, or
-    if ``FOLDER`` is conf/, ``distill=METHOD`` then uses it with this protocol.
+    The sweep varies settings of one method, such as its weight and the learning rate. They are
+    judged by the metric that ``monitor`` names, which must be of the validation. The config is for
+    the method and the protocol of the sweep: ``FOLDER/tuned/PROTOCOL/METHOD.yaml``. With
+    ``--config-dir FOLDER``, or if ``FOLDER`` is conf/, ``distill=METHOD`` then uses it with this
+    protocol.
 
     Args:
         folder: the folder of configs.
@@ -52,15 +51,17 @@ class WriteTuned(Callback):
             best = best_group(groups, metric, config.monitor_mode)
         except ValueError as error:
             fail(f"no tuned settings were written: {error}")
-        values = {k: v for k, v in best.runs[0].overrides.items() if k.startswith(PART)}
+        values = {key: value for key, value in best.values.items() if value is not None}
         if foreign := values.keys() - _settings(config):
             folder = config.hydra.sweep.dir
             fail(f"{folder} has runs of other sweeps, which set {min(foreign)!r:.100}")
         text = "".join(f"# {line}\n" for line in _origin(best, metric, len(groups)))
-        path = self.folder / "distill" / _method(config) / f"{protocol}.yaml"
+        path = self.folder / "tuned" / protocol / f"{_method(config)}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
+        settings = _nested(values) | {"tuned_keys": list(values)}
         with naming(path), replaced_together([path]) as (part,):
-            part.write_text(f"# @package distill\n{text}{yaml.safe_dump(_nested(values))}")
+            part.write_text(f"# @package _global_
+{text}{yaml.safe_dump(settings)}")
         rich.print(f"[bold]tuned settings[/bold] {path}: {best.name}")
 
 
@@ -73,13 +74,14 @@ def best_group(groups: list[Group], metric: str, mode: str) -> Group:
         mode: ``"max"`` or ``"min"``.
 
     Raises:
-        ValueError: if a group varies other settings than those of distill, or if the groups do not
-            have the same number of completed runs, so that they cannot be compared.
+        ValueError: if the groups differ in more than settings with values, such as in an
+            experiment, or if they do not have the same number of completed runs, so that they
+            cannot be compared.
     """
     if not groups[0].values:
         raise ValueError("the sweep varies no setting")
-    if others := [key for key in groups[0].values if not key.startswith(PART)]:
-        raise ValueError(f"the sweep varies {others[0]}: a config of distill can only set {PART}*")
+    if choices := [key for key in groups[0].values if "." not in key]:
+        raise ValueError(f"the sweep varies {choices[0]}, and tuned settings belong to one")
     if any(len(group.completed) != len(group.runs) for group in groups):
         raise ValueError("some runs failed: run them again with resume=true")
     if len({len(group.runs) for group in groups}) > 1:
@@ -109,24 +111,32 @@ def _settings(config: DictConfig) -> set[str]:
 
 
 def _origin(best: Group, metric: str, trials: int) -> list[str]:
-    summary = best.summary(metric)
+    summary, seeds = best.summary(metric), len(best.completed)
     assert summary is not None
     shown = [x for x in sys.argv[1:] if not x.startswith(("hydra.", "print_config", "callbacks."))]
     command = shlex.join(["lightning-dist", "train", *shown])
+    of_seeds = "of one seed" if seeds == 1 else f"over {seeds} seeds"
     return [
         "The best of the trials of this command:",
         f"  {printable(command)}",
-        f"{metric} {summary.text(len(best.completed))} over {len(best.completed)} seeds, the best "
-        f"of {trials} settings",
+        f"{metric} {summary.text(seeds)} {of_seeds}, the best of {trials} settings",
     ]
 
 
 def _nested(values: dict[str, str]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for key, value in values.items():
-        *parents, name = key.removeprefix(PART).split(".")
+        *parents, name = key.split(".")
         place = tree
         for parent in parents:
             place = place.setdefault(parent, {})
-        place[name] = yaml.safe_load(value)
+        place[name] = _number(value)
     return tree
+
+
+def _number(text: str) -> Any:
+    """Return the value of an override; YAML 1.1 would read 1e-3 as text."""
+    try:
+        return float(text) if "e" in text else yaml.safe_load(text)
+    except ValueError:
+        return yaml.safe_load(text)
