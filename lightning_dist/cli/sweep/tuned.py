@@ -60,8 +60,7 @@ class WriteTuned(Callback):
         path.parent.mkdir(parents=True, exist_ok=True)
         settings = _nested(values) | {"tuned_keys": list(values)}
         with naming(path), replaced_together([path]) as (part,):
-            part.write_text(f"# @package _global_
-{text}{yaml.safe_dump(settings)}")
+            part.write_text(f"# @package _global_\n{text}{yaml.safe_dump(settings)}")
         rich.print(f"[bold]tuned settings[/bold] {path}: {best.name}")
 
 
