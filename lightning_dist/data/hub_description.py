@@ -32,7 +32,8 @@ def refuse_other_places(folder: Path) -> None:
         path = folder / name
         if not path.exists():
             continue
-        text = read_bounded(path).decode("utf-8", "replace")
+        # `datasets` reads a description also after a byte order mark.
+        text = read_bounded(path).decode("utf-8", "replace").lstrip("\ufeff")
         if name == "README.md":
             from huggingface_hub.repocard import REGEX_YAML_BLOCK  # as `datasets` finds it
 

@@ -111,9 +111,10 @@ def doubled_aliases() -> str:
         description("hf://datasets/a/b/x.csv"),
         description("/etc/x.csv"),
         description("../x.csv"),
+        "\ufeff" + description("../x.csv"),
         doubled_aliases(),
     ],
-    ids=["address", "archive", "hub", "absolute", "above", "aliases"],
+    ids=["address", "archive", "hub", "absolute", "above", "after a mark", "aliases"],
 )
 def test_the_description_of_a_data_set_names_nothing_elsewhere(tmp_path: Path, name, text):
     pytest.importorskip("datasets")
