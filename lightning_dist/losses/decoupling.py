@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_dist.checks import check_number, class_axis
-from lightning_dist.losses.divergences import divergence, log_probabilities
+from lightning_dist.losses.divergences import log_probabilities
 from lightning_dist.losses.inputs import check_logits, mask_for
 from lightning_dist.losses.streaming import compute_dtype
+from lightning_dist.losses.streaming_kd import divergence
 
 
 def dkd_loss(

@@ -4,22 +4,31 @@ All have the same arguments, which :func:`kd_loss` describes.
 """
 
 import math
-from typing import Literal
+from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_dist.checks import check_logits_options
+from lightning_dist.losses.fused import runs_kernels
 from lightning_dist.losses.inputs import (
+    as_rows_and_classes,
     check_logits,
     mask_for,
     refuse_one_class,
     without_inference,
 )
-from lightning_dist.losses.streaming import compute_dtype
+from lightning_dist.losses.streaming import inside_torch_func, with_few_classes_first
+from lightning_dist.losses.streaming_kd import (
+    KDFunction,
+    Probability,
+    count_samples,
+    divergence,
+    pairs_of_logarithms,
+    scaled_logits,
+)
 
-Probability = Literal["softmax", "sigmoid"]
+_SMALL = 2**14  # the number of logits up to which copying them to another layout takes longer
 
 
 def kd_loss(
@@ -64,8 +73,20 @@ def kd_loss(
     Reference:
         Hinton et al., Distilling the Knowledge in a Neural Network, 2015.
     """
-    pairs, factor = log_probabilities(student, teacher, tau, activation, mask, class_dim)
-    return torch.stack([divergence(*pair) for pair in pairs]).sum() * factor
+    axis, mask = _checked(student, teacher, tau, activation, mask, class_dim)
+    teacher = without_inference(teacher.detach())
+    inputs = student, teacher, mask if mask is None else without_inference(mask)
+    if runs_kernels(student, teacher) and not inside_torch_func():
+        from lightning_dist.losses.fused.kd import FusedKDFunction
+
+        return FusedKDFunction.apply(*inputs, axis, tau, activation)
+    if torch.compiler.is_compiling() or inside_torch_func():
+        pairs, factor = log_probabilities(student, teacher, tau, activation, mask, class_dim)
+        return torch.stack([divergence(*pair) for pair in pairs]).sum() * factor
+    rows: Sequence[Tensor | None] = as_rows_and_classes(inputs, axis)
+    if student.numel() > _SMALL:
+        rows = with_few_classes_first(rows)
+    return KDFunction.apply(*rows, tau, activation)
 
 
 def reverse_kd_loss(
@@ -161,36 +182,25 @@ def log_probabilities(
 
     The arguments and the errors are those of :func:`kd_loss`.
     """
+    axis, mask = _checked(student, teacher, tau, activation, mask, class_dim)
+    x, y = scaled_logits(student, without_inference(teacher.detach()), mask, tau)
+    factor = tau**2 / count_samples(student, mask, axis)
+    return pairs_of_logarithms(x, y, axis, activation), factor
+
+
+def _checked(
+    student: Tensor,
+    teacher: Tensor,
+    tau: float,
+    activation: Probability,
+    mask: Tensor | None,
+    class_dim: int | None,
+) -> tuple[int, Tensor | None]:
+    """Return the dimension of the classes, and the mask with this dimension; check all options."""
     axis = check_logits(student, teacher, class_dim)
     check_logits_options(tau)
     if activation not in ("softmax", "sigmoid"):
         raise ValueError(f"activation is {activation!r}: use 'softmax' or 'sigmoid'")
     if activation == "softmax":
         refuse_one_class(student.shape[axis], "activation='sigmoid'")
-    mask = mask_for(student, mask, axis)
-    dtype = compute_dtype(student, teacher)
-    x, y = (z.to(dtype) / tau for z in (student, without_inference(teacher.detach())))
-    if mask is not None:  # Rows that are left out may contain any value, including NaN.
-        x, y = (z.masked_fill(~mask, 0) for z in (x, y))
-    if activation == "softmax":
-        pairs = [(F.log_softmax(x, dim=axis), F.log_softmax(y, dim=axis))]
-    else:
-        pairs = [(F.logsigmoid(x), F.logsigmoid(y)), (F.logsigmoid(-x), F.logsigmoid(-y))]
-    rows: int | Tensor = max(student.numel() // student.shape[axis], 1)
-    if mask is not None:
-        rows = mask.sum(dtype=dtype).clamp(min=1)
-    return pairs, tau**2 / rows
-
-
-def divergence(log_student: Tensor, log_teacher: Tensor) -> Tensor:
-    """Return the sum of ``p_teacher * (log p_teacher - log p_student)``.
-
-    Args:
-        log_student: log-probabilities of any shape.
-        log_teacher: log-probabilities of the same shape.
-    """
-    # A class to which the teacher gives probability 0 must add 0, but F.kl_div would add 0 * inf,
-    # which is NaN.
-    impossible = log_teacher == -math.inf
-    log_student, log_teacher = (x.masked_fill(impossible, 0) for x in (log_student, log_teacher))
-    return F.kl_div(log_student, log_teacher, reduction="sum", log_target=True)
+    return axis, mask_for(student, mask, axis)

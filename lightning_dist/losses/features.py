@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_dist.checks import check_logits_options, check_number
-from lightning_dist.losses.divergences import divergence
 from lightning_dist.losses.functional import inter_class_correlation
 from lightning_dist.losses.inputs import (
     check_logits,
@@ -16,6 +15,7 @@ from lightning_dist.losses.inputs import (
     without_inference,
 )
 from lightning_dist.losses.streaming import compute_dtype
+from lightning_dist.losses.streaming_kd import divergence
 
 
 def cwd_loss(

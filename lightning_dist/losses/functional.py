@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from lightning_dist.checks import check_logits_options
+from lightning_dist.losses.fused import runs_kernels
 from lightning_dist.losses.inputs import (
+    as_rows_and_classes,
     check_logits,
     mask_for,
     refuse_one_class,
@@ -108,8 +110,12 @@ def dist_loss(
         without_inference(teacher),
         mask if mask is None else without_inference(mask),
     )
+    if runs_kernels(student, teacher) and not inside_torch_func():
+        from lightning_dist.losses.fused.dist import FusedDISTFunction
+
+        return FusedDISTFunction.apply(*inputs, axis, tau, beta, gamma, activation, eps, sync)
     if student.dim() > 2 or axis != 1:
-        inputs = _as_rows_and_classes(inputs, axis)
+        inputs = as_rows_and_classes(inputs, axis)
     options = tau, beta, gamma, activation, eps, sync
     if torch.compiler.is_compiling() or inside_torch_func():
         return DISTFunction.apply(*inputs, *options)[0]
@@ -183,22 +189,3 @@ def intra_class_correlation(
     """
     options: dict[str, Any] = {"eps": eps, "mask": mask, "class_dim": class_dim}
     return 1 - dist_loss(student, teacher, beta=0.0, gamma=1.0, activation="identity", **options)
-
-
-def _as_rows_and_classes(tensors: Sequence[Tensor | None], axis: int) -> list[Tensor | None]:
-    """Return logits and mask as ``(R, C)`` or ``(N, C, S)``, if possible as views of the tensors.
-
-    The mask has one class. It is the last of the tensors and can be None.
-    """
-    *logits, mask = [None if x is None else x.movedim(axis, -1) for x in tensors]
-    # With this memory format (language models, channels_last), the rows already are a matrix.
-    if all(x is not None and _is_matrix(x) for x in logits):
-        return [None if x is None else x.flatten(0, -2) for x in (*logits, mask)]
-    moved = [None if x is None else x.movedim(-1, 1) for x in (*logits, mask)]
-    return [x.flatten(2) if x is not None and x.dim() > 2 else x for x in moved]
-
-
-def _is_matrix(x: Tensor) -> bool:
-    """Return whether all dimensions but the last can be flattened without a copy."""
-    rows = range(x.dim() - 2)
-    return x.stride(-1) == 1 and all(x.stride(i) == x.stride(i + 1) * x.shape[i + 1] for i in rows)

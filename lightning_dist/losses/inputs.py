@@ -1,5 +1,7 @@
 """Checks and conversions of the tensors that a loss compares."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -118,3 +120,26 @@ def without_autocast(x: Tensor) -> torch.autocast:
         x: a tensor on the device of the computation.
     """
     return torch.autocast(x.device.type, enabled=False)
+
+
+def as_rows_and_classes(tensors: Sequence[Tensor | None], axis: int) -> list[Tensor | None]:
+    """Return logits and mask as ``(R, C)`` or ``(N, C, S)``, if possible as views of the tensors.
+
+    Args:
+        tensors: the logits, and last the mask, which has one class and can be None.
+        axis: the dimension of the classes.
+    """
+    if tensors[0] is not None and tensors[0].dim() == 2 and axis == 1:
+        return list(tensors)
+    *logits, mask = [None if x is None else x.movedim(axis, -1) for x in tensors]
+    # With this memory format (language models, channels_last), the rows already are a matrix.
+    if all(x is not None and _is_matrix(x) for x in logits):
+        return [None if x is None else x.flatten(0, -2) for x in (*logits, mask)]
+    moved = [None if x is None else x.movedim(-1, 1) for x in (*logits, mask)]
+    return [x.flatten(2) if x is not None and x.dim() > 2 else x for x in moved]
+
+
+def _is_matrix(x: Tensor) -> bool:
+    """Return whether all dimensions but the last can be flattened without a copy."""
+    rows = range(x.dim() - 2)
+    return x.stride(-1) == 1 and all(x.stride(i) == x.stride(i + 1) * x.shape[i + 1] for i in rows)

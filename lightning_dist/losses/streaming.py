@@ -102,33 +102,19 @@ class DISTFunction(torch.autograd.Function):
             RuntimeError: if ``sync`` needs communication inside ``torch.func.vmap``.
         """
         dtype = compute_dtype(student, teacher)
-        tolerances = _tolerance(student, dtype), _tolerance(teacher, dtype)
+        tolerances = tolerance(student, dtype), tolerance(teacher, dtype)
         local_rows = _at_least_one(_count_rows(student) if mask is None else mask.sum(dtype=dtype))
         total, row_data = _correlate_rows(
             student, teacher, mask, tau, activation, eps, dtype, tolerances, tau * beta / local_rows
         )
-        world = 1
-        if sync and torch.distributed.is_available() and torch.distributed.is_initialized():
-            if not torch.compiler.is_compiling() and inside_torch_func():
-                raise RuntimeError(
-                    "dist_loss with sync=True cannot gather inside torch.func.vmap: use sync=False"
-                )
-            world = torch.distributed.get_world_size()
+        world = processes_of(sync)
+        if world > 1:
             total = total.all_reduce()
-
-        rows, classes = _at_least_one(total.rows), student.shape[1]
-        if isinstance(rows, Tensor) and world > 1:
-            share = (local_rows / rows * world).to(dtype)
+            share = torch.as_tensor(local_rows / _at_least_one(total.rows) * world).to(dtype)
             row_data = [_scaled(data, share) for data in row_data]
-        floors = _floors(total.mean, rows, tolerances, activation)
-        rho, *coefficients = _correlate(total.moments, floors, eps, world * tau * gamma / classes)
-        columns = _backward_data(coefficients, *_rounded(total.mean, activation, dtype), dtype)
-        correlation = torch.add(total.inter * (beta / rows), rho.sum(), alpha=gamma / classes)
-        # Multiply after .to(dtype): if the last operation is a conversion that changes nothing,
-        # torch.compile (torch 2.11) returns a gradient of 0.
-        loss = (beta + gamma - correlation).to(dtype) * tau**2
-        if isinstance(total.rows, Tensor) or total.rows == 0:
-            loss = loss * (total.rows > 0)
+        loss, columns = loss_and_columns(
+            total, world, tolerances, tau, beta, gamma, activation, eps, dtype
+        )
         return loss, *columns, *(x for data in row_data for x in data)
 
     @staticmethod
@@ -169,7 +155,7 @@ class DISTFunction(torch.autograd.Function):
         Raises:
             RuntimeError: if a second derivative is requested (``create_graph=True``).
         """
-        _refuse_second_derivative(others)
+        refuse_second_derivative(others)
         if grad_output is None:  # The differentiated value does not depend on the loss.
             return (None,) * 9
         tau, activation, dtype = ctx.options
@@ -183,9 +169,9 @@ class DISTFunction(torch.autograd.Function):
         starts = range(n_columns, len(data), n_rows)
         rows = [_scaled(data[start : start + n_rows], grad_output) for start in starts]
         as_rows, whole = _as_rows(student), len(rows) == 1
-        transposed = as_rows or _is_transposed(student)
+        transposed = as_rows or is_transposed(student)
         gradient = None if whole and not transposed else torch.empty_like(student)
-        for index, block in enumerate(_blocks(student, whole)):
+        for index, block in enumerate(blocks_of(student, whole)):
             y_student, y_teacher, keep = _activate(
                 student, teacher, mask, block, tau, activation, dtype
             )
@@ -196,10 +182,10 @@ class DISTFunction(torch.autograd.Function):
             if gradient is None:  # There is only one block, so its gradient is the whole gradient.
                 gradient = slope.to(student.dtype)
             elif as_rows:
-                part = _part(gradient, block).transpose(1, 2)
+                part = block_of(gradient, block).transpose(1, 2)
                 part.copy_(slope.view_as(part))
             else:
-                _part(gradient, block).copy_(slope)
+                block_of(gradient, block).copy_(slope)
         return gradient, *[None] * 8
 
 
@@ -251,7 +237,7 @@ class Statistics(NamedTuple):
             Zeros in float64 (float32 on Apple's MPS).
         """
         columns = (1, like.shape[1], 1)[: like.dim()]
-        zeros = torch.zeros(5, *columns, dtype=_wide(like.device), device=like.device)
+        zeros = torch.zeros(5, *columns, dtype=wide_dtype(like.device), device=like.device)
         return cls(0, zeros.new_zeros(()), zeros[:2], zeros[2:])
 
     @classmethod
@@ -301,7 +287,7 @@ class Statistics(NamedTuple):
             Chan, Golub, LeVeque, Updating Formulae and a Pairwise Algorithm for Computing Sample
             Variances, 1979.
         """
-        wide = _wide(self.inter.device)
+        wide = wide_dtype(self.inter.device)
         mean = _stacked(self.mean).to(wide)
         rows = self.rows + other.rows
         share = other.rows / _at_least_one(rows)
@@ -324,7 +310,7 @@ class Statistics(NamedTuple):
         Returns:
             The statistics in float64 (float32 on Apple's MPS).
         """
-        wide = _wide(self.inter.device)
+        wide = wide_dtype(self.inter.device)
         rows = torch.as_tensor(self.rows, dtype=wide, device=self.inter.device)
         mean, moments = _stacked(self.mean).to(wide), _stacked(self.moments).to(wide)
         sums = torch.cat((rows.view(1), self.inter.to(wide).view(1), (mean * rows).flatten()))
@@ -334,6 +320,61 @@ class Statistics(NamedTuple):
         moments = moments + torch.cat((shift * shift, shift[:1] * shift[1:])) * rows
         torch.distributed.all_reduce(moments)
         return Statistics(sums[0], sums[1], total, moments)
+
+
+def processes_of(sync: bool) -> int:
+    """Return the number of processes over whose batches a loss is computed.
+
+    Args:
+        sync: whether the loss is computed over the batches of all ranks.
+
+    Raises:
+        RuntimeError: if communication is needed inside ``torch.func.vmap``.
+    """
+    if not (sync and torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return 1
+    if not torch.compiler.is_compiling() and inside_torch_func():
+        raise RuntimeError(
+            "dist_loss with sync=True cannot gather inside torch.func.vmap: use sync=False"
+        )
+    return torch.distributed.get_world_size()
+
+
+def loss_and_columns(
+    total: Statistics,
+    world: int,
+    tolerances: tuple[float, float],
+    tau: float,
+    beta: float,
+    gamma: float,
+    activation: Activation,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the loss of a set of rows, and the data of the columns for the backward pass.
+
+    Args:
+        total: the statistics of all rows of all ranks.
+        world: the number of ranks.
+        tolerances: of student and teacher, see :func:`tolerance`.
+        tau: the temperature.
+        beta: the weight of the inter-class term.
+        gamma: the weight of the intra-class term.
+        activation: the activation that was applied to the logits.
+        eps: a number that is added to the denominator of each correlation.
+        dtype: the dtype of the results.
+    """
+    rows, classes = _at_least_one(total.rows), total.mean[0].numel()
+    floors = _floors(total.mean, rows, tolerances, activation)
+    rho, *coefficients = _correlate(total.moments, floors, eps, world * tau * gamma / classes)
+    columns = _backward_data(coefficients, *_rounded(total.mean, activation, dtype), dtype)
+    correlation = torch.add(total.inter * (beta / rows), rho.sum(), alpha=gamma / classes)
+    # Multiply after .to(dtype): if the last operation is a conversion that changes nothing,
+    # torch.compile (torch 2.11) returns a gradient of 0.
+    loss = (beta + gamma - correlation).to(dtype) * tau**2
+    if isinstance(total.rows, Tensor) or total.rows == 0:
+        loss = loss * (total.rows > 0)
+    return loss, columns
 
 
 def _correlate_rows(
@@ -357,7 +398,7 @@ def _correlate_rows(
     # Do not cut tensors of torch.func into blocks: a batched tensor of torch.func.vmap cannot be
     # written into the blocks of a tensor that is not batched.
     whole = torch.compiler.is_compiling() or inside_torch_func()
-    for block in _blocks(student, whole):
+    for block in blocks_of(student, whole):
         y_student, y_teacher, keep = _activate(
             student, teacher, mask, block, tau, activation, dtype
         )
@@ -436,13 +477,13 @@ def _before_activation(slope: Tensor, y: Tensor, activation: Activation) -> Tens
     if activation == "sigmoid":
         return torch.ops.aten.sigmoid_backward(slope, y)
     compiled = torch.compiler.is_compiling() and y.device.type == "cpu"  # See _sum.
-    if compiled or _loses_digits(y):
+    if compiled or loses_digits(y):
         slope.mul_(y)
         return slope.addcmul_(y, _sum(slope, (1,)), value=-1)
     return torch._softmax_backward_data(slope, y, 1, y.dtype)
 
 
-def _tolerance(logits: Tensor, dtype: torch.dtype) -> float:
+def tolerance(logits: Tensor, dtype: torch.dtype) -> float:
     """Return the largest standard deviation, relative to the mean, that counts as rounding."""
     return max(torch.finfo(logits.dtype).eps, _ROUNDING_UNITS * torch.finfo(dtype).eps)
 
@@ -452,7 +493,7 @@ def inside_torch_func() -> bool:
     return torch._C._are_functorch_transforms_active()  # torch 2.14 has no public function for it.
 
 
-def _refuse_second_derivative(others: tuple[Tensor | None, ...]) -> None:
+def refuse_second_derivative(others: tuple[Tensor | None, ...]) -> None:
     """Raise an error if a second derivative is requested, or is possible outside torch.func."""
     if torch.compiler.is_compiling():
         return
@@ -466,8 +507,12 @@ def _refuse_second_derivative(others: tuple[Tensor | None, ...]) -> None:
         )
 
 
-def _wide(device: torch.device) -> torch.dtype:
-    """Return the dtype in which statistics are merged; Apple's MPS has no float64."""
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype in which statistics are merged; Apple's MPS has no float64.
+
+    Args:
+        device: the device of the statistics.
+    """
     return torch.float32 if device.type == "mps" else torch.float64
 
 
@@ -483,10 +528,14 @@ def _at_least_one(rows: int | Tensor) -> int | Tensor:
     return rows.clamp(min=1) if isinstance(rows, Tensor) else max(rows, 1)
 
 
-def _blocks(x: Tensor, whole: bool) -> Iterator[Any]:
+def blocks_of(x: Tensor, whole: bool) -> Iterator[Any]:
     """Yield indices that cut ``(R, C)`` or ``(N, C, S)`` into blocks of rows of similar size.
 
     The index of a single block is None: an index that selects everything would cost time.
+
+    Args:
+        x: a tensor of this shape.
+        whole: whether a single block is enough.
     """
     limit = _BLOCK_CPU if x.device.type == "cpu" else _BLOCK_ACCELERATOR
     # For compiled code one block is enough, because the compiler cuts it into blocks.
@@ -526,20 +575,29 @@ def with_few_classes_first(tensors: Sequence[Tensor | None]) -> Sequence[Tensor 
     return [x if x is None else x.t()[None] for x in tensors]
 
 
-def _is_transposed(x: Tensor) -> bool:
+def is_transposed(x: Tensor) -> bool:
     """Return True for logits ``(N, C, S)`` whose classes are next to each other in memory."""
     eager = x.device.type == "cpu" and not torch.compiler.is_compiling()
     return eager and x.dim() == 3 and x.stride(1) == 1 and x.shape[1] < _LEAST_CLASSES_IN_ROWS
 
 
-def _loses_digits(x: Tensor) -> bool:
-    """Return True if torch's softmax adds many classes of a block one after the other."""
+def loses_digits(x: Tensor) -> bool:
+    """Return True if torch's softmax adds many classes of a block one after the other.
+
+    Args:
+        x: a block of logits.
+    """
     eager = x.device.type == "cpu" and not torch.compiler.is_compiling()
     return eager and x.dim() == 3 and x.shape[1] > _MOST_SUMMED_CLASSES
 
 
-def _part(x: Tensor, block: Any) -> Tensor:
-    """Return the block of a tensor that an index of :func:`_blocks` selects."""
+def block_of(x: Tensor, block: Any) -> Tensor:
+    """Return a block of a tensor.
+
+    Args:
+        x: a tensor of shape ``(R, C)`` or ``(N, C, S)``.
+        block: an index that :func:`blocks_of` yielded for a tensor of this shape.
+    """
     return x if block is None else x[block]
 
 
@@ -563,10 +621,10 @@ def _activate(
     as_rows = _as_rows(student)
 
     def part_of(x: Tensor) -> Tensor:
-        x = _part(x, block)
+        x = block_of(x, block)
         if as_rows:
             return x.transpose(1, 2).flatten(0, 1)
-        return x.contiguous() if _is_transposed(x) else x
+        return x.contiguous() if is_transposed(x) else x
 
     keep = None if mask is None else part_of(mask)
 
@@ -578,7 +636,7 @@ def _activate(
             x = x.masked_fill(~keep, 0)
         if activation == "softmax":
             y = x.softmax(1)
-            return y.div_(y.sum(1, keepdim=True)) if _loses_digits(y) else y
+            return y.div_(y.sum(1, keepdim=True)) if loses_digits(y) else y
         return x.sigmoid() if activation == "sigmoid" else x
 
     return activated(student), activated(teacher), None if keep is None else keep.to(dtype)
@@ -610,7 +668,7 @@ def _mean(
     """
     compiled = torch.compiler.is_compiling() and x.device.type == "cpu"  # See _sum.
     wide = activation == "identity" or compiled
-    dtype = torch.promote_types(x.dtype, _wide(x.device)) if wide else x.dtype
+    dtype = torch.promote_types(x.dtype, wide_dtype(x.device)) if wide else x.dtype
     if rows is None:
         mean = x.mean(over, keepdim=True, dtype=dtype)
     else:
