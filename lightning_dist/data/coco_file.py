@@ -68,7 +68,7 @@ class CocoFile:
             place[key] = len(files)
             files.append(folder / str(name))
             size = image.get("width"), image.get("height")
-            known = all(isinstance(side, int) and 0 < side < 2**31 for side in size)
+            known = all(type(side) is int and 0 < side < 2**31 for side in size)  # True is an int
             sizes.extend(size if known else (0, 0))
         label_of = {category["id"]: label for label, category in enumerate(self.categories)}
         columns = _usual_columns(self._content["annotations"], place, label_of)

@@ -277,6 +277,7 @@ def test_null_is_as_good_as_missing_for_optional_items(root: Path):
     content = coco()
     content["annotations"][0] |= {"area": None, "iscrowd": None, "id": None}
     content["images"][0] |= {"width": None}
+    content["images"][1] |= {"width": True, "height": True}
     write_coco(root, content)
     data = module(root, flip=0.0)
     data.setup("fit")
