@@ -48,7 +48,7 @@ def test_the_settings_with_the_best_mean_on_the_validation_are_written(
     arguments = ["train", "-m", "+sweep=tune/kd", "hydra.sweep.dir=/somewhere"]
     monkeypatch.setattr(sys, "argv", arguments)
     WriteTuned(str(tmp_path / "tuned")).on_multirun_end(config(sweep))
-    text = (tmp_path / "tuned" / "tuned" / "mine" / "kd.yaml").read_text()
+    text = (tmp_path / "tuned" / "mine" / "kd.yaml").read_text()
     assert yaml.safe_load(text) == {"distill": {"weight": 1}, "tuned_keys": ["distill.weight"]}
     assert text.startswith("# @package _global_\n")
     assert "lightning-dist train -m +sweep=tune/kd\n" in text
@@ -126,7 +126,7 @@ def test_a_tuned_config_is_used_by_the_next_sweep_and_shown_by_its_report(
     best = max(runs, key=lambda run: run.metrics["val/accuracy"]).overrides
     lr, weight = float(best["optimizer.lr"]), float(best["distill.weight"])
     with initialize_config_dir(str(tmp_path / "tuned"), version_base="1.3"):
-        found = compose("tuned/digits_300/kd")
+        found = compose("own_tuned/digits_300/kd")
     assert found.optimizer.lr == lr
     assert found.distill.weight == weight
     options = ["hydra.sweep.dir=table", *quick, "--config-dir", "tuned"]

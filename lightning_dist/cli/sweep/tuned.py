@@ -22,12 +22,12 @@ class WriteTuned(Callback):
 
     The sweep varies settings of one method, such as its weight and the learning rate. They are
     judged by the metric that ``monitor`` names, which must be of the validation. The config is for
-    the method and the protocol of the sweep: ``FOLDER/tuned/PROTOCOL/METHOD.yaml``. With
-    ``--config-dir FOLDER``, or if ``FOLDER`` is conf/, ``distill=METHOD`` then uses it with this
-    protocol.
+    the method and the protocol of the sweep: ``FOLDER/PROTOCOL/METHOD.yaml``. If ``FOLDER`` is
+    ``DIR/own_tuned``, runs with ``--config-dir DIR`` use it for this method and protocol. It
+    replaces the values of conf/tuned/, which are in this package.
 
     Args:
-        folder: the folder of configs.
+        folder: the folder for the config.
     """
 
     def __init__(self, folder: str) -> None:
@@ -56,7 +56,7 @@ class WriteTuned(Callback):
             folder = config.hydra.sweep.dir
             fail(f"{folder} has runs of other sweeps, which set {min(foreign)!r:.100}")
         text = "".join(f"# {line}\n" for line in _origin(best, metric, len(groups)))
-        path = self.folder / "tuned" / protocol / f"{_method(config)}.yaml"
+        path = self.folder / protocol / f"{_method(config)}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
         settings = _nested(values) | {"tuned_keys": list(values)}
         with naming(path), replaced_together([path]) as (part,):
