@@ -2,7 +2,7 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -33,7 +33,8 @@ def refuse_small_shared_memory(loader: DataLoader, sample: Any, processes: int) 
     if free is None or not loader.num_workers:
         return
     tensors = [leaf for leaf in tree_leaves(sample) if isinstance(leaf, Tensor)]
-    batch = (loader.batch_size or 1) * sum(x.numel() * x.element_size() for x in tensors)
+    size = loader.batch_size or max(map(len, cast(Any, loader.batch_sampler)), default=0)
+    batch = size * sum(x.numel() * x.element_size() for x in tensors)
     ready = loader.num_workers * (loader.prefetch_factor or 2) + 1
     if processes * ready * batch > free:
         raise ValueError(
