@@ -21,17 +21,22 @@ LOSSES = {"dist": dist_loss, "kd": kd_loss}
 FEW_CLASSES, SHORT_CHUNK = 8, 16
 
 
-@pytest.fixture(autouse=True)
-def no_other_path(monkeypatch):
-    """Fail if the loss of float32 or half-precision logits is computed without kernels."""
-    for name in ("EagerDISTFunction", "DISTFunction"):
-        function = dist_loss.__globals__[name].apply
+class StartedError(Exception):
+    """Raised in place of a kernel."""
 
-        def checked(student, *others, function=function):
-            assert student.dtype == torch.float64
-            return function(student, *others)
 
-        monkeypatch.setattr(dist_loss.__globals__[name], "apply", checked)
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_losses_start_kernels(monkeypatch, name):
+    from lightning_dist.losses.fused import dist, kd
+
+    def start(*arguments):
+        raise StartedError
+
+    monkeypatch.setattr({"dist": dist, "kd": kd}[name], f"{name}_forward", start)
+    student, teacher = logits((4, 5))
+    with pytest.raises(StartedError):
+        LOSSES[name](student, teacher)
+    LOSSES[name](student.double(), teacher)
 
 
 def use_chunks(monkeypatch) -> None:
@@ -50,15 +55,22 @@ def value_and_gradient(loss, student: Tensor, teacher: Tensor, **options) -> tup
     return value.detach().double(), gradient.double()
 
 
-def check(loss, student: Tensor, teacher: Tensor, bound: float = 1e-6, **options) -> None:
+def check(
+    loss, student: Tensor, teacher: Tensor, bounds: tuple[float, float] = (1e-6, 1e-6), **options
+) -> None:
     """Compare the kernels with float64."""
+    for error, bound in zip(errors(loss, student, teacher, **options), bounds, strict=True):
+        assert error <= bound
+
+
+def errors(loss, student: Tensor, teacher: Tensor, **options) -> tuple[float, float]:
+    """Return the relative errors of value and gradient."""
     expected = value_and_gradient(loss, student.double(), teacher.double(), **options)
     found = value_and_gradient(loss, student, teacher, **options)
     # A loss near 0 is the difference of numbers of about tau**2.
     scale = max(expected[0].abs().item(), 0.01 * options.get("tau", 1.0) ** 2)
-    assert (found[0] - expected[0]).abs().item() <= 1e-6 * scale
     error = (found[1] - expected[1]).abs().max() / expected[1].abs().max()
-    assert error <= bound
+    return (found[0] - expected[0]).abs().item() / scale, error.item()
 
 
 def logits(shape: tuple[int, ...], seed: int = 0, scale: float = 2.0) -> tuple[Tensor, Tensor]:
@@ -210,8 +222,8 @@ def test_torch_func_takes_the_path_without_kernels():
 @given(
     name=st.sampled_from(list(LOSSES)),
     activation=st.sampled_from(["softmax", "sigmoid", "identity"]),
-    shape=st.lists(st.integers(1, 4), max_size=2),
-    rows=st.integers(3, 9),
+    shape=st.sampled_from([(), (1,), (3,), (2, 2)]),
+    rows=st.integers(3, 5),
     classes=st.integers(3, 12),
     tau=st.sampled_from([0.5, 1.0, 4.0]),
     weights=st.tuples(st.floats(0, 2), st.floats(0.1, 2)),
@@ -220,7 +232,7 @@ def test_torch_func_takes_the_path_without_kernels():
     gaps=st.booleans(),
     seed=st.integers(0, 2**32),
 )
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=30)
 def test_random_cases(
     name, activation, shape, rows, classes, tau, weights, masked, chunks, gaps, seed
 ):
@@ -228,13 +240,7 @@ def test_random_cases(
     student, teacher = logits((rows, classes, *shape), seed)
     generator = torch.Generator().manual_seed(seed)
     mask = (torch.rand(rows, *shape, generator=generator) > 0.3).to(DEVICE)
-    samples = mask if masked else torch.ones_like(mask)
-    # Nearly constant rows and columns lose digits in float32, also without kernels.
-    values = [x.double().movedim(1, -1)[samples] for x in (student / tau, teacher / tau)]
-    if activation != "identity":
-        values = [x.softmax(1) if activation == "softmax" else x.sigmoid() for x in values]
-    ratios = [x.std(dim) / x.mean(dim).abs() for x in values for dim in (0, 1)]
-    assume(len(values[0]) > 2 and min(x.min() for x in ratios) > 0.3)
+    assume(mask.any())
     options = {"activation": activation, "tau": tau, "class_dim": 1}
     if name == "dist":
         options |= {"beta": weights[0], "gamma": weights[1]}
@@ -243,6 +249,12 @@ def test_random_cases(
     if gaps:
         student, teacher = strided(student), strided(teacher)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "0")
+        on_cpu = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in options.items()}
+        others = errors(LOSSES[name], student.cpu(), teacher.cpu(), **on_cpu)
+    with pytest.MonkeyPatch.context() as patch:
         if chunks:
             use_chunks(patch)
-        check(LOSSES[name], student, teacher, **options)
+        # Nearly constant rows and columns lose digits in float32, with and without kernels.
+        bounds = max(1e-6, 8 * others[0]), max(1e-6, 8 * others[1])
+        check(LOSSES[name], student, teacher, bounds, **options)

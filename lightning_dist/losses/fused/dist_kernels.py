@@ -62,27 +62,16 @@ def correlate(ss, tt, st, student_floor, teacher_floor, eps):
 
 
 @triton.jit
-def first_pivot(C, ACTIVATION: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
-    """Return the value near which an untrained student's values are, as a tile."""
-    zero = tl.zeros([BR, BC], tl.float32)
-    if ACTIVATION == SOFTMAX:
-        return zero + 1.0 / C
-    return zero + 0.5 if ACTIVATION == SIGMOID else zero
-
-
-@triton.jit
-def add_tile(
-    a, b, keep, count, pivot_a, pivot_b, mean_a, mean_b, aa, bb, ab, ACTIVATION: tl.constexpr
-):  # fmt: skip
+def add_tile(a, b, keep, count, pivot_a, pivot_b, mean_a, mean_b, aa, bb, ab):
     """Add a tile to the statistics of its elements: count, means and moments (Welford 1962).
 
-    The means are those of the differences from a pivot, so that nearly constant columns keep their
-    digits. A tile is not reduced to columns here, because threads would have to communicate.
+    The means are those of the differences from a pivot, the first value, so that nearly constant
+    columns keep their digits. A tile is not reduced to columns here, because threads would have to
+    communicate.
     """
-    if ACTIVATION == IDENTITY:
-        first = ((count == 0) & (keep > 0))[:, None]
-        pivot_a = tl.where(first, a, pivot_a)
-        pivot_b = tl.where(first, b, pivot_b)
+    first = ((count == 0) & (keep > 0))[:, None]
+    pivot_a = tl.where(first, a, pivot_a)
+    pivot_b = tl.where(first, b, pivot_b)
     a -= pivot_a
     b -= pivot_b
     count += keep
@@ -102,7 +91,7 @@ def add_tile(
 @triton.jit
 def store_columns(
     means, moments, program, columns, C,
-    count, pivot_a, pivot_b, mean_a, mean_b, aa, bb, ab, ACTIVATION: tl.constexpr,
+    count, pivot_a, pivot_b, mean_a, mean_b, aa, bb, ab,
 ):  # fmt: skip
     """Merge the statistics of the elements of a tile over its rows, and store those of columns.
 
@@ -145,9 +134,8 @@ def rows_and_columns(
     program = tl.program_id(0)
     columns = tl.arange(0, BC)
     valid = (columns < C)[None, :]
-    pivot = first_pivot(C, ACTIVATION, BR, BC)
     zero = tl.zeros([BR, BC], tl.float32)
-    pivot_a, pivot_b, mean_a, mean_b, aa, bb, ab = pivot, pivot, zero, zero, zero, zero, zero
+    pivot_a, pivot_b, mean_a, mean_b, aa, bb, ab = zero, zero, zero, zero, zero, zero, zero
     count = tl.zeros([BR], tl.float32)
     inter = tl.zeros([BR], tl.float64)
     for tile in range(program, tiles, tl.num_programs(0)):
@@ -174,11 +162,11 @@ def rows_and_columns(
         inter += tl.where(keep, rho, 0.0).to(tl.float64)
         count, pivot_a, pivot_b, mean_a, mean_b, aa, bb, ab = add_tile(
             a, b, keep.to(tl.float32),
-            count, pivot_a, pivot_b, mean_a, mean_b, aa, bb, ab, ACTIVATION,
+            count, pivot_a, pivot_b, mean_a, mean_b, aa, bb, ab,
         )  # fmt: skip
     store_columns(
         means, moments, program, columns, C,
-        count, pivot_a, pivot_b, mean_a, mean_b, aa, bb, ab, ACTIVATION,
+        count, pivot_a, pivot_b, mean_a, mean_b, aa, bb, ab,
     )  # fmt: skip
     tl.store(counts + program, tl.sum(count.to(tl.float64), 0))
     tl.store(inters + program, tl.sum(inter, 0))
@@ -255,9 +243,8 @@ def columns_in_chunks(
     program = tl.program_id(1)
     columns = tl.program_id(0) * BC + tl.arange(0, BC)
     valid = (columns < C)[None, :]
-    pivot = first_pivot(C, ACTIVATION, BR, BC)
     zero = tl.zeros([BR, BC], tl.float32)
-    pivot_a, pivot_b, mean_a, mean_b, aa, bb, ab = pivot, pivot, zero, zero, zero, zero, zero
+    pivot_a, pivot_b, mean_a, mean_b, aa, bb, ab = zero, zero, zero, zero, zero, zero, zero
     count = tl.zeros([BR], tl.float32)
     for tile in range(program, tiles, tl.num_programs(1)):
         n, h, first, w, row, inside = tile_of(tile, H, W, tiles_w, BR)
@@ -275,11 +262,11 @@ def columns_in_chunks(
         b = activated_chunk(b, both, b0, b1, inverse_tau, ACTIVATION)
         count, pivot_a, pivot_b, mean_a, mean_b, aa, bb, ab = add_tile(
             a, b, keep.to(tl.float32),
-            count, pivot_a, pivot_b, mean_a, mean_b, aa, bb, ab, ACTIVATION,
+            count, pivot_a, pivot_b, mean_a, mean_b, aa, bb, ab,
         )  # fmt: skip
     store_columns(
         means, moments, program, columns, C,
-        count, pivot_a, pivot_b, mean_a, mean_b, aa, bb, ab, ACTIVATION,
+        count, pivot_a, pivot_b, mean_a, mean_b, aa, bb, ab,
     )  # fmt: skip
     # Each program along the columns counts the same rows.
     tl.store(counts + program, tl.sum(count.to(tl.float64), 0))
