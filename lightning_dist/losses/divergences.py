@@ -44,7 +44,8 @@ def kd_loss(
 
     KL is the Kullback-Leibler divergence of the probabilities ``softmax(logits / tau)``. With
     ``activation="sigmoid"``, each class is a separate binary decision: the divergences of
-    ``sigmoid(logits / tau)`` are summed over the classes.
+    ``sigmoid(logits / tau)`` are summed over the classes. Triton kernels or blocks compute it as in
+    :func:`dist_loss`, so the peak memory is the gradient, O(N) numbers and one block.
 
     Args:
         student: logits of shape ``(N, C)`` or ``(N, C, *spatial)``. With ``class_dim``, the classes

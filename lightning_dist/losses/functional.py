@@ -46,9 +46,10 @@ def dist_loss(
 
     The first mean runs over the samples *i* (inter-class term), the second mean runs over the
     classes *j* (intra-class term). In dense logits every pixel is a sample. The forward and the
-    backward pass each read the logits once, in blocks: the peak memory is the gradient, O(N + C)
-    statistics and one block (up to 0.4 GB on a GPU). The computation runs in float32 or float64. No
-    gradient flows to the teacher.
+    backward pass each read the logits once: on an NVIDIA GPU by Triton kernels (except for float64
+    and inside ``torch.func``), elsewhere in blocks. The peak memory is the gradient, O(N + C)
+    statistics and, in blocks, one block (up to 0.4 GB on an accelerator). The computation runs in
+    float32 or float64. No gradient flows to the teacher.
 
     A row or column that is constant up to rounding has correlation 0 and gradient 0. A row or
     column is constant up to rounding if, after the activation, its standard deviation in the

@@ -210,3 +210,10 @@ def test_kd_refuses_an_activation_without_probabilities():
         kd_loss(torch.zeros(4, 3), torch.zeros(4, 3), activation="identity")
     with pytest.raises(ValueError, match="activation is 'identity': use 'softmax' or 'sigmoid'"):
         KDLoss(activation="identity")
+
+
+def test_kd_loss_allocates_its_gradient_and_little_more():
+    student, teacher = torch.randn(2, 8000, 500).unbind()
+    student.requires_grad_()
+    allocated = peak_memory(lambda: kd_loss(student, teacher).backward())
+    assert allocated < 1.3 * 4 * student.numel()

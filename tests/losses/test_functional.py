@@ -429,3 +429,12 @@ def test_equal_logits_have_loss_zero(seed, rows, classes):
 def test_dist_loss_is_in_range(seed, tau):
     student, teacher = scores(seed, 8, 6)
     assert -1e-9 <= dist_loss(student, teacher, tau=tau).item() <= 4 * tau**2
+
+
+def test_kd_loss_has_the_same_gradient_again_and_a_second_derivative():
+    student, teacher = torch.randn(2, 6, 5).double().unbind()
+    student.requires_grad_()
+    loss = kd_loss(student, teacher)
+    first, again = (torch.autograd.grad(loss, student, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, again)
+    assert torch.autograd.gradgradcheck(kd_loss, (student, teacher))
