@@ -117,13 +117,15 @@ def _compose_once() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _logger_of_lightning(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give each test the logger of lightning.pytorch.
+def _lines_of_lightning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give each test the logger of lightning.pytorch, and the lines of the first process.
 
-    A test that imports pytorch_lightning replaces it, for all later tests of the process.
+    A test that imports pytorch_lightning replaces the logger, and one whose Trainer has another
+    rank silences it, for all later tests of the process.
     """
     log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     monkeypatch.setattr(rank_zero, "log", log)
+    monkeypatch.setattr(rank_zero.rank_zero_only, "rank", 0)
 
 
 @pytest.fixture(autouse=True)

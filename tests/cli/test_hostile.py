@@ -15,6 +15,7 @@ import torch
 
 from hostile import Runs, hostile_config, saved
 from lightning_dist.cache.files import ViewFiles
+from lightning_dist.cache.reading import RowFile
 from lightning_dist.cli.run.saved_config import CONFIG_KEY
 from lightning_dist.files import pickles
 from lightning_dist.files.weights import load_weights, read_checkpoint
@@ -460,7 +461,7 @@ def test_a_hostile_view_of_a_cached_teacher_is_refused_by_name(tmp_path, name):
     start = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little")
     files.path(0).write_bytes(start + header + b"\0" * 64)
     with pytest.raises(ValueError, match=r"view-000.npy is .*delete it, so that the"):
-        files.open(0, ["(images)", "a"])
+        RowFile(files.path(0), 4, ["(images)", "a"])
 
 
 def test_a_name_with_a_colon_is_no_path_out_of_the_archive(tmp_path):
