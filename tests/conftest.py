@@ -120,9 +120,10 @@ def _compose_once() -> Iterator[None]:
 def _lines_of_lightning(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give each test the logger of lightning.pytorch, and the lines of the first process.
 
-    A test that imports pytorch_lightning replaces the logger, and one whose Trainer has another
-    rank silences it, for all later tests of the process.
+    For all later tests of the process, a test that imports pytorch_lightning replaces the logger,
+    and a benchmark or a Trainer of another rank silences it.
     """
+    logging.getLogger("lightning.pytorch").setLevel(logging.INFO)
     log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     monkeypatch.setattr(rank_zero, "log", log)
     monkeypatch.setattr(rank_zero.rank_zero_only, "rank", 0)
