@@ -11,7 +11,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Cost:
-    """What one size costs.
+    """Holds what one size costs.
 
     Attributes:
         seconds: the CPU time, or None if it is not measured.

@@ -23,12 +23,11 @@ from lightning_dist.losses.fused.reading import (
     activated,
     activated_chunk,
     constants_of_row,
-    kept_rows,
-    load,
-    offsets,
+    kept_row,
+    load_tiles,
     position,
+    store_tile,
     sum_of,
-    tile_of,
 )
 
 
@@ -139,13 +138,10 @@ def rows_and_columns(
     count = tl.zeros([BR], tl.float32)
     inter = tl.zeros([BR], tl.float64)
     for tile in range(program, tiles, tl.num_programs(0)):
-        n, h, first, w, row, inside = tile_of(tile, H, W, tiles_w, BR)
-        keep = kept_rows(mask, n, h, first, w, inside, m_n, m_h, m_w, MASKED)
-        both = keep[:, None] & valid
-        s_at = offsets(w, columns, s_w, s_c, WIDE)
-        t_at = offsets(w, columns, t_w, t_c, WIDE)
-        a = load(student + n * s_n + h * s_h + first * s_w, s_at, both)
-        b = load(teacher + n * t_n + h * t_h + first * t_w, t_at, both)
+        a, b, row, keep = load_tiles(
+            tile, student, teacher, mask, columns, valid, H, W, tiles_w,
+            s_n, s_h, s_w, s_c, t_n, t_h, t_w, t_c, m_n, m_h, m_w, MASKED, WIDE, BR,
+        )  # fmt: skip
         a = activated(a, valid, inverse_tau, ACTIVATION)
         b = activated(b, valid, inverse_tau, ACTIVATION)
         a_mean = mean_of_rows(a, C, ACTIVATION)
@@ -157,8 +153,8 @@ def rows_and_columns(
             tl.sum(tl.abs(a_mean), 1) * student_floor, tl.sum(tl.abs(b_mean), 1) * teacher_floor,
             eps,
         )  # fmt: skip
-        tl.store(row_data + row, q, mask=inside)
-        tl.store(row_data + rows + row, p, mask=inside)
+        tl.store(row_data + row, q, mask=keep)
+        tl.store(row_data + rows + row, p, mask=keep)
         inter += tl.where(keep, rho, 0.0).to(tl.float64)
         count, pivot_a, pivot_b, mean_a, mean_b, aa, bb, ab = add_tile(
             a, b, keep.to(tl.float32),
@@ -193,9 +189,7 @@ def rows_in_chunks(
     """
     row = tl.program_id(0).to(tl.int64)
     n, h, w = position(row, H, W)
-    keep = row < rows
-    if MASKED:
-        keep = tl.load(mask + n * m_n + h * m_h + w * m_w) != 0
+    keep = kept_row(mask, row, rows, n, h, w, m_n, m_h, m_w, MASKED)
     student += n * s_n + h * s_h + w * s_w
     teacher += n * t_n + h * t_h + w * t_w
     a0, a1 = constants_of_row(student, C, s_c, keep, inverse_tau, ACTIVATION, BC)
@@ -247,17 +241,15 @@ def columns_in_chunks(
     pivot_a, pivot_b, mean_a, mean_b, aa, bb, ab = zero, zero, zero, zero, zero, zero, zero
     count = tl.zeros([BR], tl.float32)
     for tile in range(program, tiles, tl.num_programs(1)):
-        n, h, first, w, row, inside = tile_of(tile, H, W, tiles_w, BR)
-        keep = kept_rows(mask, n, h, first, w, inside, m_n, m_h, m_w, MASKED)
-        both = keep[:, None] & valid
-        s_at = offsets(w, columns, s_w, s_c, WIDE)
-        t_at = offsets(w, columns, t_w, t_c, WIDE)
-        a = load(student + n * s_n + h * s_h + first * s_w, s_at, both)
-        b = load(teacher + n * t_n + h * t_h + first * t_w, t_at, both)
+        a, b, row, keep = load_tiles(
+            tile, student, teacher, mask, columns, valid, H, W, tiles_w,
+            s_n, s_h, s_w, s_c, t_n, t_h, t_w, t_c, m_n, m_h, m_w, MASKED, WIDE, BR,
+        )  # fmt: skip
         a0 = tl.load(constants + row, mask=keep, other=0.0)[:, None]
         a1 = tl.load(constants + rows + row, mask=keep, other=0.0)[:, None]
         b0 = tl.load(constants + 2 * rows + row, mask=keep, other=0.0)[:, None]
         b1 = tl.load(constants + 3 * rows + row, mask=keep, other=0.0)[:, None]
+        both = keep[:, None] & valid
         a = activated_chunk(a, both, a0, a1, inverse_tau, ACTIVATION)
         b = activated_chunk(b, both, b0, b1, inverse_tau, ACTIVATION)
         count, pivot_a, pivot_b, mean_a, mean_b, aa, bb, ab = add_tile(
@@ -438,13 +430,10 @@ def gradient(
         correction = tl.load(column_data + 4 * C + columns, mask=exists, other=0.0) * scale
         correction = correction[None, :]
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        n, h, first, w, row, inside = tile_of(tile, H, W, tiles_w, BR)
-        keep = kept_rows(mask, n, h, first, w, inside, m_n, m_h, m_w, MASKED)
-        both = keep[:, None] & valid
-        s_at = offsets(w, columns, s_w, s_c, WIDE)
-        t_at = offsets(w, columns, t_w, t_c, WIDE)
-        a = load(student + n * s_n + h * s_h + first * s_w, s_at, both)
-        b = load(teacher + n * t_n + h * t_h + first * t_w, t_at, both)
+        a, b, row, keep = load_tiles(
+            tile, student, teacher, mask, columns, valid, H, W, tiles_w,
+            s_n, s_h, s_w, s_c, t_n, t_h, t_w, t_c, m_n, m_h, m_w, MASKED, WIDE, BR,
+        )  # fmt: skip
         a = activated(a, valid, inverse_tau, ACTIVATION)
         b = activated(b, valid, inverse_tau, ACTIVATION)
         u = deviations(a, mean_of_rows(a, C, ACTIVATION), valid, C, ACTIVATION)
@@ -457,10 +446,8 @@ def gradient(
             slope = a * (slope - tl.sum(slope * a, 1)[:, None])
         elif ACTIVATION == SIGMOID:
             slope = slope * a * (1.0 - a)
-        slope = tl.where(keep[:, None], slope, 0.0).to(out.dtype.element_ty)
-        g_at = offsets(w, columns, g_w, g_c, WIDE)
-        written = inside[:, None] & valid
-        tl.store(out + n * g_n + h * g_h + first * g_w + g_at, slope, mask=written)
+        slope = tl.where(keep[:, None], slope, 0.0)
+        store_tile(tile, out, slope, columns, valid, H, W, tiles_w, g_n, g_h, g_w, g_c, WIDE, BR)
 
 
 @triton.jit
@@ -473,9 +460,7 @@ def gradient_in_chunks(
     """Write the gradient of one row."""
     row = tl.program_id(0).to(tl.int64)
     n, h, w = position(row, H, W)
-    keep = row < rows
-    if MASKED:
-        keep = tl.load(mask + n * m_n + h * m_h + w * m_w) != 0
+    keep = kept_row(mask, row, rows, n, h, w, m_n, m_h, m_w, MASKED)
     student += n * s_n + h * s_h + w * s_w
     teacher += n * t_n + h * t_h + w * t_w
     out += n * g_n + h * g_h + w * g_w

@@ -15,12 +15,11 @@ from lightning_dist.losses.fused.reading import (
     activated,
     activated_chunk,
     constants_of_row,
-    kept_rows,
-    load,
-    offsets,
+    kept_row,
+    load_tiles,
     position,
+    store_tile,
     sum_of,
-    tile_of,
 )
 
 
@@ -75,20 +74,17 @@ def forward_rows(
     count = tl.zeros([BR], tl.float64)
     total = tl.zeros([BR], tl.float64)
     for tile in range(program, tiles, tl.num_programs(0)):
-        n, h, first, w, _, inside = tile_of(tile, H, W, tiles_w, BR)
-        keep = kept_rows(mask, n, h, first, w, inside, m_n, m_h, m_w, MASKED)
-        both = keep[:, None] & valid
-        s_at = offsets(w, columns, s_w, s_c, WIDE)
-        t_at = offsets(w, columns, t_w, t_c, WIDE)
-        a = load(student + n * s_n + h * s_h + first * s_w, s_at, both)
-        b = load(teacher + n * t_n + h * t_h + first * t_w, t_at, both)
+        a, b, _, keep = load_tiles(
+            tile, student, teacher, mask, columns, valid, H, W, tiles_w,
+            s_n, s_h, s_w, s_c, t_n, t_h, t_w, t_c, m_n, m_h, m_w, MASKED, WIDE, BR,
+        )  # fmt: skip
         if ACTIVATION == SOFTMAX:
             a, a_sum = shifted(a, valid, inverse_tau)
             b, b_sum = shifted(b, valid, inverse_tau)
             value = divergence(tl.exp(b) / b_sum, b - tl.log(b_sum), a - tl.log(a_sum))
         else:
             value = divergence_of_sigmoids(a * inverse_tau, b * inverse_tau)
-        total += tl.sum(tl.where(both, value, 0.0), 1).to(tl.float64)
+        total += tl.sum(tl.where(keep[:, None] & valid, value, 0.0), 1).to(tl.float64)
         count += keep.to(tl.float64)
     tl.store(counts + program, tl.sum(count, 0))
     tl.store(sums + program, tl.sum(total, 0))
@@ -107,9 +103,7 @@ def forward_row_in_chunks(
     """
     row = tl.program_id(0).to(tl.int64)
     n, h, w = position(row, H, W)
-    keep = row < rows
-    if MASKED:
-        keep = tl.load(mask + n * m_n + h * m_h + w * m_w) != 0
+    keep = kept_row(mask, row, rows, n, h, w, m_n, m_h, m_w, MASKED)
     student += n * s_n + h * s_h + w * s_w
     teacher += n * t_n + h * t_h + w * t_w
     a0, a1, b0, b1 = 0.0, 0.0, 0.0, 0.0
@@ -160,18 +154,14 @@ def gradient(
     valid = (columns < C)[None, :]
     factor = tl.load(weight) * tl.load(upstream).to(tl.float32)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        n, h, first, w, _, inside = tile_of(tile, H, W, tiles_w, BR)
-        keep = kept_rows(mask, n, h, first, w, inside, m_n, m_h, m_w, MASKED)
-        both = keep[:, None] & valid
-        s_at = offsets(w, columns, s_w, s_c, WIDE)
-        t_at = offsets(w, columns, t_w, t_c, WIDE)
-        a = load(student + n * s_n + h * s_h + first * s_w, s_at, both)
-        b = load(teacher + n * t_n + h * t_h + first * t_w, t_at, both)
+        a, b, _, keep = load_tiles(
+            tile, student, teacher, mask, columns, valid, H, W, tiles_w,
+            s_n, s_h, s_w, s_c, t_n, t_h, t_w, t_c, m_n, m_h, m_w, MASKED, WIDE, BR,
+        )  # fmt: skip
         a = activated(a, valid, inverse_tau, ACTIVATION)
         b = activated(b, valid, inverse_tau, ACTIVATION)
-        slope = tl.where(keep[:, None], (a - b) * factor, 0.0).to(out.dtype.element_ty)
-        g_at = offsets(w, columns, g_w, g_c, WIDE)
-        tl.store(out + n * g_n + h * g_h + first * g_w + g_at, slope, mask=inside[:, None] & valid)
+        slope = tl.where(keep[:, None], (a - b) * factor, 0.0)
+        store_tile(tile, out, slope, columns, valid, H, W, tiles_w, g_n, g_h, g_w, g_c, WIDE, BR)
 
 
 @triton.jit
@@ -184,9 +174,7 @@ def gradient_in_chunks(
     """Write the gradient of BC classes of one row."""
     row = tl.program_id(0).to(tl.int64)
     n, h, w = position(row, H, W)
-    keep = row < rows
-    if MASKED:
-        keep = tl.load(mask + n * m_n + h * m_h + w * m_w) != 0
+    keep = kept_row(mask, row, rows, n, h, w, m_n, m_h, m_w, MASKED)
     factor = tl.load(weight) * tl.load(upstream).to(tl.float32)
     columns = tl.program_id(1) * BC + tl.arange(0, BC)
     exists = (columns < C) & keep

@@ -1,4 +1,4 @@
-"""What all Triton kernels share: how they read logits, and the activations.
+"""Functions that all Triton kernels share: they read logits and compute the activations.
 
 The arguments of the kernels that read logits are:
 
@@ -61,6 +61,42 @@ def kept_rows(mask, n, h, first, w, inside, m_n, m_h, m_w, MASKED: tl.constexpr)
         at = mask + n * m_n + h * m_h + first * m_w + w * m_w
         return inside & (tl.load(at, mask=inside, other=0) != 0)
     return inside
+
+
+@triton.jit
+def load_tiles(
+    tile, student, teacher, mask, columns, valid, H, W, tiles_w,
+    s_n, s_h, s_w, s_c, t_n, t_h, t_w, t_c, m_n, m_h, m_w,
+    MASKED: tl.constexpr, WIDE: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """Return a tile of student and teacher, row numbers, and which rows are kept."""
+    n, h, first, w, row, inside = tile_of(tile, H, W, tiles_w, BR)
+    keep = kept_rows(mask, n, h, first, w, inside, m_n, m_h, m_w, MASKED)
+    both = keep[:, None] & valid
+    s_at = offsets(w, columns, s_w, s_c, WIDE)
+    t_at = offsets(w, columns, t_w, t_c, WIDE)
+    a = load(student + n * s_n + h * s_h + first * s_w, s_at, both)
+    b = load(teacher + n * t_n + h * t_h + first * t_w, t_at, both)
+    return a, b, row, keep
+
+
+@triton.jit
+def store_tile(
+    tile, out, values, columns, valid, H, W, tiles_w, g_n, g_h, g_w, g_c,
+    WIDE: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """Store a tile of the gradient, also of the rows that are left out."""
+    n, h, first, w, _, inside = tile_of(tile, H, W, tiles_w, BR)
+    at = out + n * g_n + h * g_h + first * g_w + offsets(w, columns, g_w, g_c, WIDE)
+    tl.store(at, values.to(out.dtype.element_ty), mask=inside[:, None] & valid)
+
+
+@triton.jit
+def kept_row(mask, row, rows, n, h, w, m_n, m_h, m_w, MASKED: tl.constexpr):
+    """Return whether a row exists and is not left out."""
+    if MASKED:
+        return tl.load(mask + n * m_n + h * m_h + w * m_w) != 0
+    return row < rows
 
 
 @triton.jit
